@@ -1,0 +1,1 @@
+"""PASTA: asynchronous decoding of language models."""

@@ -1,0 +1,138 @@
+"""What every engine is: requests in, sampled tokens out, events applied. Nothing here knows the language.
+
+The driver's loop, the same for every engine:
+
+    engine.add(request)
+    engine.apply(request.id, event)            # the main thread's Forked event starts it
+    while engine.has_unfinished():
+        for sampled in engine.step():          # one forward pass for every live thread of every request
+            for event in interpreter.advance(sampled):
+                engine.apply(sampled.request_id, event)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pastalm.errors import RequestError
+from pastalm.events import Event, Path
+from pastalm.events import SampledToken as SampledToken
+from pastalm.layout import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled; names and defaults as vLLM's. Raises RequestError for bad values.
+
+    temperature 0 is greedy. top_k 0 or -1: off. max_tokens bounds all decoded tokens of the
+    response, tags too. seed None draws one. logprobs: how many top log-probabilities to return
+    beside the sampled token's. parallelism: odds of forking are multiplied by it; 0 turns it off.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str | None = None
+    max_tokens: int = 16
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    ignore_eos: bool = False
+    parallelism: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.n >= 1, "n must be 1 or more"),
+            (self.temperature >= 0, "temperature must be 0 or more"),
+            (0 < self.top_p <= 1, "top_p must be in (0, 1]"),
+            (self.top_k >= -1, "top_k must be 0 (off) or more"),
+            (0 <= self.min_p <= 1, "min_p must be in [0, 1]"),
+            (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
+            (self.max_tokens >= 1, "max_tokens must be 1 or more"),
+            (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in 0..20"),
+            (self.parallelism >= 0, "parallelism must be 0 or more"),
+            (all(map(math.isfinite, (self.temperature, self.repetition_penalty, self.parallelism))), "not finite"),
+            (all(self.stop_strings), "a stop string must not be empty"),
+        )
+        for fine, complaint in checks:
+            if not fine:
+                raise RequestError(f"{complaint}: {self!r}" if complaint == "not finite" else complaint)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to decode. id is unique among the engine's unfinished requests.
+
+    seed and choice with the thread's path and token index give every token its own noise.
+    logit_bias: the request's, tags' biases included, added before anything else.
+    positions: the policy of layout.py.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0
+    choice: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    positions: Policy = "promised"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can do. Asking for anything else is a CapabilityError."""
+
+    name: str
+    positions: tuple[Policy, ...]
+    max_model_len: int
+    """Slots a request may fill: prompt and every decoded token."""
+    max_num_seqs: int
+    max_position: int | None = None
+    """Largest position id + 1 that the model takes (None: unbounded)."""
+    masks: bool = True
+    """Whether `allowed` is honoured."""
+    logprobs: bool = True
+    exact: bool = True
+    """Whether float64 laws hold on it."""
+
+
+Schedule = Callable[[Sequence[tuple[str, Path]]], Sequence[tuple[str, Path]]]
+"""Which of the live threads decode in a step (a law: the text does not depend on it)."""
+
+
+class Engine(Protocol):
+    """An engine. Not thread-safe: one driver calls it."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def add(self, request: Request) -> None:
+        """Takes a request; it waits while the pool is full. Raises RequestError if it never could fit,
+        CapabilityError if it asks for what is not offered."""
+
+    def apply(self, request_id: str, event: Event) -> None:
+        """Does what an event means: fork, feed, block, join, end. The main thread's `Forked` starts it.
+        When every thread of a request is finished its slots are free."""
+
+    def step(self) -> list[SampledToken]:
+        """One forward pass over all that is to be fed; the tokens sampled after it (none if the
+        pass only fed the ends of threads)."""
+
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+
+    def cancel(self, request_id: str) -> None:
+        """Frees the request's slots at once; unknown ids are ignored."""

@@ -1,0 +1,44 @@
+"""The exceptions a user can cause: one tree, one line each, saying what to do.
+
+    PastaError
+    ├── LanguageError      text that is not PASTA-LANG (a position where there is one)
+    ├── RequestError       a request that no engine could serve (also a ValueError)
+    ├── CapabilityError    asked of an engine that does not offer it
+    ├── ModelError         a model or adapter that cannot be found, read or prepared
+    ├── DataError          a file of prompts, annotations or events that cannot be read
+    └── EngineError        the engine failed in the middle of a step
+"""
+
+from __future__ import annotations
+
+
+class PastaError(Exception):
+    """Base of every error that a user can cause."""
+
+
+class LanguageError(PastaError, ValueError):
+    """Not PASTA-LANG. `position` is the offset in characters where it stops being so."""
+
+    def __init__(self, message: str, position: int | None = None) -> None:
+        super().__init__(message if position is None else f"{message} (at character {position})")
+        self.position = position
+
+
+class RequestError(PastaError, ValueError):
+    """A request that cannot be served as it stands."""
+
+
+class CapabilityError(PastaError):
+    """The engine does not support what was asked of it."""
+
+
+class ModelError(PastaError):
+    """A model or adapter cannot be found, read or prepared."""
+
+
+class DataError(PastaError):
+    """A data file cannot be read or is not what it should be."""
+
+
+class EngineError(PastaError):
+    """An engine failed in the middle of a step."""

@@ -1,0 +1,148 @@
+"""Events: the one thing that crosses layers. A list of them is the trace of a response.
+
+The interpreter makes them, engines apply them, and transcripts, views and trace files consume them.
+Each may carry what it means for the next tokens of its thread: `forced` ids, which the engine feeds
+in that order without sampling, and `allowed`, the ids it may sample from next (None: any). Grammar,
+budgets and forced tokens reach an engine that knows no language in this way. A token of a thread
+stands either as the `token` of one `Decoded` or in the `forced` of one event, never in both.
+
+The driver stamps `step` (forward passes done so far) and `time` (seconds since the request began).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pastalm.errors import DataError
+
+Path: TypeAlias = "tuple[int, ...]"
+"""A thread: () is the main thread, p + (k,) the child that keeps the k-th promise of thread p."""
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSet:
+    """A set of token ids, written by its members or, `inverted`, by those it leaves out."""
+
+    ids: frozenset[int]
+    inverted: bool = False
+
+    def __contains__(self, token: int) -> bool:
+        return (token in self.ids) != self.inverted
+
+    @classmethod
+    def of(cls, *ids: int) -> TokenSet:
+        return cls(frozenset(ids))
+
+    @classmethod
+    def all_but(cls, *ids: int) -> TokenSet:
+        return cls(frozenset(ids), inverted=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """A thread's next token as the engine sampled it. logprob: raw log-softmax (before bias, penalty,
+    temperature and masks), None unless asked for."""
+
+    request_id: str
+    path: Path
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Event:
+    path: Path
+    forced: tuple[int, ...] = ()
+    allowed: TokenSet | None = None
+    step: int = 0
+    time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forked(_Event):
+    """Thread `path` begins; it sees what its parent, path[:-1], sees now.
+
+    The main thread begins with this event too (topic "", promised 0). topic: the promise's; promised:
+    its length N in tokens, which moves the parent's positions under the policy `promised`.
+    """
+
+    topic: str = ""
+    promised: int = 0
+    kind: Literal["forked"] = "forked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded(_Event):
+    """Thread `path` sampled `token`: it is fed next.
+
+    text: reader's text that it adds to the thread (may be empty: part of a character or of a tag).
+    tag: whether it belongs to a tag. logprob, top_logprobs: raw log-softmax, natural logarithm.
+    """
+
+    token: int
+    text: str = ""
+    tag: bool = False
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    kind: Literal["decoded"] = "decoded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocked(_Event):
+    """Thread `path` waits: for its children (`sync`) or for one of `max_threads` places (`thread`)."""
+
+    on: Literal["sync", "thread"] = "sync"
+    kind: Literal["blocked"] = "blocked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined(_Event):
+    """Thread `path` goes on, and sees from now on what each of `children` sees (none: it only waited)."""
+
+    children: tuple[Path, ...] = ()
+    kind: Literal["joined"] = "joined"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(_Event):
+    """Thread `path` ended: `stop` by its own end token or a stop string, `length` by a budget, or `abort`.
+
+    text: reader's text that was held back as a possible tag and is released by the end.
+    """
+
+    reason: FinishReason = "stop"
+    text: str = ""
+    kind: Literal["finished"] = "finished"
+
+
+Event: TypeAlias = "Forked | Decoded | Blocked | Joined | Finished"
+_E = TypeVar("_E", Forked, Decoded, Blocked, Joined, Finished)
+
+_adapter: TypeAdapter[Event] = TypeAdapter(
+    Annotated[Forked | Decoded | Blocked | Joined | Finished, Field(discriminator="kind")]
+)
+
+
+def stamped(event: Event, step: int, time: float) -> Event:
+    """The event with the driver's step and time."""
+    return replace(event, step=step, time=time)
+
+
+def to_json(event: Event) -> str:
+    """One line of JSON."""
+    return _adapter.dump_json(event, exclude_defaults=False).decode()
+
+
+def from_json(line: str | bytes) -> Event:
+    """The event of one line. Raises DataError if it is none."""
+    try:
+        return _adapter.validate_json(line)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DataError(f"not an event: {problem['msg']} at {problem['loc']}") from None

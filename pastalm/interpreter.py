@@ -1,0 +1,460 @@
+"""The interpreter: sampled tokens of one response in, events out. No tensor, no clock, no engine.
+
+It holds the grammar, the budgets and the threads of one response (SPEC "Threads"; PASTA section 4):
+a finished promise forks a child, `<|sync|>` blocks until the children have ended, ends end. What a
+thread may sample next, and what it must, leave on the events as `allowed` and `forced`; where the
+grammar leaves one token only, it is forced and costs no step of its own. A token that the mask would
+have forbidden (an engine without masks) is put right or has no effect: nothing here raises, and
+every stream of tokens ends every thread within its budget.
+
+A prepared model speaks in six special tokens; for any other the XML is found in its text.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from pastalm.errors import RequestError
+from pastalm.events import (
+    Blocked,
+    Decoded,
+    Event,
+    Finished,
+    FinishReason,
+    Forked,
+    Joined,
+    Path,
+    SampledToken,
+    TokenSet,
+)
+from pastalm.lang import MAX_TOPIC_WORDS, AsyncClose, Mark, Promise, Scanner, Sync, Text, render_mark
+from pastalm.vocabulary import Tags, Vocabulary
+
+CHUNK_SLACK = 16
+"""A chunk promised N tokens may take 2N and this many more."""
+MAX_TOPIC_TOKENS = 8
+DISTINCTION_TOKENS = 4
+"""Digits that may be needed to tell a topic from its siblings'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds on one response beside its max_tokens. Raises RequestError for bad values.
+
+    max_threads: threads decoding at once; a child beyond it waits its turn. max_depth: 0 forbids
+    promises, 1 lets only the main thread make them. max_promises: in one group, that is since the
+    last sync. max_chunk_tokens: cap on any chunk. max_position: largest position id + 1 that the
+    model can take (None: unbounded).
+    """
+
+    max_threads: int = 16
+    max_depth: int = 2
+    max_promises: int = 16
+    max_chunk_tokens: int = 1024
+    max_position: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_threads < 1 or self.max_depth < 0 or self.max_promises < 0 or self.max_chunk_tokens < 8:
+            raise RequestError(
+                "max_threads must be 1 or more, max_depth and max_promises 0 or more, max_chunk_tokens 8 or more"
+            )
+
+
+@dataclass(slots=True)
+class Thread:
+    """A thread as the interpreter knows it. budget: tokens it may still decode, its children's grants
+    taken out. reach: bound on its next position id. group: unjoined children and their topics."""
+
+    path: Path
+    budget: int
+    reach: int
+    state: Literal["live", "queued", "blocked", "finished"] = "live"
+    mode: Literal["text", "topic", "number"] = "text"
+    tag: list[int] = field(default_factory=list)
+    topic: str = ""
+    forks: int = 0
+    group: dict[Path, str] = field(default_factory=dict)
+    resume: tuple[int, ...] = ()
+    carry: str = ""
+    scanner: Scanner = field(default_factory=Scanner)
+    characters: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
+    )
+
+
+def topic_key(topic: str) -> str:
+    """What makes two topics the same: their words, case folded."""
+    return " ".join(topic.split()).casefold()
+
+
+class Interpreter:
+    """The threads of one response.
+
+    prompt_length: tokens of the prompt (positions begin there). parallelism 0 turns forking off.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        max_tokens: int,
+        prompt_length: int = 0,
+        limits: Limits | None = None,
+        parallelism: float = 1.0,
+        ignore_eos: bool = False,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._limits = limits or Limits()
+        self._forking = parallelism > 0
+        self._ignore_eos = ignore_eos
+        self._main = Thread((), max_tokens, prompt_length)
+        self.threads: dict[Path, Thread] = {(): self._main}
+        self._queue: deque[Thread] = deque()
+        tags = vocabulary.tags
+        self._open = (tags.async_open,) if tags else tuple(vocabulary.encode("<async>"))
+        self._close = (tags.async_close,) if tags else tuple(vocabulary.encode("</async>"))
+        self._digits = max(map(len, vocabulary.numbers)) if tags else 0
+        self._masks: dict[tuple[bool, bool, bool], TokenSet] = {}
+
+    # ------------------------------------------------------------------ what a driver calls
+
+    def start(self) -> list[Event]:
+        """The event that begins the main thread."""
+        return [Forked(path=(), allowed=self._allowed(self._main))]
+
+    def advance(self, sampled: SampledToken) -> list[Event]:
+        """What follows from a sampled token. Of a thread that does not decode: nothing."""
+        thread = self.threads.get(sampled.path)
+        if thread is None or thread.state != "live":
+            return []
+        step = self._speak if self._vocabulary.tags is not None else self._write
+        return list(step(thread, sampled))
+
+    def finish(self, reason: FinishReason) -> list[Event]:
+        """Ends every thread now: `abort`, or `stop` where the driver found a stop string."""
+        unfinished = [t for t in self.threads.values() if t.state != "finished"]
+        self._queue.clear()
+        for thread in unfinished:
+            thread.state = "finished"
+        return [Finished(path=t.path, reason=reason) for t in unfinished]
+
+    @property
+    def finished(self) -> bool:
+        return all(t.state == "finished" for t in self.threads.values())
+
+    # ------------------------------------------------------------------ prepared models
+
+    def _speak(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+        tags = self._tags
+        token = self._admitted(thread, sampled.token)
+        if thread.mode == "text" and token == tags.sync and thread.group:
+            thread.budget -= 1
+            thread.reach += 1
+            yield from self._sync(thread, token)
+            return
+        inside = thread.mode != "text"
+        text, promise = self._take(thread, token)
+        ended = not inside and self._ends(thread, token)
+        forced: list[int] = []
+        while not (ended or promise) and (only := self._only(thread)) is not None:
+            forced.append(only)
+            _, promise = self._take(thread, only)
+        is_tag = inside or ended or token in tags.ids
+        decoded = self._decoded(sampled, token=token, text=text, tag=is_tag, forced=tuple(forced))
+        yield from self._went_on(thread, decoded, promise, ended)
+
+    @staticmethod
+    def _decoded(
+        sampled: SampledToken, *, token: int, text: str, tag: bool, forced: tuple[int, ...] = ()
+    ) -> Decoded:
+        return Decoded(
+            path=sampled.path,
+            token=token,
+            text=text,
+            tag=tag,
+            forced=forced,
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
+        )
+
+    def _went_on(
+        self, thread: Thread, decoded: Decoded, promise: Promise | None, ended: bool
+    ) -> Iterator[Event]:
+        """The event of a token, and the fork or the end that it brings."""
+        child = self._adopt(thread, promise) if promise else None
+        spent = not ended and self._spent(thread)
+        if ended or (spent and not thread.path):
+            yield decoded
+        elif spent:
+            thread.budget -= len(self._close)
+            yield replace(decoded, forced=decoded.forced + self._close)
+        else:
+            yield replace(decoded, allowed=self._allowed(thread))
+        if child is not None and promise is not None:
+            yield from self._fork(child, promise)
+        if ended or spent:
+            yield from self._end(thread, "length" if spent else "stop")
+
+    @property
+    def _tags(self) -> Tags:
+        assert self._vocabulary.tags is not None
+        return self._vocabulary.tags
+
+    def _admitted(self, thread: Thread, token: int) -> int:
+        """The token that stands for a sampled one: itself unless the grammar must put it right."""
+        if thread.mode == "number":
+            allowed = self._lengths(thread)
+            return token if token in allowed else min(allowed)
+        if thread.mode == "topic":
+            tag = token in self._tags.ids or token in self._vocabulary.eos
+            text = self._vocabulary.text([*thread.tag, token]) + "x"
+            if tag or len(text.split()) > MAX_TOPIC_WORDS:
+                return self._closing(thread)
+        return token
+
+    def _take(self, thread: Thread, token: int) -> tuple[str, Promise | None]:
+        """Counts a token and moves the grammar on; the reader's text it adds, the promise it closes."""
+        tags = self._tags
+        opens = token == tags.promise and self._may_promise(thread)
+        thread.budget -= 1
+        thread.reach += 1
+        if thread.mode == "text":
+            if opens:
+                thread.mode, thread.tag = "topic", []
+            if token not in tags.ids and token not in self._vocabulary.eos:
+                return thread.characters.decode(self._vocabulary.piece(token)), None
+            text = thread.characters.decode(b"", final=True)
+            thread.characters.reset()
+            return text, None
+        if thread.mode == "topic" and token == tags.tokens:
+            thread.topic, thread.mode, thread.tag = self._topic(thread), "number", []
+        elif token == tags.promise_end:
+            length = self._vocabulary.numbers[tuple(thread.tag)]
+            thread.mode, thread.tag = "text", []
+            return "", Promise.clip(thread.topic, length)
+        else:
+            thread.tag.append(token)
+        return "", None
+
+    def _ends(self, thread: Thread, token: int) -> bool:
+        if thread.path:
+            return token == self._tags.async_close or token in self._vocabulary.eos
+        return token in self._vocabulary.eos and not self._ignore_eos
+
+    def _topic(self, thread: Thread) -> str:
+        return " ".join(self._vocabulary.text(thread.tag).split()[:MAX_TOPIC_WORDS])
+
+    def _closing(self, thread: Thread) -> int:
+        """The next token of a topic that has to end: `<|tokens|>`, or first a digit that makes it distinct."""
+        topic = self._topic(thread)
+        if topic and topic_key(topic) not in thread.group.values():
+            return self._tags.tokens
+        number = 2
+        while topic_key(f"{topic}{number}") in thread.group.values():
+            number += 1
+        return self._vocabulary.encode(str(number))[0]
+
+    # ------------------------------------------------------------------ grammar
+
+    def _only(self, thread: Thread) -> int | None:
+        """The one token that may come next inside a tag, if there is only one."""
+        if thread.mode == "topic" and len(thread.tag) >= MAX_TOPIC_TOKENS:
+            return self._closing(thread)
+        if thread.mode == "number":
+            allowed = self._lengths(thread)
+            return next(iter(allowed)) if len(allowed) == 1 else None
+        return None
+
+    def _allowed(self, thread: Thread) -> TokenSet | None:
+        """The ids that a thread may sample next."""
+        tags = self._vocabulary.tags
+        if tags is None:
+            return None
+        if thread.mode == "number":
+            return TokenSet(frozenset(self._lengths(thread)))
+        if thread.mode == "topic":
+            topic = self._topic(thread)
+            closable = bool(topic) and topic_key(topic) not in thread.group.values()
+            banned = {*tags.ids, *self._vocabulary.eos} - ({tags.tokens} if closable else set())
+            return TokenSet(frozenset(banned), inverted=True)
+        key = (not self._may_promise(thread), not thread.group, bool(thread.path))
+        if key not in self._masks:
+            banned = {tags.tokens, tags.promise_end, tags.async_open}
+            banned |= {tags.promise} if key[0] else set()
+            banned |= {tags.sync} if key[1] else set()
+            banned |= self._vocabulary.eos if key[2] or self._ignore_eos else set()
+            banned |= set() if key[2] else {tags.async_close}
+            self._masks[key] = TokenSet(frozenset(banned), inverted=True)
+        return self._masks[key]
+
+    def _may_promise(self, thread: Thread) -> bool:
+        if not self._forking or len(thread.path) >= self._limits.max_depth:
+            return False
+        if len(thread.group) >= self._limits.max_promises:
+            return False
+        tag = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + self._digits if self._vocabulary.tags else 0
+        return self._affords(thread, 10, spare=tag)
+
+    def _affords(self, thread: Thread, tokens: int, *, spare: int) -> bool:
+        """Whether `spare` more tokens, a chunk of that length and the thread's own end fit."""
+        left = thread.budget - spare - self._grant(tokens) - len(self._close)
+        limit = self._limits.max_position
+        return left >= 0 and (limit is None or thread.reach + thread.budget + tokens + 2 <= limit)
+
+    def _grant(self, tokens: int) -> int:
+        return min(self._limits.max_chunk_tokens, 2 * tokens + CHUNK_SLACK)
+
+    def _lengths(self, thread: Thread) -> set[int]:
+        """The ids that may come next in a promised length: those of a length that can be afforded."""
+        done = len(thread.tag)
+        allowed: set[int] = set()
+        for ids, tokens in self._vocabulary.numbers.items():
+            spare = len(ids) - done + 1
+            if ids[:done] == tuple(thread.tag) and self._affords(thread, tokens, spare=spare):
+                allowed.add(ids[done] if done < len(ids) else self._tags.promise_end)
+        return allowed or self._shortest(tuple(thread.tag))
+
+    def _shortest(self, done: tuple[int, ...]) -> set[int]:
+        """The way to the smallest length that begins with `done`, affordable or not."""
+        _, ids = min((n, ids) for ids, n in self._vocabulary.numbers.items() if ids[: len(done)] == done)
+        return {ids[len(done)]} if len(done) < len(ids) else {self._tags.promise_end}
+
+    # ------------------------------------------------------------------ models that write XML
+
+    def _write(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+        thread.budget -= 1
+        thread.reach += 1
+        ended = sampled.token in self._vocabulary.eos and (bool(thread.path) or not self._ignore_eos)
+        text, thread.carry = thread.carry, ""
+        promise: Promise | None = None
+        sync = False
+        marks = self._marks(thread, sampled.token, ended)
+        for mark in marks:
+            if promise or sync:
+                thread.carry += mark.text if isinstance(mark, Text) else render_mark(mark)
+            elif isinstance(mark, Text):
+                text += mark.text
+            elif isinstance(mark, Promise):
+                promise = mark if self._writable(thread, mark) else None
+                text += "" if promise else render_mark(mark)
+            elif isinstance(mark, Sync):
+                sync = bool(thread.group)
+            elif isinstance(mark, AsyncClose) and thread.path:
+                ended = True
+                break
+        if sync:
+            thread.carry = text + thread.carry
+            yield from self._sync(thread, sampled.token)
+            return
+        is_tag = not text and bool(thread.scanner.held or marks)
+        yield from self._went_on(
+            thread, self._decoded(sampled, token=sampled.token, text=text, tag=is_tag), promise, ended
+        )
+
+    def _marks(self, thread: Thread, token: int, ended: bool) -> list[Mark]:
+        piece = b"" if ended else self._vocabulary.piece(token)
+        if not self._forking:
+            return [Text(thread.characters.decode(piece, final=ended))]
+        return thread.scanner.feed(piece) + (thread.scanner.flush() if ended else [])
+
+    def _writable(self, thread: Thread, promise: Promise) -> bool:
+        return (
+            self._may_promise(thread)
+            and self._affords(thread, promise.tokens, spare=0)
+            and topic_key(promise.topic) not in thread.group.values()
+        )
+
+    # ------------------------------------------------------------------ threads
+
+    def _adopt(self, parent: Thread, promise: Promise) -> Thread:
+        """The child that is to keep a promise, its grant taken from its parent."""
+        grant = self._grant(promise.tokens)
+        path = (*parent.path, parent.forks)
+        child = Thread(path, grant - len(self._open), parent.reach + len(self._open), "queued")
+        child.resume = self._open
+        parent.forks += 1
+        parent.budget -= grant
+        parent.reach += promise.tokens + 2
+        parent.group[path] = topic_key(promise.topic)
+        self.threads[path] = child
+        return child
+
+    def _fork(self, child: Thread, promise: Promise) -> Iterator[Event]:
+        forked = Forked(path=child.path, topic=promise.topic, promised=promise.tokens)
+        if self._live() >= self._limits.max_threads:
+            self._queue.append(child)
+            yield forked
+            yield Blocked(path=child.path, on="thread")
+        else:
+            child.state, child.resume = "live", ()
+            yield replace(forked, forced=self._open, allowed=self._allowed(child))
+
+    def _live(self) -> int:
+        return sum(t.state == "live" for t in self.threads.values())
+
+    def _sync(self, thread: Thread, token: int) -> Iterator[Event]:
+        thread.resume = (token,)
+        if self._children_done(thread):
+            yield self._join(thread)
+            if self._spent(thread):
+                yield from self._cut(thread)
+        else:
+            thread.state = "blocked"
+            yield Blocked(path=thread.path)
+            yield from self._release()
+
+    def _children_done(self, thread: Thread) -> bool:
+        return all(self.threads[path].state == "finished" for path in thread.group)
+
+    def _join(self, thread: Thread) -> Joined:
+        """The thread goes on; what its children left of their grants returns to it."""
+        children = tuple(thread.group)
+        for path in children:
+            child = self.threads[path]
+            thread.budget += child.budget
+            thread.reach = max(thread.reach, child.reach)
+        thread.group.clear()
+        thread.state = "live"
+        forced, thread.resume = thread.resume, ()
+        return Joined(path=thread.path, children=children, forced=forced, allowed=self._allowed(thread))
+
+    def _release(self) -> Iterator[Event]:
+        """Lets waiting threads go on while there are places."""
+        while self._queue and self._live() < self._limits.max_threads:
+            thread = self._queue.popleft()
+            joined = thread.group and self._children_done(thread)
+            yield self._join(thread) if joined else self._begin(thread)
+            if self._spent(thread):
+                yield from self._cut(thread)
+
+    def _begin(self, thread: Thread) -> Joined:
+        thread.state = "live"
+        forced, thread.resume = thread.resume, ()
+        return Joined(path=thread.path, forced=forced, allowed=self._allowed(thread))
+
+    def _spent(self, thread: Thread) -> bool:
+        """Whether only the end of the thread still fits into its budget."""
+        return thread.budget <= (len(self._close) if thread.path else 0)
+
+    def _cut(self, thread: Thread) -> Iterator[Event]:
+        """Ends a thread at its budget right after a join, where no sampled token can carry the end."""
+        forced = self._close if thread.path else ()
+        thread.budget -= len(forced)
+        yield from self._end(thread, "length", forced)
+
+    def _end(self, thread: Thread, reason: FinishReason, forced: Iterable[int] = ()) -> Iterator[Event]:
+        thread.state = "finished"
+        text = thread.carry
+        if reason == "stop" and self._vocabulary.tags is not None:
+            text += thread.characters.decode(b"", final=True)
+        yield Finished(path=thread.path, reason=reason, text=text, forced=tuple(forced))
+        if thread.path:
+            parent = self.threads[thread.path[:-1]]
+            if parent.state == "blocked" and self._children_done(parent):
+                parent.state = "queued"
+                self._queue.append(parent)
+        yield from self._release()

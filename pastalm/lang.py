@@ -1,0 +1,338 @@
+"""PASTA-LANG: its values, its text form, and a scanner for text that arrives in pieces.
+
+A document is a tuple of nodes in linear form: `Text`, `Promise`, `Async` and `Sync`, where each
+`Promise` stands directly before the `Async` chunk that keeps it. Its text form is the paper's XML
+(arXiv 2502.11517, section 3):
+
+    <promise topic="sleep" tokens="20"/><async>1. Sleep well.</async><sync/>That is all.
+
+Escaping, one rule: where ordinary text holds `<`, any number of backslashes, and then `promise`,
+`async`, `/async` or `sync`, one backslash more is written after the `<`; `parse` and `Scanner` take
+one away again.
+
+Normal form: adjacent `Text` merged, no empty `Text`. `parse(render(x)) == x` for every x in it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from pastalm.errors import LanguageError
+
+MAX_TOPIC_WORDS = 3
+LENGTH_STEP = 10
+MAX_LENGTH = 500
+LENGTHS = range(LENGTH_STEP, MAX_LENGTH + 1, LENGTH_STEP)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Ordinary text of the answer, unescaped."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Here stands a chunk that is written asynchronously.
+
+    topic: 1 to 3 words, single spaces between them. tokens: predicted length of the chunk's whole
+    linear content, a multiple of 10 in 10..500 ("Pred-10X" in the paper).
+    Raises LanguageError for anything else; `clip` makes the nearest valid promise.
+    """
+
+    topic: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        words = self.topic.split()
+        if not words or len(words) > MAX_TOPIC_WORDS or " ".join(words) != self.topic:
+            raise LanguageError(f"topic must be 1 to {MAX_TOPIC_WORDS} words, got {self.topic!r}")
+        if self.tokens not in LENGTHS:
+            raise LanguageError(
+                f"tokens must be a multiple of {LENGTH_STEP} in {LENGTH_STEP}..{MAX_LENGTH}, "
+                f"got {self.tokens}"
+            )
+
+    @classmethod
+    def clip(cls, topic: str, tokens: float) -> Promise:
+        """The nearest valid promise: first 3 words, length rounded up or down to a ten."""
+        words = topic.split()[:MAX_TOPIC_WORDS] or ["part"]
+        return cls(" ".join(words), round_length(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Async:
+    """The chunk that keeps the promise before it."""
+
+    body: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """What follows may depend on the chunks promised so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncOpen:
+    """`<async>` in a flat document."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncClose:
+    """`</async>` in a flat document."""
+
+
+Node: TypeAlias = "Text | Promise | Async | Sync"
+Document: TypeAlias = "tuple[Node, ...]"
+Mark: TypeAlias = "Text | Promise | AsyncOpen | AsyncClose | Sync"
+
+
+def round_length(tokens: float) -> int:
+    """The nearest length a promise may name: a multiple of 10 in 10..500."""
+    return min(MAX_LENGTH, max(LENGTH_STEP, round(tokens / LENGTH_STEP) * LENGTH_STEP))
+
+
+# ------------------------------------------------------------------------------ flat and nested
+
+
+def linearize(document: Iterable[Node]) -> tuple[Mark, ...]:
+    """The document as flat marks in linear order, in normal form."""
+    return tuple(_merged(_flatten(document)))
+
+
+def _flatten(document: Iterable[Node]) -> Iterator[Mark]:
+    for node in document:
+        if isinstance(node, Async):
+            yield AsyncOpen()
+            yield from _flatten(node.body)
+            yield AsyncClose()
+        else:
+            yield node
+
+
+def _merged(marks: Iterable[Mark]) -> Iterator[Mark]:
+    held: list[str] = []
+    for mark in marks:
+        if isinstance(mark, Text):
+            held.append(mark.text)
+            continue
+        if text := "".join(held):
+            yield Text(text)
+        held = []
+        yield mark
+    if text := "".join(held):
+        yield Text(text)
+
+
+def nest(marks: Iterable[Mark]) -> Document:
+    """The document of which `marks` is the linear form, in normal form.
+
+    Raises LanguageError where a chunk has no promise, a promise no chunk, or a tag no partner.
+    """
+    return _nest((mark, None) for mark in _merged(marks))
+
+
+def _nest(marks: Iterable[tuple[Mark, int | None]]) -> Document:
+    stack: list[list[Node]] = [[]]
+    promised = False
+    at: int | None = None
+    for mark, at in marks:
+        if promised and not isinstance(mark, AsyncOpen):
+            raise LanguageError("a promise must be followed at once by its <async>", at)
+        if isinstance(mark, AsyncOpen):
+            if not promised:
+                raise LanguageError("<async> without a promise right before it", at)
+            stack.append([])
+        elif isinstance(mark, AsyncClose):
+            if len(stack) == 1:
+                raise LanguageError("</async> without its <async>", at)
+            body = tuple(stack.pop())
+            stack[-1].append(Async(body))
+        else:
+            stack[-1].append(mark)
+        promised = isinstance(mark, Promise)
+    if promised:
+        raise LanguageError("the last promise has no <async>", at)
+    if len(stack) > 1:
+        raise LanguageError("an <async> is never closed", at)
+    return tuple(stack[0])
+
+
+def normalize(document: Iterable[Node]) -> Document:
+    """The document in normal form; raises LanguageError if it is not well-formed."""
+    return nest(linearize(document))
+
+
+def strip(document: Iterable[Node | Mark]) -> str:
+    """The reader's text: tags removed, chunks in their places."""
+    parts = []
+    for node in document:
+        if isinstance(node, Text):
+            parts.append(node.text)
+        elif isinstance(node, Async):
+            parts.append(strip(node.body))
+    return "".join(parts)
+
+
+# ------------------------------------------------------------------------------ text form
+
+_WORD = r"/?async|promise|sync"
+_ESCAPE = re.compile(rf"<(\\*)({_WORD})")
+_ATTRIBUTE = r'\s+topic="(?P<topic>[^"<>\n]*)"\s+tokens="(?P<tokens>\d{1,6})"\s*'
+_SWAPPED = r'\s+tokens="(?P<tokens2>\d{1,6})"\s+topic="(?P<topic2>[^"<>\n]*)"\s*'
+_TAG = re.compile(
+    rf"<promise(?:{_ATTRIBUTE}|{_SWAPPED})/>|(?P<open><async\s*>)|(?P<close></async\s*>)|(?P<sync><sync\s*/>)"
+)
+TAG_LIMIT = 200
+"""Characters after which a tag that is still open is ordinary text."""
+
+_ENTITIES = (("&", "&amp;"), ('"', "&quot;"), ("<", "&lt;"), (">", "&gt;"))
+
+
+def _escape_topic(topic: str) -> str:
+    for plain, entity in _ENTITIES:
+        topic = topic.replace(plain, entity)
+    return topic
+
+
+def _unescape_topic(topic: str) -> str:
+    for plain, entity in reversed(_ENTITIES):
+        topic = topic.replace(entity, plain)
+    return topic
+
+
+def render_mark(mark: Mark) -> str:
+    """One mark in text form."""
+    if isinstance(mark, Text):
+        return _ESCAPE.sub(r"<\\\1\2", mark.text)
+    if isinstance(mark, Promise):
+        return f'<promise topic="{_escape_topic(mark.topic)}" tokens="{mark.tokens}"/>'
+    if isinstance(mark, AsyncOpen):
+        return "<async>"
+    return "</async>" if isinstance(mark, AsyncClose) else "<sync/>"
+
+
+def render(document: Iterable[Node]) -> str:
+    """The document's text form, escaped."""
+    return "".join(render_mark(mark) for mark in linearize(document))
+
+
+def parse(source: str) -> Document:
+    """The document that `source` is the text form of, in normal form.
+
+    Raises LanguageError, with the position, for a malformed tag, a promise outside its bounds, or
+    tags that do not pair up.
+    """
+    return _nest(_tokens(source))
+
+
+def _tokens(source: str) -> Iterator[tuple[Mark, int]]:
+    held: list[str] = []
+    start = end = 0
+    for found in _ESCAPE.finditer(source):
+        if found.start() < end:
+            continue
+        held.append(source[end : found.start()])
+        if found[1]:
+            held.append(f"<{found[1][1:]}{found[2]}")
+            end = found.end()
+            continue
+        tag = _TAG.match(source, found.start())
+        if tag is None:
+            raise LanguageError(f"malformed tag <{found[2]}", found.start())
+        if text := "".join(held):
+            yield Text(text), start
+        held = []
+        try:
+            yield _mark(tag, strict=True), found.start()
+        except LanguageError as error:
+            raise LanguageError(str(error), found.start()) from None
+        start = end = tag.end()
+    held.append(source[end:])
+    if text := "".join(held):
+        yield Text(text), start
+
+
+def _mark(tag: re.Match[str], *, strict: bool) -> Mark:
+    if tag["open"]:
+        return AsyncOpen()
+    if tag["close"]:
+        return AsyncClose()
+    if tag["sync"]:
+        return Sync()
+    topic = _unescape_topic(tag["topic"] if tag["tokens"] else tag["topic2"])
+    tokens = int(tag["tokens"] or tag["tokens2"])
+    return Promise(topic, tokens) if strict else Promise.clip(topic, tokens)
+
+
+# ------------------------------------------------------------------------------ scanning pieces
+
+_HEADS = ("promise", "async", "/async", "sync")
+
+
+class Scanner:
+    """Finds tags in bytes that arrive in pieces, wherever the pieces end.
+
+    Made for models that write the XML themselves, so it forgives: a malformed tag is ordinary text,
+    a promise outside its bounds is clipped. Text that may yet become a tag is held back until it is
+    decided. Fed in any pieces it yields the same as fed whole (adjacent `Text` merged). Bytes that
+    are no UTF-8 become U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def feed(self, piece: bytes) -> list[Mark]:
+        """The marks that are certain once `piece` has arrived."""
+        self._held += self._decoder.decode(piece)
+        return list(self._scan(final=False))
+
+    def flush(self) -> list[Mark]:
+        """What is still held, now that no more will come; the scanner is as new afterwards."""
+        self._held += self._decoder.decode(b"", final=True)
+        marks = list(self._scan(final=True))
+        self._decoder.reset()
+        return marks
+
+    @property
+    def held(self) -> str:
+        """Characters that may yet become a tag."""
+        return self._held
+
+    def _scan(self, *, final: bool) -> Iterator[Mark]:
+        while self._held:
+            at = self._held.find("<")
+            if at < 0:
+                at = len(self._held)
+            if at:
+                yield Text(self._held[:at])
+                self._held = self._held[at:]
+                continue
+            length, mark = self._decide(final)
+            if not length:
+                return
+            yield mark if mark is not None else Text(self._held[:length])
+            self._held = self._held[length:]
+
+    def _decide(self, final: bool) -> tuple[int, Mark | None]:
+        """Characters decided at the held `<` (0: wait), and the mark if it is not they themselves."""
+        held = self._held
+        head = held[1:].lstrip("\\")
+        slashes = len(held) - 1 - len(head)
+        word = next((w for w in _HEADS if head.startswith(w)), None)
+        if word is None:
+            waits = not final and any(w.startswith(head) for w in _HEADS)
+            return (0, None) if waits else (1 + slashes, None)
+        if slashes:
+            return 1 + slashes + len(word), Text(f"<{held[2 : 1 + slashes]}{word}")
+        end = re.compile(r"[<>\n]").search(held, 1)
+        if end is None and len(held) < TAG_LIMIT and not final:
+            return 0, None
+        tag = _TAG.match(held) if end is not None and end.start() < TAG_LIMIT else None
+        return (tag.end(), _mark(tag, strict=False)) if tag else (1 + len(word), None)

@@ -1,0 +1,262 @@
+"""Who sees whom, and at which position: one incremental object for engines and for training.
+
+A `Layout` is told what happens to the threads of one response (fork, decode, join), in any order that
+respects cause and effect, and gives every token a place (the slot of the KV pool, in order of
+decoding), a position id, and the set of places it sees. Engines drive it with events while decoding;
+training drives it with the events of a finished document in linear order (`pack`). Visibility
+depends on that history only through what was joined when, so both give the same model.
+
+A fork copies the parent's row, decoding sets one bit, a join is an OR: keys and values never move.
+
+Positions, with p the position of the promise's last token and N its length:
+
+    promised   the child starts at p+1; its parent goes on at p+1+N+2 (the tags of the chunk are 2)
+    overlap    both go on at p+1; after a join, at the largest visible position + 1
+    serial     no masked pass: the response is expanded into ordinary causal rows (`pack_serial`)
+
+Source: PASTA section 4 (interpreter, positions "Pred-10X").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pastalm.errors import CapabilityError
+from pastalm.events import Decoded, Event, Finished, Forked, Joined, Path
+from pastalm.lang import AsyncClose, AsyncOpen, Document, Promise, Text, linearize
+from pastalm.vocabulary import Vocabulary
+
+Policy: TypeAlias = Literal["promised", "overlap", "serial"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+CHUNK_TAGS = 2
+"""`<|async|>` and `<|/async|>`: what a chunk takes beside the N tokens it was promised."""
+
+Row: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A token in its place. row: [capacity] bool, the places it sees, itself included."""
+
+    path: Path
+    token: int
+    place: int
+    position: int
+    row: Row
+    forced: bool = False
+
+
+class Layout:
+    """The threads of one response over `capacity` places, the first `prompt_length` of them the prompt.
+
+    Raises CapabilityError for the policy `serial` (it is not one masked pass), IndexError when full.
+    """
+
+    def __init__(self, prompt_length: int, capacity: int, policy: Policy = "promised") -> None:
+        if policy not in ("promised", "overlap"):
+            raise CapabilityError(f"positions={policy!r} is not one masked pass; use promised or overlap")
+        self.policy = policy
+        self.used = prompt_length
+        self.positions = np.zeros(capacity, dtype=np.int64)
+        self.positions[:prompt_length] = np.arange(prompt_length)
+        row = np.zeros(capacity, dtype=np.bool_)
+        row[:prompt_length] = True
+        self._rows: dict[Path, Row] = {(): row}
+        self._next: dict[Path, int] = {(): prompt_length}
+
+    def fork(self, path: Path, promised: int) -> None:
+        """Thread `path` begins where its parent stands now."""
+        parent = path[:-1]
+        self._rows[path] = self._rows[parent].copy()
+        self._next[path] = self._next[parent]
+        if self.policy == "promised":
+            self._next[parent] += promised + CHUNK_TAGS
+
+    def decode(self, path: Path, token: int, *, forced: bool = False) -> Placed:
+        """The next token of thread `path`."""
+        place, position = self.used, self._next[path]
+        self.positions[place] = position
+        row = self._rows[path]
+        row[place] = True
+        self._next[path] = position + 1
+        self.used = place + 1
+        return Placed(path, token, place, position, row.copy(), forced)
+
+    def join(self, path: Path, children: Sequence[Path]) -> None:
+        """From now on thread `path` sees what each of `children` sees."""
+        row = self._rows[path]
+        for child in children:
+            row |= self._rows[child]
+        if children and self.policy == "overlap":
+            self._next[path] = int(self.positions[row].max()) + 1
+
+    def apply(self, event: Event) -> list[Placed]:
+        """Does what an event means; the tokens it places, in order."""
+        if isinstance(event, Forked) and event.path:
+            self.fork(event.path, event.promised)
+        elif isinstance(event, Joined):
+            self.join(event.path, event.children)
+        placed = [self.decode(event.path, event.token)] if isinstance(event, Decoded) else []
+        return placed + [self.decode(event.path, token, forced=True) for token in event.forced]
+
+    def visible(self, path: Path) -> Row:
+        """[capacity] bool: the places that thread `path` sees now (a view)."""
+        return self._rows[path]
+
+
+# ------------------------------------------------------------------------------ over linear form
+
+
+def unroll(document: Document, vocabulary: Vocabulary, *, eos: int | None = None) -> Iterator[Event]:
+    """The events that would have decoded `document`, in linear order; `eos` ends the main thread."""
+    tags = vocabulary.tags
+    assert tags is not None, "a document has token ids only under a prepared vocabulary"
+    path: Path = ()
+    forks: dict[Path, int] = {(): 0}
+    unjoined: dict[Path, list[Path]] = {(): []}
+    promise = Promise("part", 10)
+    yield Forked(path=())
+    for mark in linearize(document):
+        if isinstance(mark, Text):
+            for token in vocabulary.encode(mark.text):
+                yield Decoded(path=path, token=token)
+        elif isinstance(mark, Promise):
+            promise = mark
+            for token in vocabulary.encode_document([mark]):
+                yield Decoded(path=path, token=token, tag=True)
+        elif isinstance(mark, AsyncOpen):
+            child = (*path, forks[path])
+            forks[path] += 1
+            unjoined[path].append(child)
+            forks[child], unjoined[child], path = 0, [], child
+            yield Forked(
+                path=child, topic=promise.topic, promised=promise.tokens, forced=(tags.async_open,)
+            )
+        elif isinstance(mark, AsyncClose):
+            yield Decoded(path=path, token=tags.async_close, tag=True)
+            yield Finished(path=path)
+            path = path[:-1]
+        else:
+            yield Joined(path=path, children=tuple(unjoined[path]), forced=(tags.sync,))
+            unjoined[path] = []
+    if eos is not None:
+        yield Decoded(path=(), token=eos, tag=True)
+    yield Finished(path=())
+
+
+IGNORED = -100
+"""The label of a token that is not in the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One response as one training sequence of n tokens, thread after thread.
+
+    input_ids, position_ids, labels: [n]; labels[i] is input_ids[i] or -100, and belongs to the logits
+    at i - 1 (the caller's loss shifts by one, as the field's trainers do). visible: [n, n] bool,
+    visible[i, j]: i sees j. paths: each token's thread.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    visible: NDArray[np.bool_]
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def pack(
+    prompt: Sequence[int],
+    document: Document,
+    vocabulary: Vocabulary,
+    policy: Policy = "promised",
+    *,
+    eos: int | None = None,
+) -> Packed:
+    """The response as one masked sequence: prompt and main thread first, then each chunk as one run.
+
+    Within each run the target is the next token, so that after a promise it is the parent's next
+    token (PASTA section 5); the forced `<|async|>` and the prompt are left out of the loss. `<|sync|>`
+    stays in: the model sampled it, it was only fed late.
+    """
+    events = list(unroll(document, vocabulary, eos=eos))
+    length = len(prompt) + sum(isinstance(e, Decoded) + len(e.forced) for e in events)
+    layout = Layout(len(prompt), length, policy)
+    placed = [token for event in events for token in layout.apply(event)]
+    rank = {path: i for i, path in enumerate(dict.fromkeys(((), *(t.path for t in placed))))}
+    placed.sort(key=lambda t: rank[t.path])  # stable: linear order within a thread
+    order = np.array([*range(len(prompt)), *(t.place for t in placed)], dtype=np.int64)
+    ids = np.array([*prompt, *(t.token for t in placed)], dtype=np.int64)
+    labels = ids.copy()
+    labels[: len(prompt)] = IGNORED
+    if vocabulary.tags is not None:
+        labels[ids == vocabulary.tags.async_open] = IGNORED
+    rows = [np.arange(length) <= i for i in range(len(prompt))] + [t.row for t in placed]
+    return Packed(
+        input_ids=ids,
+        position_ids=layout.positions[order],
+        labels=labels,
+        visible=np.stack(rows)[:, order],
+        paths=((),) * len(prompt) + tuple(t.path for t in placed),
+    )
+
+
+def pack_serial(
+    prompt: Sequence[int], document: Document, vocabulary: Vocabulary, *, eos: int | None = None
+) -> list[Packed]:
+    """The response under `serial`: one ordinary causal row for each stretch of a thread between syncs.
+
+    A row is the linear form of all that the stretch may see, then the stretch; only the stretch is
+    labelled. `<|sync|>` is predicted by the stretch that it ends (its label's row) and read, as
+    context, by the one after it.
+    """
+    events = list(unroll(document, vocabulary, eos=eos))
+    length = len(prompt) + sum(isinstance(e, Decoded) + len(e.forced) for e in events)
+    layout = Layout(len(prompt), length, "promised")
+    tokens = list(prompt)
+    paths: list[Path] = [()] * len(prompt)
+    stretches: dict[Path, tuple[list[int], list[int]]] = {(): (list(range(len(prompt))), [])}
+    done: list[tuple[Path, list[int], list[int]]] = []
+    for event in events:
+        if isinstance(event, Joined):
+            # the sync's label ends the old stretch, its keys open the new one's context
+            context, own = stretches[event.path]
+            sync = layout.used
+            done.append((event.path, context, [*own, sync]))
+        placed = layout.apply(event)
+        for token in placed:
+            tokens.append(token.token)
+            paths.append(token.path)
+        if isinstance(event, Joined):
+            seen = np.flatnonzero(layout.visible(event.path)).tolist()
+            stretches[event.path] = (seen, [])
+        elif isinstance(event, Forked) and event.path:
+            seen = np.flatnonzero(layout.visible(event.path)).tolist()
+            stretches[event.path] = (seen, [])
+        else:
+            for token in placed:
+                stretches[token.path][1].append(token.place)
+    done += [(path, context, own) for path, (context, own) in stretches.items()]
+    return [_row(tokens, paths, context, own) for _, context, own in done if own]
+
+
+def _row(tokens: list[int], paths: list[Path], context: list[int], own: list[int]) -> Packed:
+    places = context + own  # both ascend in linear order, and all of `context` comes first
+    ids = np.array([tokens[i] for i in places], dtype=np.int64)
+    labels = ids.copy()
+    labels[: len(context)] = IGNORED
+    n = len(places)
+    return Packed(
+        input_ids=ids,
+        position_ids=np.arange(n),
+        labels=labels,
+        visible=np.tril(np.ones((n, n), dtype=np.bool_)),
+        paths=tuple(paths[i] for i in places),
+    )

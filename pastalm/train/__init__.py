@@ -1,0 +1,1 @@
+"""The finetuning that teaches a model to annotate itself."""

@@ -113,11 +113,13 @@ class Joined(_Event):
 class Finished(_Event):
     """Thread `path` ended: `stop` by its own end token or a stop string, `length` by a budget, or `abort`.
 
-    text: reader's text that was held back as a possible tag and is released by the end.
+    text: reader's text that was held back as a possible tag and is released by the end. cut: the whole
+    answer is cut before this character (there a stop string was found).
     """
 
     reason: FinishReason = "stop"
     text: str = ""
+    cut: int | None = None
     kind: Literal["finished"] = "finished"
 
 

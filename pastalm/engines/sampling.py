@@ -1,0 +1,209 @@
+"""From logits to tokens for a whole step at once, in float32 (float64 for float64 logits).
+
+Order: raw log-probabilities, `logit_bias`, repetition penalty, `allowed`, temperature, top-k, top-p,
+min-p, then the Gumbel-max draw. The noise of a token id is a hash of (key, id), with the key a hash
+of (seed, choice, path, index of the token in its thread): it does not depend on who else is in the
+batch, nor on the device. Greedy rows take the largest logit after `allowed`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pastalm.engine import SamplingParams
+from pastalm.errors import EngineError
+from pastalm.events import Path, TokenSet
+
+CANDIDATES = 1024
+"""Ids looked at first where top-p or min-p truncate: nearly always enough, and sorts far fewer."""
+MASKS = 64
+"""Masks kept on the device, one of [vocabulary] for each `allowed` seen last."""
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIXERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+_NO_IDS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one row of logits is to be sampled with. key: from `noise_key`. seen: ids that the
+    repetition penalty counts (only looked at if there is one)."""
+
+    params: SamplingParams
+    key: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed: TokenSet | None = None
+    seen: NDArray[np.int64] = field(default_factory=lambda: _NO_IDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token, with raw log-probabilities if they were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def noise_key(seed: int, choice: int, path: Path, index: int) -> int:
+    """A stable signed 64-bit key for token `index` of thread `path`."""
+    text = f"{seed}/{choice}/{'.'.join(map(str, path))}/{index}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise, float64 [rows, ids], of keys [rows] and ids [1 or rows, ids], both int64.
+
+    splitmix64 of (key, id); torch's integers are signed, so a logical shift needs a mask.
+    """
+    x = keys[:, None] + (ids + 1) * _GOLDEN
+    for shift, mixer in zip((30, 27), _MIXERS, strict=True):
+        x = (x ^ _shifted(x, shift)) * mixer
+    uniform = (_shifted(x ^ _shifted(x, 31), 12).double() + 0.5) * 2.0**-52
+    return -torch.log(-torch.log(uniform))
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class Sampler:
+    """Samples rows of logits over `vocabulary_size` ids, on the device where they lie."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        self._size = vocabulary_size
+        self._masks: OrderedDict[tuple[TokenSet, torch.device], Tensor] = OrderedDict()
+
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        """A token for each row of logits [rows, vocabulary].
+
+        Raises EngineError if a row's `allowed` admits no id.
+        """
+        raw = logits if logits.dtype == torch.float64 else logits.float()
+        shaped = self._masked(_penalised(_biased(raw, draws), draws), draws)
+        tokens = shaped.argmax(-1)
+        hot = [i for i, draw in enumerate(draws) if not draw.params.greedy]
+        if hot:
+            rows = torch.tensor(hot, device=raw.device)
+            tokens[rows] = _drawn(shaped[rows], [draws[i] for i in hot])
+        return _collected(raw, tokens, draws)
+
+    def _masked(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        if all(draw.allowed is None for draw in draws):
+            return logits
+        banned = torch.stack([self._banned(draw.allowed, logits.device) for draw in draws])
+        return logits.masked_fill(banned, -torch.inf)
+
+    def _banned(self, allowed: TokenSet | None, device: torch.device) -> Tensor:
+        """[vocabulary] bool: the ids outside `allowed`."""
+        allowed = allowed if allowed is not None else TokenSet.all_but()
+        mask = self._masks.get((allowed, device))
+        if mask is None:
+            inside = [token for token in allowed.ids if 0 <= token < self._size]
+            banned = np.full(self._size, not allowed.inverted)
+            banned[inside] = allowed.inverted
+            if banned.all():
+                raise EngineError("a thread is allowed no token of the vocabulary")
+            mask = self._masks[allowed, device] = torch.from_numpy(banned).to(device)
+            if len(self._masks) > MASKS:
+                self._masks.popitem(last=False)
+        self._masks.move_to_end((allowed, device))
+        return mask
+
+
+def _biased(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    entries = [(i, t, b) for i, draw in enumerate(draws) for t, b in draw.logit_bias.items()]
+    if not entries:
+        return logits
+    rows, ids, biases = zip(*entries, strict=True)
+    where = torch.tensor([rows, ids], device=logits.device)
+    added = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+    return logits.index_put((where[0], where[1]), added, accumulate=True)
+
+
+def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits of seen ids divided (if positive) or multiplied by the row's repetition penalty."""
+    rows = [i for i, d in enumerate(draws) if d.params.repetition_penalty != 1 and len(d.seen)]
+    if not rows:
+        return logits
+    ids = torch.from_numpy(np.concatenate([draws[i].seen for i in rows])).to(logits.device)
+    lengths = [len(draws[i].seen) for i in rows]
+    owner = torch.from_numpy(np.repeat(rows, lengths)).to(logits.device)
+    penalties = np.repeat([draws[i].params.repetition_penalty for i in rows], lengths)
+    penalty = torch.from_numpy(penalties).to(logits.device, logits.dtype)
+    before = logits[owner, ids]
+    return logits.index_put((owner, ids), torch.where(before > 0, before / penalty, before * penalty))
+
+
+def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """One id for each row, drawn by Gumbel-max from the truncated distribution."""
+    like = {"dtype": logits.dtype, "device": logits.device}
+    scaled = logits / torch.tensor([d.params.temperature for d in draws], **like)[:, None]
+    values, ids = _truncated(scaled, draws)
+    keys = torch.tensor([d.key for d in draws], device=logits.device)
+    best = (values.double() + gumbel(keys, ids)).argmax(-1, keepdim=True)
+    return ids.expand(len(draws), -1).gather(1, best)[:, 0]
+
+
+def _truncated(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """Candidates' logits [rows, n], -inf where top-k, top-p or min-p drop them, and their ids."""
+    size = logits.shape[-1]
+    tops = [min(d.params.top_k, size) if d.params.top_k > 0 else size for d in draws]
+    free = [
+        top == size and d.params.top_p == 1 and d.params.min_p == 0
+        for top, d in zip(tops, draws, strict=True)
+    ]
+    if all(free):
+        return logits, torch.arange(size, device=logits.device)[None]
+    width = size if any(free) else min(size, max(tops))
+    if width > CANDIDATES:
+        values, ids, complete = _nucleus(logits, draws, tops, CANDIDATES)
+        if not any(free) and bool(complete.all()):
+            return values, ids
+    return _nucleus(logits, draws, tops, width)[:2]
+
+
+def _nucleus(
+    logits: Tensor, draws: Sequence[Draw], tops: Sequence[int], width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_truncated` over the `width` largest logits; also, for each row, whether those suffice."""
+    like = {"dtype": logits.dtype, "device": logits.device}
+    top = torch.tensor(tops, device=logits.device)[:, None]
+    # 2: beyond what rounding can make of a sum of all probabilities
+    share = torch.tensor([d.params.top_p if d.params.top_p < 1 else 2.0 for d in draws], **like)
+    floor = torch.tensor([d.params.min_p for d in draws], **like).log()
+    values, ids = logits.topk(width)
+    kept = values.masked_fill(torch.arange(width, device=logits.device) >= top, -torch.inf)
+    within = kept.logsumexp(-1, keepdim=True)
+    total = torch.where(top <= width, within, logits.logsumexp(-1, keepdim=True))
+    reached = (kept - total).exp().cumsum(-1)
+    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
+    least = kept[:, :1] + floor[:, None]
+    keep = (before < share[:, None]) & (kept >= least)
+    complete = (top[:, 0] <= width) | (reached[:, -1] >= share) | (values[:, -1] < least[:, 0])
+    return kept.masked_fill(~keep, -torch.inf), ids, complete
+
+
+def _collected(raw: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+    """The sampled tokens, brought to the host with the log-probabilities that were asked for."""
+    asked = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
+    if not asked:
+        return [Sampled(token) for token in tokens.tolist()]
+    rows = torch.tensor(asked, device=raw.device)
+    logprobs = raw[rows].log_softmax(-1)
+    own = logprobs.gather(1, tokens[rows][:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(max(draws[i].params.logprobs or 0 for i in asked))
+    sampled = [Sampled(token) for token in tokens.tolist()]
+    for i, logprob, top_ids, top in zip(asked, own, ids.tolist(), values.tolist(), strict=True):
+        n = draws[i].params.logprobs
+        pairs = tuple(zip(top_ids[:n], top[:n], strict=True))
+        sampled[i] = Sampled(sampled[i].token, logprob, pairs)
+    return sampled

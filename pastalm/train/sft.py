@@ -1,0 +1,317 @@
+"""Stage 1: supervised finetuning on linear form (PASTA section 5.2), on TRL's SFTTrainer.
+
+Mask, positions and labels come from layout.py, the same object that engines drive. LoRA on all linear
+layers and the six new embedding rows; the loss is computed at labelled positions only, and weighs
+the tokens that decide on forks more (`tag_weight`): a main thread that does not see what its chunks
+say learns there when to stop promising. Checkpoints as it goes, and goes on from the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+
+from pastalm import models
+from pastalm.errors import DataError, ModelError
+from pastalm.layout import POLICIES
+from pastalm.train.dataset import (
+    Example,
+    Mix,
+    batches,
+    collate,
+    examples,
+    provenance,
+    read_annotated,
+)
+from pastalm.vocabulary import TAG_TOKENS, Tags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftConfig:
+    """One training run. learning_rate: 1e-5, the paper's, moves neither LoRA nor new rows.
+    batch_tokens: padded tokens a step. tag_weight: loss weight of the decision tokens."""
+
+    data: Path
+    out: Path
+    model: str = models.EMBEDDED
+    mix: Mix = field(default_factory=Mix)
+    epochs: float = 1.0
+    learning_rate: float = 5e-4
+    warmup: float = 0.05
+    batch_tokens: int = 2048
+    tag_weight: float = 2.0
+    lora_rank: int = 16
+    validation_rows: int = 16
+    save_steps: int = 40
+    resume: bool = True
+    device: str = "cpu"
+    seed: int = 0
+
+
+def weighted_loss(
+    model: Any, inputs: dict[str, Tensor], tags: Tags, tag_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted mean negative log-likelihood over labelled tokens; their losses [m] and whether each
+    is a decision (a tag, or what follows a promise) [m]. inputs: as `collate` gives them."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    labels = inputs["labels"][:, 1:]
+    kept = labels != -100
+    hidden = base.model(
+        input_ids=inputs["input_ids"],
+        position_ids=inputs["position_ids"],
+        attention_mask=inputs["attention_mask"],
+        use_cache=False,
+    ).last_hidden_state
+    logits = base.lm_head(hidden[:, :-1][kept]).float()
+    targets = labels[kept]
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    ids = torch.tensor(tags.ids, device=targets.device)
+    decision = torch.isin(targets, ids) | (inputs["input_ids"][:, :-1][kept] == tags.promise_end)
+    weights = torch.where(decision, tag_weight, 1.0)
+    return (losses * weights).sum() / weights.sum(), losses.detach(), decision
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer with the loss above."""
+
+    tags: Tags
+    tag_weight: float
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, _, _ = weighted_loss(model, inputs, self.tags, self.tag_weight)
+        return (loss, None) if return_outputs else loss
+
+
+def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
+    """Trains and returns the folder of the adapter, `out/adapter`. Raises DataError, ModelError."""
+    _check(config)
+    model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
+    models.prepare(model, tokenizer)
+    eos = sorted(models._eos(model, tokenizer))
+    vocabulary = models.vocabulary_of(tokenizer, eos=eos)
+    rows = read_annotated(config.data)
+    chosen = list(examples(rows, tokenizer, vocabulary, config.mix, eos=eos[0]))
+    held, chosen = chosen[: config.validation_rows], chosen[config.validation_rows :]
+    if not chosen:
+        raise DataError(f"{config.data}: no usable answers are left to train on")
+    progress(f"training on {json.dumps(provenance(chosen))}")
+    plan = batches(chosen, config.batch_tokens, seed=config.seed)
+    tags = vocabulary.tags
+    assert tags is not None
+    trainer = _trainer(config, model, tokenizer, chosen, plan, tags)
+    log = _Log(config, trainer, held, tags, progress)
+    trainer.add_callback(log)
+    newest = _newest(config)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    seconds = time.perf_counter() - started
+    folder = config.out / "adapter"
+    _save(trainer.model, folder, config, seconds, provenance(chosen), log)
+    return folder
+
+
+def _check(config: SftConfig) -> None:
+    if not config.data.is_file():
+        raise DataError(f"no annotated data at {config.data}: make it with pasta annotate")
+    if unknown := set(config.mix.positions) - set(POLICIES):
+        raise DataError(f"unknown positions {sorted(unknown)}: use {', '.join(POLICIES)}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    asked, path = _described(config), config.out / "config.json"
+    if path.is_file() and config.resume and json.loads(path.read_text()) != asked:
+        raise DataError(f"{config.out} holds a run of another configuration: use another --out, or --no-resume")
+    path.write_text(json.dumps(asked, indent=2) + "\n")
+
+
+def _described(config: SftConfig) -> dict[str, Any]:
+    """The configuration without what does not change the result."""
+    described = asdict(replace(config, out=Path("."), resume=True))
+    described["data"] = config.data.name
+    described.pop("out")
+    described.pop("resume")
+    return json.loads(json.dumps(described))  # type: ignore[no-any-return]
+
+
+def _newest(config: SftConfig) -> Path | None:
+    found = [p for p in config.out.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not config.resume or not found:
+        return None
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def _trainer(
+    config: SftConfig,
+    model: Any,
+    tokenizer: Any,
+    chosen: list[Example],
+    plan: list[list[int]],
+    tags: Tags,
+) -> _Trainer:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules="all-linear",
+        trainable_token_indices=list(tags.ids),
+        task_type="CAUSAL_LM",
+    )
+    steps = int(len(plan) * config.epochs)
+    trainer = _Trainer(
+        model=get_peft_model(model, lora),
+        args=TrlConfig(
+            output_dir=str(config.out),
+            per_device_train_batch_size=1,
+            num_train_epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=max(1, int(steps * config.warmup)),
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            bf16=config.device != "cpu" or models.cpu_has_bfloat16(),
+            use_cpu=config.device == "cpu",
+            logging_steps=5,
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            report_to=[],
+            disable_tqdm=True,
+            seed=config.seed,
+            max_length=None,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_num_workers=0,
+        ),
+        train_dataset=Dataset.from_dict({"indices": plan}),
+        data_collator=lambda wanted: collate(
+            [chosen[i].packed for batch in wanted for i in batch["indices"]]
+        ),
+        processing_class=tokenizer,
+    )
+    trainer.tags, trainer.tag_weight = tags, config.tag_weight
+    return trainer
+
+
+class _Log(TrainerCallback):  # type: ignore[misc]
+    """Writes log.jsonl and loss.png, and says where the training is."""
+
+    def __init__(
+        self,
+        config: SftConfig,
+        trainer: _Trainer,
+        held: list[Example],
+        tags: Tags,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.config, self.trainer, self.held, self.tags = config, trainer, held, tags
+        self.progress = progress
+        self.path = config.out / "log.jsonl"
+        self.last: dict[str, Any] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self._write({"step": state.global_step, "loss": logs["loss"], "lr": logs["learning_rate"]})
+            self.progress(f"step {state.global_step}/{state.max_steps} loss {logs['loss']}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._write({"step": state.global_step, **self.validate()})
+        plot(self.path, self.config.out / "loss.png")
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss over held-out answers: decision tokens and text apart. Under bfloat16 as trained."""
+        model = self.trainer.model
+        model.eval()
+        sums = {"validation_tags": [0.0, 0], "validation_text": [0.0, 0]}
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            for batch in batches(self.held, self.config.batch_tokens):
+                inputs = collate([self.held[i].packed for i in batch])
+                inputs = {k: v.to(model.device) for k, v in inputs.items()}
+                _, losses, decision = weighted_loss(model, inputs, self.tags, 1.0)
+                for name, where in (("validation_tags", decision), ("validation_text", ~decision)):
+                    sums[name][0] += float(losses[where].sum())
+                    sums[name][1] += int(where.sum())
+        model.train()
+        return {name: round(total / max(1, n), 4) for name, (total, n) in sums.items()}
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.last.update(entry)
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def plot(log: Path, target: Path) -> None:
+    """Draws the losses of a log.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key, style in (("loss", "-"), ("validation_text", "o-"), ("validation_tags", "s-")):
+        points = [(e["step"], e[key]) for e in entries if key in e]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+
+
+def _save(
+    model: Any,
+    folder: Path,
+    config: SftConfig,
+    seconds: float,
+    data: dict[str, Any],
+    log: _Log,
+) -> None:
+    """The adapter in bfloat16, with its card and how it was trained."""
+    final = log.validate()
+    plot(log.path, config.out / "loss.png")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    with models.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, save_embedding_layers=False)
+    models.write_card(
+        folder,
+        {
+            "base": config.model,
+            "shape": models.shape_of(model.get_base_model()),
+            "tags": list(TAG_TOKENS.values()),
+            "positions": sorted(config.mix.positions),
+            "sequential_marker": models.SEQUENTIAL_MARKER,
+        },
+    )
+    record = {
+        "config": _described(config),
+        "data": data,
+        "steps": log.trainer.state.global_step,
+        "seconds_this_run": round(seconds),
+        "final": {**log.last, **final},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {config.device}",
+        "torch": torch.__version__,
+    }
+    (folder / "train.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -392,6 +392,11 @@ class TransformersEngine:
         if sequence is not None:
             self._free.add(sequence.row)
 
+    def forget(self) -> None:
+        """Forgets the prompts that free rows remember: the next request is prefilled whole."""
+        for row in self._free:
+            self._memory[row] = self._memory[row][:0]
+
     # ------------------------------------------------------------------ requests and events
 
     def _check(self, request: Request) -> None:

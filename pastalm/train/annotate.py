@@ -16,7 +16,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -39,11 +40,23 @@ from pastalm.lang import (
 CountTokens: TypeAlias = Callable[[str], int]
 Span: TypeAlias = tuple[int, int]
 Kind: TypeAlias = Literal[
-    "heading", "bold", "bracket", "roman", "series", "title", "label", "ordinal", "number", "bullet"
+    "heading",
+    "bold",
+    "bracket",
+    "roman",
+    "series",
+    "title",
+    "label",
+    "outline",
+    "number",
+    "bullet",
+    "ordinal",
 ]
 
 MAX_GROUP = 16
 MAX_TOPIC_TOKENS = 8
+MIN_MEAN_TOKENS = 14
+"""Below this mean length of its chunks a group is not worth its tags."""
 WORTH = 0.9
 """A group is kept if its longest chain is below this share of its plain length."""
 PROMISE_TAGS = 3
@@ -106,15 +119,23 @@ class _Marker:
             return False
         if abs(self.rank - other.rank) > (1 if self.rank >= _LIST_RANK else 0):
             return False
-        return self.number is None or other.number is None or self.number == other.number + 1
+        if self.number is None or other.number is None:
+            return True
+        # Markdown also numbers every item 1
+        return self.number == other.number + 1 or self.number == other.number == 1
 
 
 _LIST_RANK = 10
+_INNERMOST = 99
 _HEADING = re.compile(r"(#{1,6})\s+\S")
 _NUMBER = re.compile(r"\s*(?:\*\*|__)?\(?(\d{1,2})(?:[.)]\s+(?=\S)|[.)](?=[A-Za-z*\"“]))")
 _BULLET = re.compile(r"\s*(?:([-*+–—])\s+(?=\S)|([•·●◦▪‣])\s*(?=\S))")
-_BOLD = re.compile(r"(?:\*\*|__)([^*_]{2,80})(?:\*\*|__):?\s*$|(?:\*\*|__)([^*_]{2,80}):(?:\*\*|__)\s*$")
-_BRACKET = re.compile(r"\[([^\[\]]{3,60})\]:?\s*$")
+_BOLD = re.compile(
+    r"(?:\*\*|__)([^*_]{2,80})(?:\*\*|__):?\s*$|(?:\*\*|__)([^*_]{2,80}):(?:\*\*|__)\s*$"
+)
+_BRACKET = re.compile(r"\[([A-Z0-9][^\[\].!?]{2,40})\]:?\s*$")
+_OUTLINE = re.compile(r"(\d{1,2})\.(\d{1,2})[.)]?\s+[A-Z]")
+_UNDERLINE = re.compile(r"(={3,}|-{3,})\s*$")
 _ROMAN = re.compile(r"([IVX]{1,4})[.)]\s+\S")
 _SERIES = re.compile(
     r"(?:\*\*)?(day|week|month|phase|option|module|lesson|unit|session|slide|part|section|idea|tip|"
@@ -127,8 +148,9 @@ _LABEL = re.compile(
     r"(?:\*\*|__)([^*_]{2,60}?)(?::(?:\*\*|__)|(?:\*\*|__)\s*[:\-–—])\s*\S"
     r"|([A-Z][\w&/'’() -]{1,45}?)(?::| [–—-]) (?=\S)"
 )
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _ORDINAL = re.compile(
-    r"(?:first|second|third|fourth|fifth|sixth)(?:ly)?, |(?:one|another) (?:\w+ ){0,2}?"
+    r"(first|second|third|fourth|fifth|sixth)(?:ly)?, |(?:one|another) (?:\w+ ){0,2}?"
     r"(?:way|reason|benefit|advantage|disadvantage|option|approach|strategy|factor|example|"
     r"possibility|method|aspect|challenge|feature|tip|theory|argument|area|application|difference) ",
     re.IGNORECASE,
@@ -140,7 +162,9 @@ _NO_TITLE = re.compile(
     r"q|a|http|https)\b",
     re.IGNORECASE,
 )
-_SMALL = frozenset("a an and as at by for from in into of on or the to vs with your".split())
+_SMALL = frozenset(
+    re.findall(r"\S+", "a an and as at by for from in into of on or the to vs with your")
+)
 
 
 def _title_text(line: str) -> str | None:
@@ -165,12 +189,15 @@ def _plain_marker(index: int, line: _Line, repeated: frozenset[str]) -> _Marker 
         name = (label[1] or label[2]).strip()
         if len(name.split()) <= 6 and name not in repeated and not _NO_TITLE.search(name):
             return _Marker(index, "label", 9)
-    if line.opens and _ORDINAL.match(line.text):
-        return _Marker(index, "ordinal", 9)
+    if line.opens and (found := _ORDINAL.match(line.text)):
+        number = _ORDINALS.index(found[1].casefold()) if found[1] else None
+        return _Marker(index, "ordinal", _INNERMOST, "counted" if found[1] else "", number)
     return None
 
 
-def _marker(index: int, line: _Line, repeated: frozenset[str]) -> _Marker | None:
+def _marker(
+    index: int, line: _Line, repeated: frozenset[str], below: _Line | None
+) -> _Marker | None:
     text = line.text
     if line.fenced or line.blank or not re.search(r"\w", text) or text.lstrip().startswith("|"):
         return None
@@ -180,6 +207,10 @@ def _marker(index: int, line: _Line, repeated: frozenset[str]) -> _Marker | None
         return _Marker(index, "bullet", _LIST_RANK + line.indent, found[1] or found[2])
     if line.indent:
         return None
+    if line.opens and below and (found := _UNDERLINE.match(below.text)):
+        return _Marker(index, "heading", 1 if found[1].startswith("=") else 2)
+    if found := _OUTLINE.match(text):
+        return _Marker(index, "outline", _LIST_RANK, found[1], int(found[2]))
     if found := _HEADING.match(text):
         return _Marker(index, "heading", len(found[1]))
     if found := _SERIES.match(text):
@@ -209,7 +240,11 @@ def _markers(lines: Sequence[_Line]) -> list[_Marker]:
     # a name that comes back is a speaker or a field of every item, never a part of its own
     counts = Counter(_names(lines))
     repeated = frozenset(name for name, count in counts.items() if count > 1)
-    found = (_marker(i, line, repeated) for i, line in enumerate(lines))
+    below = (*lines[1:], None)
+    found = (
+        _marker(i, line, repeated, after)
+        for i, (line, after) in enumerate(zip(lines, below, strict=True))
+    )
     return [marker for marker in found if marker]
 
 
@@ -298,7 +333,7 @@ def _last_end(lines: Sequence[_Line], run: _Run) -> int:
     """The line before which the last part ends: it takes the shape of those before it."""
     starts = [m.line for m in run.markers]
     last, kind = starts[-1], run.markers[-1].kind
-    spans = list(zip(starts, starts[1:], strict=False))
+    spans = list(pairwise(starts))
     most = min((len(_blocks(lines, a, b)) for a, b in spans), default=1)
     single = all(sum(not lines[i].blank for i in range(a, b)) == 1 for a, b in spans)
     indent = lines[last].indent
@@ -362,11 +397,13 @@ def _head(text: str, kind: Kind) -> tuple[str, str]:
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"[*_`#\[\]]+", "", text).strip().rstrip(":").strip()
+    return re.sub(r"\\(?=_)|[*`#\[\]]+|__+|(?<!\w)_|_(?!\w)", "", text).strip().rstrip(":").strip()
 
 
 _STOP = frozenset(
-    """a about above after all also although am an and another any are as at away be because been before
+    re.findall(
+        r"\S+",
+        """a about above after all also although am an and another any are as at away be because been before
     being below both but by can cannot could did do does doing don dont down during each either etc even
     every for from get give go had has have having he her here hers him his how however i if in into is
     it its itself just let lets like lot made make makes making many may me might more most much must my
@@ -375,7 +412,8 @@ _STOP = frozenset(
     to too try under until up upon us use used uses using very via was we were what when where whether
     which while who whom whose why will with within without would you your yours yourself
     don't can't it's you're one's first second third fourth fifth firstly secondly thirdly finally
-    lastly next then best good great important key main way ways step e.g i.e eg ie vs""".split()
+    lastly next then way ways step e.g i.e eg ie vs""",
+    )
 )
 _WORD = re.compile(r"[^\W_][\w'’+#./-]*")
 _SERIES_LEAD = re.compile(r"([A-Za-z]+)\s+(\d{1,2}|[IVX]{1,4})\b(?:\s*[-–]\s*\d+)?\W*")
@@ -388,7 +426,12 @@ def _words(text: str) -> list[str]:
 
 def _content(text: str) -> list[str]:
     words = _words(text)
-    return [w for w in words if w.casefold() not in _STOP and (len(w) > 1 or w.isupper())]
+    return [w for w in words if not _empty(w) and len(w) > 1]
+
+
+def _empty(word: str) -> bool:
+    """A word that says nothing; IT and US do."""
+    return word.casefold() in _STOP and not (len(word) > 1 and word.isupper())
 
 
 def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
@@ -399,10 +442,10 @@ def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
         yield from (f"{series} {word}" for word in more)
         yield series
     words = _words(lead)
-    inner = [w for w in words if w.casefold() not in _STOP]
-    if inner and len(words) <= MAX_TOPIC_WORDS and words[-1] == inner[-1]:
-        start = words.index(inner[0])
-        yield " ".join(words[start:])
+    if words and words[0].casefold() in ("a", "an", "the"):
+        words = words[1:]
+    if len(words) <= MAX_TOPIC_WORDS and not all(map(_empty, words)):
+        yield " ".join(words)
     own = list(dict.fromkeys(_content(lead)))
     if own:
         yield from _choices(own)
@@ -411,30 +454,33 @@ def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
 
 
 def _choices(words: Sequence[str]) -> Iterator[str]:
-    yield " ".join(words[:MAX_TOPIC_WORDS])
+    yield from (" ".join(words[:n]) for n in (3, 2))
     yield from (" ".join((words[0], words[1], word)) for word in words[3:])
     yield from (" ".join(words[i : i + MAX_TOPIC_WORDS]) for i in range(1, len(words)))
-    yield from (" ".join(words[:n]) for n in (2, 1))
+    yield " ".join(words[:1])
 
 
 def _usable(topic: str, count_tokens: CountTokens) -> bool:
     """A topic of which at least one word says something, short enough to be decoded whole."""
     words = topic.split()
-    speaks = any(len(re.sub(r"\W", "", w)) > 1 and w.casefold() not in _STOP for w in words)
+    speaks = any(len(re.sub(r"\W", "", w)) > 1 and not _empty(w) for w in words)
     letters = any(c.isalpha() for c in topic)
     fits = len(topic) <= 60 and count_tokens(topic) <= MAX_TOPIC_TOKENS
     return 0 < len(words) <= MAX_TOPIC_WORDS and speaks and letters and fits
 
 
 def _common(parts: Sequence[_Part]) -> frozenset[str]:
-    counts = Counter(w for p in parts for w in {w.casefold() for w in _content(p.rest[:200])})
-    return frozenset(w for w, n in counts.items() if n > max(1, len(parts) / 2))
+    heads = [[w.casefold() for w in _content(p.rest[:200])] for p in parts]
+    counts = Counter(w for head in heads for w in set(head))
+    openers = Counter(head[0] for head in heads if head)
+    often = {w for w, n in counts.items() if n > max(1, len(parts) / 2)}
+    return frozenset(often | {w for w, n in openers.items() if n > 2})
 
 
 # -------------------------------------------------------------------------------- independence
 
 _LEANS_HEAD = re.compile(
-    r"\W*(?:(?:it|they|he|she|him|her|his|their|its|them|this|these|those|that|such|both|neither|then|"
+    r"\W*(?!(?-i:IT|US)\b)(?:(?:it|they|he|she|him|her|his|their|its|them|this|these|those|that|such|then|"
     r"next|afterwards?|finally|lastly|however|therefore|thus|hence|so|also|in addition|additionally|"
     r"furthermore|moreover|similarly|likewise|meanwhile|instead|consequently|as a result|again|but|and|"
     r"or|on the other hand|by contrast|in contrast|conversely|still|yet|besides|otherwise|nevertheless|"
@@ -492,8 +538,16 @@ _TALE = re.compile(
 )
 _PROCEDURE = re.compile(
     r"\b(?:steps?|procedure|instructions?|how (?:to|do|can|would|should)|recipe|tutorial|walk ?through|"
-    r"algorithm|process|workflow|set(?:ting)? up|install|configure|implement|code|script|solve|"
-    r"calculate|derive|prove)\b",
+    r"algorithm|solve|calculate|compute|derive|prove|proof|guide me)\b",
+    re.IGNORECASE,
+)
+_WORKING = re.compile(
+    r"\b(?:process|workflow|set(?:ting)? up|install\w*|configur\w+|implement\w*)\b"
+)
+_ASSORTED = re.compile(
+    r"\b(?:ways|tips|options|reasons|things|ideas|examples|suggestions|questions|factors|benefits|"
+    r"strategies|features|advantages|disadvantages|methods|types|possibilities|recommendations|"
+    r"characteristics|aspects|causes|differences|similarities|resources|topics|titles|applications)\b",
     re.IGNORECASE,
 )
 _HANDS = re.compile(
@@ -502,7 +556,19 @@ _HANDS = re.compile(
     r"install|npm|pip|import|function|variable|loop|return|screw|drill|glue)\b",
     re.IGNORECASE,
 )
-_CHOICE = re.compile(r"\b(?:method|option|approach|using|solution|alternative|way)\b", re.IGNORECASE)
+_FIELD = re.compile(
+    r"(?:(?:full |first |last |character )?name|age|gender|race|occupation|background|backstory|"
+    r"appearance|personality|setting|plot|characters?|protagonist|antagonist|premise|twist|logline|"
+    r"pre-?conditions?|(?:test )?steps|expected (?:results?|outcome)|actual results?|"
+    r"fix|vulnerability|issue|problem|solution|root cause|cause|resolution|diagnosis|symptoms?|"
+    r"hypothesis|thesis(?: statement)?|claim|proof|given|ingredients|directions|instructions|materials|"
+    r"method(?:ology|s)?|results|procedure|set-?up|punchline|questions?|answers?|input|output|"
+    r"situation|task|action|explanation|translation|original|corrected|step)\W*$",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(
+    r"\b(?:method|option|approach|using|solution|alternative|way)\b", re.IGNORECASE
+)
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")
 _LISTS: frozenset[Kind] = frozenset({"number", "bullet"})
 
@@ -534,15 +600,22 @@ def _coded(parts: Sequence[_Part]) -> bool:
 
 def _stepwise(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     """Steps that are only instructions; steps with a name and an explanation stand on their own."""
-    asked = _PROCEDURE.search(before) or _PROCEDURE.search(prompt)
+    opening = before.strip().rpartition("\n")[2]
     named = parts[0].kind == "series" and parts[0].lead.casefold().startswith(("step", "stage"))
-    if not (asked or named):
+    told = _PROCEDURE.search(opening) or _WORKING.search(opening)
+    if not (told or named or _PROCEDURE.search(prompt)):
         return False
-    return not all(_explained(p) for p in parts) or _share(parts, _HANDS) >= CLOSED_SHARE
+    if _share(parts, _HANDS) >= CLOSED_SHARE:
+        return True
+    assorted = not told and not named and _ASSORTED.search(opening)
+    return not assorted and not all(_explained(p) for p in parts)
 
 
-def _invented(parts: Sequence[_Part], known: str) -> bool:
+def _invented(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     """A name that one part brings up and others take up: they share what only the first made."""
+    if parts[0].kind in _LISTS and not _TALE.search(prompt):
+        return False
+    known = f"{prompt}\n{before}".casefold()
     counts = Counter(name for part in parts for name in set(_NAME.findall(part.rest)))
     limit = max(1, len(parts) * 0.4)
     return any(n > limit and name.casefold() not in known for name, n in counts.items())
@@ -555,17 +628,24 @@ def _told(parts: Sequence[_Part], prompt: str) -> bool:
     return parts[0].kind not in _LISTS and _TALE.search(prompt) is not None
 
 
+def _record(parts: Sequence[_Part]) -> bool:
+    """Fields of one record, of an invented person or a worked problem: each depends on the first."""
+    fields = sum(bool(_FIELD.match(p.lead)) for p in parts)
+    return fields > 1 or bool(re.match(r"(?:\w+ )?names?$", parts[0].lead, re.IGNORECASE))
+
+
 def _independent(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     """Whether the parts as a group may be written apart from each other."""
     leads = Counter(p.lead.casefold() for p in parts if p.lead)
-    if leads and max(leads.values()) > 1:
+    if (leads and max(leads.values()) > 1) or _record(parts):
         return False
     if _share(parts, _MATH) >= 0.25 or _coded(parts) or _told(parts, prompt):
         return False
     if any(p.text.count("\n") >= 40 for p in parts):
         return False
-    known = f"{prompt}\n{before}".casefold()
-    return not _stepwise(parts, before[-300:], prompt[-600:]) and not _invented(parts, known)
+    return not _stepwise(parts, before[-300:], prompt[-600:]) and not _invented(
+        parts, before, prompt
+    )
 
 
 # -------------------------------------------------------------------------------------- groups
@@ -592,10 +672,20 @@ def _parts(response: str, lines: Sequence[_Line], run: _Run) -> list[_Part]:
     starts = [m.line for m in run.markers] + [_last_end(lines, run)]
     offsets = [lines[i].start if i < len(lines) else len(response) for i in starts]
     parts = []
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in pairwise(offsets):
         lead, rest = _head(response[start:end], run.markers[0].kind)
         parts.append(_Part(start, end, response[start:end], run.markers[0].kind, lead, rest))
-    return parts
+    if parts[-1].lead and not re.search(r"\w", parts[-1].rest) and parts[0].rest.strip():
+        parts.pop()
+    return _named_apart(parts)
+
+
+def _named_apart(parts: list[_Part]) -> list[_Part]:
+    """Parts whose leads are all one word ("Test case: ...") are named by what follows it."""
+    if len(parts) < 2 or not parts[0].lead or len({p.lead.casefold() for p in parts}) > 1:
+        return parts
+    heads = [_head(p.rest, "label") for p in parts]
+    return [replace(p, lead=lead, rest=rest) for p, (lead, rest) in zip(parts, heads, strict=True)]
 
 
 def _stretches(parts: Sequence[_Part], count_tokens: CountTokens) -> Iterator[list[_Part]]:
@@ -642,7 +732,8 @@ def _group(parts: Sequence[_Part], count_tokens: CountTokens) -> _Group | None:
     plain = sum(count_tokens(p.text) for p in parts)
     nodes = tuple(_nodes(promises, parts))
     chain = critical_path((*nodes, Sync()), count_tokens)
-    return _Group(tuple(parts), promises, plain - chain) if chain < WORTH * plain else None
+    worth = chain < WORTH * plain and plain >= MIN_MEAN_TOKENS * len(parts)
+    return _Group(tuple(parts), promises, plain - chain) if worth else None
 
 
 def _nodes(promises: Sequence[Promise], parts: Sequence[_Part]) -> Iterator[Node]:
@@ -756,7 +847,9 @@ class Annotated:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps({name: getattr(self, name) for name in self.__slots__}, ensure_ascii=False)
+        return json.dumps(
+            {name: getattr(self, name) for name in self.__slots__}, ensure_ascii=False
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## these lines
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(STAMP) ## a virtual environment with everything in it (some minutes, once)
+
+# torch by itself first: the plain release for CPUs where one is at hand, not gigabytes for GPUs
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[transformers,train,dev]" -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## one prompt decoded asynchronously, then sequentially, with both times
+	$(BIN)/pasta demo
+
+test: lint ## lint, types, imports, and every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff, mypy, import-linter
+	$(BIN)/ruff check pastalm tests runs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## time per decoding step, by number of threads
+	$(BIN)/python runs/bench_step.py
+
+clean: ## what make made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

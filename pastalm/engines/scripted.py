@@ -1,0 +1,182 @@
+"""An engine without a model: it plays written documents, one a request, through a real vocabulary.
+
+For demos and tests. Each thread follows its own part of the script: after a promise the parent goes on
+with what stands behind the chunk, the child with the chunk. Masks, forced tokens, waiting and
+cancelling work as on any engine. What the masks forbid is played as well as it can be: a forbidden
+promise writes its chunk in place, any other forbidden tag is left out, any other forbidden token is
+replaced by the smallest allowed id. A script that is over ends its thread.
+
+Every scripted token is certain: its log-probability is 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TypeAlias
+
+from pastalm.engine import Capabilities, Request, SampledToken, Schedule
+from pastalm.errors import RequestError
+from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.lang import Async, AsyncClose, Document, Promise, Text, parse, render_mark, strip
+from pastalm.vocabulary import Tags, Vocabulary
+
+Script: TypeAlias = "str | Document"
+"""PASTA-LANG, as text or as values."""
+
+EOS = 256
+
+
+def byte_vocabulary(prepared: bool = True) -> Vocabulary:
+    """One id a byte (0..255), 256 the end, and in a prepared one 257..262 the six tags."""
+    return Vocabulary(
+        size=263 if prepared else 257,
+        eos=frozenset({EOS}),
+        encode=lambda text: list(text.encode()),
+        piece=lambda token: bytes([token]) if token < 256 else b"",
+        tags=Tags(*range(257, 263)) if prepared else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A promise of a script: its tokens stand at start..after, `body` is what keeps it."""
+
+    start: int
+    after: int
+    body: Document
+
+
+@dataclass(slots=True)
+class _Thread:
+    """A thread playing `ids` from `at`; what stands in `instead` comes first."""
+
+    ids: list[int]
+    chunks: list[_Chunk]
+    end: list[int]
+    at: int = 0
+    instead: deque[int] = field(default_factory=deque)
+    live: bool = True
+    allowed: TokenSet | None = None
+
+
+@dataclass(slots=True)
+class _Playing:
+    request: Request
+    script: Document
+    threads: dict[Path, _Thread] = field(default_factory=dict)
+
+
+class ScriptedEngine:
+    """Plays `scripts` in the order in which requests come, again from the first after the last.
+
+    schedule: which threads decode in a step (None: all). step_seconds: how long a step takes.
+    Raises LanguageError for a script that is not PASTA-LANG, RequestError where there is none.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        scripts: Sequence[Script],
+        *,
+        max_num_seqs: int = 8,
+        max_model_len: int = 65536,
+        schedule: Schedule | None = None,
+        step_seconds: float = 0.0,
+    ) -> None:
+        if not scripts:
+            raise RequestError("a scripted engine needs at least one script")
+        self._vocabulary = vocabulary
+        self._scripts = [parse(s) if isinstance(s, str) else s for s in scripts]
+        self._turn = count()
+        self._schedule = schedule
+        self._step_seconds = step_seconds
+        self._playing: dict[str, _Playing] = {}
+        self._capabilities = Capabilities(
+            name="scripted",
+            positions=("promised", "overlap"),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            exact=False,
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def add(self, request: Request) -> None:
+        """Takes a request; beyond max_num_seqs it waits. Raises RequestError if it never could fit."""
+        length = len(request.prompt_token_ids) + request.params.max_tokens
+        if not request.prompt_token_ids:
+            raise RequestError("the prompt is empty: say something")
+        if length > self._capabilities.max_model_len:
+            raise RequestError(
+                f"prompt and max_tokens need {length} places, the engine has "
+                f"{self._capabilities.max_model_len}: shorten the prompt or lower max_tokens"
+            )
+        script = self._scripts[next(self._turn) % len(self._scripts)]
+        self._playing[request.id] = _Playing(request, script)
+
+    def apply(self, request_id: str, event: Event) -> None:
+        """Does what an event means to the script of its thread."""
+        playing = self._playing[request_id]
+        if isinstance(event, Forked):
+            self._fork(playing, event.path)
+        thread = playing.threads[event.path]
+        if isinstance(event, Blocked):
+            thread.live = False
+        elif isinstance(event, Joined):
+            thread.live = True
+            if event.children:
+                self._play(thread, event.forced)
+        elif isinstance(event, Decoded):
+            self._play(thread, (event.token, *event.forced))
+        elif isinstance(event, Finished):
+            del playing.threads[event.path]
+            if not playing.threads:
+                del self._playing[request_id]
+        thread.allowed = event.allowed
+
+    def step(self) -> list[SampledToken]:
+        """The next token of every live thread that the schedule picks."""
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        running = list(self._playing.values())[: self._capabilities.max_num_seqs]
+        live = [(p.request.id, path) for p in running for path, t in p.threads.items() if t.live]
+        return [self._sample(*chosen) for chosen in (self._schedule(live) if self._schedule else live)]
+
+    def has_unfinished(self) -> bool:
+        return bool(self._playing)
+
+    def cancel(self, request_id: str) -> None:
+        self._playing.pop(request_id, None)
+
+    # ------------------------------------------------------------------ scripts
+
+    def _fork(self, playing: _Playing, path: Path) -> None:
+        """Gives a new thread its part; a parent whose promise was changed on the way goes on behind it."""
+        if not path:
+            playing.threads[path] = self._thread(playing.script, sorted(self._vocabulary.eos)[:1])
+            return
+        parent = playing.threads[path[:-1]]
+        chunk = next(c for c in parent.chunks if c.start < parent.at <= c.after)
+        parent.at = chunk.after
+        playing.threads[path] = self._thread(chunk.body, self._mark(AsyncClose()))
+
+    def _thread(self, document: Document, end: list[int]) -> _Thread:
+        ids: list[int] = []
+        chunks: list[_Chunk] = []
+        start = 0
+        for node in document:
+            if isinstance(node, Async):
+                chunks.append(_Chunk(start, len(ids), node.body))
+            else:
+                start = len(ids)
+                ids += self._mark(node)
+        return _Thread([*ids, *end], chunks, end)
+
+    def _mark(self, mark: Text | Promise | AsyncClose | object) -> list[int]:
+        raise NotImplementedError

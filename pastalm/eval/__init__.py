@@ -1,0 +1,1 @@
+"""Measuring what asynchronous decoding gains and costs."""

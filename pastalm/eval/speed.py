@@ -1,0 +1,236 @@
+"""Speed, prompt by prompt: asynchronous against the same model with its tags off, and length-matched.
+
+Three decodings of each prompt, greedy, one request at a time, in one process and in rotating order:
+asynchronous; `parallelism` 0 ("own tags off"); and the asynchronous answer's text decoded again
+sequentially, forced ("length-matched": an answer that is only shorter is no speedup). Figures as in
+SPEC "Figures"; each prompt's record is written as soon as it is there, so a run can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pastalm.engine import Engine, Request, SamplingParams
+from pastalm.errors import DataError
+from pastalm.events import Decoded, Finished, Forked
+from pastalm.lang import Async, Document, Promise, Sync
+from pastalm.llm import LLM
+from pastalm.transcript import Transcript
+from pastalm.vocabulary import TAG_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRecord:
+    """One prompt. tokens, steps, critical_path, seconds: of the asynchronous answer; text_tokens: of
+    its reader's text and end; off_*: tags off; matched_seconds: its text decoded sequentially.
+    repeats: promises whose topic their group already had. tag_traces: tag spellings in the off text.
+    """
+
+    id: str
+    chunks: int
+    largest_group: int
+    repeats: int
+    malformed: bool
+    tokens: int
+    steps: int
+    critical_path: int
+    seconds: float
+    text_tokens: int
+    finish_reason: str
+    off_tokens: int
+    off_seconds: float
+    off_finish_reason: str
+    tag_traces: int
+    matched_seconds: float
+    annotated: str
+    off_text: str
+
+    @property
+    def speedups(self) -> dict[str, float]:
+        """theoretical and realized against tags off, and both length-matched."""
+        return {
+            "theoretical": self.off_tokens / self.critical_path,
+            "realized": self.off_seconds / self.seconds,
+            "text_ratio": self.text_tokens / self.off_tokens,
+            "theoretical_matched": self.text_tokens / self.critical_path,
+            "realized_matched": self.matched_seconds / self.seconds,
+        }
+
+
+def measure(llm: LLM, identity: str, prompt: str, *, max_tokens: int, turn: int = 0) -> SpeedRecord:
+    """Decodes one prompt in all three ways; `turn` rotates which of the first two goes first."""
+    on = SamplingParams(temperature=0, max_tokens=max_tokens)
+    off = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0)
+    answers: dict[bool, Transcript] = {}
+    for sequential in (False, True) if turn % 2 == 0 else (True, False):
+        _cold(llm)
+        stream = llm.stream([{"role": "user", "content": prompt}], off if sequential else on)
+        for _ in stream:
+            pass
+        answers[sequential] = stream.transcript
+        if sequential:
+            prompt_ids = stream.prompt_token_ids
+    fast, slow = answers[False], answers[True]
+    text_ids = [*llm.loaded.vocabulary.encode(fast.text), min(llm.loaded.vocabulary.eos)]
+    _cold(llm)
+    matched = force(llm.driver.engine, prompt_ids, text_ids)
+    groups = list(_groups(fast.document))
+    return SpeedRecord(
+        id=identity,
+        chunks=len(fast.threads) - 1,
+        largest_group=max(map(len, groups), default=0),
+        repeats=sum(len(g) - len({topic.casefold() for topic in g}) for g in groups),
+        malformed=any(spelling in fast.text for spelling in TAG_TOKENS.values()),
+        tokens=fast.tokens,
+        steps=fast.steps,
+        critical_path=fast.critical_path,
+        seconds=round(fast.seconds, 4),
+        text_tokens=len(text_ids),
+        finish_reason=str(fast.finish_reason),
+        off_tokens=slow.tokens,
+        off_seconds=round(slow.seconds, 4),
+        off_finish_reason=str(slow.finish_reason),
+        tag_traces=sum(slow.text.count(s) for s in TAG_TOKENS.values()) + len(slow.threads) - 1,
+        matched_seconds=round(matched, 4),
+        annotated=fast.annotated,
+        off_text=slow.text,
+    )
+
+
+def _cold(llm: LLM) -> None:
+    """No decoding is to find another's prompt in the pool."""
+    forget = getattr(llm.driver.engine, "forget", None)
+    if forget is not None:
+        forget()
+
+
+def force(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Seconds to decode given tokens one by one after a prompt, prefill included."""
+    params = SamplingParams(temperature=0, max_tokens=len(tokens))
+    request = Request(id="forced", prompt_token_ids=tuple(prompt), params=params)
+    started = time.perf_counter()
+    engine.add(request)
+    engine.apply(request.id, Forked(path=()))
+    for token in tokens:
+        engine.step()
+        engine.apply(request.id, Decoded(path=(), token=token))
+    seconds = time.perf_counter() - started
+    engine.apply(request.id, Finished(path=()))
+    return seconds
+
+
+def _groups(document: Document) -> Iterator[list[str]]:
+    """Topics of each group of promises: those of one thread between two syncs."""
+    group: list[str] = []
+    for node in document:
+        if isinstance(node, Promise):
+            group.append(node.topic)
+        elif isinstance(node, Async):
+            yield from _groups(node.body)
+        elif group and isinstance(node, Sync):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def run(
+    llm: LLM,
+    prompts: Path,
+    target: Path,
+    *,
+    max_tokens: int = 1024,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = print,
+) -> list[SpeedRecord]:
+    """Measures every prompt of a JSONL file ({id or index, instruction}) not in `target` yet, in a seeded random
+    order, so that an unfinished run is a fair sample. Raises DataError for files it cannot read."""
+    rows = _read(prompts)
+    random.Random(seed).shuffle(rows)
+    done = read_records(target)
+    finished = {record.id for record in done}
+    todo = [row for row in rows if row[0] not in finished][: None if limit is None else limit]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for i, (identity, prompt) in enumerate(todo):
+        record = measure(llm, identity, prompt, max_tokens=max_tokens, turn=i)
+        with target.open("a") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+        done.append(record)
+        s = record.speedups
+        progress(
+            f"{len(done)}/{len(rows)} {identity}: {record.chunks} chunks, theoretical "
+            f"{s['theoretical']:.2f} (matched {s['theoretical_matched']:.2f}), realized "
+            f"{s['realized']:.2f} (matched {s['realized_matched']:.2f}), {record.seconds:.1f} s"
+        )
+    return done
+
+
+def _read(prompts: Path) -> list[tuple[str, str]]:
+    try:
+        rows = [json.loads(line) for line in prompts.read_text().split("\n") if line.strip()]
+        return [(str(row.get("id", row.get("index", i))), row["instruction"]) for i, row in enumerate(rows)]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read prompts from {prompts}: {error}") from None
+
+
+def read_records(target: Path) -> list[SpeedRecord]:
+    """The records of an earlier run; a half-written last line is dropped."""
+    if not target.is_file():
+        return []
+    lines = target.read_text().split("\n")
+    whole = [line for line in lines[:-1] if line]
+    target.write_text("".join(line + "\n" for line in whole))
+    return [SpeedRecord(**json.loads(line)) for line in whole]
+
+
+def summary(records: Sequence[SpeedRecord]) -> dict[str, Any]:
+    """Shares, means, and geometric means with 95 % bootstrap intervals over prompts."""
+    from scipy.stats import bootstrap
+
+    table: dict[str, Any] = {
+        "prompts": len(records),
+        "forking (2 chunks or more)": float(np.mean([r.chunks >= 2 for r in records])),
+        "mean chunks": float(np.mean([r.chunks for r in records])),
+        "malformed": float(np.mean([r.malformed for r in records])),
+        "answers with a repeated topic": sum(r.repeats > 0 for r in records),
+        "capped where tags off is not": sum(
+            (r.finish_reason == "length" or r.largest_group >= 16)
+            and r.off_finish_reason != "length"
+            for r in records
+        ),
+        "tag traces in tags-off text": sum(r.tag_traces > 0 for r in records),
+        "mean tokens": float(np.mean([r.tokens for r in records])),
+        "mean critical path": float(np.mean([r.critical_path for r in records])),
+        "mean tokens, tags off": float(np.mean([r.off_tokens for r in records])),
+    }
+    for name in records[0].speedups:
+        logs = np.log([r.speedups[name] for r in records])
+        entry = {"geometric mean": float(np.exp(logs.mean()))}
+        if len(records) > 1:
+            rng = np.random.default_rng(0)
+            interval = bootstrap((logs,), np.mean, method="percentile", rng=rng).confidence_interval
+            entry |= {"low": float(np.exp(interval.low)), "high": float(np.exp(interval.high))}
+        table[name] = entry
+    return table
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The summary as a table for people."""
+    lines = ["| figure | value |", "| --- | --- |"]
+    for name, value in table.items():
+        if isinstance(value, dict):
+            low, high = value.get("low"), value.get("high")
+            spread = "" if low is None else f" ({low:.2f} to {high:.2f})"
+            lines.append(f"| {name.replace('_', ' ')}, geometric mean | {value['geometric mean']:.2f}{spread} |")
+        else:
+            lines.append(f"| {name} | {value if isinstance(value, int) else round(value, 3)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,107 @@
+"""Law 1: every decoded token's logits equal one masked forward pass over the linear form, in float64.
+
+The engine is driven by events alone, by random scripts; who sees whom comes from the oracle."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pastalm.engine import Request, SamplingParams, Schedule
+from pastalm.engines.transformers import TransformersEngine
+from pastalm.events import Decoded, Forked, Path
+from pastalm.layout import Policy
+from tests.laws.oracle import Fork, Linear
+from tests.laws.reference import EXACT, reference_logits
+from tests.laws.script import Script, play, random_scripts
+
+EXACTLY = 1e-9
+POLICIES: tuple[Policy, ...] = ("promised", "overlap")
+
+
+def error(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> float:
+    """Largest difference between the engine's logits and the reference's over a response."""
+    linear = Linear(script.prompt, script.record, script.policy)
+    n = len(linear.entries)
+    visible = linear.visible if hiding else np.tril(np.ones((n, n), dtype=np.bool_))
+    want = reference_logits(model, linear.tokens, linear.positions, visible)
+    assert len(script.logits) > 10
+    return max(
+        float((logits - want[linear.place[path, index]]).abs().max())
+        for (path, index), logits in script.logits.items()
+    )
+
+
+def uneven(seed: int) -> Schedule:
+    """Any threads at each step, sometimes none."""
+    rng = random.Random(seed)
+
+    def choose(live: Sequence[tuple[str, Path]]) -> Sequence[tuple[str, Path]]:
+        return [thread for thread in live if rng.random() < 0.4]
+
+    return choose
+
+
+def last_alone(live: Sequence[tuple[str, Path]]) -> Sequence[tuple[str, Path]]:
+    """One thread at a time, the deepest of the last request."""
+    return live[-1:]
+
+
+def first_alone(live: Sequence[tuple[str, Path]]) -> Sequence[tuple[str, Path]]:
+    """One thread at a time: main threads run ahead of their children."""
+    return live[:1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("schedule", [None, uneven(3), first_alone, last_alone])
+def test_one_response(model: PreTrainedModel, policy: Policy, schedule: Schedule | None) -> None:
+    for seed in range(3):
+        engine = TransformersEngine(
+            model, max_num_seqs=1, max_model_len=256, schedule=schedule, prefill_chunk=11
+        )
+        (script,) = random_scripts(seed, policy, 1)
+        play(engine, [script])
+        assert error(model, script) < EXACTLY
+
+
+@pytest.mark.parametrize("schedule", [None, uneven(5)])
+def test_many_responses(model: PreTrainedModel, schedule: Schedule | None) -> None:
+    engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=schedule)
+    scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", 2)
+    for i, script in enumerate(scripts):
+        script.id = str(i)
+    play(engine, scripts)
+    for script in scripts:
+        assert error(model, script) < EXACTLY
+
+
+def test_without_hiding_it_would_differ(model: PreTrainedModel) -> None:
+    engine = TransformersEngine(model, max_model_len=256)
+    (script,) = random_scripts(1, "overlap", 1)
+    play(engine, [script])
+    forks = [item for items in script.record.threads.values() for item in items]
+    assert any(isinstance(item, Fork) for item in forks)
+    assert error(model, script, hiding=False) > 1e-3
+
+
+def test_sequential_greedy_is_generate(model: PreTrainedModel) -> None:
+    prompt = tuple(random.Random(4).randrange(256) for _ in range(20))
+    model.set_attn_implementation(EXACT)
+    out = model.generate(  # type: ignore[operator]
+        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None
+    )
+    engine = TransformersEngine(model, max_model_len=256)
+    params = SamplingParams(temperature=0, max_tokens=40)
+    engine.add(Request(id="a", prompt_token_ids=prompt, params=params))
+    engine.apply("a", Forked(path=()))
+    tokens = []
+    for _ in range(40):
+        (sampled,) = engine.step()
+        tokens.append(sampled.token)
+        engine.apply("a", Decoded(path=(), token=sampled.token))
+    assert tokens == out[0, len(prompt) :].tolist()

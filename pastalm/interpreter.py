@@ -13,6 +13,7 @@ A prepared model speaks in six special tokens; for any other the XML is found in
 from __future__ import annotations
 
 import codecs
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ from pastalm.vocabulary import Tags, Vocabulary
 CHUNK_SLACK = 16
 """A chunk promised N tokens may take 2N and this many more."""
 MAX_TOPIC_TOKENS = 8
+CHUNK_TAGS = 2
+"""What a chunk's tags take of its parent's positions beside the length promised (layout.py)."""
 DISTINCTION_TOKENS = 4
 """Digits that may be needed to tell a topic from its siblings'."""
 
@@ -187,17 +190,13 @@ class Interpreter:
         """The event of a token, and the fork or the end that it brings."""
         child = self._adopt(thread, promise) if promise else None
         spent = not ended and self._spent(thread)
-        if ended or (spent and not thread.path):
-            yield decoded
-        elif spent:
-            thread.budget -= len(self._close)
-            yield replace(decoded, forced=decoded.forced + self._close)
-        else:
-            yield replace(decoded, allowed=self._allowed(thread))
+        yield decoded if ended or spent else replace(decoded, allowed=self._allowed(thread))
         if child is not None and promise is not None:
             yield from self._fork(child, promise)
-        if ended or spent:
-            yield from self._end(thread, "length" if spent else "stop")
+        if ended:
+            yield from self._end(thread, "stop")
+        elif spent:
+            yield from self._cut(thread)
 
     @property
     def _tags(self) -> Tags:
@@ -256,7 +255,7 @@ class Interpreter:
         number = 2
         while topic_key(f"{topic}{number}") in thread.group.values():
             number += 1
-        return self._vocabulary.encode(str(number))[0]
+        return self._vocabulary.encode(str(number))[-1]
 
     # ------------------------------------------------------------------ grammar
 
@@ -301,9 +300,17 @@ class Interpreter:
 
     def _affords(self, thread: Thread, tokens: int, *, spare: int) -> bool:
         """Whether `spare` more tokens, a chunk of that length and the thread's own end fit."""
-        left = thread.budget - spare - self._grant(tokens) - len(self._close)
+        grant, close = self._grant(tokens), len(self._close)
+        if grant <= len(self._open) + close or thread.budget < spare + grant + close:
+            return False
+        place, depth = thread.reach + spare, len(thread.path)
+        after = place + tokens + CHUNK_TAGS + close
+        return after <= self._positions(depth) and place + grant <= self._positions(depth + 1)
+
+    def _positions(self, depth: int) -> float:
+        """Positions that a thread may use: each leaves its parent those of its sync and its end."""
         limit = self._limits.max_position
-        return left >= 0 and (limit is None or thread.reach + thread.budget + tokens + 2 <= limit)
+        return math.inf if limit is None else limit - depth * (1 + len(self._close))
 
     def _grant(self, tokens: int) -> int:
         return min(self._limits.max_chunk_tokens, 2 * tokens + CHUNK_SLACK)
@@ -334,6 +341,9 @@ class Interpreter:
         sync = False
         marks = self._marks(thread, sampled.token, ended)
         for mark in marks:
+            if isinstance(mark, AsyncClose) and thread.path:
+                ended = True
+                break
             if promise or sync:
                 thread.carry += mark.text if isinstance(mark, Text) else render_mark(mark)
             elif isinstance(mark, Text):
@@ -343,9 +353,6 @@ class Interpreter:
                 text += "" if promise else render_mark(mark)
             elif isinstance(mark, Sync):
                 sync = bool(thread.group)
-            elif isinstance(mark, AsyncClose) and thread.path:
-                ended = True
-                break
         if sync:
             thread.carry = text + thread.carry
             yield from self._sync(thread, sampled.token)
@@ -378,7 +385,7 @@ class Interpreter:
         child.resume = self._open
         parent.forks += 1
         parent.budget -= grant
-        parent.reach += promise.tokens + 2
+        parent.reach += promise.tokens + CHUNK_TAGS
         parent.group[path] = topic_key(promise.topic)
         self.threads[path] = child
         return child
@@ -416,7 +423,7 @@ class Interpreter:
         for path in children:
             child = self.threads[path]
             thread.budget += child.budget
-            thread.reach = max(thread.reach, child.reach)
+            thread.reach = max(thread.reach, child.reach + 1)  # the sync's own, under `overlap`
         thread.group.clear()
         thread.state = "live"
         forced, thread.resume = thread.resume, ()
@@ -437,21 +444,20 @@ class Interpreter:
         return Joined(path=thread.path, forced=forced, allowed=self._allowed(thread))
 
     def _spent(self, thread: Thread) -> bool:
-        """Whether only the end of the thread still fits into its budget."""
-        return thread.budget <= (len(self._close) if thread.path else 0)
+        """Whether only the end of the thread still fits into its budget and the positions."""
+        left = min(thread.budget, self._positions(len(thread.path)) - thread.reach)
+        return left <= (len(self._close) if thread.path else 0)
 
     def _cut(self, thread: Thread) -> Iterator[Event]:
-        """Ends a thread at its budget right after a join, where no sampled token can carry the end."""
+        """Ends a thread at its budget; a child's end tag, whose place was reserved, is forced."""
         forced = self._close if thread.path else ()
         thread.budget -= len(forced)
+        thread.reach += len(forced)
         yield from self._end(thread, "length", forced)
 
     def _end(self, thread: Thread, reason: FinishReason, forced: Iterable[int] = ()) -> Iterator[Event]:
         thread.state = "finished"
-        text = thread.carry
-        if reason == "stop" and self._vocabulary.tags is not None:
-            text += thread.characters.decode(b"", final=True)
-        yield Finished(path=thread.path, reason=reason, text=text, forced=tuple(forced))
+        yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=tuple(forced))
         if thread.path:
             parent = self.threads[thread.path[:-1]]
             if parent.state == "blocked" and self._children_done(parent):

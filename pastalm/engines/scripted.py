@@ -21,7 +21,8 @@ from typing import TypeAlias
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
 from pastalm.errors import RequestError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
-from pastalm.lang import Async, AsyncClose, Document, Promise, Text, parse, render_mark, strip
+from pastalm.lang import Async, AsyncClose, Document, Promise, Sync, Text
+from pastalm.lang import normalize, parse, render_mark, strip
 from pastalm.vocabulary import Tags, Vocabulary
 
 Script: TypeAlias = "str | Document"
@@ -52,15 +53,18 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Thread:
-    """A thread playing `ids` from `at`; what stands in `instead` comes first."""
+    """A thread that plays `ids` from `at`; what stands in `instead` comes first."""
 
     ids: list[int]
     chunks: list[_Chunk]
-    end: list[int]
     at: int = 0
     instead: deque[int] = field(default_factory=deque)
     live: bool = True
     allowed: TokenSet | None = None
+
+    @property
+    def script_token(self) -> int | None:
+        return self.ids[self.at] if self.at < len(self.ids) else None
 
 
 @dataclass(slots=True)
@@ -73,8 +77,9 @@ class _Playing:
 class ScriptedEngine:
     """Plays `scripts` in the order in which requests come, again from the first after the last.
 
-    schedule: which threads decode in a step (None: all). step_seconds: how long a step takes.
-    Raises LanguageError for a script that is not PASTA-LANG, RequestError where there is none.
+    schedule: which threads decode in a step (None: all). step_seconds: how long a step takes, so that
+    a demo can be watched. Raises LanguageError for a script that is not PASTA-LANG, RequestError
+    where there is none.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class ScriptedEngine:
         if not scripts:
             raise RequestError("a scripted engine needs at least one script")
         self._vocabulary = vocabulary
-        self._scripts = [parse(s) if isinstance(s, str) else s for s in scripts]
+        self._scripts = [parse(s) if isinstance(s, str) else normalize(s) for s in scripts]
         self._turn = count()
         self._schedule = schedule
         self._step_seconds = step_seconds
@@ -157,26 +162,71 @@ class ScriptedEngine:
     # ------------------------------------------------------------------ scripts
 
     def _fork(self, playing: _Playing, path: Path) -> None:
-        """Gives a new thread its part; a parent whose promise was changed on the way goes on behind it."""
+        """Gives a new thread its part; its parent goes on behind the promise, however it was spelled."""
         if not path:
             playing.threads[path] = self._thread(playing.script, sorted(self._vocabulary.eos)[:1])
             return
         parent = playing.threads[path[:-1]]
         chunk = next(c for c in parent.chunks if c.start < parent.at <= c.after)
         parent.at = chunk.after
-        playing.threads[path] = self._thread(chunk.body, self._mark(AsyncClose()))
+        tags = self._vocabulary.tags
+        close = [tags.async_close] if tags else self._vocabulary.encode(render_mark(AsyncClose()))
+        playing.threads[path] = self._thread(chunk.body, close)
 
-    def _thread(self, document: Document, end: list[int]) -> _Thread:
+    def _thread(self, script: Document, end: Sequence[int]) -> _Thread:
         ids: list[int] = []
         chunks: list[_Chunk] = []
         start = 0
-        for node in document:
+        for node in script:
             if isinstance(node, Async):
                 chunks.append(_Chunk(start, len(ids), node.body))
             else:
                 start = len(ids)
-                ids += self._mark(node)
-        return _Thread([*ids, *end], chunks, end)
+                ids += self._spell(node)
+        return _Thread([*ids, *end], chunks)
 
-    def _mark(self, mark: Text | Promise | AsyncClose | object) -> list[int]:
-        raise NotImplementedError
+    def _spell(self, node: Text | Promise | Sync) -> Sequence[int]:
+        if self._vocabulary.tags is not None:
+            return self._vocabulary.encode_document((node,))
+        return self._vocabulary.encode(render_mark(node))
+
+    def _sample(self, request_id: str, path: Path) -> SampledToken:
+        playing = self._playing[request_id]
+        token = self._next(playing.threads[path])
+        asked = playing.request.params.logprobs
+        return SampledToken(
+            request_id=request_id,
+            path=path,
+            token=token,
+            logprob=None if asked is None else 0.0,
+            top_logprobs=((token, 0.0),) if asked else (),
+        )
+
+    def _next(self, thread: _Thread) -> int:
+        """What the script says, or the nearest to it that is allowed."""
+        tags = self._vocabulary.tags
+        allowed = thread.allowed
+        while (token := thread.instead[0] if thread.instead else thread.script_token) is not None:
+            if allowed is None or token in allowed:
+                return token
+            if tags is not None and token == tags.promise:
+                chunk = next(c for c in thread.chunks if c.start == thread.at)
+                thread.at = chunk.after
+                thread.instead.extend(self._vocabulary.encode(strip(chunk.body)))
+            elif tags is not None and token == tags.sync:
+                thread.at += 1
+            else:
+                break
+        return next(i for i in range(self._vocabulary.size) if allowed is None or i in allowed)
+
+    def _play(self, thread: _Thread, tokens: Sequence[int]) -> None:
+        """Moves on in the script by tokens that were decoded; those it does not hold move nothing."""
+        tags = self._vocabulary.tags
+        for token in tokens:
+            if thread.instead:
+                if token == thread.instead[0]:
+                    thread.instead.popleft()
+            elif token == thread.script_token:
+                thread.at += 1
+            elif tags is not None and token == tags.tokens:  # a topic that was cut short
+                thread.at = thread.ids.index(token, thread.at) + 1

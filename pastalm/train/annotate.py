@@ -5,9 +5,9 @@ lists, titled sections, labelled and enumerated paragraphs. It is made to be rig
 complete: where a part may lean on an earlier one (a pronoun, "then", a step that uses a result, a
 derivation, a story) it is left in the main thread.
 
-Contract: `strip(annotate(r)) == r` byte for byte. A chunk holds its item whole: marker, text and the
-white space after it. Between adjacent promises stands nothing; text after a group follows a `Sync`,
-unless it is only the title of the next group.
+Contract: `strip(annotate(r)) == r` byte for byte. A chunk holds its item whole: marker, text and
+the white space after it. Between adjacent promises stands nothing; text after a group follows a
+`Sync`, unless it is only the title of the next group.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CLOSED_SHARE = 1 / 3
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """start: offset in the response. text: without its line end. opens: first line after a blank."""
+    """start: offset in the response. text: without its end. opens: first line after a blank."""
 
     start: int
     text: str
@@ -129,7 +129,7 @@ _LIST_RANK = 10
 _INNERMOST = 99
 _HEADING = re.compile(r"(#{1,6})\s+\S")
 _NUMBER = re.compile(r"\s*(?:\*\*|__)?\(?(\d{1,2})(?:[.)]\s+(?=\S)|[.)](?=[A-Za-z*\"“]))")
-_BULLET = re.compile(r"\s*(?:([-*+–—])\s+(?=\S)|([•·●◦▪‣])\s*(?=\S))")
+_BULLET = re.compile(r"\s*(?:([-*+\u2013\u2014])\s+(?=\S)|([•·●◦▪\u2023])\s*(?=\S))")
 _BOLD = re.compile(
     r"(?:\*\*|__)([^*_]{2,80})(?:\*\*|__):?\s*$|(?:\*\*|__)([^*_]{2,80}):(?:\*\*|__)\s*$"
 )
@@ -140,24 +140,28 @@ _ROMAN = re.compile(r"([IVX]{1,4})[.)]\s+\S")
 _SERIES = re.compile(
     r"(?:\*\*)?(day|week|month|phase|option|module|lesson|unit|session|slide|part|section|idea|tip|"
     r"method|approach|strategy|example|scenario|level|tier|reason|point|example|step|stage|habit|"
-    r"principle|topic|concept|type|feature)\s+(?:\d{1,2}|[IVX]{1,4}|one|two|three|four|five|six|seven|"
-    r"eight|nine|ten)(?:\s*[-–]\s*\d{1,2})?\s*(?:[:.\-–—(]|\*\*|$)",
+    r"principle|topic|concept|type|feature)\s+(?:\d{1,2}|[IVX]{1,4}|one|two|three|four|five|"
+    r"six|seven|"
+    r"eight|nine|ten)(?:\s*[-\u2013]\s*\d{1,2})?\s*(?:[:.\-\u2013\u2014(]|\*\*|$)",
     re.IGNORECASE,
 )
 _LABEL = re.compile(
-    r"(?:\*\*|__)([^*_]{2,60}?)(?::(?:\*\*|__)|(?:\*\*|__)\s*[:\-–—])\s*\S"
-    r"|([A-Z][\w&/'’() -]{1,45}?)(?::| [–—-]) (?=\S)"
+    r"(?:\*\*|__)([^*_]{2,60}?)(?::(?:\*\*|__)|(?:\*\*|__)\s*[:\-\u2013\u2014])\s*\S"
+    r"|([A-Z][\w&/'\u2019() -]{1,45}?)(?::| [\u2013\u2014-]) (?=\S)"
 )
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _ORDINAL = re.compile(
     r"(first|second|third|fourth|fifth|sixth)(?:ly)?, |(?:one|another) (?:\w+ ){0,2}?"
     r"(?:way|reason|benefit|advantage|disadvantage|option|approach|strategy|factor|example|"
-    r"possibility|method|aspect|challenge|feature|tip|theory|argument|area|application|difference) ",
+    r"possibility|method|aspect|challenge|feature|tip|theory|argument|area|"
+    r"application|difference) ",
     re.IGNORECASE,
 )
 _NO_TITLE = re.compile(
-    r"\b(?:is|are|was|were|here|here's|following|below|can|could|you|i|we|would|should|will|includes?|"
-    r"examples?|notes?|follows|steps?|this|these|that|it|sure|answer|output|input|code|usage|result|"
+    r"\b(?:is|are|was|were|here|here's|following|below|can|could|you|i|we|would|should|will|"
+    r"includes?|"
+    r"examples?|notes?|follows|steps?|this|these|that|it|sure|answer|output|input|code|usage|"
+    r"result|"
     r"explanation|important|warning|where|question|subject|dear|re|from|cc|date|ps|title|sincerely|"
     r"q|a|http|https)\b",
     re.IGNORECASE,
@@ -309,12 +313,15 @@ def _depth_of_paragraph(
 
 
 _CLOSING = re.compile(
-    r"\W*(?:in (?:conclusion|summary|short|general|addition|the end)|to (?:conclude|sum|summari[sz]e)|"
-    r"overall|ultimately|finally|lastly|remember|these|this|those|i hope|hope|let me|please|note|by |"
+    r"\W*(?:in (?:conclusion|summary|short|general|addition|the end)|to (?:conclude|sum|"
+    r"summari[sz]e)|"
+    r"overall|ultimately|finally|lastly|remember|these|this|those|i hope|hope|let me|please|"
+    r"note|by |"
     r"with (?:these|this|the right)|it(?:'s| is) (?:important|worth|also|always|crucial|essential)|"
     r"keep in mind|of course|good luck|if you|all of|each of|both|as you can|so,|thus|therefore|"
     r"however|would you|do you|is there|feel free|thank|conclusion|summary|in all|when |while |"
-    r"you can also|additionally|also|together|depending|disclaimer|sincerely|best|for more|sources?\b|"
+    r"you can also|additionally|also|together|depending|disclaimer|sincerely|best|for more|"
+    r"sources?\b|"
     r"references?\b|conclusion|conclusively|there are (?:many|also|other)|for example)",
     re.IGNORECASE,
 )
@@ -357,7 +364,7 @@ def _last_end(lines: Sequence[_Line], run: _Run) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One part of the answer. lead: its name, may be empty. rest: its text after marker and lead."""
+    """One part of the answer. lead: its name, or empty. rest: its text after marker and lead."""
 
     start: int
     end: int
@@ -367,9 +374,9 @@ class _Part:
     rest: str
 
 
-_LEAD_BOLD = re.compile(r"\s*(?:\*\*|__)(.+?)(?:\*\*|__)\s*[:.\-–—]?\s*")
-_LEAD_QUOTED = re.compile(r"\s*[\"“]([^\"“”\n]{2,60})[\"”]\s*(?:[:\-–—]|by\b|\()\s*")
-_LEAD_PLAIN = re.compile(r"\s*([^\n:;.!?]{2,70}?)(?::| [-–—])(?=\s)\s*")
+_LEAD_BOLD = re.compile(r"\s*(?:\*\*|__)(.+?)(?:\*\*|__)\s*[:.\-\u2013\u2014]?\s*")
+_LEAD_QUOTED = re.compile(r"\s*[\"“]([^\"“”\n]{2,60})[\"”]\s*(?:[:\-\u2013\u2014]|by\b|\()\s*")
+_LEAD_PLAIN = re.compile(r"\s*([^\n:;.!?]{2,70}?)(?::| [-\u2013\u2014])(?=\s)\s*")
 _FIRST_LINE = re.compile(r"\s*(.+?)\s*(?:\n|$)")
 
 
@@ -403,25 +410,28 @@ def _clean(text: str) -> str:
 _STOP = frozenset(
     re.findall(
         r"\S+",
-        """a about above after all also although am an and another any are as at away be because been before
-    being below both but by can cannot could did do does doing don dont down during each either etc even
-    every for from get give go had has have having he her here hers him his how however i if in into is
-    it its itself just let lets like lot made make makes making many may me might more most much must my
-    no nor not of off on once one only onto or other our ours out over own per put same she should so
-    some such take than that the their theirs them then there these they thing things this those through
-    to too try under until up upon us use used uses using very via was we were what when where whether
-    which while who whom whose why will with within without would you your yours yourself
-    don't can't it's you're one's first second third fourth fifth firstly secondly thirdly finally
-    lastly next then way ways step e.g i.e eg ie vs""",
+        """
+        a about above after all also although am an and another any are as at away be because been
+        before being below both but by can cannot could did do does doing don dont down during
+        each either etc even every for from get give go had has have having he her here hers him
+        his how however i if in into is it its itself just let lets like lot made make makes
+        making many may me might more most much must my no nor not of off on once one only onto or
+        other our ours out over own per put same she should so some such take than that the their
+        theirs them then there these they thing things this those through to too try under until
+        up upon us use used uses using very via was we were what when where whether which while
+        who whom whose why will with within without would you your yours yourself don't can't it's
+        you're one's first second third fourth fifth firstly secondly thirdly finally lastly next
+        then way ways step e.g i.e eg ie vs
+        """,
     )
 )
-_WORD = re.compile(r"[^\W_][\w'’+#./-]*")
-_SERIES_LEAD = re.compile(r"([A-Za-z]+)\s+(\d{1,2}|[IVX]{1,4})\b(?:\s*[-–]\s*\d+)?\W*")
+_WORD = re.compile(r"[^\W_][\w'\u2019+#./-]*")
+_SERIES_LEAD = re.compile(r"([A-Za-z]+)\s+(\d{1,2}|[IVX]{1,4})\b(?:\s*[-\u2013]\s*\d+)?\W*")
 
 
 def _words(text: str) -> list[str]:
-    words = (re.sub(r"['’]s?$|[./-]+$", "", w) for w in _WORD.findall(_clean(text)))
-    return [w.replace("'", "").replace("’", "") for w in words if w]
+    words = (re.sub(r"['\u2019]s?$|[./-]+$", "", w) for w in _WORD.findall(_clean(text)))
+    return [w.replace("'", "").replace("\u2019", "") for w in words if w]
 
 
 def _content(text: str) -> list[str]:
@@ -436,7 +446,10 @@ def _empty(word: str) -> bool:
 
 def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
     """Topics for a part, the best first. common: words that most parts of the group share."""
-    lead, sentence = part.lead, re.split(r"(?<=[.!?])\s", part.rest.strip(), maxsplit=1)[0]
+    lead, rest = part.lead, part.rest.strip()
+    sentence = re.split(r"(?<=[.!?])\s", rest, maxsplit=1)[0]
+    if len(_content(sentence)) <= MAX_TOPIC_WORDS:
+        sentence = rest[:200]
     if found := _SERIES_LEAD.match(lead):
         series, more = f"{found[1]} {found[2]}", _content(lead[found.end() :] or sentence)
         yield from (f"{series} {word}" for word in more)
@@ -480,12 +493,17 @@ def _common(parts: Sequence[_Part]) -> frozenset[str]:
 # -------------------------------------------------------------------------------- independence
 
 _LEANS_HEAD = re.compile(
-    r"\W*(?!(?-i:IT|US)\b)(?:(?:it|they|he|she|him|her|his|their|its|them|this|these|those|that|such|then|"
-    r"next|afterwards?|finally|lastly|however|therefore|thus|hence|so|also|in addition|additionally|"
-    r"furthermore|moreover|similarly|likewise|meanwhile|instead|consequently|as a result|again|but|and|"
-    r"or|on the other hand|by contrast|in contrast|conversely|still|yet|besides|otherwise|nevertheless|"
+    r"\W*(?!(?-i:IT|US)\b)(?:(?:it|they|he|she|him|her|his|their|its|them|this|these|those|"
+    r"that|such|then|"
+    r"next|afterwards?|finally|lastly|however|therefore|thus|hence|so|also|in addition|"
+    r"additionally|"
+    r"furthermore|moreover|similarly|likewise|meanwhile|instead|consequently|as a result|"
+    r"again|but|and|"
+    r"or|on the other hand|by contrast|in contrast|conversely|still|yet|besides|otherwise|"
+    r"nevertheless|"
     r"eventually|now|once|as (?:mentioned|above|before)|based on (?:the|this|these)|alternatively|"
-    r"same|in conclusion|overall|in summary|for example|for instance|the (?:other|latter|former|rest)|"
+    r"same|in conclusion|overall|in summary|for example|for instance|the (?:other|latter|"
+    r"former|rest)|"
     r"others?|repeat|continue|more|last)\b"
     r"|after (?:that|this|these|which|you|the|completing|finishing|all)\b|(?:\w+ ){1,3}also\b)",
     re.IGNORECASE,
@@ -497,8 +515,10 @@ _LEANS_REST = re.compile(
     re.IGNORECASE,
 )
 _LEANS_ANY = re.compile(
-    r"\b(?:(?:as|mentioned|described|listed|shown|discussed|noted|outlined|stated|see|given|defined|"
-    r"used|created|the|from|points|steps|items) (?:above|earlier|before that|previously)|aforementioned|"
+    r"\b(?:(?:as|mentioned|described|listed|shown|discussed|noted|outlined|stated|see|given|"
+    r"defined|"
+    r"used|created|the|from|points|steps|items) (?:above|earlier|before that|previously)|"
+    r"aforementioned|"
     r"previous(?:ly)? (?:step|section|item|point|example|question|paragraph|answer|chapter|method|"
     r"option|approach|day|week|one|mentioned|created|defined|result|exercise|slide)s?|"
     r"preceding|the (?:resulting|newly|remaining|mixture)|repeat (?:the|this|steps?|these)|"
@@ -506,23 +526,30 @@ _LEANS_ANY = re.compile(
     r"same (?:\w+ )?as (?:above|before|in|the (?:first|previous|last))|this also|these also|"
     r"the (?:first|second|third|previous|last|other) (?:option|method|approach|example|point|step|"
     r"strategy|tip|reason|item|two|three|four|ones|methods|options|approaches)|"
-    r"you(?:'ve|’ve| have)? (?:just |previously )?(?:created|installed|wrote|defined|built|chose|"
-    r"identified|gathered|collected)|we (?:just|previously|already|have|get|obtain|found|defined|know)|"
-    r"(?:all|any|each) of the above|continu(?:ing|ed) from|building on|unlike the|like the (?:first|"
-    r"previous|last)|once (?:you(?:'ve|’ve| have)|the|that|this|it|they|these)|after (?:that|completing)|"
+    r"you(?:'ve|\u2019ve| have)? (?:just |previously )?(?:created|installed|wrote|defined|"
+    r"built|chose|"
+    r"identified|gathered|collected)|we (?:just|previously|already|have|get|obtain|found|"
+    r"defined|know)|"
+    r"(?:all|any|each) of the above|continu(?:ing|ed) from|building on|unlike the|"
+    r"like the (?:first|"
+    r"previous|last)|once (?:you(?:'ve|\u2019ve| have)|the|that|this|it|they|these)|"
+    r"after (?:that|completing)|"
     r"the (?:above|latter|former)|ibid)\b",
     re.IGNORECASE,
 )
 _SUMMARY = re.compile(
-    r"\W*(?:conclusions?|summary|overall|final (?:thoughts|words|verdict|answer)|references|sources|"
+    r"\W*(?:conclusions?|summary|overall|final (?:thoughts|words|verdict|answer)|references|"
+    r"sources|"
     r"bibliography|in (?:conclusion|summary)|wrap[- ]up|putting it|introduction|abstract|overview|"
     r"executive summary|recap|takeaways?|key takeaways?|closing|sincerely|signature|acknowledg\w+|"
     r"title|subject|disclaimer|final|result|recommendations?|discussion)\b",
     re.IGNORECASE,
 )
 _MATH = re.compile(
-    r"\d\s*[=*/^×÷]\s*[\d(a-z]|[a-z)]\s*=\s*[-(\d]|\\(?:frac|sqrt|sum|int|cdot|times|left)\b|\\\[|\$\$|"
-    r"\bsubstitut|\bwe (?:get|obtain|have|can (?:now|then))\b|\bso,? the (?:answer|total|probability)\b",
+    r"\d\s*[=*/^\u00d7\u00f7]\s*[\d(a-z]|[a-z)]\s*=\s*[-(\d]|\\(?:frac|sqrt|sum|int|cdot|times|left)\b|"
+    r"\\\[|\$\$|"
+    r"\bsubstitut|\bwe (?:get|obtain|have|can (?:now|then))\b|"
+    r"\bso,? the (?:answer|total|probability)\b",
     re.IGNORECASE,
 )
 _FICTION = re.compile(
@@ -537,7 +564,8 @@ _TALE = re.compile(
     re.IGNORECASE,
 )
 _PROCEDURE = re.compile(
-    r"\b(?:steps?|procedure|instructions?|how (?:to|do|can|would|should)|recipe|tutorial|walk ?through|"
+    r"\b(?:steps?|procedure|instructions?|how (?:to|do|can|would|should)|recipe|tutorial|"
+    r"walk ?through|"
     r"algorithm|solve|calculate|compute|derive|prove|proof|guide me)\b",
     re.IGNORECASE,
 )
@@ -552,7 +580,8 @@ _ASSORTED = re.compile(
 )
 _HANDS = re.compile(
     r"\b(?:click|tap|select|menu|button|dialog|drag|double-click|right-click|terminal|command line|"
-    r"preheat|oven|skillet|simmer|tablespoons?|teaspoons?|tbsp|tsp|whisk|stir|dough|batter|saucepan|"
+    r"preheat|oven|skillet|simmer|tablespoons?|teaspoons?|tbsp|tsp|whisk|stir|dough|batter|"
+    r"saucepan|"
     r"install|npm|pip|import|function|variable|loop|return|screw|drill|glue)\b",
     re.IGNORECASE,
 )
@@ -561,7 +590,8 @@ _FIELD = re.compile(
     r"appearance|personality|setting|plot|characters?|protagonist|antagonist|premise|twist|logline|"
     r"pre-?conditions?|(?:test )?steps|expected (?:results?|outcome)|actual results?|"
     r"fix|vulnerability|issue|problem|solution|root cause|cause|resolution|diagnosis|symptoms?|"
-    r"hypothesis|thesis(?: statement)?|claim|proof|given|ingredients|directions|instructions|materials|"
+    r"hypothesis|thesis(?: statement)?|claim|proof|given|ingredients|directions|instructions|"
+    r"materials|"
     r"method(?:ology|s)?|results|procedure|set-?up|punchline|questions?|answers?|input|output|"
     r"situation|task|action|explanation|translation|original|corrected|step)\W*$",
     re.IGNORECASE,
@@ -613,7 +643,7 @@ def _stepwise(parts: Sequence[_Part], before: str, prompt: str) -> bool:
 
 def _invented(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     """A name that one part brings up and others take up: they share what only the first made."""
-    if parts[0].kind in _LISTS and not _TALE.search(prompt):
+    if parts[0].kind in (*_LISTS, "series") and not _TALE.search(prompt):
         return False
     known = f"{prompt}\n{before}".casefold()
     counts = Counter(name for part in parts for name in set(_NAME.findall(part.rest)))
@@ -629,7 +659,7 @@ def _told(parts: Sequence[_Part], prompt: str) -> bool:
 
 
 def _record(parts: Sequence[_Part]) -> bool:
-    """Fields of one record, of an invented person or a worked problem: each depends on the first."""
+    """Fields of one record, an invented person or a worked problem: they hang on the first."""
     fields = sum(bool(_FIELD.match(p.lead)) for p in parts)
     return fields > 1 or bool(re.match(r"(?:\w+ )?names?$", parts[0].lead, re.IGNORECASE))
 
@@ -790,8 +820,8 @@ def critical_path(document: Document, count_tokens: CountTokens) -> int:
 def annotate(response: str, count_tokens: CountTokens, *, prompt: str = "") -> Document:
     """The response with its independent parts promised; plain text where it has none.
 
-    count_tokens: tokens of a text under the model's base vocabulary. prompt: what was asked, where it
-    is known: it tells stories and procedures, and which names the parts did not make up.
+    count_tokens: tokens of a text under the model's base vocabulary. prompt: what was asked, where
+    it is known: it tells stories and procedures, and which names the parts did not make up.
     """
     nodes: list[Node] = []
     at, topics = 0, list[str]()
@@ -835,7 +865,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A row with its marks. annotated: text form. tokens: of the plain response. chunks: promises."""
+    """A row with its marks, `annotated` in text form. tokens: of the plain response."""
 
     id: str
     prompt: str
@@ -958,7 +988,7 @@ def annotate_file(
 ) -> Counts:
     """Annotates a JSONL file of rows into another, line by line, and goes on where it stopped.
 
-    Rows whose id stands in `target` are skipped. limit: rows of `source` to look at, all by default.
+    Rows whose id stands in `target` are skipped. limit: rows of `source` to look at.
     progress: called after every row. Raises DataError for a file or line that cannot be read.
     """
     present = _done(target)

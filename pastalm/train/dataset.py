@@ -154,8 +154,9 @@ def _example(
     if len(prompt) > mix.max_prompt_tokens:
         return
     document: Document = (Text(strip(row.document)),) if kind == "sequential" else row.document
-    policies, weights = zip(*mix.positions.items(), strict=True)
-    policy = rng.choices(policies, weights)[0] if row.chunks and kind == "tagged" else "promised"
+    policy: Policy = "promised"  # without chunks all policies are the same
+    if kind == "tagged":
+        policy = rng.choices(list(mix.positions), list(mix.positions.values()))[0]
     if policy == "serial":
         packed = pack_serial(prompt, document, vocabulary, eos=eos)
     else:

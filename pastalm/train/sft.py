@@ -106,7 +106,7 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     _check(config)
     model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
     models.prepare(model, tokenizer)
-    eos = sorted(models._eos(model, tokenizer))
+    eos = sorted(models.end_tokens(model, tokenizer))
     vocabulary = models.vocabulary_of(tokenizer, eos=eos)
     rows = read_annotated(config.data)
     chosen = list(examples(rows, tokenizer, vocabulary, config.mix, eos=eos[0]))

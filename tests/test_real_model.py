@@ -1,0 +1,138 @@
+"""The embedded model with the shipped adapter, for real: it forks, and what it decodes is exact.
+
+Exactness by replay (SPEC "What equal means"): the emitted tokens go through plain transformers in one
+masked forward; each sampled one must lie within 1e-3 of the largest logit that its mask admitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from pastalm import LLM, SamplingParams
+from pastalm.events import Decoded, Event, Path, TokenSet
+from pastalm.layout import Layout, Policy
+from pastalm.vocabulary import TAG_TOKENS
+
+FIVE_TIPS = "Give me five tips for staying healthy, each with a short explanation."
+GREEDY = SamplingParams(temperature=0, max_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(dtype="float32", max_num_seqs=2, max_model_len=2048)
+
+
+@pytest.fixture(scope="module")
+def decoded(llm: LLM) -> tuple[list[Event], tuple[int, ...]]:
+    stream = llm.stream([{"role": "user", "content": FIVE_TIPS}], GREEDY)
+    return list(stream), stream.prompt_token_ids
+
+
+def test_the_five_tips_prompt_forks(decoded: tuple[list[Event], tuple[int, ...]]) -> None:
+    events, _ = decoded
+    live: set[Path] = set()
+    most = 0
+    for event in events:
+        if event.kind == "forked":
+            live.add(event.path)
+        elif event.kind in ("finished", "blocked"):
+            live.discard(event.path)
+        elif event.kind == "joined":
+            live.add(event.path)
+        most = max(most, len(live))
+    assert most >= 2, "no two threads were alive at once"
+
+
+def largest_gap(
+    llm: LLM, events: list[Event], prompt: tuple[int, ...], policy: Policy
+) -> float:
+    """How far the worst sampled token lies below the largest logit of the reference."""
+    layout = Layout(len(prompt), 4096, policy)
+    ids, positions = list(prompt), list(range(len(prompt)))
+    rows = [np.arange(4096) <= i for i in range(len(prompt))]
+    last: dict[Path, int] = {(): len(prompt) - 1}
+    allowed: dict[Path, TokenSet | None] = {}
+    checks: list[tuple[int, int, TokenSet | None]] = []
+    for event in events:
+        if isinstance(event, Decoded):
+            checks.append((last[event.path], event.token, allowed[event.path]))
+        for placed in layout.apply(event):
+            ids.append(placed.token)
+            positions.append(placed.position)
+            rows.append(placed.row)
+            last[placed.path] = len(ids) - 1
+        allowed[event.path] = event.allowed
+    n = len(ids)
+    with torch.inference_mode():
+        logits = llm.loaded.model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            attention_mask=torch.from_numpy(np.stack(rows)[:, :n])[None, None],
+            use_cache=False,
+        ).logits[0]
+    return max(_gap(logits[at], token, mask) for at, token, mask in checks)
+
+
+def _gap(logits: torch.Tensor, token: int, allowed: TokenSet | None) -> float:
+    admitted = logits
+    if allowed is not None:
+        inside = torch.zeros(len(logits), dtype=torch.bool)
+        inside[list(allowed.ids)] = True
+        admitted = logits[~inside if allowed.inverted else inside]
+    return float(admitted.max() - logits[token])
+
+
+def test_every_token_is_the_reference_models_choice(
+    llm: LLM, decoded: tuple[list[Event], tuple[int, ...]]
+) -> None:
+    events, prompt = decoded
+    assert largest_gap(llm, events, prompt, "promised") < 1e-3
+    # a control: with other positions the same tokens are not what the model would have chosen
+    assert largest_gap(llm, events, prompt, "overlap") > 1e-3
+
+
+def test_overlapping_positions_are_exact_too(llm: LLM) -> None:
+    llm.positions = "overlap"
+    try:
+        stream = llm.stream(
+            [{"role": "user", "content": "List three benefits of reading books."}],
+            SamplingParams(temperature=0, max_tokens=300),
+        )
+        events = list(stream)
+    finally:
+        llm.positions = "promised"
+    assert largest_gap(llm, events, stream.prompt_token_ids, "overlap") < 1e-3
+
+
+def words() -> Iterator[str]:
+    yield from TAG_TOKENS.values()
+    yield from ("<promise", "<async>", "<sync/>", "promise topic")
+
+
+def test_tags_off_leaves_no_trace_of_tags(llm: LLM) -> None:
+    stream = llm.stream(
+        [{"role": "user", "content": FIVE_TIPS}],
+        SamplingParams(temperature=0, max_tokens=200, parallelism=0),
+    )
+    assert all(event.path == () for event in stream)
+    assert not [word for word in words() if word in stream.transcript.text]
+    assert stream.transcript.text.strip()
+
+
+def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
+    from pastalm import models
+
+    typed = models.chat_prompt(
+        llm.loaded, [{"role": "user", "content": "say <|sync|> <|im_end|> <|promise|>"}]
+    )
+    tags = llm.loaded.vocabulary.tags
+    assert tags is not None
+    assert not set(tags.ids) & set(typed)
+    plain = models.chat_prompt(llm.loaded, [{"role": "user", "content": "say nothing"}])
+    ends = llm.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert typed.count(ends) == plain.count(ends)
+    assert "say <|sync|> <|im_end|> <|promise|>" in llm.loaded.tokenizer.decode(typed)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pastalm.errors import DataError
 
@@ -127,7 +127,8 @@ Event: TypeAlias = "Forked | Decoded | Blocked | Joined | Finished"
 _E = TypeVar("_E", Forked, Decoded, Blocked, Joined, Finished)
 
 _adapter: TypeAdapter[Event] = TypeAdapter(
-    Annotated[Forked | Decoded | Blocked | Joined | Finished, Field(discriminator="kind")]
+    Annotated[Forked | Decoded | Blocked | Joined | Finished, Field(discriminator="kind")],
+    config=ConfigDict(ser_json_inf_nan="strings"),  # JSON has no infinite log-probability
 )
 
 

@@ -249,7 +249,8 @@ def _markers(lines: Sequence[_Line]) -> list[_Marker]:
         _marker(i, line, repeated, after)
         for i, (line, after) in enumerate(zip(lines, below, strict=True))
     )
-    return [marker for marker in found if marker]
+    spoken = any(count > 2 for count in counts.values())
+    return [m for m in found if m and not (spoken and m.kind == "label")]
 
 
 # ---------------------------------------------------------------------------------------- runs
@@ -336,6 +337,12 @@ def _blocks(lines: Sequence[_Line], start: int, end: int) -> list[int]:
     ]
 
 
+def _closes(line: _Line) -> bool:
+    """Whether a line begins the closing words of an answer."""
+    marked = line.fenced or _BULLET.match(line.text) or _NUMBER.match(line.text)
+    return not marked and _CLOSING.match(line.text) is not None
+
+
 def _last_end(lines: Sequence[_Line], run: _Run) -> int:
     """The line before which the last part ends: it takes the shape of those before it."""
     starts = [m.line for m in run.markers]
@@ -349,12 +356,11 @@ def _last_end(lines: Sequence[_Line], run: _Run) -> int:
         line = lines[i]
         if line.blank or line.indent > indent or (line.fenced and lines[i - 1].fenced):
             continue
-        if not line.opens:
-            if single or (_CLOSING.match(line.text) and not line.fenced):
-                return i
-            continue
-        taken += 1
-        if _CLOSING.match(line.text) or (taken > most and kind != "heading"):
+        closes = _closes(line)
+        if not line.opens and (single or closes):
+            return i
+        taken += line.opens
+        if line.opens and (closes or (taken > most and kind != "heading")):
             return i
     return run.bound
 
@@ -412,16 +418,16 @@ _STOP = frozenset(
         r"\S+",
         """
         a about above after all also although am an and another any are as at away be because been
-        before being below both but by can cannot could did do does doing don dont down during
-        each either etc even every for from get give go had has have having he her here hers him
-        his how however i if in into is it its itself just let lets like lot made make makes
-        making many may me might more most much must my no nor not of off on once one only onto or
-        other our ours out over own per put same she should so some such take than that the their
-        theirs them then there these they thing things this those through to too try under until
-        up upon us use used uses using very via was we were what when where whether which while
-        who whom whose why will with within without would you your yours yourself don't can't it's
-        you're one's first second third fourth fifth firstly secondly thirdly finally lastly next
-        then way ways step e.g i.e eg ie vs
+        before being below both but by can cannot could did do does doing don dont cant wont isnt
+        doesnt im youre thats theyre weve ive lets down during each either etc even every for from
+        get give go had has have having he her here hers him his how however i if in into is it
+        its itself just let like lot made make makes making many may me might more most much must
+        my no nor not of off on once one only onto or other our ours out over own per put same she
+        should so some such take than that the their theirs them then there these they thing
+        things this those through to too try under until up upon us use used uses using very via
+        was we were what when where whether which while who whom whose why will with within
+        without would you your yours yourself don't can't it's you're one's first second third
+        fourth fifth firstly secondly thirdly finally lastly next way ways step e.g i.e eg ie vs
         """,
     )
 )
@@ -505,7 +511,7 @@ _LEANS_HEAD = re.compile(
     r"same|in conclusion|overall|in summary|for example|for instance|the (?:other|latter|"
     r"former|rest)|"
     r"others?|repeat|continue|more|last)\b"
-    r"|after (?:that|this|these|which|you|the|completing|finishing|all)\b|(?:\w+ ){1,3}also\b)",
+    r"|after (?:that|this|these|which|you|the|completing|finishing|all)\b|(?:[\w'-]+ ){1,6}also\b|(?:\w+ ){1,3}then\b)",
     re.IGNORECASE,
 )
 _LEANS_REST = re.compile(
@@ -572,6 +578,10 @@ _PROCEDURE = re.compile(
 _WORKING = re.compile(
     r"\b(?:process|workflow|set(?:ting)? up|install\w*|configur\w+|implement\w*)\b"
 )
+_GOAL = re.compile(r"To [a-z]+ (?!.*\b(?:consider|could|can|may|might|should|include)\b)")
+_BEGINS = re.compile(
+    r"\W*(?:first(?:ly)?,|(?:start|begin)(?:ning|ing)? (?:with|by))", re.IGNORECASE
+)
 _ASSORTED = re.compile(
     r"\b(?:ways|tips|options|reasons|things|ideas|examples|suggestions|questions|factors|benefits|"
     r"strategies|features|advantages|disadvantages|methods|types|possibilities|recommendations|"
@@ -593,7 +603,7 @@ _FIELD = re.compile(
     r"hypothesis|thesis(?: statement)?|claim|proof|given|ingredients|directions|instructions|"
     r"materials|"
     r"method(?:ology|s)?|results|procedure|set-?up|punchline|questions?|answers?|input|output|"
-    r"situation|task|action|explanation|translation|original|corrected|step)\W*$",
+    r"topic|dataset|rationale|objective|headline|situation|task|action|explanation|translation|original|corrected|step)\W*$",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
@@ -609,6 +619,8 @@ def _leans(part: _Part) -> bool:
     if _SUMMARY.match(part.lead or part.rest) or _LEANS_HEAD.match(start):
         return True
     if part.lead and _LEANS_REST.match(part.rest):
+        return True
+    if part.kind == "series" and _SUMMARY.match(part.rest):
         return True
     return bool(_LEANS_ANY.search(part.text))
 
@@ -630,14 +642,17 @@ def _coded(parts: Sequence[_Part]) -> bool:
 
 def _stepwise(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     """Steps that are only instructions; steps with a name and an explanation stand on their own."""
+    if parts[0].kind == "series" and parts[0].lead.casefold().startswith(("step", "stage")):
+        return True
+    if parts[0].kind in _LISTS and _BEGINS.match(parts[0].rest) and not parts[0].lead:
+        return True
     opening = before.strip().rpartition("\n")[2]
-    named = parts[0].kind == "series" and parts[0].lead.casefold().startswith(("step", "stage"))
-    told = _PROCEDURE.search(opening) or _WORKING.search(opening)
-    if not (told or named or _PROCEDURE.search(prompt)):
+    told = _PROCEDURE.search(opening) or _WORKING.search(opening) or _GOAL.match(opening)
+    if not (told or _PROCEDURE.search(prompt)):
         return False
     if _share(parts, _HANDS) >= CLOSED_SHARE:
         return True
-    assorted = not told and not named and _ASSORTED.search(opening)
+    assorted = not told and _ASSORTED.search(opening)
     return not assorted and not all(_explained(p) for p in parts)
 
 
@@ -655,7 +670,7 @@ def _told(parts: Sequence[_Part], prompt: str) -> bool:
     """Parts of a story, a song, a letter or a conversation."""
     if _share(parts, _FICTION) and any(_FICTION.match(p.lead) for p in parts):
         return True
-    return parts[0].kind not in _LISTS and _TALE.search(prompt) is not None
+    return parts[0].kind not in (*_LISTS, "series") and _TALE.search(prompt) is not None
 
 
 def _record(parts: Sequence[_Part]) -> bool:

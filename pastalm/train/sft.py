@@ -41,7 +41,8 @@ from pastalm.vocabulary import TAG_TOKENS, Tags
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig:
-    """One training run. learning_rate: 1e-5, the paper's, moves neither LoRA nor new rows.
+    """One training run. learning_rate: 1e-5, the paper's, does not move LoRA. row_learning_rate: of
+    the six new rows, which have far to go. start: an adapter to go on from (else: new).
     batch_tokens: padded tokens a step. tag_weight: loss weight of the decision tokens."""
 
     data: Path
@@ -49,7 +50,9 @@ class SftConfig:
     model: str = models.EMBEDDED
     mix: Mix = field(default_factory=Mix)
     epochs: float = 1.0
+    start: Path | None = None
     learning_rate: float = 5e-4
+    row_learning_rate: float = 5e-3
     warmup: float = 0.05
     batch_tokens: int = 2048
     tag_weight: float = 2.0
@@ -147,7 +150,8 @@ def _described(config: SftConfig) -> dict[str, Any]:
     described["data"] = config.data.name
     described.pop("out")
     described.pop("resume")
-    return json.loads(json.dumps(described))  # type: ignore[no-any-return]
+    described["start"] = config.start.name if config.start else None
+    return json.loads(json.dumps(described, default=str))  # type: ignore[no-any-return]
 
 
 def _newest(config: SftConfig) -> Path | None:
@@ -165,18 +169,11 @@ def _trainer(
     plan: list[list[int]],
     tags: Tags,
 ) -> _Trainer:
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        target_modules="all-linear",
-        trainable_token_indices=list(tags.ids),
-        task_type="CAUSAL_LM",
-    )
+    adapted = _adapted(config, model, tags)
     steps = int(len(plan) * config.epochs)
     trainer = _Trainer(
-        model=get_peft_model(model, lora),
+        model=adapted,
+        optimizers=(_optimizer(config, adapted), None),
         args=TrlConfig(
             output_dir=str(config.out),
             per_device_train_batch_size=1,
@@ -209,6 +206,37 @@ def _trainer(
     return trainer
 
 
+def _adapted(config: SftConfig, model: Any, tags: Tags) -> Any:
+    """The model with a trainable adapter. Raises ModelError if `start` cannot be read."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if config.start is not None:
+        try:
+            return PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
+        except Exception as error:
+            raise ModelError(f"cannot go on from the adapter in {config.start}: {error}") from None
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules="all-linear",
+        trainable_token_indices=list(tags.ids),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def _optimizer(config: SftConfig, model: Any) -> torch.optim.Optimizer:
+    rows, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (rows if "trainable_tokens" in name else others).append(parameter)
+    groups = [
+        {"params": others, "lr": config.learning_rate},
+        {"params": rows, "lr": config.row_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+
 class _Log(TrainerCallback):  # type: ignore[misc]
     """Writes log.jsonl and loss.png, and says where the training is."""
 
@@ -227,7 +255,7 @@ class _Log(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self._write({"step": state.global_step, "loss": logs["loss"], "lr": logs["learning_rate"]})
+            self._write({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]})
             self.progress(f"step {state.global_step}/{state.max_steps} loss {logs['loss']}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,7 +5,7 @@ The engine is driven by events alone, by random scripts; who sees whom comes fro
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -57,21 +57,31 @@ def first_alone(live: Sequence[tuple[str, Path]]) -> Sequence[tuple[str, Path]]:
     return live[:1]
 
 
+SCHEDULES: dict[str, Callable[[], Schedule | None]] = {
+    "all": lambda: None,
+    "uneven": lambda: uneven(3),
+    "first": lambda: first_alone,
+    "last": lambda: last_alone,
+}
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("schedule", [None, uneven(3), first_alone, last_alone])
-def test_one_response(model: PreTrainedModel, policy: Policy, schedule: Schedule | None) -> None:
-    for seed in range(3):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_response(model: PreTrainedModel, policy: Policy, schedule: str) -> None:
+    chosen = SCHEDULES[schedule]()
+    for seed in (1, 2, 3):
         engine = TransformersEngine(
-            model, max_num_seqs=1, max_model_len=256, schedule=schedule, prefill_chunk=11
+            model, max_num_seqs=1, max_model_len=256, schedule=chosen, prefill_chunk=11
         )
         (script,) = random_scripts(seed, policy, 1)
         play(engine, [script])
         assert error(model, script) < EXACTLY
 
 
-@pytest.mark.parametrize("schedule", [None, uneven(5)])
-def test_many_responses(model: PreTrainedModel, schedule: Schedule | None) -> None:
-    engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=schedule)
+@pytest.mark.parametrize("schedule", ["all", "uneven"])
+def test_many_responses(model: PreTrainedModel, schedule: str) -> None:
+    chosen = SCHEDULES[schedule]()
+    engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=chosen)
     scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", 2)
     for i, script in enumerate(scripts):
         script.id = str(i)

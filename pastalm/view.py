@@ -1,0 +1,301 @@
+"""What a terminal shows of a response: events in, pictures out. No model, no engine.
+
+`View` folds events into a picture: the answer in document order, each chunk in its thread's colour, and
+below it one row a thread on a common axis of steps, so that what is decoded at once stands side by
+side; a promised length is an outline that fills in. `Live` draws it while events come, `Plain` writes
+the text that is certain and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, TextIO
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, Group, RenderableType
+from rich.live import Live as RichLive
+from rich.text import Text
+
+from pastalm.events import Blocked, Decoded, Event, Finished, Joined, Path
+from pastalm.layout import CHUNK_TAGS
+from pastalm.transcript import ThreadRecord, Transcript, thread_name
+
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green")
+FRAMES_PER_SECOND = 8.0
+"""Each frame takes a few milliseconds from decoding."""
+
+_NAME, _TOPIC, _COUNT, _STATE = 6, 24, 9, 9
+_MIN_BAR = 10
+_CONTROL = {c: None for c in (*range(32), 127, *range(128, 160)) if chr(c) not in "\n\t"}
+
+
+class Output(Protocol):
+    """Something that shows events as they come; `close` shows what only the end can."""
+
+    def apply(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Course:
+    """When a thread decoded (a step for every token), and when it waited (a pair of steps each)."""
+
+    steps: list[int] = field(default_factory=list)
+    waits: list[tuple[int, int | None]] = field(default_factory=list)
+    queued: bool = False
+
+
+class View:
+    """The picture of one response, from the events so far."""
+
+    def __init__(self, title: str = "") -> None:
+        self.title = title
+        self.transcript = Transcript()
+        self._courses: dict[Path, _Course] = {}
+
+    def apply(self, event: Event) -> None:
+        """Takes one event into account."""
+        self.transcript.apply(event)
+        course = self._courses.setdefault(event.path, _Course())
+        course.steps += [event.step] * (isinstance(event, Decoded) + len(event.forced))
+        if isinstance(event, Blocked):
+            course.waits.append((event.step, None))
+            course.queued = event.on == "thread"
+        elif isinstance(event, Joined | Finished) and course.waits and course.waits[-1][1] is None:
+            course.waits[-1] = (course.waits[-1][0], event.step)
+
+    # ------------------------------------------------------------------ pictures
+
+    def frame(self, console: Console, width: int, height: int) -> RenderableType:
+        """The picture while events come, at most `height` lines: the answer where it grows, threads, figures."""
+        rows = self._rows(width, max(3, (height - 4) // 2))
+        room = max(1, height - len(rows) - 4)
+        lines = [self._head(width), *self._window(console, width, room), Text(), *rows, Text()]
+        return Group(*lines, self.figures())
+
+    def final(self, width: int) -> RenderableType:
+        """The picture at the end: the whole answer, every thread, the figures."""
+        rows = self._rows(width, len(self.transcript.threads))
+        return Group(self._head(width), self.answer(), Text(), *rows, Text(), self.figures())
+
+    def answer(self) -> Text:
+        """The answer in document order, coloured by thread; an unfinished chunk shows where it grows."""
+        answer = Text()
+        segments = self.transcript.segments()
+        last = {path: i for i, (path, _) in enumerate(segments)}
+        for i, (path, text) in enumerate(segments):
+            answer.append(text.translate(_CONTROL), self._colour(path))
+            thread = self.transcript.threads[path]
+            if thread.state != "done" and last[path] == i:
+                hint = f"[{thread.topic.translate(_CONTROL)} …]\n" if path and not text else "▍"
+                answer.append(hint, f"dim {self._colour(path)}".strip())
+        if self.transcript.finished:
+            answer.truncate(max(0, len(self.transcript.text.translate(_CONTROL))))
+        return answer
+
+    def figures(self) -> Text:
+        """The numbers of the response so far, in one line."""
+        return Text(figures(self.transcript), "bold" if self.transcript.finished else "dim")
+
+    def _head(self, width: int) -> Text:
+        title = f"── {self.title} " if self.title else ""
+        return Text(title + "─" * max(0, width - cell_len(title)), "dim")
+
+    def _colour(self, path: Path) -> str:
+        if not path:
+            return ""
+        chunks = [p for p in self.transcript.threads if p]
+        return COLOURS[chunks.index(path) % len(COLOURS)]
+
+    def _window(self, console: Console, width: int, room: int) -> list[Text]:
+        """The lines around the place up to which the answer is certain."""
+        lines = list(self.answer().wrap(console, width))
+        certain = len(Text(self.transcript.settled.translate(_CONTROL)).wrap(console, width))
+        first = max(0, min(certain - room // 3 - 1, len(lines) - room))
+        return lines[first : first + room]
+
+    # ------------------------------------------------------------------ threads
+
+    def _rows(self, width: int, most: int) -> list[Text]:
+        threads = list(self.transcript.threads.values())
+        shown = threads
+        if len(threads) > most:
+            urgent = sorted(threads, key=lambda t: (bool(t.path), t.state == "done"))[: most - 1]
+            kept = {t.path for t in urgent}
+            shown = [t for t in threads if t.path in kept]
+        rows = [self._row(thread, width) for thread in shown]
+        if len(shown) < len(threads):
+            rows.append(Text(f"… and {len(threads) - len(shown)} more threads", "dim"))
+        return rows
+
+    def _row(self, thread: ThreadRecord, width: int) -> Text:
+        bar = max(_MIN_BAR, width - _NAME - _TOPIC - _COUNT - _STATE - 4)
+        colour = self._colour(thread.path)
+        count = f"{thread.tokens}/{thread.promised}" if thread.path else str(thread.tokens)
+        row = Text(no_wrap=True, overflow="crop")
+        row.append(set_cell_size(thread_name(thread.path), _NAME) + " ", colour)
+        topic = thread.topic.translate(_CONTROL) if thread.path else ""
+        row.append(set_cell_size(topic, _TOPIC) + " ", colour)
+        row.append_text(self._bar(thread, bar, colour))
+        row.append(" " + count.rjust(_COUNT - 1) + "  ")
+        row.append(self._state(thread), "dim" if thread.state == "done" else "bold")
+        return row
+
+    def _bar(self, thread: ThreadRecord, width: int, colour: str) -> Text:
+        """The thread over the steps of the response: ━ decoded, ╌ promised, · waited."""
+        scale = width / (self._horizon() + 1)
+        cells = [(" ", "")] * width
+        course = self._courses[thread.path]
+
+        def fill(first: int, last: int, char: str, style: str) -> None:
+            for i in range(int(first * scale), min(width, int(last * scale) + 1)):
+                cells[i] = (char, style)
+
+        if thread.path:
+            fill(thread.start_step, _due(thread), "╌", f"dim {colour}")
+        for first, last in course.waits:
+            fill(first, self.transcript.steps if last is None else last, "·", "dim")
+        for step in course.steps:
+            fill(step, step, "━", colour)
+        bar = Text()
+        for char, style in cells:
+            bar.append(char, style)
+        return bar
+
+    def _horizon(self) -> int:
+        return max(self.transcript.steps, *(_due(t) for t in self.transcript.threads.values()))
+
+    def _state(self, thread: ThreadRecord) -> str:
+        if thread.state == "done":
+            return {"stop": "done", "length": "cut", "abort": "stopped"}[thread.reason or "stop"]
+        queued = thread.state == "waiting" and self._courses[thread.path].queued
+        return "queued" if queued else thread.state
+
+
+def _due(thread: ThreadRecord) -> int:
+    """The step at which a thread would end if it kept its promise to the token."""
+    return thread.start_step + (thread.promised + CHUNK_TAGS if thread.path else 0)
+
+
+def figures(transcript: Transcript) -> str:
+    """The numbers of a response in one line."""
+    rate = transcript.tokens / transcript.seconds if transcript.seconds else 0.0
+    chunks = sum(bool(path) for path in transcript.threads)
+    parts = [
+        f"{transcript.tokens} tokens",
+        f"{chunks} chunk{'' if chunks == 1 else 's'}",
+        f"{transcript.steps} steps",
+        f"critical path {transcript.critical_path}",
+        f"parallelism {transcript.parallelism:.2f}",
+        f"{transcript.seconds:.2f} s",
+        f"{rate:.1f} tokens/s",
+    ]
+    reason = transcript.finish_reason
+    if reason == "length":
+        parts.append("cut at the limit of tokens")
+    return " · ".join(parts + (["stopped"] if reason == "abort" else []))
+
+
+# ------------------------------------------------------------------------------ outputs
+
+
+class Live:
+    """Draws the picture on a terminal while events come, and leaves the final one there."""
+
+    def __init__(self, console: Console, title: str = "") -> None:
+        self.view = View(title)
+        self._console = console
+        self._drawn = 0.0
+        self._live = RichLive(
+            console=console, transient=True, auto_refresh=False, vertical_overflow="crop"
+        )
+
+    def __enter__(self) -> Live:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def apply(self, event: Event) -> None:
+        """Takes an event, and draws unless it just did."""
+        self.view.apply(event)
+        now = time.perf_counter()
+        if now - self._drawn >= 1 / FRAMES_PER_SECOND:
+            self._drawn = now
+            width, height = self._console.size
+            self._live.update(self.view.frame(self._console, width, height - 1), refresh=True)
+
+    def close(self) -> None:
+        """Replaces the moving picture by the final one."""
+        self._live.stop()
+        self._console.print(self.view.final(self._console.width))
+
+
+class Plain:
+    """Writes the reader's text to a file as soon as it is certain.
+
+    stops: stop strings; text that may yet be cut by one is held back. cut: where the answer is known
+    to be cut.
+    """
+
+    def __init__(self, out: TextIO, *, stops: Sequence[str] = (), cut: int | None = None) -> None:
+        self._out, self._stops, self._cut = out, tuple(stops), cut
+        self._hold = max((len(s) - 1 for s in self._stops), default=0)
+        self._transcript = Transcript()
+        self._written = 0
+
+    def apply(self, event: Event) -> None:
+        """Takes an event; writes what it made certain."""
+        self._transcript.apply(event)
+        settled = self._transcript.settled
+        found = [at for at in map(settled.find, self._stops) if at >= 0]
+        end = min(found, default=len(settled) - self._hold)
+        self._write(settled, end if self._cut is None else min(end, self._cut))
+
+    def close(self) -> None:
+        """Writes what was held back, and what stands after an unfinished chunk."""
+        text = self._transcript.text
+        self._write(text, len(text))
+        if text and not text.endswith("\n"):
+            self._out.write("\n")
+        self._out.flush()
+
+    def _write(self, text: str, end: int) -> None:
+        if end > self._written:
+            self._out.write(text[self._written : end])
+            self._out.flush()
+            self._written = end
+
+
+class Silent:
+    """Shows nothing; keeps the transcript."""
+
+    def __init__(self) -> None:
+        self.transcript = Transcript()
+
+    def apply(self, event: Event) -> None:
+        """Takes an event."""
+        self.transcript.apply(event)
+
+    def close(self) -> None:
+        """Nothing is left to show."""
+
+
+def paced(events: Sequence[Event], speed: float) -> Iterator[Event]:
+    """The events at the times they are stamped with, `speed` times as fast."""
+    begun = time.perf_counter()
+    for event in events:
+        wait = event.time / speed - (time.perf_counter() - begun)
+        if wait > 0:
+            time.sleep(wait)
+        yield event

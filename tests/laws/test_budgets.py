@@ -1,0 +1,146 @@
+"""Law 5: any stream of sampled tokens ends every thread within its budgets; no transcript raises."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pastalm.events import Decoded, Event, Finished, Path
+from pastalm.interpreter import Limits
+from pastalm.lang import Sync, parse, strip
+from pastalm.transcript import Transcript
+from pastalm.vocabulary import Vocabulary
+from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
+
+assert PREPARED.tags is not None
+TAGS = PREPARED.tags
+PROMISE = (TAGS.promise, 97, TAGS.tokens, 49, 48, TAGS.promise_end)
+
+limits = st.builds(
+    Limits,
+    max_threads=st.integers(1, 5),
+    max_depth=st.integers(0, 3),
+    max_promises=st.integers(0, 18),
+    max_chunk_tokens=st.sampled_from([8, 9, 20, 36, 200]),
+    max_position=st.none() | st.integers(40, 400),
+)
+"""`max_position` starts above the prompt, as an engine makes sure."""
+
+
+def _streams(vocabulary: Vocabulary) -> st.SearchStrategy[list[tuple[int, int]]]:
+    """(which live thread, token) again and again; tags far likelier than chance would have them."""
+    likely = [*PROMISE, 98, 32, 0xC3, 50, 53, 65, 256, TAGS.sync, TAGS.async_close, TAGS.async_open]
+    if vocabulary.tags is None:
+        likely = [i for i in range(256, vocabulary.size)] + [*b'<promise topic="a" tokens="10"/></>']
+    token = st.sampled_from(likely) | st.integers(0, vocabulary.size - 1)
+    return st.lists(st.tuples(st.integers(0, 9), token), min_size=1, max_size=80)
+
+
+def _play(player: Player, stream: list[tuple[int, int]], honour: bool, stop: int = 10**6) -> None:
+    turn = 0
+
+    def choose(player: Player) -> tuple[Path, int]:
+        nonlocal turn
+        which, token = stream[turn % len(stream)]
+        turn += 1
+        path = player.live[which % len(player.live)]
+        allowed = player.allowed[path]
+        if honour and allowed is not None and token not in allowed:
+            choices = [i for i in range(player.vocabulary.size) if i in allowed]
+            assert choices, "a thread that lives may sample something"
+            token = choices[token % len(choices)]
+        return path, token
+
+    while player.live and turn < stop:
+        path, token = choose(player)
+        _obeyed(player, player.allowed[path], player.sample(token, path), honour)
+    if player.live:
+        player.finish()
+        assert {r for p, r in player.reasons().items() if player.events[-1].path == p} == {"abort"}
+
+
+def _obeyed(player: Player, allowed: object, events: list[Event], honour: bool) -> None:
+    """A stream that keeps to the masks gets only tokens that the masks allow."""
+    if honour and events and isinstance(events[0], Decoded) and player.vocabulary.tags:
+        assert allowed is None or events[0].token in allowed  # type: ignore[operator]
+        assert events[0].token != TAGS.async_open
+
+
+def _ended(player: Player) -> None:
+    assert player.interpreter.finished
+    ends = [event.path for event in player.events if isinstance(event, Finished)]
+    assert sorted(ends) == sorted(player.state)
+    assert player.interpreter.finish("abort") == []
+    limit = player.limits.max_position
+    if limit is not None:
+        for policy in ("promised", "overlap"):
+            assert max(player.positions(policy), default=0) < limit  # type: ignore[arg-type]
+
+
+def _told(player: Player) -> None:
+    """The transcript of it holds together."""
+    transcript = Transcript(player.events)
+    assert parse(transcript.annotated) == transcript.document
+    assert strip(transcript.document) == transcript.text == transcript.settled
+    assert transcript.tokens == player.tokens == len(list(transcript.linear_tokens()))
+    assert transcript.critical_path <= transcript.tokens
+    assert transcript.finished
+    assert transcript.finish_reason in player.reasons().values()
+    transcript.to_dict()
+    for cut in range(len(transcript.text) + 1):
+        transcript.cut(cut)
+        assert strip(parse(transcript.annotated)) == transcript.text
+
+
+def _fair(vocabulary: Vocabulary) -> st.SearchStrategy[Player]:
+    return st.builds(
+        Player,
+        st.just(vocabulary),
+        st.integers(1, 300),
+        limits,
+        parallelism=st.sampled_from([1.0, 1.0, 1.0, 0.0]),
+        ignore_eos=st.booleans(),
+    )
+
+
+@settings(max_examples=300)
+@given(_fair(PREPARED), _streams(PREPARED), st.booleans())
+def test_a_prepared_model_ends(player: Player, stream: list[tuple[int, int]], honour: bool) -> None:
+    _play(player, stream, honour)
+    _ended(player)
+    _told(player)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from([XML_BYTES, XML_PIECES]).flatmap(lambda v: st.tuples(_fair(v), _streams(v))))
+def test_an_unprepared_model_ends(drawn: tuple[Player, list[tuple[int, int]]]) -> None:
+    player, stream = drawn
+    assert player.allowed[()] is None
+    _play(player, stream, honour=False)
+    _ended(player)
+    _told(player)
+
+
+@given(
+    st.sampled_from([PREPARED, XML_PIECES]).flatmap(lambda v: st.tuples(_fair(v), _streams(v))),
+    st.integers(0, 100),
+)
+def test_an_early_stop_aborts_every_thread(
+    drawn: tuple[Player, list[tuple[int, int]]], stop: int
+) -> None:
+    player, stream = drawn
+    _play(player, stream, honour=True, stop=stop)
+    _ended(player)
+    _told(player)
+
+
+@given(st.integers(0, 4), st.integers(1, 3), st.sampled_from([10, 40, 200]))
+def test_greedy_promisers_end(depth: int, threads: int, cap: int) -> None:
+    """A model that only ever promises, in every thread, as wide and as deep as it may."""
+    player = Player(
+        max_tokens=900, limits=Limits(max_depth=depth, max_threads=threads, max_chunk_tokens=cap)
+    )
+    _play(player, [(i, token) for i in range(3) for token in (*PROMISE, TAGS.sync)], honour=True)
+    _ended(player)
+    _told(player)
+    assert any(isinstance(node, Sync) for node in Transcript(player.events).document) <= (depth > 0)

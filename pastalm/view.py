@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import TracebackType
 from typing import Protocol, TextIO
 
@@ -24,8 +25,8 @@ from pastalm.layout import CHUNK_TAGS
 from pastalm.transcript import ThreadRecord, Transcript, thread_name
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green")
-FRAMES_PER_SECOND = 8.0
-"""Each frame takes a few milliseconds from decoding."""
+FRAMES_PER_SECOND = 6.0
+"""A frame takes up to 10 ms from decoding."""
 
 _NAME, _TOPIC, _COUNT, _STATE = 6, 24, 9, 9
 _MIN_BAR = 10
@@ -71,7 +72,7 @@ class View:
     # ------------------------------------------------------------------ pictures
 
     def frame(self, console: Console, width: int, height: int) -> RenderableType:
-        """The picture while events come, at most `height` lines: the answer where it grows, threads, figures."""
+        """The picture while events come, in at most `height` lines (8 or more)."""
         rows = self._rows(width, max(3, (height - 4) // 2))
         room = max(1, height - len(rows) - 4)
         lines = [self._head(width), *self._window(console, width, room), Text(), *rows, Text()]
@@ -90,16 +91,19 @@ class View:
         for i, (path, text) in enumerate(segments):
             answer.append(text.translate(_CONTROL), self._colour(path))
             thread = self.transcript.threads[path]
-            if thread.state != "done" and last[path] == i:
-                hint = f"[{thread.topic.translate(_CONTROL)} …]\n" if path and not text else "▍"
-                answer.append(hint, f"dim {self._colour(path)}".strip())
+            if path and thread.state != "done" and last[path] == i:
+                hint = "▍" if text else f"[{thread.topic.translate(_CONTROL)} …]"
+                answer.append(f"{hint}\n", f"dim {self._colour(path)}")
+        if self.transcript.threads[()].state == "live":
+            answer.append("▍", "dim")
         if self.transcript.finished:
             answer.truncate(max(0, len(self.transcript.text.translate(_CONTROL))))
         return answer
 
     def figures(self) -> Text:
         """The numbers of the response so far, in one line."""
-        return Text(figures(self.transcript), "bold" if self.transcript.finished else "dim")
+        style = "bold" if self.transcript.finished else "dim"
+        return Text(figures(self.transcript), style, no_wrap=True, overflow="ellipsis")
 
     def _head(self, width: int) -> Text:
         title = f"── {self.title} " if self.title else ""
@@ -162,8 +166,8 @@ class View:
         for step in course.steps:
             fill(step, step, "━", colour)
         bar = Text()
-        for char, style in cells:
-            bar.append(char, style)
+        for (char, style), run in groupby(cells):
+            bar.append(char * len(list(run)), style)
         return bar
 
     def _horizon(self) -> int:

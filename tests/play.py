@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pastalm.engines.scripted import byte_vocabulary
 from pastalm.events import (
@@ -72,6 +72,7 @@ class Player:
         self.state: dict[Path, str] = {}
         self.allowed: dict[Path, TokenSet | None] = {}
         self.groups: dict[Path, dict[Path, str]] = {}
+        self.last: dict[Path, int | None] = {}
         self.tokens = 0
         self._see(self.interpreter.start())
 
@@ -130,7 +131,9 @@ class Player:
     def _see(self, events: list[Event]) -> list[Event]:
         for event in events:
             self._check(event)
-            self.tokens += len(event.forced) + isinstance(event, Decoded)
+            ids = [*([event.token] if isinstance(event, Decoded) else []), *event.forced]
+            self.tokens += len(ids)
+            self.last[event.path] = ids[-1] if ids else self.last.get(event.path)
             self.allowed[event.path] = event.allowed
         self.events += events
         assert self.tokens <= self.max_tokens
@@ -172,12 +175,9 @@ class Player:
         assert self.parallelism > 0
         assert self.state[parent] == "live"
         assert len(event.path) <= self.limits.max_depth
+        if self.vocabulary.tags is not None:  # else the child would see what its parent wrote later
+            assert self.last[parent] == self.vocabulary.tags.promise_end
         group = self.groups[parent]
         assert topic_key(event.topic) not in group.values()
         group[event.path] = topic_key(event.topic)
         assert len(group) <= self.limits.max_promises
-
-
-def unstamped(event: Event) -> Event:
-    """The event without the driver's stamp."""
-    return replace(event, step=0, time=0.0)

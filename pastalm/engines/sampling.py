@@ -140,7 +140,9 @@ def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     penalties = np.repeat([draws[i].params.repetition_penalty for i in rows], lengths)
     penalty = torch.from_numpy(penalties).to(logits.device, logits.dtype)
     before = logits[owner, ids]
-    return logits.index_put((owner, ids), torch.where(before > 0, before / penalty, before * penalty))
+    return logits.index_put(
+        (owner, ids), torch.where(before > 0, before / penalty, before * penalty)
+    )
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

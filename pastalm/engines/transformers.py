@@ -223,7 +223,9 @@ def _shape(model: PreTrainedModel) -> _Shape:
 
 def _rescales(rope: Any) -> bool:
     """Whether keys already in the pool would be wrong once the sequence is longer."""
-    parameters = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    parameters = (
+        rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    )
     return any((p or {}).get("rope_type") in ("dynamic", "longrope") for p in parameters)
 
 
@@ -408,7 +410,10 @@ class TransformersEngine:
                 f"positions={request.positions!r} is not offered here; use one of {', '.join(POSITIONS)}"
             )
         checks = (
-            (request.id not in self._waiting | self._running, f"request {request.id!r} is unfinished"),
+            (
+                request.id not in self._waiting | self._running,
+                f"request {request.id!r} is unfinished",
+            ),
             (n > 0, "the prompt is empty: give at least one token"),
             (not odd, f"token id {odd[:1]} is outside the model's vocabulary of {size}"),
             (

@@ -138,9 +138,9 @@ _OUTLINE = re.compile(r"(\d{1,2})\.(\d{1,2})[.)]?\s+[A-Z]")
 _UNDERLINE = re.compile(r"(={3,}|-{3,})\s*$")
 _ROMAN = re.compile(r"([IVX]{1,4})[.)]\s+\S")
 _SERIES = re.compile(
-    r"(?:\*\*)?(day|week|month|phase|option|module|lesson|unit|session|slide|part|section|idea|tip|"
-    r"method|approach|strategy|example|scenario|level|tier|reason|point|example|step|stage|habit|"
-    r"principle|topic|concept|type|feature)\s+(?:\d{1,2}|[IVX]{1,4}|one|two|three|four|five|"
+    r"(?:\*\*)?(day|week|month|phase|option|module|lesson|unit|session|slide|part|section|idea|"
+    r"tip|method|approach|strategy|example|scenario|level|tier|reason|point|example|step|stage|"
+    r"habit|principle|topic|concept|type|feature)\s+(?:\d{1,2}|[IVX]{1,4}|one|two|three|four|five|"
     r"six|seven|"
     r"eight|nine|ten)(?:\s*[-\u2013]\s*\d{1,2})?\s*(?:[:.\-\u2013\u2014(]|\*\*|$)",
     re.IGNORECASE,
@@ -151,18 +151,17 @@ _LABEL = re.compile(
 )
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _ORDINAL = re.compile(
-    r"(first|second|third|fourth|fifth|sixth)(?:ly)?, |(?:one|another) (?:\w+ ){0,2}?"
-    r"(?:way|reason|benefit|advantage|disadvantage|option|approach|strategy|factor|example|"
-    r"possibility|method|aspect|challenge|feature|tip|theory|argument|area|"
+    r"(first|second|third|fourth|fifth|sixth)(?:ly)?, |(?:one|another) (?:\w+ ){0,2}?(?:way|"
+    r"reason|benefit|advantage|disadvantage|option|approach|strategy|factor|example|possibility|"
+    r"method|aspect|challenge|feature|tip|theory|argument|area|"
     r"application|difference) ",
     re.IGNORECASE,
 )
 _NO_TITLE = re.compile(
     r"\b(?:is|are|was|were|here|here's|following|below|can|could|you|i|we|would|should|will|"
-    r"includes?|"
-    r"examples?|notes?|follows|steps?|this|these|that|it|sure|answer|output|input|code|usage|"
-    r"result|"
-    r"explanation|important|warning|where|question|subject|dear|re|from|cc|date|ps|title|sincerely|"
+    r"includes?|examples?|notes?|follows|steps?|this|these|that|it|sure|answer|output|input|code|"
+    r"usage|result|explanation|important|warning|where|question|subject|dear|re|from|cc|date|ps|"
+    r"title|sincerely|"
     r"q|a|http|https)\b",
     re.IGNORECASE,
 )
@@ -315,14 +314,12 @@ def _depth_of_paragraph(
 
 _CLOSING = re.compile(
     r"\W*(?:in (?:conclusion|summary|short|general|addition|the end)|to (?:conclude|sum|"
-    r"summari[sz]e)|"
-    r"overall|ultimately|finally|lastly|remember|these|this|those|i hope|hope|let me|please|"
-    r"note|by |"
-    r"with (?:these|this|the right)|it(?:'s| is) (?:important|worth|also|always|crucial|essential)|"
-    r"keep in mind|of course|good luck|if you|all of|each of|both|as you can|so,|thus|therefore|"
-    r"however|would you|do you|is there|feel free|thank|conclusion|summary|in all|when |while |"
-    r"you can also|additionally|also|together|depending|disclaimer|sincerely|best|for more|"
-    r"sources?\b|"
+    r"summari[sz]e)|overall|ultimately|finally|lastly|remember|these|this|those|i hope|hope|"
+    r"let me|please|note|by |with (?:these|this|the right)|it(?:'s| is) (?:important|worth|also|"
+    r"always|crucial|essential)|keep in mind|of course|good luck|if you|all of|each of|both|"
+    r"as you can|so,|thus|therefore|however|would you|do you|is there|feel free|thank|conclusion|"
+    r"summary|in all|when |while |you can also|additionally|also|together|depending|disclaimer|"
+    r"sincerely|best|for more|sources?\b|"
     r"references?\b|conclusion|conclusively|there are (?:many|also|other)|for example)",
     re.IGNORECASE,
 )
@@ -410,7 +407,10 @@ def _head(text: str, kind: Kind) -> tuple[str, str]:
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"\\(?=_)|[*`#\[\]]+|__+|(?<!\w)_|_(?!\w)", "", text).strip().rstrip(":").strip()
+    """A name without Markdown, links and a number of its own."""
+    plain = re.sub(r"<?(?:https?://|www\.)\S+", "", text)
+    plain = re.sub(r"\\(?=_)|[*`#\[\]]+|__+|(?<!\w)_|_(?!\w)", "", plain)
+    return re.sub(r"^\s*\d{1,2}[.)]\s+", "", plain).strip().rstrip(":").strip()
 
 
 _STOP = frozenset(
@@ -499,19 +499,15 @@ def _common(parts: Sequence[_Part]) -> frozenset[str]:
 # -------------------------------------------------------------------------------- independence
 
 _LEANS_HEAD = re.compile(
-    r"\W*(?!(?-i:IT|US)\b)(?:(?:it|they|he|she|him|her|his|their|its|them|this|these|those|"
-    r"that|such|then|"
-    r"next|afterwards?|finally|lastly|however|therefore|thus|hence|so|also|in addition|"
-    r"additionally|"
-    r"furthermore|moreover|similarly|likewise|meanwhile|instead|consequently|as a result|"
-    r"again|but|and|"
-    r"or|on the other hand|by contrast|in contrast|conversely|still|yet|besides|otherwise|"
-    r"nevertheless|"
-    r"eventually|now|once|as (?:mentioned|above|before)|based on (?:the|this|these)|alternatively|"
-    r"same|in conclusion|overall|in summary|for example|for instance|the (?:other|latter|"
-    r"former|rest)|"
-    r"others?|repeat|continue|more|last)\b"
-    r"|after (?:that|this|these|which|you|the|completing|finishing|all)\b|(?:[\w'-]+ ){1,6}also\b|(?:\w+ ){1,3}then\b)",
+    r"\W*(?!(?-i:IT|US)\b)(?:(?:it|they|he|she|him|her|his|their|its|them|this|these|those|that|"
+    r"such|then|next|afterwards?|finally|lastly|however|therefore|thus|hence|so|also|in addition|"
+    r"additionally|furthermore|moreover|similarly|likewise|meanwhile|instead|consequently|"
+    r"as a result|again|but|and|or|on the other hand|by contrast|in contrast|conversely|still|yet|"
+    r"besides|otherwise|nevertheless|eventually|now|once|as (?:mentioned|above|before)|"
+    r"based on (?:the|this|these)|alternatively|same|in conclusion|overall|in summary|for example|"
+    r"for instance|the (?:other|latter|former|rest)|others?|repeat|continue|more|last)\b"
+    r"|after (?:that|this|these|which|you|the|completing|finishing|all)\b"
+    r"|(?:[\w'-]+ ){1,6}also\b|(?:\w+ ){1,3}then\b)",
     re.IGNORECASE,
 )
 _LEANS_REST = re.compile(
@@ -522,39 +518,33 @@ _LEANS_REST = re.compile(
 )
 _LEANS_ANY = re.compile(
     r"\b(?:(?:as|mentioned|described|listed|shown|discussed|noted|outlined|stated|see|given|"
-    r"defined|"
-    r"used|created|the|from|points|steps|items) (?:above|earlier|before that|previously)|"
-    r"aforementioned|"
-    r"previous(?:ly)? (?:step|section|item|point|example|question|paragraph|answer|chapter|method|"
-    r"option|approach|day|week|one|mentioned|created|defined|result|exercise|slide)s?|"
-    r"preceding|the (?:resulting|newly|remaining|mixture)|repeat (?:the|this|steps?|these)|"
-    r"(?:in|from|of|to|with|see|by|and|steps?) step (?:\d|one|two|three)|steps \d|"
+    r"defined|used|created|the|from|points|steps|items) (?:above|earlier|before that|previously)|"
+    r"aforementioned|previous(?:ly)? (?:step|section|item|point|example|question|paragraph|answer|"
+    r"chapter|method|option|approach|day|week|one|mentioned|created|defined|result|exercise|"
+    r"slide)s?|preceding|the (?:resulting|newly|remaining|mixture)|repeat (?:the|this|steps?|"
+    r"these)|(?:in|from|of|to|with|see|by|and|steps?) step (?:\d|one|two|three)|steps \d|"
     r"same (?:\w+ )?as (?:above|before|in|the (?:first|previous|last))|this also|these also|"
     r"the (?:first|second|third|previous|last|other) (?:option|method|approach|example|point|step|"
-    r"strategy|tip|reason|item|two|three|four|ones|methods|options|approaches)|"
-    r"you(?:'ve|\u2019ve| have)? (?:just |previously )?(?:created|installed|wrote|defined|"
-    r"built|chose|"
-    r"identified|gathered|collected)|we (?:just|previously|already|have|get|obtain|found|"
-    r"defined|know)|"
+    r"strategy|tip|reason|item|two|three|four|ones|methods|options|approaches)|you(?:'ve|\u2019ve|"
+    r" have)? (?:just |previously )?(?:created|installed|wrote|defined|built|chose|identified|"
+    r"gathered|collected)|we (?:just|previously|already|have|get|obtain|found|defined|know)|"
     r"(?:all|any|each) of the above|continu(?:ing|ed) from|building on|unlike the|"
-    r"like the (?:first|"
-    r"previous|last)|once (?:you(?:'ve|\u2019ve| have)|the|that|this|it|they|these)|"
-    r"after (?:that|completing)|"
+    r"like the (?:first|previous|last)|once (?:you(?:'ve|\u2019ve| have)|the|that|this|it|they|"
+    r"these)|after (?:that|completing)|"
     r"the (?:above|latter|former)|ibid)\b",
     re.IGNORECASE,
 )
 _SUMMARY = re.compile(
     r"\W*(?:conclusions?|summary|overall|final (?:thoughts|words|verdict|answer)|references|"
-    r"sources|"
-    r"bibliography|in (?:conclusion|summary)|wrap[- ]up|putting it|introduction|abstract|overview|"
-    r"executive summary|recap|takeaways?|key takeaways?|closing|sincerely|signature|acknowledg\w+|"
+    r"sources|bibliography|in (?:conclusion|summary)|wrap[- ]up|putting it|introduction|abstract|"
+    r"overview|executive summary|recap|takeaways?|key takeaways?|closing|sincerely|signature|"
+    r"acknowledg\w+|"
     r"title|subject|disclaimer|final|result|recommendations?|discussion)\b",
     re.IGNORECASE,
 )
 _MATH = re.compile(
-    r"\d\s*[=*/^\u00d7\u00f7]\s*[\d(a-z]|[a-z)]\s*=\s*[-(\d]|\\(?:frac|sqrt|sum|int|cdot|times|left)\b|"
-    r"\\\[|\$\$|"
-    r"\bsubstitut|\bwe (?:get|obtain|have|can (?:now|then))\b|"
+    r"\d\s*[=*/^\u00d7\u00f7]\s*[\d(a-z]|[a-z)]\s*=\s*[-(\d]|\\(?:frac|sqrt|sum|int|cdot|times|"
+    r"left)\b|\\\[|\$\$|\bsubstitut|\bwe (?:get|obtain|have|can (?:now|then))\b|"
     r"\bso,? the (?:answer|total|probability)\b",
     re.IGNORECASE,
 )
@@ -589,20 +579,20 @@ _ASSORTED = re.compile(
     re.IGNORECASE,
 )
 _HANDS = re.compile(
-    r"\b(?:click|tap|select|menu|button|dialog|drag|double-click|right-click|terminal|command line|"
-    r"preheat|oven|skillet|simmer|tablespoons?|teaspoons?|tbsp|tsp|whisk|stir|dough|batter|"
-    r"saucepan|"
+    r"\b(?:click|tap|select|menu|button|dialog|drag|double-click|right-click|terminal|"
+    r"command line|preheat|oven|skillet|simmer|tablespoons?|teaspoons?|tbsp|tsp|whisk|stir|dough|"
+    r"batter|saucepan|"
     r"install|npm|pip|import|function|variable|loop|return|screw|drill|glue)\b",
     re.IGNORECASE,
 )
 _FIELD = re.compile(
     r"(?:(?:full |first |last |character )?name|age|gender|race|occupation|background|backstory|"
-    r"appearance|personality|setting|plot|characters?|protagonist|antagonist|premise|twist|logline|"
-    r"pre-?conditions?|(?:test )?steps|expected (?:results?|outcome)|actual results?|"
-    r"fix|vulnerability|issue|problem|solution|root cause|cause|resolution|diagnosis|symptoms?|"
+    r"appearance|personality|setting|plot|characters?|protagonist|antagonist|premise|twist|"
+    r"logline|pre-?conditions?|(?:test )?steps|expected (?:results?|outcome)|actual results?|fix|"
+    r"vulnerability|issue|problem|solution|root cause|cause|resolution|diagnosis|symptoms?|"
     r"hypothesis|thesis(?: statement)?|claim|proof|given|ingredients|directions|instructions|"
-    r"materials|"
-    r"method(?:ology|s)?|results|procedure|set-?up|punchline|questions?|answers?|input|output|"
+    r"materials|method(?:ology|s)?|results|procedure|set-?up|punchline|questions?|answers?|input|"
+    r"output|"
     r"topic|dataset|rationale|objective|headline|situation|task|action|explanation|translation|original|corrected|step)\W*$",
     re.IGNORECASE,
 )
@@ -720,9 +710,14 @@ def _parts(response: str, lines: Sequence[_Line], run: _Run) -> list[_Part]:
     for start, end in pairwise(offsets):
         lead, rest = _head(response[start:end], run.markers[0].kind)
         parts.append(_Part(start, end, response[start:end], run.markers[0].kind, lead, rest))
-    if parts[-1].lead and not re.search(r"\w", parts[-1].rest) and parts[0].rest.strip():
+    if _bare(parts[-1]) and not any(map(_bare, parts[:-1])):
         parts.pop()
     return _named_apart(parts)
+
+
+def _bare(part: _Part) -> bool:
+    """Whether a part is one line; where its siblings are more, its text was not recognised."""
+    return "\n" not in part.text.strip()
 
 
 def _named_apart(parts: list[_Part]) -> list[_Part]:

@@ -39,7 +39,6 @@ AttentionInterface.register(EXACT, _exact)
 AttentionMaskInterface.register(EXACT, eager_mask)
 
 
-@torch.inference_mode()
 def reference_logits(
     model: PreTrainedModel,
     tokens: NDArray[np.int64],
@@ -55,12 +54,13 @@ def reference_logits(
     if "sliding_attention" in kinds:
         mask = {"full_attention": full, "sliding_attention": sliding}
     model.set_attn_implementation(EXACT)
-    out: Any = model(
-        input_ids=torch.from_numpy(tokens)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        attention_mask=mask,
-        use_cache=False,
-    )
+    with torch.inference_mode():
+        out: Any = model(
+            input_ids=torch.from_numpy(tokens)[None],
+            position_ids=torch.from_numpy(positions)[None],
+            attention_mask=mask,
+            use_cache=False,
+        )
     logits: Tensor = out.logits[0]
     return logits
 

@@ -102,7 +102,7 @@ def test_without_hiding_it_would_differ(model: PreTrainedModel) -> None:
 def test_sequential_greedy_is_generate(model: PreTrainedModel) -> None:
     prompt = tuple(random.Random(4).randrange(256) for _ in range(20))
     model.set_attn_implementation(EXACT)
-    out = model.generate(  # type: ignore[operator]
+    out = model.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None
     )
     engine = TransformersEngine(model, max_model_len=256)

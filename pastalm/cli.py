@@ -1,0 +1,703 @@
+"""The command `pasta`: thin verbs, each of which imports what it needs.
+
+Contract: the answer goes to stdout, everything else to stderr. An error is one line. Exit codes: 0; 1
+for a failure; 2 for what the user gave and cannot be used; 130 for Ctrl-C, after printing what is
+there. The live view is drawn only where stdout is a terminal.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO, TypeVar
+
+import typer
+
+from pastalm.engine import SamplingParams
+from pastalm.errors import (
+    CapabilityError,
+    DataError,
+    ModelError,
+    PastaError,
+    RequestError,
+)
+from pastalm.layout import Policy
+
+if TYPE_CHECKING:
+    from pastalm import LLM
+    from pastalm.events import Event
+    from pastalm.llm import Message, Stream
+    from pastalm.view import Output
+
+EMBEDDED = "smollm2-135m-instruct"
+DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="pasta",
+    help="Language models that decode the independent parts of an answer at the same time.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+train = typer.Typer(
+    help="Train models to speak PASTA-LANG.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(train, name="train")
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+Model = Annotated[str, typer.Option(help="The embedded model, a hub name, or a folder.")]
+Adapter = Annotated[
+    str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")]
+Positions = Annotated[str, typer.Option(help="Position ids of chunks: promised or overlap.")]
+MaxTokens = Annotated[int, typer.Option(help="Bound on all decoded tokens, tags too.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="The same model with forking off (--parallelism 0).")
+]
+Parallelism = Annotated[float, typer.Option(help="Multiplies the odds of forking; 0 turns it off.")]
+MaxThreads = Annotated[int, typer.Option(help="Threads decoding at once; others wait.")]
+System = Annotated[str | None, typer.Option(help="A system message.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+NoLive = Annotated[bool, typer.Option("--no-live", help="Plain text on a terminal too.")]
+
+
+def main() -> None:
+    """The entry point of `pasta`."""
+    app(prog_name="pasta")
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("pasta: " + " ".join(message.split()), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _verb(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A verb whose errors are one line and the right exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            result = function(*args, **kwargs)
+            sys.stdout.flush()
+            return result
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            # what Python still holds for the closed stdout would raise once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _fail("stdout was closed before the end", FAILED)
+        except (RequestError, CapabilityError, ModelError, DataError) as error:
+            _fail(str(error), BAD_INPUT)
+        except PastaError as error:
+            _fail(str(error), FAILED)
+        except ModuleNotFoundError as error:
+            extra = "train" if error.name in ("trl", "datasets", "accelerate") else "transformers"
+            _fail(f"{error.name} is missing: pip install 'pastalm[{extra}]'", FAILED)
+        except Exception as error:
+            if os.environ.get("PASTA_DEBUG"):
+                raise
+            what = f"{type(error).__name__}: {error}"[:300]
+            _fail(f"internal error, please report it ({what}); PASTA_DEBUG=1 shows where", FAILED)
+
+    return guarded
+
+
+def _quiet() -> None:
+    """Keeps the libraries' warnings and progress bars off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+class _CtrlC:
+    """Within it the first Ctrl-C only sets `pressed`, so that a step is not torn; the second raises."""
+
+    pressed = False
+
+    def __enter__(self) -> _CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+# ------------------------------------------------------------------------------ input and output
+
+
+def _read(source: str) -> str:
+    """A file's text; `-` is stdin. Raises DataError."""
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 (at byte {error.start})") from None
+
+
+def _open_trace(path: Path | None) -> TextIO | None:
+    if path is None:
+        return None
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+@contextmanager
+def _busy(message: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while something takes long, if stderr is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(message) as status:
+        yield lambda text: status.update(text) if console.is_terminal else None
+
+
+def _load(
+    model: str,
+    adapter: str,
+    dtype: str = "auto",
+    positions: str = "promised",
+    max_threads: int = 16,
+) -> LLM:
+    from pastalm import LLM, Limits
+    from pastalm.layout import POLICIES
+
+    if positions not in POLICIES:
+        raise RequestError(f"unknown positions {positions!r}: promised or overlap")
+    limits = Limits(max_threads=max_threads)
+    chosen = None if adapter == "none" else adapter
+    policy: Policy = positions
+    with _busy(f"loading {model}"):
+        return LLM(
+            model, adapter=chosen, dtype=dtype, positions=policy, limits=limits, max_num_seqs=1
+        )
+
+
+def _live() -> bool:
+    return sys.stdout.isatty()
+
+
+def _shown(
+    stack: ExitStack,
+    *,
+    as_json: bool,
+    live: bool,
+    title: str,
+    stops: Iterable[str] = (),
+    cut: int | None = None,
+) -> Output:
+    """Where events are shown: nowhere yet (JSON), the moving picture, or plain text."""
+    from rich.console import Console
+
+    from pastalm.view import Live, Plain, Silent
+
+    if as_json:
+        return Silent()
+    if live:
+        return stack.enter_context(Live(Console(), title))
+    return Plain(sys.stdout, stops=tuple(stops), cut=cut)
+
+
+def _decode(stream: Stream, output: Output, trace: TextIO | None = None) -> bool:
+    """Shows a stream to its end; whether Ctrl-C ended it early."""
+    from pastalm.events import to_json
+
+    try:
+        with _CtrlC() as ctrl_c:
+            stopped = False
+            for event in stream:
+                if trace is not None:
+                    trace.write(to_json(event) + "\n")
+                    trace.flush()
+                output.apply(event)
+                if ctrl_c.pressed and not stopped:
+                    stopped = True
+                    stream.cancel()
+    finally:
+        stream.cancel()
+    output.close()
+    return ctrl_c.pressed
+
+
+def _conclude(transcript: Any, *, as_json: bool, live: bool, interrupted: bool = False) -> None:
+    """What follows the answer: JSON on stdout, or the figures on stderr; then exit 130 if need be."""
+    from pastalm.view import figures
+
+    sys.stdout.flush()
+    if as_json:
+        _print_json(transcript.to_dict())
+    elif not live:
+        print(figures(transcript), file=sys.stderr)
+    if interrupted:
+        _fail("interrupted: this is what was there", INTERRUPTED)
+
+
+# ------------------------------------------------------------------------------ answers
+
+
+@app.command()
+@_verb
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
+    model: Model = EMBEDDED,
+    adapter: Adapter = "auto",
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Least share of the top probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Ends the answer before this text (repeatable).")
+    ] = None,
+    parallelism: Parallelism = 1.0,
+    sequential: Sequential = False,
+    positions: Positions = "promised",
+    max_threads: MaxThreads = 16,
+    system: System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete the prompt, no chat template.")
+    ] = False,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the events to this file (JSONL).")
+    ] = None,
+    no_live: NoLive = False,
+) -> None:
+    """Answer a prompt, its independent parts at the same time."""
+    text = _read("-") if prompt == "-" else prompt
+    if not text.strip():
+        raise RequestError("the prompt is empty: say something")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        parallelism=0.0 if sequential else parallelism,
+    )
+    _quiet()
+    live = _live() and not no_live
+    with ExitStack() as stack:
+        file = _open_trace(trace)
+        if file is not None:
+            stack.enter_context(file)
+        llm = _load(model, adapter, dtype, positions, max_threads)
+        stream = llm.stream(text if raw else _messages(text, system), params)
+        title = f"{model} · {'asynchronous' if params.parallelism else 'sequential'}"
+        output = _shown(stack, as_json=as_json, live=live, title=title, stops=params.stop_strings)
+        interrupted = _decode(stream, output, file)
+    _conclude(stream.transcript, as_json=as_json, live=live, interrupted=interrupted)
+
+
+def _messages(prompt: str, system: str | None) -> list[Message]:
+    user: Message = {"role": "user", "content": prompt}
+    return [user] if system is None else [{"role": "system", "content": system}, user]
+
+
+@app.command()
+@_verb
+def replay(
+    file: Annotated[str, typer.Argument(help="A trace (generate --trace); - is stdin.")],
+    speed: Annotated[float, typer.Option(help="Times as fast as it was.")] = 1.0,
+    as_json: AsJson = False,
+    no_live: NoLive = False,
+) -> None:
+    """Show a trace again, without a model."""
+    from pastalm.view import Silent, paced
+
+    if not speed > 0:
+        raise RequestError("speed must be above 0")
+    events = _read_trace(file)
+    live = _live() and not no_live and not as_json
+    cut = next((c for c in (getattr(e, "cut", None) for e in events) if c is not None), None)
+    whole = Silent()
+    with ExitStack() as stack:
+        output = _shown(stack, as_json=as_json, live=live, title=file, cut=cut)
+        for event in paced(events, speed) if live else events:
+            output.apply(event)
+            whole.apply(event)
+        output.close()
+    _conclude(whole.transcript, as_json=as_json, live=live)
+
+
+def _read_trace(source: str) -> list[Event]:
+    """The events of a trace, checked to be one. Raises DataError."""
+    from pastalm.events import from_json
+    from pastalm.transcript import Transcript
+
+    events: list[Event] = []
+    transcript = Transcript()
+    for number, line in enumerate(_read(source).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            events.append(from_json(line))
+            transcript.apply(events[-1])
+        except DataError as error:
+            raise DataError(f"{source}, line {number}: {error}") from None
+        except KeyError:
+            raise DataError(
+                f"{source}, line {number}: an event of a thread that never began"
+            ) from None
+    if not events:
+        raise DataError(f"{source} holds no events")
+    return events
+
+
+@app.command()
+@_verb
+def chat(
+    model: Model = EMBEDDED,
+    adapter: Adapter = "auto",
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    parallelism: Parallelism = 1.0,
+    sequential: Sequential = False,
+    positions: Positions = "promised",
+    max_threads: MaxThreads = 16,
+    system: System = None,
+    dtype: Dtype = "auto",
+    no_live: NoLive = False,
+) -> None:
+    """Talk with a model; an empty line or Ctrl-D ends, Ctrl-C stops an answer."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        parallelism=0.0 if sequential else parallelism,
+    )
+    _quiet()
+    llm = _load(model, adapter, dtype, positions, max_threads)
+    history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    live = _live() and not no_live
+    while (line := _ask()) is not None:
+        history.append({"role": "user", "content": line})
+        with ExitStack() as stack:
+            stream = llm.stream(history, params)
+            output = _shown(stack, as_json=False, live=live, title=model)
+            _decode(stream, output)
+        _conclude(stream.transcript, as_json=False, live=live)
+        history.append({"role": "assistant", "content": stream.transcript.text})
+
+
+def _ask() -> str | None:
+    """The next line of the user; None at the end."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.strip() or None
+
+
+@app.command()
+@_verb
+def demo(
+    model: Model = EMBEDDED,
+    adapter: Adapter = "auto",
+    prompt: Annotated[str, typer.Option(help="What to answer.")] = DEMO_PROMPT,
+    max_tokens: MaxTokens = 1024,
+    dtype: Dtype = "auto",
+    no_live: NoLive = False,
+) -> None:
+    """One prompt asynchronously, then sequentially, and the time of each."""
+    params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p) for p in (1, 0)]
+    _quiet()
+    _fetch(model)
+    llm = _load(model, adapter, dtype)
+    # the first steps of a process are slower than all later ones; neither answer should pay for that
+    llm.chat(_messages(prompt, None), SamplingParams(max_tokens=8, temperature=0))
+    live = _live() and not no_live
+    done = []
+    for title, each in zip(("asynchronous", "sequential"), params, strict=True):
+        print(f"\n{prompt}  [{title}]\n", file=sys.stderr)
+        with ExitStack() as stack:
+            stream = llm.stream(_messages(prompt, None), each)
+            output = _shown(stack, as_json=False, live=live, title=f"{model} · {title}")
+            interrupted = _decode(stream, output)
+        _conclude(stream.transcript, as_json=False, live=live, interrupted=interrupted)
+        done.append(stream.transcript)
+    print(_verdict(*done), file=sys.stderr)
+
+
+def _verdict(asynchronous: Any, sequential: Any) -> str:
+    times = [t.seconds for t in (asynchronous, sequential)]
+    return (
+        f"\nasynchronous {times[0]:.2f} s for {asynchronous.tokens} tokens in {asynchronous.steps} "
+        f"steps; sequential {times[1]:.2f} s for {sequential.tokens} tokens in {sequential.steps} "
+        f"steps: {times[1] / times[0]:.2f} times as fast, "
+        f"{sequential.seconds / sequential.tokens / (times[0] / asynchronous.tokens):.2f} times as "
+        "fast a token"
+    )
+
+
+# ------------------------------------------------------------------------------ language and models
+
+
+@app.command()
+@_verb
+def parse(
+    file: Annotated[str, typer.Argument(help="PASTA-LANG text; - is stdin.")] = "-",
+    strip: Annotated[bool, typer.Option("--strip", help="Only the reader's text.")] = False,
+    render: Annotated[bool, typer.Option("--render", help="The text form, normalized.")] = False,
+) -> None:
+    """Parse PASTA-LANG: prints its values as JSON."""
+    from pastalm import lang
+
+    if strip and render:
+        raise RequestError("give --strip or --render, not both")
+    document = lang.parse(_read(file))
+    if strip or render:
+        sys.stdout.write(lang.strip(document) if strip else lang.render(document))
+    else:
+        _print_json([_value(node) for node in document])
+
+
+def _value(node: Any) -> dict[str, Any]:
+    from pastalm.lang import Async, Promise, Text
+
+    if isinstance(node, Text):
+        return {"type": "text", "text": node.text}
+    if isinstance(node, Promise):
+        return {"type": "promise", "topic": node.topic, "tokens": node.tokens}
+    if isinstance(node, Async):
+        return {"type": "async", "body": [_value(inner) for inner in node.body]}
+    return {"type": "sync"}
+
+
+@app.command()
+@_verb
+def pull(
+    name: Annotated[str, typer.Argument(help="The embedded model or a hub name.")] = EMBEDDED,
+) -> None:
+    """Fetch a model's weights into the cache; prints their folder."""
+    print(_fetch(name))
+
+
+def _fetch(name: str) -> Path:
+    from pastalm import models
+
+    _quiet()
+    with _busy(f"looking for {name}") as say:
+        return models.pull(name, progress=say)
+
+
+@app.command()
+@_verb
+def env(as_json: AsJson = False) -> None:
+    """What is installed here, what each engine supports, and which models are at hand."""
+    _quiet()
+    facts = _facts()
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            print(key)
+            for name, detail in value.items():
+                print(f"  {name:<22} {detail}")
+        else:
+            print(f"{key:<24} {value}")
+
+
+def _facts() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import pastalm
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("torch", "transformers", "peft", "gguf", "safetensors", "trl", "datasets")
+    return {
+        "pastalm": pastalm.__version__,
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "bfloat16 on the CPU": _bfloat16(),
+        "packages": {name: installed(name) for name in packages},
+        "engines": _engines(),
+        "models": _models(),
+    }
+
+
+def _bfloat16() -> str:
+    from pastalm import models
+
+    try:
+        return "yes" if models.cpu_has_bfloat16() else "no: float32 is the default"
+    except ModuleNotFoundError:
+        return "unknown: torch is not installed"
+
+
+def _engines() -> dict[str, str]:
+    found = {"scripted": "works: plays scripts, no weights"}
+    try:
+        from pastalm.engines.transformers import POSITIONS
+
+        found["transformers"] = (
+            f"works: positions {', '.join(POSITIONS)}; masks, logprobs, adapters"
+        )
+    except ImportError:
+        found["transformers"] = "pip install 'pastalm[transformers]'"
+    return found
+
+
+def _models() -> dict[str, str]:
+    from pastalm import models
+
+    folder = models.cache_folder()
+    found = {p.parent.name: str(p.parent) for p in sorted(folder.glob("*/model.safetensors"))}
+    found.setdefault(EMBEDDED, "not fetched yet: pasta pull")
+    shipped = Path(__file__).parent / "adapters"
+    for card in sorted(shipped.glob("*/adapter_config.json")):
+        found[f"adapter for {card.parent.name}"] = "ships with the package"
+    return found
+
+
+# ------------------------------------------------------------------------------ training
+
+
+@app.command()
+@_verb
+def annotate(
+    source: Annotated[Path, typer.Argument(help="JSONL: {id, prompt, response} a line.")],
+    target: Annotated[
+        Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")
+    ],
+    limit: Annotated[int | None, typer.Option(help="Rows of SOURCE to look at.")] = None,
+    model: Annotated[str, typer.Option(help="Whose tokens promised lengths count.")] = EMBEDDED,
+) -> None:
+    """Mark the independent parts of existing answers in PASTA-LANG."""
+    from pastalm.train.annotate import Counts, annotate_file
+
+    if not source.is_file():
+        raise DataError(f"no file {source}")
+    count_tokens = _token_counter(model)
+    with _busy(f"annotating {source.name}") as say:
+
+        def progress(counts: Counts) -> None:
+            if counts.read % 20 == 0:
+                say(f"{counts.read} rows read, {counts.structured} with two chunks or more")
+
+        counts = annotate_file(source, target, count_tokens, limit=limit, progress=progress)
+    dropped = ", ".join(f"{n} {why}" for why, n in counts.dropped.items()) or "none"
+    print(
+        f"{counts.read} rows read, {counts.skipped} were there, {counts.written} written, "
+        f"{counts.structured} with two chunks or more, {counts.chunks} chunks; dropped: {dropped}",
+        file=sys.stderr,
+    )
+
+
+def _token_counter(model: str) -> Callable[[str], int]:
+    """Tokens of a text under a model's vocabulary, without loading the model."""
+    path = _fetch(model) / "tokenizer.json"
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ModelError(f"cannot read the tokenizer of {model} ({path}): {error}") from None
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+@train.command()
+@_verb
+def sft(
+    data: Annotated[Path, typer.Argument(help="What pasta annotate wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and adapter.")],
+    model: Model = EMBEDDED,
+    token_budget: Annotated[int, typer.Option(help="Tokens to draw from the data.")] = 800_000,
+    max_row_tokens: Annotated[int, typer.Option(help="Longer answers are left out.")] = 512,
+    plain: Annotated[float, typer.Option(help="Share of rows without chunks.")] = 0.33,
+    sequential: Annotated[
+        float, typer.Option(help="Share of rows untagged, under the sequential marker.")
+    ] = 0.12,
+    epochs: float = 1.0,
+    learning_rate: float = 5e-4,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 2048,
+    tag_weight: Annotated[float, typer.Option(help="Loss weight of decisions.")] = 2.0,
+    lora_rank: int = 16,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 40,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = True,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Stage 1: finetune a model (LoRA and six tag tokens) on annotated answers."""
+    if not data.is_file():
+        raise DataError(f"no annotated data at {data}: make it with pasta annotate")
+    _quiet()
+    from pastalm.train.dataset import Mix
+    from pastalm.train.sft import SftConfig
+    from pastalm.train.sft import train as run
+
+    mix = Mix(
+        token_budget=token_budget,
+        max_tokens=max_row_tokens,
+        plain=plain,
+        sequential=sequential,
+        seed=seed,
+    )
+    config = SftConfig(
+        data=data,
+        out=out,
+        model=model,
+        mix=mix,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_tokens=batch_tokens,
+        tag_weight=tag_weight,
+        lora_rank=lora_rank,
+        save_steps=save_steps,
+        resume=resume,
+        device=device,
+        seed=seed,
+    )
+    print(run(config, progress=lambda line: print(line, file=sys.stderr, flush=True)))
+
+
+if __name__ == "__main__":
+    main()

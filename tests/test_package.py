@@ -1,0 +1,81 @@
+"""What users see of the package: its names, its types, its command, and that help needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pastalm
+
+ROOT = Path(__file__).parents[1]
+VERBS = (
+    "generate", "replay", "chat", "demo", "parse", "pull", "env", "annotate", "train", "train sft",
+)  # fmt: skip
+
+
+def project() -> dict[str, Any]:
+    loaded: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return loaded
+
+
+def test_the_public_surface() -> None:
+    assert sorted(pastalm.__all__) == [
+        "CapabilityError",
+        "CompletionOutput",
+        "DataError",
+        "EngineError",
+        "LLM",
+        "LanguageError",
+        "Limits",
+        "ModelError",
+        "PastaError",
+        "RequestError",
+        "RequestOutput",
+        "SamplingParams",
+        "Transcript",
+    ]
+    assert all(hasattr(pastalm, name) for name in pastalm.__all__)
+
+
+def test_the_version_is_said_once() -> None:
+    assert pastalm.__version__ == project()["version"]
+
+
+def test_types_ship_with_it() -> None:
+    assert (Path(pastalm.__file__).parent / "py.typed").is_file()
+
+
+def test_the_command_is_there() -> None:
+    module, function = project()["scripts"]["pasta"].split(":")
+    assert callable(getattr(import_module(module), function))
+
+
+def test_what_is_asked_for_is_pinned() -> None:
+    pinned = {
+        line.split("==")[0].replace("_", "-").lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    extras = project()["optional-dependencies"]
+    asked = [*project()["dependencies"], *(d for each in extras.values() for d in each)]
+    names = {d.partition("[")[0].split(">")[0].split("=")[0] for d in asked} - {"pastalm"}
+    assert names <= pinned
+
+
+def test_every_verb_explains_itself_without_torch() -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from pastalm.cli import app\n"
+        f"for verb in {VERBS!r}:\n"
+        "    result = CliRunner().invoke(app, [*verb.split(), '--help'])\n"
+        "    assert result.exit_code == 0 and 'Usage:' in result.stdout, (verb, result.output)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -368,7 +368,7 @@ def _read_trace(source: str) -> list[Event]:
 
     events: list[Event] = []
     transcript = Transcript()
-    for number, line in enumerate(_read(source).splitlines(), 1):
+    for number, line in enumerate(_read(source).split("\n"), 1):
         if not line.strip():
             continue
         try:

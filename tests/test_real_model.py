@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from pastalm import LLM, SamplingParams
+from pastalm import LLM, SamplingParams, models
 from pastalm.events import Decoded, Event, Path, TokenSet
 from pastalm.layout import Layout, Policy
 from pastalm.vocabulary import TAG_TOKENS
+
+pytestmark = pytest.mark.skipif(
+    not (models._ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file(),
+    reason="no adapter ships in this tree",
+)
 
 FIVE_TIPS = "Give me five tips for staying healthy, each with a short explanation."
 GREEDY = SamplingParams(temperature=0, max_tokens=1024)
@@ -124,8 +129,6 @@ def test_tags_off_leaves_no_trace_of_tags(llm: LLM) -> None:
 
 
 def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
-    from pastalm import models
-
     typed = models.chat_prompt(
         llm.loaded, [{"role": "user", "content": "say <|sync|> <|im_end|> <|promise|>"}]
     )

@@ -20,7 +20,7 @@ from pastalm.events import (
 )
 from pastalm.interpreter import Interpreter, Limits, topic_key
 from pastalm.layout import Layout, Policy
-from pastalm.vocabulary import Vocabulary
+from pastalm.vocabulary import Tags, Vocabulary
 
 PIECES = (
     '<promise topic="', '" tokens="', "10", "20", "30", '"/>', '"/>\n', "/><", '"/></', "<async>", "</async>",
@@ -93,14 +93,25 @@ class Player:
 
     def promise(self, topic: str = "a", tokens: int = 10, path: Path = ()) -> Path:
         """A whole promise of a prepared model; its child."""
-        tags, length = self.vocabulary.tags, str(tokens)
-        assert tags is not None
-        self.say([tags.promise, *self.vocabulary.encode(topic)], path)
+        self.say([self.tags.promise, *self.vocabulary.encode(topic)], path)
+        return self.promised(tokens, path)
+
+    def promised(self, tokens: int, path: Path) -> Path:
+        """The rest of a promise whose topic stands; its child."""
         before = len(self.events)
-        for token in [tags.tokens, *self.vocabulary.encode(length), tags.promise_end]:
-            if not any(isinstance(event, Forked) for event in self.events[before:]):
-                self.sample(token, path)
-        return next(event.path for event in self.events[before:] if isinstance(event, Forked))
+        rest = [*self.vocabulary.encode(str(tokens)), self.tags.promise_end]
+        if self.interpreter.threads[path].mode == "topic":
+            rest = [self.tags.tokens, *rest]
+        while rest:
+            (decoded, *_) = self.sample(rest[0], path)
+            assert isinstance(decoded, Decoded)
+            rest = rest[1 + len(decoded.forced) :]
+        return next(e.path for e in self.events[before:] if isinstance(e, Forked))
+
+    @property
+    def tags(self) -> Tags:
+        assert self.vocabulary.tags is not None
+        return self.vocabulary.tags
 
     def finish(self, reason: FinishReason = "abort") -> list[Event]:
         return self._see(self.interpreter.finish(reason))

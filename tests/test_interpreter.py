@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pastalm.errors import RequestError
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined
+from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, SampledToken
 from pastalm.interpreter import CHUNK_SLACK, Limits, topic_key
 from pastalm.lang import LENGTHS, TAG_LIMIT
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
@@ -57,19 +59,16 @@ def test_paths_count_the_promises_of_each_thread() -> None:
     assert (first, second, player.promise("c")) == ((0,), (1,), (2,))
 
 
-def test_a_promise_at_the_very_end_of_the_budget_still_hides_the_end_from_its_child() -> None:
-    """The child forks from the promise's last token, whatever is forced upon its parent next."""
-    for budget in range(60, 140):
-        player = Player(max_tokens=budget, limits=Limits(max_depth=2, max_chunk_tokens=52))
-        if not _allows(player, TAGS.promise):
-            continue
-        child = player.promise("a", 10)
-        while child in player.live:
-            token = TAGS.promise if _allows(player, TAGS.promise, path=child) else 97
-            inside = player.allowed[child]
-            assert inside is not None
-            pick = [t for t in (TAGS.promise, TAGS.tokens, TAGS.promise_end, token) if t in inside]
-            player.sample(pick[0] if pick else next(i for i in range(263) if i in inside), child)
+def test_a_child_does_not_see_the_end_that_its_parent_is_forced_to() -> None:
+    """Where the grant takes all but the parent's end, the child still forks from the promise."""
+    player = Player(max_tokens=600)
+    parent = player.promise("a", 100)
+    tag, grant, end = 6, 2 * 20 + CHUNK_SLACK, 1
+    while player.interpreter.threads[parent].budget > tag + grant + end:
+        player.sample(97, parent)
+    child = player.promise("b", 20, parent)  # Player holds: forked right after the promise
+    assert player.reasons() == {parent: "length"}
+    assert player.live == [(), child]
 
 
 # ------------------------------------------------------------------------------ syncs
@@ -157,18 +156,11 @@ def test_a_thread_that_has_ended_or_waits_hears_nothing() -> None:
     player = Player()
     child = player.promise()
     player.sample(TAGS.sync)
-    events = list(player.events)
-    sampled = next(e for e in events if isinstance(e, Decoded))
+    sampled = SampledToken(request_id="r", path=(), token=97)
     for path in ((), (7,)):
-        assert player.interpreter.advance(_sampled(path, sampled.token)) == []
+        assert player.interpreter.advance(replace(sampled, path=path)) == []
     player.sample(TAGS.async_close, child)
-    assert player.interpreter.advance(_sampled(child, 97)) == []
-
-
-def _sampled(path: tuple[int, ...], token: int) -> object:
-    from pastalm.events import SampledToken
-
-    return SampledToken(request_id="r", path=path, token=token)
+    assert player.interpreter.advance(replace(sampled, path=child)) == []
 
 
 def test_who_may_end_how() -> None:
@@ -261,22 +253,17 @@ def test_topics_of_unjoined_siblings_are_distinct(again: str) -> None:
     assert not _allows(player, TAGS.tokens)
     player.sample(TAGS.tokens)  # of an engine without masks: a digit tells them apart
     assert _allows(player, TAGS.tokens)
-    player.sample(TAGS.tokens)
-    player.say("10")
-    topics = [topic_key(e.topic) for e in player.events if isinstance(e, Forked)]
-    assert len(set(topics)) == 3
-    player.sample(TAGS.async_close, child)
+    second = player.promised(10, ())
+    topics = {e.path: topic_key(e.topic) for e in player.events if isinstance(e, Forked)}
+    assert topics[child] == "ab"
+    assert topics[second].startswith("ab")
+    assert topics[second].endswith("2")
 
 
 def test_sixteen_equal_topics_become_sixteen_topics() -> None:
     player = Player(max_tokens=4000)
     while _allows(player, TAGS.promise):
-        player.say([TAGS.promise, *b"samesame"])
-        if player.interpreter.threads[()].mode == "topic":
-            player.sample(TAGS.tokens)
-        player.say([49, 48, TAGS.promise_end])
-        if player.interpreter.threads[()].mode != "text":
-            break
+        player.promise("samesame", 10)
     topics = [e.topic for e in player.events if isinstance(e, Forked) and e.path]
     assert len(topics) == len(set(topics)) == 16
 
@@ -315,7 +302,6 @@ def test_parallelism_zero_turns_forking_off(vocabulary: object) -> None:
     if player.vocabulary.tags:
         assert not _allows(player, TAGS.promise)
         assert not _allows(player, TAGS.sync)
-        player.promise_tokens = None  # type: ignore[attr-defined]
         player.say([TAGS.promise, 97, TAGS.tokens, 49, 48, TAGS.promise_end])
     else:
         player.say(XML + "é<sync/>")
@@ -480,8 +466,6 @@ def test_an_unprepared_model_forks_syncs_and_ends(vocabulary: object) -> None:
 
 @pytest.mark.parametrize("cut", range(1, len(XML)))
 def test_a_tag_is_found_wherever_tokens_split_it(cut: int) -> None:
-    from dataclasses import replace
-
     pieces = [b"a " + XML[:cut].encode(), XML[cut:].encode() + b" b"]
     vocabulary = replace(XML_BYTES, size=259, piece=lambda i: pieces[i - 257] if i > 256 else bytes([i]))
     player = Player(vocabulary)

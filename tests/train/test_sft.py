@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pastalm import models
 from pastalm.errors import DataError
-from pastalm.lang import Async, AsyncOpen, Document, Promise, Sync, Text, linearize
+from pastalm.lang import Async, AsyncOpen, Document, Promise, Sync, Text, linearize, render
 from pastalm.layout import IGNORED, pack, pack_serial
-from pastalm.train.dataset import collate, read_annotated
-from pastalm.train.sft import weighted_loss
+from pastalm.train.dataset import Mix, batches, collate, examples, read_annotated
+from pastalm.train.sft import SftConfig, _adapted, _Log, _optimizer, train, weighted_loss
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
+from tests.test_models import BYTE_LEVEL, small_model
 
 VOCABULARY = tiny_vocabulary()
 PROMPT = [40, 41, 42]
@@ -99,3 +103,143 @@ def test_unreadable_annotations_are_one_clear_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(fine) + "\n" + json.dumps(broken) + "\n")
     with pytest.raises(DataError, match=r"line 2.*annotate it again"):
         read_annotated(path)
+
+
+# ------------------------------------------------------------------------------ training, tiny
+
+
+def tied_model() -> Any:
+    model = tiny_model("llama", dtype=torch.float32)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return model
+
+
+def test_six_rows_learn_and_the_merged_model_is_the_trained_one(tmp_path: Path) -> None:
+    config = SftConfig(data=tmp_path / "none", out=tmp_path)
+    batch = collate([pack(PROMPT, DOCUMENT, VOCABULARY, "promised", eos=EOS)])
+    base = tied_model().get_input_embeddings().weight
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return float(weighted_loss(model.eval(), batch, TAGS, 2.0)[0])
+
+    adapted = _adapted(config, tied_model(), TAGS)
+    for _ in range(2):  # the second time going on from what was saved
+        optimizer = _optimizer(config, adapted)
+        before = loss(adapted)
+        for _ in range(5):
+            optimizer.zero_grad()
+            weighted_loss(adapted.train(), batch, TAGS, 2.0)[0].backward()
+            optimizer.step()
+        trained = loss(adapted)
+        assert trained < before - 0.05
+        folder = tmp_path / "adapter"
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        adapted = _adapted(replace(config, start=folder), tied_model(), TAGS)
+        assert math.isclose(loss(adapted), trained, abs_tol=1e-6)
+    merged = models._merged(tied_model(), tmp_path / "adapter")
+    assert math.isclose(loss(merged), trained, abs_tol=1e-5)
+    into, out = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    assert into.data_ptr() == out.data_ptr()
+    changed = (into != base).any(dim=1).nonzero().flatten().tolist()
+    assert changed == list(TAGS.ids)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SftConfig:
+    """A run on two dozen short answers with a tiny base: 4 to 8 steps."""
+    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, tmp_path / "base")
+    rows = []
+    for i in range(24):
+        document: Document = (
+            Text(f"Number {i}.\n"),
+            Promise("sleep", 10),
+            Async((Text("1. Sleep well.\n"),)),
+            Promise("food", 10),
+            Async((Text("2. Eat greens.\n"),)),
+        )
+        if i % 3 == 0:
+            document = (Text(f"Only one thing to say to {i}."),)
+        rows.append(
+            {
+                "id": str(i),
+                "prompt": f"What of {i}?",
+                "annotated": render(document),
+                "tokens": 20,
+                "chunks": 2 if i % 3 else 0,
+                "source": "made up",
+                "licence": "CC0",
+            }
+        )
+    data = tmp_path / "annotated.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SftConfig(
+        data=data,
+        out=tmp_path / "out",
+        model=str(tmp_path / "base"),
+        mix=Mix(token_budget=2000, positions={"promised": 0.4, "overlap": 0.3, "serial": 0.3}),
+        batch_tokens=400,
+        lora_rank=2,
+        validation_rows=3,
+        save_steps=2,
+    )
+
+
+def test_a_run_leaves_an_adapter_that_loads_and_says_how_it_was_made(config: SftConfig) -> None:
+    said: list[str] = []
+    folder = train(config, said.append)
+    loaded = models.load(config.model, adapter=str(folder), dtype="float32")
+    assert loaded.prepared
+    assert loaded.sequential_marker == models.SEQUENTIAL_MARKER
+    record = json.loads((folder / "train.json").read_text())
+    assert record["data"]["sources"] == {"made up": record["data"]["rows"]}
+    assert set(record["final"]) >= {"validation_tags", "validation_text"}
+    assert str(config.data.parent) not in (folder / "train.json").read_text()
+    logged = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in logged if "validation_text" in e]
+    assert (config.out / "loss.png").stat().st_size > 1000
+    assert len(list(config.out.glob("checkpoint-*"))) <= 2
+    assert any("step" in line for line in said)
+
+
+def test_a_run_that_was_broken_off_ends_as_one_that_was_not(
+    config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_file(train(config, str) / "adapter_model.safetensors")
+    again = replace(config, out=tmp_path / "again")
+    with monkeypatch.context() as patch:
+        patch.setattr(_Log, "on_save", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            train(again, str)
+    resumed = load_file(train(again, str) / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.allclose(whole[name], resumed[name], atol=1e-4) for name in whole)
+    with pytest.raises(DataError, match="another configuration"):
+        train(replace(again, learning_rate=1e-3), str)
+
+
+def broken_off(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_same_seed_draws_the_same_examples_within_the_budget(config: SftConfig) -> None:
+    rows = read_annotated(config.data)
+    _, tokenizer = models.load_base(Path(config.model))
+    model = small_model(len(tokenizer))
+    models.prepare(model, tokenizer)
+    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
+
+    def drawn(seed: int) -> list[tuple[str, str, bytes]]:
+        mix = replace(config.mix, seed=seed)
+        chosen = list(examples(rows, tokenizer, vocabulary, mix, eos=1))
+        assert 0 < sum(len(e.packed) for e in chosen) <= mix.token_budget
+        indices = [i for batch in batches(chosen, config.batch_tokens) for i in batch]
+        assert sorted(indices) == list(range(len(chosen)))
+        for example in chosen:
+            tagged = bool(set(example.packed.input_ids) & set(vocabulary.tags.ids))  # type: ignore[union-attr]
+            assert tagged == (example.kind == "tagged")
+        return [(e.id, e.kind, e.packed.input_ids.tobytes()) for e in chosen]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)

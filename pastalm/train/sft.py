@@ -151,7 +151,13 @@ def _described(config: SftConfig) -> dict[str, Any]:
     described.pop("out")
     described.pop("resume")
     described["start"] = config.start.name if config.start else None
+    described["model"] = _base_name(config)
     return json.loads(json.dumps(described, default=str))  # type: ignore[no-any-return]
+
+
+def _base_name(config: SftConfig) -> str:
+    """The base as others may know it: of a local folder only its name."""
+    return Path(config.model).name if Path(config.model).is_dir() else config.model
 
 
 def _newest(config: SftConfig) -> Path | None:
@@ -317,7 +323,7 @@ def _save(
     """The adapter in bfloat16, with its card and how it was trained."""
     final = log.validate()
     plot(log.path, config.out / "loss.png")
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     with models.quiet(), warnings.catch_warnings():
@@ -326,7 +332,7 @@ def _save(
     models.write_card(
         folder,
         {
-            "base": config.model,
+            "base": _base_name(config),
             "shape": models.shape_of(model.get_base_model()),
             "tags": list(TAG_TOKENS.values()),
             "positions": sorted(config.mix.positions),

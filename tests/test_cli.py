@@ -1,0 +1,292 @@
+"""The real command: what goes where, exit codes, one line for what the user got wrong, Ctrl-C, pipes.
+
+In process where that tells the same; as a process of its own where signals and closed pipes matter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pastalm import models
+from pastalm.cli import app
+from pastalm.events import from_json
+from pastalm.lang import parse, strip
+from pastalm.transcript import Transcript
+from tests.test_models import byte_level, small_model
+
+TRACE = Path(__file__).parent / "data" / "trace.jsonl"
+KEYS = {
+    "text", "annotated", "tokens", "steps", "critical_path", "parallelism", "seconds",
+    "finish_reason", "threads",
+}  # fmt: skip
+THREAD_KEYS = {
+    "id", "parent", "topic", "promised_tokens", "tokens", "start_step", "end_step",
+}  # fmt: skip
+
+
+def pasta(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random model that was given the tag tokens: it forks at random."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_level()
+    model = small_model(len(tokenizer))
+    models.prepare(model, tokenizer)
+    model.generation_config.eos_token_id = 1
+    models.save(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def template_less(tiny: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "template-less"
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+def complains(result: Result, code: int, *words: str) -> None:
+    """One line on stderr that holds `words`, nothing on stdout, the exit code, no traceback."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("pasta: ")
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+def test_an_unknown_model(tmp_path: Path) -> None:
+    complains(pasta("generate", "hello", "--model", tmp_path / "nowhere"), 2, "no model folder")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    complains(pasta("generate", "hello", "--model", tmp_path), 2, "config.json")
+
+
+def test_a_corrupt_model(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "corrupt")
+    (tmp_path / "corrupt" / "model.safetensors").write_bytes(b"\0\1 not weights")
+    complains(pasta("generate", "hello", "--model", tmp_path / "corrupt"), 2, "cannot load")
+
+
+def test_no_adapter_there(tiny: Path, tmp_path: Path) -> None:
+    result = pasta("generate", "hello", "--model", tiny, "--adapter", tmp_path)
+    complains(result, 2, "no adapter")
+
+
+def test_a_corrupt_adapter(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\0\1 not weights")
+    (tmp_path / "pasta.json").write_text("{")
+    result = pasta("generate", "hello", "--model", tiny, "--adapter", tmp_path)
+    complains(result, 2, "not JSON")
+    model, _ = models.load_base(tiny)
+    models.write_card(tmp_path, {"base": "tiny", "shape": models.shape_of(model)})
+    result = pasta("generate", "hello", "--model", tiny, "--adapter", tmp_path)
+    complains(result, 2, "cannot read the adapter")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt(prompt: str) -> None:
+    complains(pasta("generate", prompt), 2, "empty")
+    complains(pasta("generate", "-", stdin=prompt), 2, "empty")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--max-tokens", "0"),
+        ("--temperature", "-1"),
+        ("--top-p", "0"),
+        ("--stop", ""),
+        ("--parallelism", "-1"),
+        ("--max-threads", "0"),
+        ("--positions", "nowhere"),
+    ],
+)
+def test_an_option_out_of_range(option: tuple[str, str]) -> None:
+    complains(pasta("generate", "hello", *option), 2)
+
+
+def test_serial_positions_are_not_for_this_engine(tiny: Path) -> None:
+    complains(pasta("generate", "hello", "--model", tiny, "--positions", "serial"), 2, "serial")
+
+
+def test_an_unknown_dtype(tiny: Path) -> None:
+    complains(pasta("generate", "hello", "--model", tiny, "--dtype", "int3"), 2, "dtype")
+
+
+def test_a_prompt_longer_than_the_context(tiny: Path) -> None:
+    complains(pasta("generate", "-", "--model", tiny, stdin="many words " * 3000), 2, "2048")
+
+
+def test_a_model_without_a_chat_template(template_less: Path) -> None:
+    complains(pasta("generate", "hello", "--model", template_less), 2, "chat template", "--raw")
+    result = pasta("generate", "hello", "--raw", "--model", template_less, "--max-tokens", 4)
+    assert result.exit_code == 0
+
+
+def test_a_prompt_that_is_no_text() -> None:
+    complains(pasta("generate", "-", stdin=b"\xff\xfe"), 2, "UTF-8")
+
+
+def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
+    complains(pasta("generate", "hello", "--trace", tmp_path / "no" / "x.jsonl"), 2, "cannot write")
+
+
+# ------------------------------------------------------------------------------ answers
+
+
+def test_json_text_and_trace_tell_the_same(tiny: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    asked = ("generate", "Five tips", "--model", tiny, "--dtype", "float32", "--max-tokens", 200)
+    asked += ("--parallelism", 1e6, "--temperature", 1, "--seed", 3)
+    result = pasta(*map(str, asked), "--json", "--trace", trace)
+    assert result.exit_code == 0 and result.stderr == ""
+    answer = json.loads(result.stdout)
+    assert set(answer) == KEYS
+    assert all(set(thread) == THREAD_KEYS for thread in answer["threads"])
+    assert len(answer["threads"]) > 1, "it never forked"
+    assert answer["tokens"] == sum(thread["tokens"] for thread in answer["threads"]) <= 200
+    assert strip(parse(answer["annotated"])) == answer["text"]
+    replayed = json.loads(pasta("replay", trace, "--json").stdout)
+    assert replayed == answer
+    plain = pasta(*map(str, asked))
+    assert plain.stdout.rstrip("\n") == answer["text"].rstrip("\n")
+
+
+def test_sequential_makes_no_chunk(tiny: Path) -> None:
+    asked = ("--model", tiny, "--sequential", "--json", "--max-tokens", "40")
+    answer = json.loads(pasta("generate", "Five tips", *asked).stdout)
+    assert len(answer["threads"]) == 1 and answer["annotated"] == answer["text"]
+    assert answer["parallelism"] == 1
+
+
+def test_a_chat_goes_on_until_its_input_ends(tiny: Path) -> None:
+    asked = ("chat", "--model", tiny, "--max-tokens", "6")
+    result = pasta(*asked, stdin="one\ntwo\n")
+    assert result.exit_code == 0
+    assert result.stderr.count("tokens/s") == 2
+
+
+def process(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pastalm.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+@pytest.fixture
+def answering(tiny: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the middle of an answer."""
+    asked = ("--model", tiny, "--raw", "--max-tokens", "2000", "--sequential", "--temperature", "3")
+    running = process("generate", "hello", *asked)
+    assert running.stdout is not None
+    assert select.select([running.stdout], [], [], 200)[0], "it wrote nothing"
+    yield running
+    running.kill()
+    running.wait()
+
+
+def test_ctrl_c_prints_what_is_there(answering: subprocess.Popen[bytes]) -> None:
+    answering.send_signal(signal.SIGINT)
+    out, err = answering.communicate(timeout=100)
+    assert answering.returncode == 130
+    assert out
+    lines = err.decode().splitlines()
+    assert len(lines) == 2 and "stopped" in lines[0] and "interrupted" in lines[1]
+
+
+def test_a_closed_stdout_ends_it_in_one_line(answering: subprocess.Popen[bytes]) -> None:
+    assert answering.stdout is not None and answering.stderr is not None
+    answering.stdout.close()
+    assert answering.wait(timeout=100) == 1
+    assert answering.stderr.read() == b"pasta: stdout was closed before the end\n"
+
+
+# ------------------------------------------------------------------------------ without a model
+
+
+def test_replay_gives_the_text() -> None:
+    result = pasta("replay", TRACE)
+    assert result.exit_code == 0
+    events = [from_json(line) for line in TRACE.read_text().splitlines()]
+    assert result.stdout.rstrip("\n") == Transcript(events).text.rstrip("\n")
+    assert "tokens/s" in result.stderr
+
+
+def test_replay_of_what_is_no_trace(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    complains(pasta("replay", tmp_path / "none"), 2, "cannot read")
+    for content in ("nonsense\n", '{"kind": "decoded", "path": [1], "token": 1}\n'):
+        bad.write_text(content)
+        complains(pasta("replay", bad), 2, "line 1")
+    bad.write_text("\n")
+    complains(pasta("replay", bad), 2, "no events")
+    complains(pasta("replay", TRACE, "--speed", "0"), 2, "speed")
+
+
+DOCUMENT = 'Two.<promise topic="a b" tokens="20"/><async>1 é</async><sync/>End.'
+
+
+def test_parse_speaks_json_text_and_its_own_form() -> None:
+    values = json.loads(pasta("parse", stdin=DOCUMENT).stdout)
+    assert values == [
+        {"type": "text", "text": "Two."},
+        {"type": "promise", "topic": "a b", "tokens": 20},
+        {"type": "async", "body": [{"type": "text", "text": "1 é"}]},
+        {"type": "sync"},
+        {"type": "text", "text": "End."},
+    ]
+    assert pasta("parse", "--strip", stdin=DOCUMENT).stdout == "Two.1 éEnd."
+    assert pasta("parse", "--render", stdin=DOCUMENT).stdout == DOCUMENT
+
+
+def test_parse_says_where_the_error_is(tmp_path: Path) -> None:
+    complains(pasta("parse", stdin="x<async>"), 1, "at character 1")
+    complains(pasta("parse", tmp_path / "none"), 2, "cannot read")
+
+
+def test_env_says_what_works() -> None:
+    facts = json.loads(pasta("env", "--json").stdout)
+    assert facts["engines"]["transformers"].startswith("works")
+    assert facts["python"] == sys.version.split()[0]
+    assert "transformers" in pasta("env").stdout
+
+
+def test_annotate_and_pull(tiny: Path, tmp_path: Path) -> None:
+    tips = "".join(f"{i}. **Tip {w}**: {'do it every day and do it well, ' * 5}\n" for i, w in
+                   enumerate(("sleep", "food", "water"), 1))  # fmt: skip
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"id": "a", "prompt": "Three tips?", "response": tips}) + "\n")
+    result = pasta("annotate", source, target, "--model", tiny)
+    assert result.exit_code == 0, result.output
+    assert "1 written" in result.stderr
+    assert len(target.read_text().splitlines()) == 1
+    complains(pasta("annotate", tmp_path / "none", target), 2, "no file")
+    assert pasta("pull", tiny).stdout.strip() == str(tiny)
+
+
+def test_training_needs_data(tmp_path: Path) -> None:
+    result = pasta("train", "sft", tmp_path / "none", "--out", tmp_path / "out")
+    complains(result, 2, "pasta annotate")
+
+

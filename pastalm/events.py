@@ -82,12 +82,14 @@ class Decoded(_Event):
     """Thread `path` sampled `token`: it is fed next.
 
     text: reader's text that it adds to the thread (may be empty: part of a character or of a tag).
-    tag: whether it belongs to a tag. logprob, top_logprobs: raw log-softmax, natural logarithm.
+    tag: whether it belongs to a tag. replaced: the grammar put it in the place of the one sampled (a
+    topic's fourth word became the topic's end; masks cannot say that). logprob, top_logprobs: raw log-softmax, natural logarithm.
     """
 
     token: int
     text: str = ""
     tag: bool = False
+    replaced: bool = False
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     kind: Literal["decoded"] = "decoded"

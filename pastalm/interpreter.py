@@ -32,7 +32,16 @@ from pastalm.events import (
     SampledToken,
     TokenSet,
 )
-from pastalm.lang import MAX_TOPIC_WORDS, AsyncClose, Mark, Promise, Scanner, Sync, Text, render_mark
+from pastalm.lang import (
+    MAX_TOPIC_WORDS,
+    AsyncClose,
+    Mark,
+    Promise,
+    Scanner,
+    Sync,
+    Text,
+    render_mark,
+)
 from pastalm.vocabulary import Tags, Vocabulary
 
 CHUNK_SLACK = 16
@@ -179,6 +188,7 @@ class Interpreter:
             token=token,
             text=text,
             tag=tag,
+            replaced=token != sampled.token,
             forced=forced,
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,

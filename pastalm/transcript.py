@@ -148,7 +148,8 @@ class Transcript:
     def settled(self) -> str:
         """The text up to where it may still change: through what the first unfinished chunk has so far."""
         pieces: list[str] = []
-        self._settle((), pieces)
+        if self.threads:
+            self._settle((), pieces)
         return "".join(pieces)
 
     def _settle(self, path: Path, pieces: list[str]) -> bool:
@@ -190,7 +191,7 @@ class Transcript:
 
     def linear_tokens(self, path: Path = ()) -> Iterator[tuple[Path, int]]:
         """Every decoded token in linear order with its thread."""
-        for token in self.threads[path].token_ids:
+        for token in self.threads[path].token_ids if self.threads else ():
             if isinstance(token, tuple):
                 yield from self.linear_tokens(token)
             else:
@@ -198,7 +199,7 @@ class Transcript:
 
     def logprobs(self, path: Path = ()) -> Iterator[Decoded]:
         """The text's tokens with their log-probabilities, in document order (tags: only in the trace)."""
-        for entry in self.threads[path].logprobs:
+        for entry in self.threads[path].logprobs if self.threads else ():
             if isinstance(entry, Decoded):
                 yield entry
             else:

@@ -97,7 +97,7 @@ class View:
         if self.transcript.threads[()].state == "live":
             answer.append("▍", "dim")
         if self.transcript.finished:
-            answer.truncate(max(0, len(self.transcript.text.translate(_CONTROL))))
+            answer = answer[: len(self.transcript.text.translate(_CONTROL))]
         return answer
 
     def figures(self) -> Text:

@@ -84,7 +84,10 @@ class Player:
         """A token of a thread, and what followed from it."""
         assert self.state[path] == "live"
         sampled = SampledToken(request_id="r", path=path, token=token)
-        return self._see(self.interpreter.advance(sampled))
+        events = self._see(self.interpreter.advance(sampled))
+        if events and isinstance(events[0], Decoded):
+            assert events[0].replaced == (events[0].token != token)
+        return events
 
     def say(self, text: str | Sequence[int], path: Path = ()) -> list[Event]:
         """Tokens of a thread one after another; the events of all."""

@@ -24,14 +24,17 @@ promises = st.builds(Promise, topics, st.sampled_from(LENGTHS))
 
 
 def _chunks(bodies: st.SearchStrategy[Document]) -> st.SearchStrategy[tuple[Node, ...]]:
-    return st.builds(lambda promise, body: (promise, Async(body)), promises, bodies)
+    synced = st.sampled_from(((), (Sync(),)))
+    return st.builds(lambda p, body, sync: (p, Async(body), *sync), promises, bodies, synced)
 
 
-def documents(depth: int = 2, pieces: st.SearchStrategy[str] = texts) -> st.SearchStrategy[Document]:
-    """Well-formed documents in normal form, chunks nested at most `depth` deep."""
+def documents(
+    depth: int = 2, pieces: st.SearchStrategy[str] = texts, size: int = 6
+) -> st.SearchStrategy[Document]:
+    """Well-formed documents in normal form, chunks nested at most `depth` deep, `size` nodes in each."""
     runs: st.SearchStrategy[tuple[Node, ...]] = st.one_of(
         pieces.map(lambda text: (Text(text),)), st.just((Sync(),))
     )
     if depth:
-        runs = runs | _chunks(documents(depth - 1, pieces))
-    return st.lists(runs, max_size=6).map(lambda r: normalize(node for run in r for node in run))
+        runs = runs | _chunks(documents(depth - 1, pieces, size))
+    return st.lists(runs, max_size=size).map(lambda r: normalize(node for run in r for node in run))

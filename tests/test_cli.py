@@ -138,7 +138,7 @@ def test_a_prompt_longer_than_the_context(tiny: Path) -> None:
 
 def test_a_model_without_a_chat_template(template_less: Path) -> None:
     complains(pasta("generate", "hello", "--model", template_less), 2, "chat template", "--raw")
-    result = pasta("generate", "hello", "--raw", "--model", template_less, "--max-tokens", 4)
+    result = pasta("generate", "hello", "--raw", "--model", template_less, "--max-tokens", "4")
     assert result.exit_code == 0
 
 
@@ -155,9 +155,9 @@ def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_json_text_and_trace_tell_the_same(tiny: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
-    asked = ("generate", "Five tips", "--model", tiny, "--dtype", "float32", "--max-tokens", 200)
-    asked += ("--parallelism", 1e6, "--temperature", 1, "--seed", 3)
-    result = pasta(*map(str, asked), "--json", "--trace", trace)
+    asked = ["generate", "Five tips", "--model", str(tiny), "--dtype", "float32"]
+    asked += ["--parallelism", "1e6", "--temperature", "1", "--seed", "3", "--max-tokens", "200"]
+    result = pasta(*asked, "--json", "--trace", trace)
     assert result.exit_code == 0 and result.stderr == ""
     answer = json.loads(result.stdout)
     assert set(answer) == KEYS
@@ -167,7 +167,7 @@ def test_json_text_and_trace_tell_the_same(tiny: Path, tmp_path: Path) -> None:
     assert strip(parse(answer["annotated"])) == answer["text"]
     replayed = json.loads(pasta("replay", trace, "--json").stdout)
     assert replayed == answer
-    plain = pasta(*map(str, asked))
+    plain = pasta(*asked)
     assert plain.stdout.rstrip("\n") == answer["text"].rstrip("\n")
 
 
@@ -288,5 +288,3 @@ def test_annotate_and_pull(tiny: Path, tmp_path: Path) -> None:
 def test_training_needs_data(tmp_path: Path) -> None:
     result = pasta("train", "sft", tmp_path / "none", "--out", tmp_path / "out")
     complains(result, 2, "pasta annotate")
-
-

@@ -44,6 +44,7 @@ events: st.SearchStrategy[Event] = st.one_of(
         token=ids,
         text=texts,
         tag=st.booleans(),
+        replaced=st.booleans(),
         logprob=st.none() | floats,
         top_logprobs=st.lists(st.tuples(ids, floats), max_size=3).map(tuple),
     ),

@@ -63,7 +63,7 @@ def largest_gap(
     allowed: dict[Path, TokenSet | None] = {}
     checks: list[tuple[int, int, TokenSet | None]] = []
     for event in events:
-        if isinstance(event, Decoded):
+        if isinstance(event, Decoded) and not event.replaced:
             checks.append((last[event.path], event.token, allowed[event.path]))
         for placed in layout.apply(event):
             ids.append(placed.token)

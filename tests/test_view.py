@@ -19,21 +19,28 @@ from pastalm.transcript import Transcript
 from pastalm.view import Live, Plain, View, figures
 
 WIDTH = 90
-PIECES = ("One. ", "- two\n", "a longer sentence that has to be wrapped somewhere. ", "漢字 é ", "<sync ", "\n\n")
+PIECES = (
+    "One. ",
+    "- two\n",
+    "a longer sentence that has to be wrapped somewhere. ",
+    "漢字 é ",
+    "<sync ",
+    "\n\n",
+)
 
 
 def random_document(seed: int, depth: int = 2) -> Document:
-    """A document with up to five parts, its chunks too."""
+    """A document with up to four parts, its chunks too."""
     chance = random.Random(seed)
     nodes: list[Node] = []
-    for part in range(chance.randint(1, 5)):
+    for part in range(chance.randint(1, 4)):
         if depth and chance.random() < 0.6:
             body = random_document(chance.getrandbits(32), depth - 1)
             nodes += [Promise(f"topic {part}", 10 * chance.randint(1, 50)), Async(body)]
         elif depth and nodes and chance.random() < 0.3:
             nodes.append(Sync())
         else:
-            nodes.append(Text("".join(chance.choices(PIECES, k=2))))
+            nodes.append(Text("".join(chance.choices(PIECES, k=1))))
     return normalize(nodes)
 
 
@@ -41,13 +48,17 @@ random_documents = st.integers(0, 2**32).map(random_document)
 few = settings(max_examples=25)
 
 
-def played(script: Document | str, *, stop: tuple[str, ...] = (), max_tokens: int = 20000) -> list[Event]:
+def played(
+    script: Document | str, *, stop: tuple[str, ...] = (), max_tokens: int = 20000
+) -> list[Event]:
     """The events of a script, its threads in lockstep."""
     driver = Driver(
         ScriptedEngine(byte_vocabulary(), [script]),
         byte_vocabulary(),
     )
-    running, events = driver.submit([1], SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop))
+    running, events = driver.submit(
+        [1], SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
+    )
     while driver.running:
         events += [event for _, event in driver.step()]
     assert running.transcript.finished

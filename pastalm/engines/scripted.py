@@ -21,8 +21,18 @@ from typing import TypeAlias
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
 from pastalm.errors import RequestError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
-from pastalm.lang import Async, AsyncClose, Document, Promise, Sync, Text
-from pastalm.lang import normalize, parse, render_mark, strip
+from pastalm.lang import (
+    Async,
+    AsyncClose,
+    Document,
+    Promise,
+    Sync,
+    Text,
+    normalize,
+    parse,
+    render_mark,
+    strip,
+)
 from pastalm.vocabulary import Tags, Vocabulary
 
 Script: TypeAlias = "str | Document"

@@ -539,9 +539,8 @@ class TransformersEngine:
         longest = max(len(due) for _, due in batch)
         width = self._width(max(sequence.layout.used for sequence, _ in batch))
         placed = [token for _, due in batch for token in due]
+        # queries that stand for no token see nothing; what comes out for them is never read
         visible = np.zeros((last - first, longest, width), dtype=np.bool_)
-        # queries that stand for no token must see something, or they would be NaN
-        visible[:, :, 0] = True
         query_positions = np.zeros((last - first, longest), dtype=np.int64)
         key_positions = np.zeros((last - first, width), dtype=np.int64)
         lay = np.zeros((last - first, longest), dtype=np.int64)

@@ -31,7 +31,7 @@ def _streams(vocabulary: Vocabulary) -> st.SearchStrategy[list[tuple[int, int]]]
     """(which live thread, token) again and again; tags far likelier than chance would have them."""
     likely = [*PROMISE, 98, 32, 0xC3, 50, 53, 65, 256, TAGS.sync, TAGS.async_close, TAGS.async_open]
     if vocabulary.tags is None:
-        likely = [i for i in range(256, vocabulary.size)] + [*b'<promise topic="a" tokens="10"/></>']
+        likely = [*range(256, vocabulary.size)] + [*b'<promise topic="a" tokens="10"/></>']
     token = st.sampled_from(likely) | st.integers(0, vocabulary.size - 1)
     return st.lists(st.tuples(st.integers(0, 9), token), min_size=1, max_size=80)
 
@@ -74,7 +74,7 @@ def _ended(player: Player) -> None:
     limit = player.limits.max_position
     if limit is not None:
         for policy in ("promised", "overlap"):
-            assert max(player.positions(policy), default=0) < limit  # type: ignore[arg-type]
+            assert max(player.positions(policy), default=0) < limit
 
 
 def _told(player: Player) -> None:

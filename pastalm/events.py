@@ -83,7 +83,8 @@ class Decoded(_Event):
 
     text: reader's text that it adds to the thread (may be empty: part of a character or of a tag).
     tag: whether it belongs to a tag. replaced: the grammar put it in the place of the one sampled (a
-    topic's fourth word became the topic's end; masks cannot say that). logprob, top_logprobs: raw log-softmax, natural logarithm.
+    topic's fourth word became the topic's end; masks cannot say that). logprob, top_logprobs: raw
+    log-softmax, natural logarithm.
     """
 
     token: int

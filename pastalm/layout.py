@@ -234,10 +234,7 @@ def pack_serial(
         for token in placed:
             tokens.append(token.token)
             paths.append(token.path)
-        if isinstance(event, Joined):
-            seen = np.flatnonzero(layout.visible(event.path)).tolist()
-            stretches[event.path] = (seen, [])
-        elif isinstance(event, Forked) and event.path:
+        if isinstance(event, Joined) or isinstance(event, Forked) and event.path:
             seen = np.flatnonzero(layout.visible(event.path)).tolist()
             stretches[event.path] = (seen, [])
         else:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from pastalm.lang import LENGTHS, AsyncClose, AsyncOpen, Node, Promise, Text
-from pastalm.lang import linearize
+from pastalm.lang import LENGTHS, AsyncClose, AsyncOpen, Node, Promise, Text, linearize
 
 TAG_TOKENS = {
     "promise": "<|promise|>",

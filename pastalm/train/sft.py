@@ -232,7 +232,8 @@ def _adapted(config: SftConfig, model: Any, tags: Tags) -> Any:
 
 
 def _optimizer(config: SftConfig, model: Any) -> torch.optim.Optimizer:
-    rows, others = [], []
+    rows: list[Any] = []
+    others: list[Any] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (rows if "trainable_tokens" in name else others).append(parameter)
@@ -326,6 +327,8 @@ def _save(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = _base_name(config)
     with models.quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -22,7 +22,7 @@ demo: $(STAMP) ## one prompt decoded asynchronously, then sequentially, with bot
 	$(BIN)/pasta demo
 
 test: lint ## lint, types, imports, and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check pastalm tests runs

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
@@ -107,6 +107,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     """Trains and returns the folder of the adapter, `out/adapter`. Raises DataError, ModelError."""
     _check(config)
+    set_seed(config.seed)
     model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
     models.prepare(model, tokenizer)
     eos = sorted(models.end_tokens(model, tokenizer))

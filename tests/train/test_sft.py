@@ -214,7 +214,10 @@ def test_a_run_that_was_broken_off_ends_as_one_that_was_not(
             train(again, str)
     resumed = load_file(train(again, str) / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys()
-    assert all(torch.allclose(whole[name], resumed[name], atol=1e-3) for name in whole)
+    apart = {n: float((whole[n].float() - resumed[n].float()).abs().max()) for n in whole}
+    # half a unit in the last place of bfloat16, in which adapters are saved
+    worst = max(float(x.float().abs().max()) for x in whole.values()) * 2**-8
+    assert max(apart.values()) <= worst, apart
     with pytest.raises(DataError, match="another configuration"):
         train(replace(again, learning_rate=1e-3), str)
 

@@ -30,6 +30,7 @@ from pastalm.errors import (
     RequestError,
 )
 from pastalm.layout import Policy
+from pastalm.models import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm import LLM
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from pastalm.llm import Message, Stream
     from pastalm.view import Output
 
-EMBEDDED = "smollm2-135m-instruct"
 DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -592,8 +592,7 @@ def _models() -> dict[str, str]:
     folder = models.cache_folder()
     found = {p.parent.name: str(p.parent) for p in sorted(folder.glob("*/model.safetensors"))}
     found.setdefault(EMBEDDED, "not fetched yet: pasta pull")
-    shipped = Path(__file__).parent / "adapters"
-    for card in sorted(shipped.glob("*/adapter_config.json")):
+    for card in sorted(models.ADAPTERS.glob("*/adapter_config.json")):
         found[f"adapter for {card.parent.name}"] = "ships with the package"
     return found
 

@@ -103,6 +103,11 @@ def topic_key(topic: str) -> str:
     return " ".join(topic.split()).casefold()
 
 
+def _distinct(thread: Thread, topic: str) -> bool:
+    """Whether a topic may close: it is one, and no unjoined sibling has it."""
+    return bool(topic) and topic_key(topic) not in thread.group.values()
+
+
 class Interpreter:
     """The threads of one response.
 
@@ -260,7 +265,7 @@ class Interpreter:
     def _closing(self, thread: Thread) -> int:
         """The next token of a topic that has to end: `<|tokens|>`, or first a digit that makes it distinct."""
         topic = self._topic(thread)
-        if topic and topic_key(topic) not in thread.group.values():
+        if _distinct(thread, topic):
             return self._tags.tokens
         number = 2
         while topic_key(f"{topic}{number}") in thread.group.values():
@@ -286,8 +291,7 @@ class Interpreter:
         if thread.mode == "number":
             return TokenSet(frozenset(self._lengths(thread)))
         if thread.mode == "topic":
-            topic = self._topic(thread)
-            closable = bool(topic) and topic_key(topic) not in thread.group.values()
+            closable = _distinct(thread, self._topic(thread))
             banned = {*tags.ids, *self._vocabulary.eos} - ({tags.tokens} if closable else set())
             return TokenSet(frozenset(banned), inverted=True)
         key = (not self._may_promise(thread), not thread.group, bool(thread.path))

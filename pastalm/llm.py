@@ -20,6 +20,7 @@ from pastalm.errors import EngineError, RequestError
 from pastalm.events import Event, Finished, FinishReason, stamped
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
+from pastalm.models import EMBEDDED
 from pastalm.transcript import Transcript
 from pastalm.vocabulary import TAG_TOKENS, Vocabulary
 
@@ -226,7 +227,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2-135m-instruct",
+        model: str = EMBEDDED,
         *,
         adapter: str | None = "auto",
         dtype: str = "auto",

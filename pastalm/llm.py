@@ -246,6 +246,7 @@ class LLM:
             self.loaded.model,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len or min(self.loaded.context_length, 4096),
+            pack=True,
         )
         self.driver = Driver(engine, self.loaded.vocabulary, limits=limits)
 

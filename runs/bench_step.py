@@ -42,11 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=models.EMBEDDED)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--plain", action="store_true", help="weights as they are, not packed")
     parser.add_argument("--prompt", type=int, default=400, help="tokens before the first")
     parser.add_argument("--steps", type=int, default=40)
     chosen = parser.parse_args()
     loaded = models.load(chosen.model, dtype=chosen.dtype)
-    engine = TransformersEngine(loaded.model, max_num_seqs=1, max_model_len=2048)
+    engine = TransformersEngine(
+        loaded.model, max_num_seqs=1, max_model_len=2048, pack=not chosen.plain
+    )
     step_times(engine, 2, chosen.prompt, 5)
     print(f"{loaded.name}, {loaded.model.dtype}, after {chosen.prompt} tokens\n")
     print("| threads | ms a step (median) | tokens/s |\n| --- | --- | --- |")

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
+from pastalm.engines import packing
 from pastalm.engines.sampling import Draw, Sampled, Sampler, noise_key
 from pastalm.errors import CapabilityError, EngineError, PastaError, RequestError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
@@ -296,7 +297,8 @@ class TransformersEngine:
     `device` if one is given. max_num_seqs: requests that decode at once; max_model_len: slots of
     each, cut to the positions the model can take. schedule: which live threads decode in a step (all);
     tokens that a chosen thread needs to see are fed with it. prefill_chunk: prompt tokens in one
-    forward.
+    forward. pack: lay the weights out for decoding where that helps (float32 on CPUs); the model can
+    then only infer.
 
     Raises CapabilityError for a model that it cannot drive. `on_logits`, if set, is called with the
     request's id, the path and the raw logits [vocabulary] of every token sampled.
@@ -311,6 +313,7 @@ class TransformersEngine:
         device: str | torch.device | None = None,
         schedule: Schedule | None = None,
         prefill_chunk: int = 512,
+        pack: bool = False,
     ) -> None:
         if min(max_num_seqs, max_model_len, prefill_chunk) < 1:
             raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
@@ -318,6 +321,8 @@ class TransformersEngine:
         self._model: Any = model
         self._model.to(device or model.device).eval()
         self._device = model.device
+        if pack and packing.can_pack(model):
+            packing.pack(model)
         self._capacity = min(max_model_len, self._shape.max_positions or max_model_len)
         self._chunk = prefill_chunk
         self._schedule = schedule

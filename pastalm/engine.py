@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pastalm.errors import RequestError
+from pastalm.errors import RequestError, complaint
 from pastalm.events import Event, Path
 from pastalm.events import SampledToken as SampledToken
 from pastalm.layout import Policy
@@ -57,12 +57,14 @@ class SamplingParams:
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in 0..20"),
             (self.parallelism >= 0, "parallelism must be 0 or more"),
-            (all(map(math.isfinite, (self.temperature, self.repetition_penalty, self.parallelism))), "not finite"),
+            (
+                all(map(math.isfinite, (self.temperature, self.repetition_penalty, self.parallelism))),
+                "temperature, repetition_penalty and parallelism must be finite",
+            ),
             (all(self.stop_strings), "a stop string must not be empty"),
         )
-        for fine, complaint in checks:
-            if not fine:
-                raise RequestError(f"{complaint}: {self!r}" if complaint == "not finite" else complaint)
+        if said := complaint(checks):
+            raise RequestError(said)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class PastaError(Exception):
     """Base of every error that a user can cause."""
@@ -42,3 +44,8 @@ class DataError(PastaError):
 
 class EngineError(PastaError):
     """An engine failed in the middle of a step."""
+
+
+def complaint(checks: Iterable[tuple[bool, str]]) -> str | None:
+    """What the first failed check says; None if all of them (whether it holds, what else) hold."""
+    return next((said for holds, said in checks if not holds), None)

@@ -33,6 +33,8 @@ from pastalm.events import (
     TokenSet,
 )
 from pastalm.lang import (
+    CHUNK_TAGS,
+    LENGTH_STEP,
     MAX_TOPIC_WORDS,
     AsyncClose,
     Mark,
@@ -41,14 +43,13 @@ from pastalm.lang import (
     Sync,
     Text,
     render_mark,
+    topic_key,
 )
 from pastalm.vocabulary import Tags, Vocabulary
 
 CHUNK_SLACK = 16
 """A chunk promised N tokens may take 2N and this many more."""
 MAX_TOPIC_TOKENS = 8
-CHUNK_TAGS = 2
-"""What a chunk's tags take of its parent's positions beside the length promised (layout.py)."""
 DISTINCTION_TOKENS = 4
 """Digits that may be needed to tell a topic from its siblings'."""
 
@@ -79,7 +80,8 @@ class Limits:
 @dataclass(slots=True)
 class Thread:
     """A thread as the interpreter knows it. budget: tokens it may still decode, its children's grants
-    taken out. reach: bound on its next position id. group: unjoined children and their topics."""
+    taken out. reach: bound on its next position id. key: of its own topic. group: unjoined children
+    and their topics' keys. usual: length of its last promise."""
 
     path: Path
     budget: int
@@ -88,7 +90,9 @@ class Thread:
     mode: Literal["text", "topic", "number"] = "text"
     tag: list[int] = field(default_factory=list)
     topic: str = ""
+    key: str = ""
     forks: int = 0
+    usual: int = LENGTH_STEP
     group: dict[Path, str] = field(default_factory=dict)
     resume: tuple[int, ...] = ()
     carry: str = ""
@@ -98,14 +102,10 @@ class Thread:
     )
 
 
-def topic_key(topic: str) -> str:
-    """What makes two topics the same: their words, case folded."""
-    return " ".join(topic.split()).casefold()
-
-
 def _distinct(thread: Thread, topic: str) -> bool:
-    """Whether a topic may close: it is one, and no unjoined sibling has it."""
-    return bool(topic) and topic_key(topic) not in thread.group.values()
+    """Whether a topic may close: it is one, not the thread's own, and no unjoined sibling has it."""
+    key = topic_key(topic)
+    return bool(key) and key != thread.key and key not in thread.group.values()
 
 
 class Interpreter:
@@ -268,7 +268,7 @@ class Interpreter:
         if _distinct(thread, topic):
             return self._tags.tokens
         number = 2
-        while topic_key(f"{topic}{number}") in thread.group.values():
+        while not _distinct(thread, f"{topic}{number}"):
             number += 1
         return self._vocabulary.encode(str(number))[-1]
 
@@ -305,12 +305,13 @@ class Interpreter:
         return self._masks[key]
 
     def _may_promise(self, thread: Thread) -> bool:
+        """Whether a promise may open: a chunk as long as the last one promised has to fit."""
         if not self._forking or len(thread.path) >= self._limits.max_depth:
             return False
         if len(thread.group) >= self._limits.max_promises:
             return False
         tag = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + self._digits if self._vocabulary.tags else 0
-        return self._affords(thread, 10, spare=tag)
+        return self._affords(thread, thread.usual, spare=tag)
 
     def _affords(self, thread: Thread, tokens: int, *, spare: int) -> bool:
         """Whether `spare` more tokens, a chunk of that length and the thread's own end fit."""
@@ -386,7 +387,7 @@ class Interpreter:
         return (
             self._may_promise(thread)
             and self._affords(thread, promise.tokens, spare=0)
-            and topic_key(promise.topic) not in thread.group.values()
+            and _distinct(thread, promise.topic)
         )
 
     # ------------------------------------------------------------------ threads
@@ -395,12 +396,14 @@ class Interpreter:
         """The child that is to keep a promise, its grant taken from its parent."""
         grant = self._grant(promise.tokens)
         path = (*parent.path, parent.forks)
-        child = Thread(path, grant - len(self._open), parent.reach + len(self._open), "queued")
+        key = topic_key(promise.topic)
+        child = Thread(path, grant - len(self._open), parent.reach + len(self._open), "queued", key=key)
         child.resume = self._open
         parent.forks += 1
         parent.budget -= grant
         parent.reach += promise.tokens + CHUNK_TAGS
-        parent.group[path] = topic_key(promise.topic)
+        parent.group[path] = key
+        parent.usual = promise.tokens
         self.threads[path] = child
         return child
 

@@ -26,7 +26,20 @@ from pastalm.errors import LanguageError
 MAX_TOPIC_WORDS = 3
 LENGTH_STEP = 10
 MAX_LENGTH = 500
+CHUNK_TAGS = 2
+"""`<async>` and `</async>`: what a chunk takes beside the tokens it was promised."""
 LENGTHS = range(LENGTH_STEP, MAX_LENGTH + 1, LENGTH_STEP)
+_NUMBER = re.compile(r"\d{1,3}[.)](?:\s+|$)")
+
+
+def topic_key(topic: str) -> str:
+    """What makes two topics the same: their words, case folded, a number before them left out.
+
+    Empty for a topic that is only such a number.
+    """
+    words = " ".join(topic.split()).casefold()
+    number = _NUMBER.match(words)
+    return words[number.end() :] if number else words
 
 
 @dataclass(frozen=True, slots=True)

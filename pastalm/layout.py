@@ -28,13 +28,11 @@ from numpy.typing import NDArray
 
 from pastalm.errors import CapabilityError
 from pastalm.events import Decoded, Event, Finished, Forked, Joined, Path
-from pastalm.lang import AsyncClose, AsyncOpen, Document, Promise, Text, linearize
+from pastalm.lang import CHUNK_TAGS, AsyncClose, AsyncOpen, Document, Promise, Text, linearize
 from pastalm.vocabulary import Vocabulary
 
 Policy: TypeAlias = Literal["promised", "overlap", "serial"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-CHUNK_TAGS = 2
-"""`<|async|>` and `<|/async|>`: what a chunk takes beside the N tokens it was promised."""
 
 Row: TypeAlias = NDArray[np.bool_]
 

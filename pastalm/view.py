@@ -21,7 +21,7 @@ from rich.live import Live as RichLive
 from rich.text import Text
 
 from pastalm.events import Blocked, Decoded, Event, Finished, Joined, Path
-from pastalm.layout import CHUNK_TAGS
+from pastalm.lang import CHUNK_TAGS
 from pastalm.transcript import ThreadRecord, Transcript, thread_name
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green")

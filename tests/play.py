@@ -18,7 +18,8 @@ from pastalm.events import (
     SampledToken,
     TokenSet,
 )
-from pastalm.interpreter import Interpreter, Limits, topic_key
+from pastalm.interpreter import Interpreter, Limits
+from pastalm.lang import topic_key
 from pastalm.layout import Layout, Policy
 from pastalm.vocabulary import Tags, Vocabulary
 

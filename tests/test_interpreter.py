@@ -8,8 +8,8 @@ import pytest
 
 from pastalm.errors import RequestError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, SampledToken
-from pastalm.interpreter import CHUNK_SLACK, Limits, topic_key
-from pastalm.lang import LENGTHS, TAG_LIMIT
+from pastalm.interpreter import CHUNK_SLACK, Limits
+from pastalm.lang import LENGTHS, TAG_LIMIT, topic_key
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
 assert PREPARED.tags is not None
@@ -260,6 +260,28 @@ def test_topics_of_unjoined_siblings_are_distinct(again: str) -> None:
     assert topics[second].endswith("2")
 
 
+def test_a_number_does_not_make_a_topic_and_a_chunk_does_not_promise_itself() -> None:
+    player = Player(max_tokens=600)
+    child = player.promise("1. ab")
+    player.sample(TAGS.promise)
+    player.say("2.")
+    assert not _allows(player, TAGS.tokens)
+    player.say(" ab")
+    assert not _allows(player, TAGS.tokens)
+    player.sample(TAGS.promise, child)
+    player.say("3) AB", child)
+    assert not _allows(player, TAGS.tokens, path=child)
+
+
+def test_a_promise_opens_only_where_a_chunk_like_the_last_one_fits() -> None:
+    player = Player(max_tokens=400)
+    player.promise("ab", 100)
+    assert not _allows(player, TAGS.promise)
+    player = Player(max_tokens=400)
+    player.promise("ab", 50)
+    assert _allows(player, TAGS.promise)
+
+
 def test_sixteen_equal_topics_become_sixteen_topics() -> None:
     player = Player(max_tokens=4000)
     while _allows(player, TAGS.promise):
@@ -291,7 +313,7 @@ def test_no_promise_at_the_greatest_depth(depth: int) -> None:
     player = Player(max_tokens=4000, limits=Limits(max_depth=depth))
     path: tuple[int, ...] = ()
     for _ in range(depth):
-        path = player.promise("a", 200 // (1 + 4 * len(path)) // 10 * 10, path)
+        path = player.promise("abc"[len(path)], 200 // (1 + 4 * len(path)) // 10 * 10, path)
     assert not _allows(player, TAGS.promise, path=path)
     assert _kinds(player.sample(TAGS.promise, path)) == ["decoded"]  # of an engine without masks
 

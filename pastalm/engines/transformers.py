@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
 from pastalm.engines import packing
 from pastalm.engines.sampling import Draw, Sampled, Sampler, noise_key
-from pastalm.errors import CapabilityError, EngineError, PastaError, RequestError
+from pastalm.errors import CapabilityError, EngineError, PastaError, RequestError, complaint
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import Layout, Placed, Policy
 
@@ -205,9 +205,8 @@ def _shape(model: PreTrainedModel) -> _Shape:
         (not _rescales(rope), "its rotary frequencies change with the length"),
         (getattr(model, "_supports_attention_backend", False), "its attention cannot be replaced"),
     )
-    for fine, complaint in checks:
-        if not fine:
-            raise CapabilityError(f"the transformers engine cannot run {name}: {complaint}")
+    if said := complaint(checks):
+        raise CapabilityError(f"the transformers engine cannot run {name}: {said}")
     window = getattr(config, "sliding_window", None)
     by_type = "sliding_attention" in kinds
     windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
@@ -426,9 +425,8 @@ class TransformersEngine:
                 f"prompt ({n}) + max_tokens ({most}) exceed max_model_len ({self._capacity}): shorten one",
             ),
         )
-        for fine, complaint in checks:
-            if not fine:
-                raise RequestError(complaint)
+        if said := complaint(checks):
+            raise RequestError(said)
 
     def _addressed(self, sequence: _Sequence, event: Event) -> _Thread:
         """The thread of an event; a new one for `Forked`."""

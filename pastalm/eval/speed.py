@@ -21,7 +21,7 @@ import numpy as np
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.errors import DataError
 from pastalm.events import Decoded, Finished, Forked
-from pastalm.lang import Async, Document, Promise, Sync
+from pastalm.lang import Async, Document, Promise, Sync, topic_key
 from pastalm.llm import LLM
 from pastalm.transcript import Transcript
 from pastalm.vocabulary import TAG_TOKENS
@@ -87,7 +87,7 @@ def measure(llm: LLM, identity: str, prompt: str, *, max_tokens: int, turn: int 
         id=identity,
         chunks=len(fast.threads) - 1,
         largest_group=max(map(len, groups), default=0),
-        repeats=sum(len(g) - len({topic.casefold() for topic in g}) for g in groups),
+        repeats=sum(len(g) - len(set(map(topic_key, g))) for g in groups),
         malformed=any(spelling in fast.text for spelling in TAG_TOKENS.values()),
         tokens=fast.tokens,
         steps=fast.steps,

@@ -23,6 +23,7 @@ from typing import Literal, TypeAlias
 
 from pastalm.errors import DataError, LanguageError
 from pastalm.lang import (
+    CHUNK_TAGS,
     MAX_LENGTH,
     MAX_TOPIC_WORDS,
     Async,
@@ -35,6 +36,7 @@ from pastalm.lang import (
     render,
     round_length,
     strip,
+    topic_key,
 )
 
 CountTokens: TypeAlias = Callable[[str], int]
@@ -60,7 +62,6 @@ MIN_MEAN_TOKENS = 14
 WORTH = 0.9
 """A group is kept if its longest chain is below this share of its plain length."""
 PROMISE_TAGS = 3
-CHUNK_TAGS = 2
 CLOSED_SHARE = 1 / 3
 """Where a larger share of a group leans on other parts, none of it is promised."""
 
@@ -367,7 +368,8 @@ def _last_end(lines: Sequence[_Line], run: _Run) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One part of the answer. lead: its name, or empty. rest: its text after marker and lead."""
+    """One part of the answer. lead: its name, or empty. rest: its text after marker and lead.
+    number: of an item of a numbered list."""
 
     start: int
     end: int
@@ -375,6 +377,7 @@ class _Part:
     kind: Kind
     lead: str
     rest: str
+    number: int | None = None
 
 
 _LEAD_BOLD = re.compile(r"\s*(?:\*\*|__)(.+?)(?:\*\*|__)\s*[:.\-\u2013\u2014]?\s*")
@@ -450,11 +453,11 @@ def _empty(word: str) -> bool:
     return word.casefold() in _STOP and not (len(word) > 1 and word.isupper())
 
 
-def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
-    """Topics for a part, the best first. common: words that most parts of the group share."""
+def _topics(part: _Part, common: frozenset[str], most: int) -> Iterator[str]:
+    """Topics of at most `most` words, the best first. common: words that most parts of the group share."""
     lead, rest = part.lead, part.rest.strip()
     sentence = re.split(r"(?<=[.!?])\s", rest, maxsplit=1)[0]
-    if len(_content(sentence)) <= MAX_TOPIC_WORDS:
+    if len(_content(sentence)) <= most:
         sentence = rest[:200]
     if found := _SERIES_LEAD.match(lead):
         series, more = f"{found[1]} {found[2]}", _content(lead[found.end() :] or sentence)
@@ -463,19 +466,19 @@ def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
     words = _words(lead)
     if words and words[0].casefold() in ("a", "an", "the"):
         words = words[1:]
-    if len(words) <= MAX_TOPIC_WORDS and not all(map(_empty, words)):
+    if len(words) <= most and not all(map(_empty, words)):
         yield " ".join(words)
     own = list(dict.fromkeys(_content(lead)))
     if own:
-        yield from _choices(own)
+        yield from _choices(own, most)
     more = [w for w in _content(sentence) if w.casefold() not in common] or _content(sentence)
-    yield from _choices(list(dict.fromkeys(own + more))[:12])
+    yield from _choices(list(dict.fromkeys(own + more))[:12], most)
 
 
-def _choices(words: Sequence[str]) -> Iterator[str]:
-    yield from (" ".join(words[:n]) for n in (3, 2))
-    yield from (" ".join((words[0], words[1], word)) for word in words[3:])
-    yield from (" ".join(words[i : i + MAX_TOPIC_WORDS]) for i in range(1, len(words)))
+def _choices(words: Sequence[str], most: int) -> Iterator[str]:
+    yield from (" ".join(words[:n]) for n in range(most, 1, -1))
+    yield from (" ".join((*words[: most - 1], word)) for word in words[most:])
+    yield from (" ".join(words[i : i + most]) for i in range(1, len(words)))
     yield " ".join(words[:1])
 
 
@@ -707,9 +710,11 @@ def _parts(response: str, lines: Sequence[_Line], run: _Run) -> list[_Part]:
     starts = [m.line for m in run.markers] + [_last_end(lines, run)]
     offsets = [lines[i].start if i < len(lines) else len(response) for i in starts]
     parts = []
-    for start, end in pairwise(offsets):
-        lead, rest = _head(response[start:end], run.markers[0].kind)
-        parts.append(_Part(start, end, response[start:end], run.markers[0].kind, lead, rest))
+    kind, numbers = run.markers[0].kind, [m.number for m in run.markers]
+    counts = kind == "number" and len(set(numbers)) == len(numbers)  # Markdown also numbers every item 1
+    for (start, end), number in zip(pairwise(offsets), numbers, strict=True):
+        lead, rest = _head(response[start:end], kind)
+        parts.append(_Part(start, end, response[start:end], kind, lead, rest, number if counts else None))
     if _bare(parts[-1]) and not any(map(_bare, parts[:-1])):
         parts.pop()
     return _named_apart(parts)
@@ -747,20 +752,25 @@ def _stretches(parts: Sequence[_Part], count_tokens: CountTokens) -> Iterator[li
 
 
 def _promises(parts: Sequence[_Part], count_tokens: CountTokens) -> tuple[Promise, ...] | None:
-    """Promises with distinct topics, or None where a part has none left."""
+    """Promises with distinct topics, or None where a part has none left.
+
+    The topic of a numbered item begins with its number, so that the chunk need not count its siblings.
+    """
     common, taken, promises = _common(parts), set[str](), []
     for part in parts:
+        number = "" if part.number is None else f"{part.number}. "
+        most = MAX_TOPIC_WORDS - len(number.split())
         topic = next(
             (
-                t
-                for t in _topics(part, common)
-                if t.casefold() not in taken and _usable(t, count_tokens)
+                f"{number}{t}"
+                for t in _topics(part, common, most)
+                if topic_key(t) not in taken and _usable(f"{number}{t}", count_tokens)
             ),
             None,
         )
         if topic is None:
             return None
-        taken.add(topic.casefold())
+        taken.add(topic_key(topic))
         promises.append(Promise(topic, round_length(count_tokens(part.text))))
     return tuple(promises)
 
@@ -837,7 +847,7 @@ def annotate(response: str, count_tokens: CountTokens, *, prompt: str = "") -> D
     at, topics = 0, list[str]()
     for group in _chosen(_groups(response, count_tokens, prompt)):
         between = response[at : group.start]
-        joined = topics + [p.topic.casefold() for p in group.promises]
+        joined = topics + [topic_key(p.topic) for p in group.promises]
         if topics and not _leads_on(between, joined):
             nodes.append(Sync())
             joined = joined[len(topics) :]

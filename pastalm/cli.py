@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_EXTRAS = {"trl": "train", "datasets": "train", "accelerate": "train", "llama_cpp": "llama-cpp"}
+"""Which extra of the package brings a module that may be missing; else `transformers`."""
 
 app = typer.Typer(
     name="pasta",
@@ -57,12 +59,16 @@ app.add_typer(train, name="train")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-Model = Annotated[str, typer.Option(help="The embedded model, a hub name, or a folder.")]
+Model = Annotated[
+    str, typer.Option(help="The embedded model, a hub name, a folder, or a GGUF file.")
+]
 Adapter = Annotated[
     str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")]
-Positions = Annotated[str, typer.Option(help="Position ids of chunks: promised or overlap.")]
+Positions = Annotated[
+    str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that GGUF has).")
+]
 MaxTokens = Annotated[int, typer.Option(help="Bound on all decoded tokens, tags too.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
@@ -111,7 +117,7 @@ def _verb(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except PastaError as error:
             _fail(str(error), FAILED)
         except ModuleNotFoundError as error:
-            extra = "train" if error.name in ("trl", "datasets", "accelerate") else "transformers"
+            extra = _EXTRAS.get(error.name or "", "transformers")
             _fail(f"{error.name} is missing: pip install 'pastalm[{extra}]'", FAILED)
         except Exception as error:
             if os.environ.get("PASTA_DEBUG"):
@@ -191,17 +197,17 @@ def _load(
     model: str,
     adapter: str,
     dtype: str = "auto",
-    positions: str = "promised",
+    positions: str | None = None,
     max_threads: int = 16,
 ) -> LLM:
     from pastalm import LLM, Limits
     from pastalm.layout import POLICIES
 
-    if positions not in POLICIES:
+    if positions is not None and positions not in POLICIES:
         raise RequestError(f"unknown positions {positions!r}: promised or overlap")
     limits = Limits(max_threads=max_threads)
     chosen = None if adapter == "none" else adapter
-    policy: Policy = positions
+    policy: Policy | None = positions
     with _busy(f"loading {model}"):
         return LLM(
             model, adapter=chosen, dtype=dtype, positions=policy, limits=limits, max_num_seqs=1
@@ -288,7 +294,7 @@ def generate(
     ] = None,
     parallelism: Parallelism = 1.0,
     sequential: Sequential = False,
-    positions: Positions = "promised",
+    positions: Positions = None,
     max_threads: MaxThreads = 16,
     system: System = None,
     raw: Annotated[
@@ -395,7 +401,7 @@ def chat(
     seed: Seed = None,
     parallelism: Parallelism = 1.0,
     sequential: Sequential = False,
-    positions: Positions = "promised",
+    positions: Positions = None,
     max_threads: MaxThreads = 16,
     system: System = None,
     dtype: Dtype = "auto",
@@ -524,6 +530,26 @@ def _fetch(name: str) -> Path:
 
 @app.command()
 @_verb
+def export(
+    target: Annotated[Path, typer.Argument(help="The GGUF file to write.")],
+    kind: Annotated[
+        str, typer.Option("--gguf", help="Weight type: F32, F16, BF16, Q8_0, Q6_K, Q4_K_M, Q4_0, …")
+    ] = "F16",
+    model: Model = EMBEDDED,
+    adapter: Adapter = "auto",
+) -> None:
+    """Write a model and its adapter as one GGUF file, which llama.cpp runs."""
+    from pastalm import gguf_files, models
+
+    _quiet()
+    with _busy(f"loading {model}") as say:
+        loaded = models.load(model, adapter=None if adapter == "none" else adapter, dtype="float32")
+        path = gguf_files.export(loaded, target, kind.upper(), progress=say)
+    print(f"{path} ({path.stat().st_size / 1e6:.0f} MB)", file=sys.stderr)
+
+
+@app.command()
+@_verb
 def env(as_json: AsJson = False) -> None:
     """What is installed here, what each engine supports, and which models are at hand."""
     _quiet()
@@ -552,7 +578,7 @@ def _facts() -> dict[str, Any]:
         except PackageNotFoundError:
             return "not installed"
 
-    packages = ("torch", "transformers", "peft", "gguf", "safetensors", "trl", "datasets")
+    packages = ("torch", "transformers", "peft", "gguf", "safetensors", "llama-cpp-python", "trl", "datasets")
     return {
         "pastalm": pastalm.__version__,
         "python": platform.python_version(),
@@ -583,6 +609,14 @@ def _engines() -> dict[str, str]:
         )
     except ImportError:
         found["transformers"] = "pip install 'pastalm[transformers]'"
+    try:
+        from pastalm.engines import llama_cpp
+
+        found["llama.cpp"] = (
+            f"works: GGUF files; positions {', '.join(llama_cpp.POSITIONS)}; masks, logprobs"
+        )
+    except ImportError:
+        found["llama.cpp"] = "pip install 'pastalm[llama-cpp]'"
     return found
 
 

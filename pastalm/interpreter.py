@@ -135,6 +135,8 @@ class Interpreter:
         self._open = (tags.async_open,) if tags else tuple(vocabulary.encode("<async>"))
         self._close = (tags.async_close,) if tags else tuple(vocabulary.encode("</async>"))
         self._digits = max(map(len, vocabulary.numbers)) if tags else 0
+        self._digit_ids = {i for ids in vocabulary.numbers for i in ids} if tags else set()
+        self._spelled: dict[str, frozenset[int]] = {}
         self._masks: dict[tuple[bool, bool, bool], TokenSet] = {}
 
     # ------------------------------------------------------------------ what a driver calls
@@ -291,9 +293,7 @@ class Interpreter:
         if thread.mode == "number":
             return TokenSet(frozenset(self._lengths(thread)))
         if thread.mode == "topic":
-            closable = _distinct(thread, self._topic(thread))
-            banned = {*tags.ids, *self._vocabulary.eos} - ({tags.tokens} if closable else set())
-            return TokenSet(frozenset(banned), inverted=True)
+            return TokenSet(frozenset(self._banned_in_topic(thread)), inverted=True)
         key = (not self._may_promise(thread), not thread.group, bool(thread.path))
         if key not in self._masks:
             banned = {tags.tokens, tags.promise_end, tags.async_open}
@@ -303,6 +303,27 @@ class Interpreter:
             banned |= set() if key[2] else {tags.async_close}
             self._masks[key] = TokenSet(frozenset(banned), inverted=True)
         return self._masks[key]
+
+    def _banned_in_topic(self, thread: Thread) -> set[int]:
+        """What may not follow in a topic: the end of one that is taken, and what would make it one; so
+        the next best word is written, where a topic already taken would be told apart by digits."""
+        banned = {*self._tags.ids, *self._vocabulary.eos}
+        topic = self._topic(thread)
+        key = topic_key(topic)
+        for sibling in thread.group.values():
+            if sibling.startswith(key) and sibling != key:
+                banned |= self._spellings(sibling[len(key) :].strip())
+        if _distinct(thread, topic):
+            return banned - {self._tags.tokens}
+        return banned | (self._digit_ids if key else set())
+
+    def _spellings(self, word: str) -> frozenset[int]:
+        """The single tokens that spell a case-folded word, however it is written."""
+        if word not in self._spelled:
+            forms = {form for w in (word, f" {word}") for form in (w, w.title(), w.upper())}
+            ids = map(self._vocabulary.encode, forms)
+            self._spelled[word] = frozenset(one[0] for one in ids if len(one) == 1)
+        return self._spelled[word]
 
     def _may_promise(self, thread: Thread) -> bool:
         """Whether a promise may open: a chunk as long as the last one promised has to fit."""

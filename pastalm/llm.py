@@ -219,10 +219,11 @@ class Stream:
 class LLM:
     """A model that answers asynchronously.
 
-    model: the embedded model's name, a hub name, or a folder. adapter: "auto" takes the one that ships
-    for this model, None none, else a folder. dtype "auto": bfloat16 where the hardware has it.
-    positions: the policy of layout.py. max_num_seqs: responses at once; more wait. max_model_len:
-    slots each may fill. Raises ModelError, CapabilityError.
+    model: the embedded model's name, a hub name, a folder, or a GGUF file, which llama.cpp runs.
+    adapter: "auto" takes the one that ships for this model, None none, else a folder. dtype "auto":
+    bfloat16 where the hardware has it. positions: the policy of layout.py (None: the engine's first).
+    max_num_seqs: responses at once; more wait. max_model_len: slots each may fill. Raises ModelError,
+    CapabilityError, RequestError.
     """
 
     def __init__(
@@ -232,22 +233,34 @@ class LLM:
         adapter: str | None = "auto",
         dtype: str = "auto",
         device: str = "cpu",
-        positions: Policy = "promised",
+        positions: Policy | None = None,
         limits: Limits | None = None,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
     ) -> None:
-        from pastalm import models
-        from pastalm.engines.transformers import TransformersEngine
+        self.loaded: Loaded
+        engine: Engine
+        if model.endswith(".gguf"):
+            from pastalm import gguf_files
+            from pastalm.engines.llama_cpp import LlamaCppEngine
 
-        self.loaded: Loaded = models.load(model, adapter=adapter, dtype=dtype, device=device)
-        self.positions: Policy = positions
-        engine = TransformersEngine(
-            self.loaded.model,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len or min(self.loaded.context_length, 4096),
-            pack=True,
-        )
+            if adapter not in ("auto", None) or dtype != "auto":
+                raise RequestError("a GGUF file holds its adapter and its weight type: give neither")
+            self.loaded = gguf_files.load(model, gpu_layers=0 if device == "cpu" else -1)
+            length = max_model_len or min(self.loaded.context_length, 4096)
+            engine = LlamaCppEngine(
+                self.loaded.model, max_num_seqs=max_num_seqs, max_model_len=length
+            )
+        else:
+            from pastalm import models
+            from pastalm.engines.transformers import TransformersEngine
+
+            self.loaded = models.load(model, adapter=adapter, dtype=dtype, device=device)
+            length = max_model_len or min(self.loaded.context_length, 4096)
+            engine = TransformersEngine(
+                self.loaded.model, max_num_seqs=max_num_seqs, max_model_len=length, pack=True
+            )
+        self.positions: Policy = positions or engine.capabilities.positions[0]
         self.driver = Driver(engine, self.loaded.vocabulary, limits=limits)
 
     def generate(

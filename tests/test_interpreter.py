@@ -572,3 +572,19 @@ def test_stray_chunk_tags_are_left_out() -> None:
     player = Player(XML_BYTES)
     player.say("a<async>b</async>c<sync/>d")
     assert player.text() == "abcd"
+
+
+def test_what_would_repeat_a_siblings_topic_is_not_offered() -> None:
+    player = Player(max_tokens=600)
+    player.promise("1. ab")
+    player.sample(TAGS.promise)
+    player.say("2. ")
+    assert _allows(player, *b"aAb")  # a byte is a token here: "ab" is not repeated by its "a"
+    player.say("A")
+    assert not _allows(player, *b"b")
+    assert not _allows(player, *b"B")
+    assert _allows(player, *b"c", TAGS.tokens)
+    player.say("B")  # of an engine without masks
+    assert not _allows(player, TAGS.tokens)
+    assert not _allows(player, *b"7")
+    assert _allows(player, *b"c")

@@ -57,7 +57,7 @@ Kind: TypeAlias = Literal[
 
 MAX_GROUP = 16
 MAX_TOPIC_TOKENS = 8
-MIN_MEAN_TOKENS = 14
+MIN_MEAN_TOKENS = 25
 """Below this mean length of its chunks a group is not worth its tags."""
 WORTH = 0.9
 """A group is kept if its longest chain is below this share of its plain length."""

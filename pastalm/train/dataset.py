@@ -97,6 +97,9 @@ def read_annotated(path: Path) -> list[Source]:
     return rows
 
 
+SHORT_ITEM = 90
+"""Lists of items with fewer characters than this are not worth forking, and teach to abstain; one of
+longer items that was left alone may be independent all the same, and teaches nothing."""
 _ITEM = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*•])\s+\S", re.MULTILINE)
 
 
@@ -106,7 +109,8 @@ def _usable(row: Source, mix: Mix) -> bool:
     text = strip(row.document)
     if "<|im_" in text or "<|endoftext|>" in text:
         return False
-    return row.chunks >= 2 or (row.chunks == 0 and len(_ITEM.findall(text)) < 3)
+    items = len(_ITEM.findall(text))
+    return row.chunks >= 2 or (row.chunks == 0 and (items < 3 or len(text) < SHORT_ITEM * items))
 
 
 def examples(

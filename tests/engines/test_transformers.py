@@ -170,13 +170,13 @@ def test_prefix_reuse_gives_the_same_logits(shared: int, monkeypatch: pytest.Mon
     running = engine(max_num_seqs=1, prefill_chunk=7)
     logits_of(running, request("a"))
     fed: list[int] = []
-    forward = running._forward
+    forward = running._run
 
     def counted(**how: Any) -> Tensor:
         fed.append(len(how["ids"]))
         return forward(**how)
 
-    monkeypatch.setattr(running, "_forward", counted)
+    monkeypatch.setattr(running, "_run", counted)
     got = logits_of(running, request("b", prompt))
     assert float((got - want).abs().max()) < 1e-9
     assert sum(fed) == len(prompt) - shared + 4  # and the four tokens decoded afterwards
@@ -193,12 +193,12 @@ def test_the_row_with_the_longest_common_prefix_is_taken() -> None:
     running = engine(max_num_seqs=3)
     start(running, *(request(n, (*PROMPT[: 5 * i], 9, 9, 9)) for i, n in enumerate("abc")))
     running.step()
-    rows = {n: running._running[n].row for n in "abc"}
+    rows = {n: running._running[n].slot for n in "abc"}
     for name in "abc":
         finish(running, name)
     start(running, request("d"))
     running.step()
-    assert running._running["d"].row == rows["c"]
+    assert running._running["d"].slot == rows["c"]
 
 
 # ------------------------------------------------------------------------------ threads

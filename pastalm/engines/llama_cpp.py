@@ -1,0 +1,392 @@
+"""The engine over llama.cpp: GGUF files, quantised weights, one unified KV cache, one decode call a step.
+
+Each thread is a llama.cpp sequence. A cell of the cache is visible to a token iff it carries the
+token's sequence, so a fork is `seq_cp` of the parent's cells to the child and a join is `seq_cp` of
+the child's own cells back: metadata only, nothing is copied. A thread's positions must be
+consecutive, hence the policy `overlap` only. (PASTA section 4.)
+
+A fork happens when the child's first token is fed: what its parent wrote later has larger positions
+and is left out, and tokens of the parent fed in the same call carry both sequences. Where no
+sequence is free, the child waits; should that be for ever, it is an EngineError. A thread that joins
+waits until all that its children wrote is in the cache: one step at most.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import torch
+from torch import Tensor
+
+from pastalm.engine import Capabilities, Schedule
+from pastalm.engines.batching import Batch, BatchingEngine, Ints, Response, common_prefix
+from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
+from pastalm.events import Event, Finished, Forked, Joined, Path
+from pastalm.layout import Placed, Policy
+
+POSITIONS: tuple[Policy, ...] = ("overlap",)
+MAX_SEQUENCES = 256
+"""Sequences that llama.cpp takes at most."""
+BATCH = 512
+"""Tokens in one call at most."""
+CACHE_TYPES = ("F16", "F32", "Q8_0")
+CHILDREN = 16
+"""Sequences that must be free before a response that may fork begins; children beyond that may wait."""
+
+_FAILURES = {1: "the cache has no room", 2: "it was aborted", -1: "the batch is invalid"}
+
+
+_ERROR_LEVEL = 4
+_said: list[str] = []
+
+
+@llama_cpp.llama_log_callback
+def _log(level: int, text: bytes, data: object) -> None:
+    """llama.cpp's own messages: those about errors are kept for ours."""
+    if level == _ERROR_LEVEL and text.strip():
+        _said.append(" ".join(text.decode(errors="replace").split()))
+
+
+def _reason() -> str:
+    return _said[0][:200] if _said else "it does not say why"
+
+
+def quiet() -> None:
+    """Keeps llama.cpp's messages off the terminal."""
+    llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+
+
+class LlamaCppModel:
+    """A GGUF file, loaded. Raises ModelError for a file that llama.cpp does not load."""
+
+    def __init__(self, path: str | FilePath, *, gpu_layers: int = 0) -> None:
+        quiet()
+        _said.clear()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        if not FilePath(path).is_file():
+            raise ModelError(f"no GGUF file at {path}")
+        self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.pointer:
+            raise ModelError(f"llama.cpp cannot load {path} ({_reason()}): give a whole GGUF file")
+        self.vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
+        self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+        self.context_length: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
+
+    def metadata(self, key: str) -> str | None:
+        """A string of the file's metadata, if it has it."""
+        buffer = ctypes.create_string_buffer(4096)
+        n = llama_cpp.llama_model_meta_val_str(self.pointer, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if n >= 0 else None
+
+    def close(self) -> None:
+        """Frees the weights. The engines that use them must be closed before."""
+        if self.pointer:
+            llama_cpp.llama_model_free(self.pointer)
+            self.pointer = None
+
+
+@dataclass(slots=True)
+class _Place:
+    """What a response holds of the cache. sequences: of its threads that have begun and were not joined.
+    begins: position of the promise's last token, for each child. joins: children of syncs not fed yet."""
+
+    sequences: dict[Path, int]
+    begins: dict[Path, int] = field(default_factory=dict)
+    joins: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
+
+    @property
+    def unbegun(self) -> set[Path]:
+        return self.begins.keys() - self.sequences.keys()
+
+
+class _Cache:
+    """The unified KV cache: which sequence ids are free, and the calls that move cells between them."""
+
+    def __init__(self, context: Any) -> None:
+        self._memory = llama_cpp.llama_get_memory(context)
+        self.free = list(range(MAX_SEQUENCES - 1, -1, -1))
+
+    def take(self) -> int:
+        return self.free.pop()
+
+    def give(self, sequence: int) -> None:
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        self.free.append(sequence)
+
+    def copy(self, source: int, target: int, first: int, stop: int = -1) -> None:
+        """The cells of `source` at positions first .. stop - 1 belong to `target` too."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, first, stop)
+
+
+class LlamaCppEngine(BatchingEngine):
+    """Decodes all threads of all requests in one decode call per step.
+
+    max_num_seqs: requests that decode at once; max_model_len: cells of each, cut to the positions the
+    model can take; the cache holds their product. threads: CPU threads (None: all). cache_type: of
+    keys and values, F16, F32 or Q8_0. flash_attention: computes in half precision on a CPU, whatever
+    the cache holds. Raises ModelError if the cache cannot be made.
+    """
+
+    def __init__(
+        self,
+        model: LlamaCppModel,
+        *,
+        max_num_seqs: int = 8,
+        max_model_len: int = 2048,
+        threads: int | None = None,
+        cache_type: str = "F16",
+        flash_attention: bool = True,
+        schedule: Schedule | None = None,
+    ) -> None:
+        if min(max_num_seqs, max_model_len) < 1:
+            raise RequestError("max_num_seqs and max_model_len must be 1 or more")
+        if cache_type not in CACHE_TYPES:
+            raise CapabilityError(f"unknown cache_type {cache_type!r}: one of {', '.join(CACHE_TYPES)}")
+        capacity = min(max_model_len, model.context_length)
+        super().__init__(
+            Capabilities(
+                name="llama.cpp",
+                positions=POSITIONS,
+                max_model_len=capacity,
+                max_num_seqs=max_num_seqs,
+                max_position=model.context_length,
+                exact=False,
+            ),
+            vocabulary_size=model.vocabulary_size,
+            schedule=schedule,
+        )
+        params = llama_cpp.llama_context_default_params()
+        self._cells = max_num_seqs * capacity
+        params.n_ctx = max(self._cells, 2 * MAX_SEQUENCES)  # fewer abort the process
+        params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{cache_type}")
+        params.flash_attn_type = int(flash_attention)
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_seq_max = MAX_SEQUENCES
+        params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
+        params.kv_unified = params.swa_full = params.no_perf = True
+        self._model = model  # the weights must outlive the context
+        _said.clear()
+        self._context = llama_cpp.llama_init_from_model(model.pointer, params)
+        if not self._context:
+            raise ModelError(
+                f"llama.cpp cannot make a cache of {self._cells} tokens ({_reason()}): lower "
+                "max_num_seqs or max_model_len"
+            )
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, MAX_SEQUENCES)
+        self._cache = _Cache(self._context)
+        self._places: dict[str, _Place] = {}
+        self._remembered: OrderedDict[int, Ints] = OrderedDict()
+
+    def close(self) -> None:
+        """Frees the cache; the engine cannot be used any more."""
+        if self._context:
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_free(self._context)
+            self._context = None
+
+    def forget(self) -> None:
+        """Forgets the prompts that are remembered."""
+        while self._remembered:
+            self._forget_oldest()
+
+    # ------------------------------------------------------------------ places and prompts
+
+    def _place(self, response: Response) -> bool:
+        """A sequence for the main thread, once there are cells for all that the response may decode."""
+        forking = response.request.params.parallelism > 0
+        sequences = 1 + (CHILDREN if forking else 0)
+        free = self._cells - sum(map(_most, self._running.values())) - _most(response)
+        full = len(self._running) >= self.capabilities.max_num_seqs
+        short = len(self._cache.free) + len(self._remembered) < sequences
+        if full or free < 0 or (short and self._running):
+            return False
+        while self._remembered and (
+            sum(map(len, self._remembered.values())) > free or len(self._cache.free) < sequences
+        ):
+            self._forget_oldest()
+        self._prefill(response)
+        return True
+
+    def _prefill(self, response: Response) -> None:
+        """Feeds a prompt but for what is remembered of it, the last token always."""
+        prompt, n, main = response.prompt, len(response.prompt), response.main
+        own = self._cache.take()
+        begin = 0
+        if self._remembered:
+            shared = {s: common_prefix(held, prompt) for s, held in self._remembered.items()}
+            nearest = max(shared, key=lambda s: shared[s])
+            begin = min(shared[nearest], n - 1)
+            self._remembered.move_to_end(nearest)
+            self._cache.copy(nearest, own, 0, begin)
+        keep = [n - begin - 1] if main.last < 0 else []
+        try:
+            logits = self._decode(prompt[begin:].tolist(), range(begin, n), [[own]] * (n - begin), keep)
+        except EngineError:
+            self._cache.give(own)
+            raise
+        main.logits = logits[0].clone() if keep else None
+        self._places[response.request.id] = _Place({(): own})
+        self._remember(prompt, own)
+
+    def _remember(self, prompt: Ints, own: int) -> None:
+        """Keeps a prompt's cells for requests that begin like it."""
+        if any(np.array_equal(held, prompt) for held in self._remembered.values()):
+            return
+        if len(self._remembered) >= self.capabilities.max_num_seqs:
+            self._forget_oldest()
+        held = sum(map(_most, self._running.values())) + sum(map(len, self._remembered.values()))
+        if len(self._cache.free) > CHILDREN and held + 2 * len(prompt) <= self._cells:
+            kept = self._cache.take()
+            self._cache.copy(own, kept, 0)
+            self._remembered[kept] = prompt.copy()
+
+    def _forget_oldest(self) -> None:
+        self._cache.give(self._remembered.popitem(last=False)[0])
+
+    def _leave(self, response: Response) -> None:
+        for sequence in self._places.pop(response.request.id).sequences.values():
+            self._cache.give(sequence)
+
+    # ------------------------------------------------------------------ events
+
+    def apply(self, request_id: str, event: Event) -> None:
+        """Does what an event means. Raises RequestError for one that cannot follow."""
+        super().apply(request_id, event)
+        response = self._running.get(request_id)
+        if response is None:
+            return
+        place = self._places[request_id]
+        if isinstance(event, Forked) and event.path:
+            last = response.threads[event.path[:-1]].last
+            place.begins[event.path] = int(response.layout.positions[last])
+        elif isinstance(event, Joined) and event.children:
+            place.joins[event.path] = event.children
+        elif isinstance(event, Finished):
+            self._reclaim(response, place)
+
+    def _reclaim(self, response: Response, place: _Place) -> None:
+        """Takes back the sequences of finished threads that nobody can join or fork from any more."""
+        threads = response.threads
+        needed = {token.path for token in response.pending} | {path[:-1] for path in place.unbegun}
+        needed |= {child for children in place.joins.values() for child in children}
+        for path in [p for p in place.sequences if p and p not in needed]:
+            if threads[path].finished and threads[path[:-1]].finished:
+                self._cache.give(place.sequences.pop(path))
+                del place.begins[path]
+
+    # ------------------------------------------------------------------ decoding
+
+    def _feedable(self, response: Response, due: list[Placed]) -> list[Placed]:
+        """All but tokens of threads whose joined children are not in the cache yet, or that find no
+        sequence free."""
+        place = self._places[response.request.id]
+        waiting = {path for path in place.joins if self._awaits(response, path)}
+        for path in dict.fromkeys(token.path for token in due):
+            if path in place.unbegun:
+                if not self._cache.free and self._remembered:
+                    self._forget_oldest()
+                if self._cache.free:
+                    self._begin(place, path)
+                else:
+                    waiting.add(path)
+        return [token for token in due if token.path not in waiting]
+
+    @staticmethod
+    def _awaits(response: Response, path: Path) -> bool:
+        """Whether a thread that joins sees tokens of others that were not fed yet."""
+        row = response.layout.visible(path)
+        return any(token.path != path and row[token.place] for token in response.pending)
+
+    def _begin(self, place: _Place, path: Path) -> None:
+        """A sequence for a child: all that its parent had when it promised."""
+        own = place.sequences[path] = self._cache.take()
+        self._cache.copy(place.sequences[path[:-1]], own, 0, place.begins[path] + 1)
+
+    def _join(self, place: _Place, path: Path) -> None:
+        """What the children of a sync wrote belongs to its thread too; their sequences are free, unless
+        a child that has not begun yet is to begin from one."""
+        needed = {child[:-1] for child in place.unbegun}
+        for child in place.joins.pop(path):
+            self._cache.copy(place.sequences[child], place.sequences[path], place.begins[child] + 1)
+            if child not in needed:
+                self._cache.give(place.sequences.pop(child))
+                del place.begins[child]
+
+    def _forward(self, batch: Batch, keep: list[int]) -> Tensor:
+        """Logits [len(keep), vocabulary] of one decode call over the due tokens of some requests."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        owners: list[list[int]] = []
+        for response, due in batch:
+            place = self._places[response.request.id]
+            for path in {token.path for token in due} & place.joins.keys():
+                self._join(place, path)
+            paths = {token.path for token in due}
+            for token in due:
+                children = [
+                    place.sequences[path]
+                    for path in paths
+                    if path[:-1] == token.path and path and token.position <= place.begins[path]
+                ]
+                tokens.append(token.token)
+                positions.append(token.position)
+                owners.append([place.sequences[token.path], *children])
+        logits = self._decode(tokens, positions, owners, keep)
+        return logits if self._schedule is None else logits.clone()  # some may be sampled later
+
+    def _decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        owners: Sequence[Sequence[int]],
+        keep: Sequence[int],
+    ) -> Tensor:
+        """Feeds tokens, each to its sequences; logits [len(keep), vocabulary] of those at `keep`,
+        valid until the next call. Raises EngineError if llama.cpp fails."""
+        found = []
+        for start in range(0, len(tokens), BATCH):
+            stop = min(start + BATCH, len(tokens))
+            kept = [i - start for i in keep if start <= i < stop]
+            self._call(tokens[start:stop], positions[start:stop], owners[start:stop], kept)
+            if kept:
+                pointer = llama_cpp.llama_get_logits(self._context)
+                rows = np.ctypeslib.as_array(pointer, shape=(len(kept), self._size))
+                found.append(torch.from_numpy(rows))
+            if found and stop < len(tokens):
+                found[-1] = found[-1].clone()
+        return torch.cat(found) if len(found) > 1 else found[0] if found else torch.empty(0, self._size)
+
+    def _call(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        owners: Sequence[Sequence[int]],
+        keep: Sequence[int],
+    ) -> None:
+        batch, n = self._batch, len(tokens)
+        batch.n_tokens = n
+        for i, (token, position, ids) in enumerate(zip(tokens, positions, owners, strict=True)):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, 0
+            batch.n_seq_id[i] = len(ids)
+            for j, sequence in enumerate(ids):
+                batch.seq_id[i][j] = sequence
+        for i in keep:
+            batch.logits[i] = 1
+        code = llama_cpp.llama_decode(self._context, batch)
+        if code:
+            raise EngineError(f"llama.cpp cannot decode: {_FAILURES.get(code, f'error {code}')}")
+
+
+def _most(response: Response) -> int:
+    """Cells that a response may come to hold."""
+    return len(response.prompt) + response.request.params.max_tokens

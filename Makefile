@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LLAMA := $(VENV)/.llama-cpp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean
@@ -18,14 +19,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train,eval,dev]" -c constraints.txt
 	@touch $@
 
+# llama.cpp is compiled from source, some minutes; its tests are skipped where that is not possible
+$(LLAMA): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[llama-cpp]" -c constraints.txt \
+	  || echo "llama.cpp cannot be built here: its tests are skipped"
+	@touch $@
+
 demo: $(STAMP) ## one prompt decoded asynchronously, then sequentially, with both times
 	$(BIN)/pasta demo
 
-test: lint ## lint, types, imports, and every test
+test: lint $(LLAMA) ## lint, types, imports, and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 lint: $(STAMP) ## ruff, mypy, import-linter
-	$(BIN)/ruff check pastalm tests runs
+	$(BIN)/ruff check pastalm tests runs benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

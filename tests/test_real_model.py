@@ -7,6 +7,7 @@ masked forward; each sampled one must lie within 1e-3 of the largest logit that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -145,3 +146,27 @@ def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
     ends = llm.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert typed.count(ends) == plain.count(ends)
     assert "say <|sync|> <|im_end|> <|promise|>" in llm.loaded.tokenizer.decode(typed)
+
+
+def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, tmp_path: FilePath) -> None:
+    engines = pytest.importorskip("pastalm.engines.llama_cpp")
+    from pastalm import gguf_files
+    from pastalm.llm import Driver, Stream
+
+    here = models.load(dtype="float32")
+    file = gguf_files.export(here, tmp_path / "model.gguf", "F32")
+    there = gguf_files.load(file)
+    messages = [{"role": "user", "content": FIVE_TIPS}]
+    prompt = models.chat_prompt(there, messages)
+    assert prompt == models.chat_prompt(here, messages)
+    engine = engines.LlamaCppEngine(
+        there.model, max_num_seqs=1, max_model_len=1024, cache_type="F32", flash_attention=False
+    )
+    driver = Driver(engine, there.vocabulary)
+    params = SamplingParams(temperature=0, max_tokens=400)
+    stream = Stream(driver, *driver.submit(prompt, params, positions="overlap"))
+    events = list(stream)
+    assert len(stream.transcript.threads) > 2
+    assert largest_gap(reference, events, stream.prompt_token_ids, "overlap") < 5e-3
+    engine.close()
+    there.model.close()

@@ -4,13 +4,20 @@ A step multiplies k rows (one a thread) with every weight of the model. The plai
 float32 weight twice as slowly for 2 to 8 rows as for one, so that threads would cost what they spare;
 oneDNN reads a weight that it has laid out beforehand as fast for 4 rows as for one. This is how
 torch's own compiler treats frozen weights (torch.ops.mkldnn), here without compiling anything.
+
+Layers that a model gives the same input (queries, keys and values; gate and up) become one product,
+computed when the first of them is called: fewer and larger reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that one module calls with one input."""
 ROWS = 4
 """The number of rows that weights are laid out for: fastest for 1 to 16 of them where measured."""
 
@@ -29,6 +36,44 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]
         return out
 
 
+class _Product:
+    """Several linear layers of one input as one packed layer; keeps the outputs for the input it last
+    saw until each layer has asked for its own."""
+
+    def __init__(self, linears: Sequence[torch.nn.Linear]) -> None:
+        whole = torch.nn.Linear(1, 1, bias=False)
+        whole.in_features = linears[0].in_features
+        self.sizes = [linear.out_features for linear in linears]
+        whole.out_features = sum(self.sizes)
+        whole.weight = torch.nn.Parameter(torch.cat([m.weight.detach() for m in linears]), False)
+        biases = [m.bias.detach() for m in linears if m.bias is not None]
+        whole.bias = torch.nn.Parameter(torch.cat(biases), False) if biases else None
+        self._packed = PackedLinear(whole)
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor, index: int) -> Tensor:
+        if x is not self._input or index not in self._outputs:
+            self._input = x
+            self._outputs = dict(enumerate(self._packed(x).split(self.sizes, -1)))
+        out = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return out
+
+
+class PackedPart(torch.nn.Module):  # type: ignore[misc]
+    """One layer's share of a product: what `linear` computes, for inference."""
+
+    def __init__(self, linear: torch.nn.Linear, product: _Product, index: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._product, self._index = product, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self._index)
+
+
 def can_pack(model: torch.nn.Module) -> bool:
     """Whether the model computes in float32 on a CPU, and torch offers the layout."""
     weights = {(p.device.type, p.dtype) for p in model.parameters()}
@@ -39,7 +84,20 @@ def can_pack(model: torch.nn.Module) -> bool:
 def pack(model: torch.nn.Module) -> int:
     """Replaces every plain linear layer of a model by a packed one; how many. The model can then
     only infer: its weights cannot be trained or saved any more."""
-    plain = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]
-    for name, linear in plain:
-        model.set_submodule(name, PackedLinear(linear))
+    plain = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+    for names in _siblings(plain):
+        product = _Product([plain[name] for name in names])
+        for i, name in enumerate(names):
+            model.set_submodule(name, PackedPart(plain[name], product, i))
+    for name in plain:
+        if type(model.get_submodule(name)) is torch.nn.Linear:
+            model.set_submodule(name, PackedLinear(plain[name]))
     return len(plain)
+
+
+def _siblings(plain: dict[str, torch.nn.Linear]) -> list[list[str]]:
+    """Names of the layers that can be one product."""
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in plain)
+    groups = [[f"{p}.{n}" if p else n for n in names] for p in parents for names in SIBLINGS]
+    whole = [group for group in groups if all(name in plain for name in group)]
+    return [g for g in whole if len({(plain[n].in_features, plain[n].bias is None) for n in g}) == 1]

@@ -21,6 +21,7 @@ import numpy as np
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.errors import DataError
 from pastalm.events import Decoded, Finished, Forked
+from pastalm.interpreter import Limits
 from pastalm.lang import Async, Document, Promise, Sync, topic_key
 from pastalm.llm import LLM
 from pastalm.transcript import Transcript
@@ -31,13 +32,15 @@ from pastalm.vocabulary import TAG_TOKENS
 class SpeedRecord:
     """One prompt. tokens, steps, critical_path, seconds: of the asynchronous answer; text_tokens: of
     its reader's text and end; off_*: tags off; matched_seconds: its text decoded sequentially.
-    repeats: promises whose topic their group already had. tag_traces: tag spellings in the off text.
+    repeats: promises whose topic their group already had. finish_reason: of the main thread. cut:
+    chunks ended at their budget. tag_traces: tag spellings in the off text.
     """
 
     id: str
     chunks: int
     largest_group: int
     repeats: int
+    cut: int
     malformed: bool
     tokens: int
     steps: int
@@ -94,7 +97,8 @@ def measure(llm: LLM, identity: str, prompt: str, *, max_tokens: int, turn: int 
         critical_path=fast.critical_path,
         seconds=round(fast.seconds, 4),
         text_tokens=len(text_ids),
-        finish_reason=str(fast.finish_reason),
+        cut=sum(t.reason == "length" for path, t in fast.threads.items() if path),
+        finish_reason=str(fast.threads[()].reason),
         off_tokens=slow.tokens,
         off_seconds=round(slow.seconds, 4),
         off_finish_reason=str(slow.finish_reason),
@@ -202,11 +206,14 @@ def summary(records: Sequence[SpeedRecord]) -> dict[str, Any]:
         "mean chunks": float(np.mean([r.chunks for r in records])),
         "malformed": float(np.mean([r.malformed for r in records])),
         "answers with a repeated topic": sum(r.repeats > 0 for r in records),
-        "capped where tags off is not": sum(
-            (r.finish_reason == "length" or r.largest_group >= 16)
-            and r.off_finish_reason != "length"
-            for r in records
+        "at a cap of tokens or promises where tags off is not": sum(
+            _capped(r) and r.off_finish_reason != "length" for r in records
         ),
+        "the other way round": sum(
+            r.off_finish_reason == "length" and not _capped(r) for r in records
+        ),
+        "answers with a chunk cut at its budget": sum(r.cut > 0 for r in records),
+        "chunks cut at their budget": sum(r.cut for r in records),
         "tag traces in tags-off text": sum(r.tag_traces > 0 for r in records),
         "mean tokens": float(np.mean([r.tokens for r in records])),
         "mean critical path": float(np.mean([r.critical_path for r in records])),
@@ -221,6 +228,10 @@ def summary(records: Sequence[SpeedRecord]) -> dict[str, Any]:
             entry |= {"low": float(np.exp(interval.low)), "high": float(np.exp(interval.high))}
         table[name] = entry
     return table
+
+
+def _capped(record: SpeedRecord) -> bool:
+    return record.finish_reason == "length" or record.largest_group >= Limits().max_promises
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pastalm.engines.packing import PackedLinear, can_pack, pack
+from pastalm.engines.packing import PackedLinear, PackedPart, can_pack, pack
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.nn.Linear(2, 2)), reason="torch has no packed layout on this CPU"
@@ -33,6 +33,45 @@ def test_only_plain_layers_are_replaced() -> None:
     assert pack(model) == 2
     assert [type(m) for m in (model[0], model[1], model[2][0])] == [PackedLinear, Own, PackedLinear]
     assert pack(model) == 0
+
+
+class Feed(torch.nn.Module):
+    """Siblings by name, called as models call them, and one that has other inputs."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        for name, size in {"q_proj": 8, "k_proj": 4, "v_proj": 4}.items():
+            setattr(self, name, torch.nn.Linear(6, size, bias=bias))
+        self.gate_proj, self.up_proj = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x), self.gate_proj(x), self.up_proj(x)], -1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_one_input_become_one_product(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Feed(bias), torch.nn.Linear(26, 6), Feed(bias))
+    inputs = [torch.randn(1, rows, 6) for rows in (3, 1, 3)]
+    with torch.inference_mode():
+        want = [model(x) for x in inputs]
+        assert pack(model) == 11
+        assert [type(model[0].get_submodule(n)) for n in ("v_proj", "up_proj")] == [PackedPart, PackedLinear]
+        for x, expected in zip(inputs, want, strict=True):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_may_be_called_in_any_order_and_again() -> None:
+    torch.manual_seed(0)
+    feed, plain = Feed(True), Feed(True)
+    plain.load_state_dict(feed.state_dict())
+    pack(feed)
+    a, b = torch.randn(1, 2, 6), torch.randn(1, 2, 6)
+    with torch.inference_mode():
+        for name, x in [("v_proj", a), ("q_proj", a), ("q_proj", a), ("k_proj", b), ("v_proj", a), ("k_proj", b)]:
+            torch.testing.assert_close(
+                feed.get_submodule(name)(x), plain.get_submodule(name)(x), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_only_float32_is_packed() -> None:

@@ -1,0 +1,317 @@
+"""One fork-join plan on every system: what threads cost, next to what people would run instead.
+
+    python benchmarks/forkjoin.py                          # the embedded model, transformers
+    python benchmarks/forkjoin.py --gguf answer-q8_0.gguf  # and llama.cpp with that file
+
+The plan: a prefix of 512 tokens, k branches of 128 tokens each, a join, 32 tokens after it; token ids
+are given, ends are ignored, so what a model would say does not matter. Systems that cannot join stop
+after the branches. Every round runs all systems at one k, one after the other; figures are medians
+over rounds with the smallest and the largest. `forward` is the model's forward alone, on the inputs
+of our engine's last step: the limit for a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pastalm import models
+from pastalm.engine import Engine, Request, SamplingParams
+from pastalm.events import Blocked, Decoded, Finished, Forked, Joined
+
+THREADS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens of the prefix, of each branch, and after the join."""
+
+    prefix: int = 512
+    branch: int = 128
+    after: int = 32
+
+    def token(self, i: int, branch: int = 0) -> int:
+        return 200 + (7 * i + 131 * branch) % 1000
+
+    def prompt(self) -> list[int]:
+        return [self.token(i) for i in range(self.prefix)]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: of each step of the branches, and of the plan after its prefix (None: it cannot join).
+    one number where a system does not step from outside: the mean."""
+
+    branches: list[float]
+    whole: float | None
+
+
+class System(Protocol):
+    name: str
+
+    def run(self, plan: Plan, threads: int) -> Timing: ...
+
+
+class Ours:
+    """An engine of ours, driven by events as an interpreter would."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.engine = name, engine
+
+    def run(self, plan: Plan, threads: int) -> Timing:
+        engine, name = self.engine, "plan"
+        positions = engine.capabilities.positions[0]
+        params = SamplingParams(temperature=0, max_tokens=threads * plan.branch + plan.after + 64)
+        engine.add(
+            Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions)
+        )
+        engine.apply(name, Forked(path=()))
+        engine.step()
+        engine.apply(name, Decoded(path=(), token=plan.token(0)))
+        children = [(i,) for i in range(threads)]
+        for path in children:
+            promised = plan.branch // 10 * 10
+            engine.apply(name, Forked(path=path, promised=promised, forced=(plan.token(0, path[0]),)))
+        engine.apply(name, Blocked(path=()))
+        begun, steps = time.perf_counter(), []
+        for i in range(1, plan.branch):
+            start = time.perf_counter()
+            engine.step()
+            steps.append(time.perf_counter() - start)
+            for path in children:
+                engine.apply(name, Decoded(path=path, token=plan.token(i, path[0])))
+        for path in children:
+            engine.apply(name, Finished(path=path))
+        engine.apply(name, Joined(path=(), children=tuple(children), forced=(plan.token(1),)))
+        done = 0
+        while done < plan.after:
+            for _ in engine.step():
+                done += 1
+                engine.apply(name, Decoded(path=(), token=plan.token(done)))
+        whole = time.perf_counter() - begun
+        engine.apply(name, Finished(path=()))
+        return Timing(steps[2:], whole)
+
+
+class Forward:
+    """The model's forward alone, on what our engine last gave it with as many tokens."""
+
+    name = "forward"
+
+    def __init__(self, engine: Any) -> None:
+        self._model = engine._model
+        self._recorder = engine._model = _Recorder(engine._model)
+
+    def run(self, plan: Plan, threads: int) -> Timing:
+        import torch
+
+        from pastalm.engines.transformers import _attending
+
+        inputs = self._recorder.seen[threads]
+        steps = []
+        with torch.inference_mode(), _attending(self._model.config):
+            inputs["past_key_values"].plan = inputs["plan"]
+            for _ in range(40):
+                start = time.perf_counter()
+                self._model(**inputs)
+                steps.append(time.perf_counter() - start)
+            inputs["past_key_values"].plan = None
+        return Timing(steps[2:], None)
+
+
+class _Recorder:
+    """A model that keeps the inputs of its last forward for each number of tokens."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.seen: dict[int, dict[str, Any]] = {}
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.seen[inputs["input_ids"].shape[1]] = inputs
+        return self._model(**inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class Generate:
+    """transformers' `generate`: k rows of a batch, the prefix computed once and its cache repeated."""
+
+    name = "transformers generate"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def run(self, plan: Plan, threads: int) -> Timing:
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._model.config)
+        prompt = torch.tensor([plan.prompt()])
+        with torch.inference_mode():
+            self._model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
+            if threads > 1:
+                cache.batch_repeat_interleave(threads)
+            start = time.perf_counter()
+            self._model.generate(
+                input_ids=prompt.repeat(threads, 1),
+                attention_mask=torch.ones(threads, plan.prefix, dtype=torch.long),
+                past_key_values=cache,
+                do_sample=False,
+                max_new_tokens=plan.branch,
+                min_new_tokens=plan.branch,
+                pad_token_id=0,
+            )
+            seconds = time.perf_counter() - start
+        return Timing([seconds / plan.branch], None)
+
+
+class LlamaCpp:
+    """llama.cpp by its own low-level API: k independent sequences that share the prefix, greedy."""
+
+    name = "llama.cpp sequences"
+
+    def __init__(self, path: Path, length: int) -> None:
+        import llama_cpp
+
+        from pastalm.engines.llama_cpp import LlamaCppModel
+
+        self._api = llama_cpp
+        self._model = LlamaCppModel(path)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = length, 512, 512, 32
+        params.kv_unified = params.no_perf = True
+        params.n_threads = params.n_threads_batch = os.cpu_count()
+        self._context = llama_cpp.llama_init_from_model(self._model.pointer, params)
+        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def _decode(self, tokens: list[int], positions: list[int], seqs: list[int], last: int) -> None:
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, (token, position, seq) in enumerate(zip(tokens, positions, seqs, strict=True)):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = seq, i >= len(tokens) - last
+        if self._api.llama_decode(self._context, batch):
+            raise RuntimeError("llama.cpp cannot decode")
+
+    def run(self, plan: Plan, threads: int) -> Timing:
+        api = self._api
+        memory = api.llama_get_memory(self._context)
+        api.llama_memory_clear(memory, True)
+        n = plan.prefix
+        self._decode(plan.prompt(), list(range(n)), [0] * n, 1)
+        for k in range(1, threads):
+            api.llama_memory_seq_cp(memory, 0, k, 0, -1)
+        size, steps = self._model.vocabulary_size, []
+        for i in range(plan.branch):
+            start = time.perf_counter()
+            tokens = [plan.token(i, k) for k in range(threads)]
+            self._decode(tokens, [n + i] * threads, list(range(threads)), threads)
+            pointer = api.llama_get_logits(self._context)
+            np.ctypeslib.as_array(pointer, shape=(threads, size)).argmax(-1)
+            steps.append(time.perf_counter() - start)
+        return Timing(steps[2:], None)
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system at one k. ms: a branch step, median over rounds of each round's median, smallest,
+    largest. whole: tokens/s of branches and tail."""
+
+    system: str
+    threads: int
+    ms: float
+    low: float
+    high: float
+    branch_tokens_per_second: float
+    ratio: float
+    whole_tokens_per_second: float | None
+
+
+def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, ...]) -> Iterator[Row]:
+    """Rows as they are known; ratio: branch tokens/s over the same system's at the first k."""
+    first: dict[str, float] = {}
+    for k in threads:
+        found: dict[str, list[Timing]] = {s.name: [] for s in systems}
+        for turn in range(rounds):
+            order = systems if turn % 2 == 0 else systems[::-1]
+            for system in sorted(order, key=lambda s: s.name == "forward"):
+                found[system.name].append(system.run(plan, k))
+        for system in systems:
+            medians = [statistics.median(t.branches) for t in found[system.name]]
+            wholes = [t.whole for t in found[system.name] if t.whole is not None]
+            ms = 1e3 * statistics.median(medians)
+            speed = 1e3 * k / ms
+            first.setdefault(system.name, speed)
+            whole = (k * plan.branch + plan.after) / statistics.median(wholes) if wholes else None
+            yield Row(
+                system.name,
+                k,
+                ms,
+                1e3 * min(medians),
+                1e3 * max(medians),
+                speed,
+                speed / first[system.name],
+                whole,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=models.EMBEDDED)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    parser.add_argument("--only-gguf", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    chosen = parser.parse_args()
+    plan, systems = Plan(), list[System]()
+    length = plan.prefix + max(chosen.threads) * plan.branch + plan.after + 128
+    if not chosen.only_gguf:
+        from pastalm.engines.transformers import TransformersEngine
+
+        loaded = models.load(chosen.model, dtype=chosen.dtype)
+        systems.append(Generate(models.load(chosen.model, dtype=chosen.dtype).model))
+        engine = TransformersEngine(loaded.model, max_num_seqs=1, max_model_len=length, pack=True)
+        systems.append(Ours("ours, transformers", engine))
+        systems.append(Forward(engine))
+    if chosen.gguf:
+        from pastalm.engines.llama_cpp import LlamaCppEngine, LlamaCppModel
+
+        ours = LlamaCppEngine(LlamaCppModel(chosen.gguf), max_num_seqs=1, max_model_len=length)
+        systems += [Ours("ours, llama.cpp", ours), LlamaCpp(chosen.gguf, length)]
+    print("| system | k | ms a step (range) | tokens/s, branches | over k = 1 | tokens/s, whole plan |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for row in measure(systems, plan, chosen.rounds, tuple(chosen.threads)):
+        rows.append(asdict(row))
+        whole = "" if row.whole_tokens_per_second is None else f"{row.whole_tokens_per_second:.0f}"
+        print(
+            f"| {row.system} | {row.threads} | {row.ms:.1f} ({row.low:.1f} to {row.high:.1f}) "
+            f"| {row.branch_tokens_per_second:.0f} | {row.ratio:.2f} | {whole} |",
+            flush=True,
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\n{platform.processor() or platform.machine()}, peak memory {peak:.0f} MB")
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -199,6 +199,7 @@ def _load(
     dtype: str = "auto",
     positions: str | None = None,
     max_threads: int = 16,
+    max_num_seqs: int = 1,
 ) -> LLM:
     from pastalm import LLM, Limits
     from pastalm.layout import POLICIES
@@ -210,7 +211,12 @@ def _load(
     policy: Policy | None = positions
     with _busy(f"loading {model}"):
         return LLM(
-            model, adapter=chosen, dtype=dtype, positions=policy, limits=limits, max_num_seqs=1
+            model,
+            adapter=chosen,
+            dtype=dtype,
+            positions=policy,
+            limits=limits,
+            max_num_seqs=max_num_seqs,
         )
 
 
@@ -677,6 +683,55 @@ def _token_counter(model: str) -> Callable[[str], int]:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+@app.command()
+@_verb
+def sample(
+    source: Annotated[Path, typer.Argument(help="JSONL: {id, prompt} a line.")],
+    target: Annotated[Path, typer.Argument(help="JSONL of answers; goes on where it is.")],
+    model: Model = EMBEDDED,
+    adapter: Adapter = "auto",
+    n: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
+    temperature: Temperature = 0.0,
+    top_p: float = 1.0,
+    max_tokens: MaxTokens = 1024,
+    sequential: Sequential = False,
+    limit: Annotated[int | None, typer.Option(help="Prompts of SOURCE to answer.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.")] = 32,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Let a model answer many prompts at once, as data to finetune on."""
+    if not source.is_file():
+        raise DataError(f"no file {source}")
+    params = SamplingParams(
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        parallelism=0 if sequential else 1,
+    )
+    _quiet()
+    _fetch(model)
+    llm = _load(model, adapter, dtype, max_num_seqs=max_num_seqs)
+    from pastalm.train.sample import Sampled
+    from pastalm.train.sample import sample as run
+
+    with _busy(f"answering {source.name}") as say:
+
+        def progress(counts: Sampled) -> None:
+            if counts.written % 10 == 0:
+                say(f"{counts.written} answers, {counts.tokens} tokens")
+
+        counts = run(llm, source, target, params, limit=limit, progress=progress)
+    ended = ", ".join(f"{many} {why}" for why, many in sorted(counts.ended.items())) or "none"
+    print(
+        f"{counts.written} answers written ({ended}; {counts.tokens} tokens), {counts.skipped} were there, "
+        f"{counts.refused} prompts did not fit",
+        file=sys.stderr,
+    )
+
+
 @train.command()
 @_verb
 def sft(
@@ -693,6 +748,10 @@ def sft(
     learning_rate: float = 5e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Of the six new rows.")] = 5e-3,
     start: Annotated[Path | None, typer.Option(help="An adapter to go on from.")] = None,
+    repeats: Annotated[
+        Path | None,
+        typer.Option(help="The model's own answers (pasta sample): repetitions to unlearn."),
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 2048,
     tag_weight: Annotated[float, typer.Option(help="Loss weight of decisions.")] = 2.0,
     lora_rank: int = 16,
@@ -704,6 +763,8 @@ def sft(
     """Stage 1: finetune a model (LoRA and six tag tokens) on annotated answers."""
     if not data.is_file():
         raise DataError(f"no annotated data at {data}: make it with pasta annotate")
+    if repeats is not None and not repeats.is_file():
+        raise DataError(f"no answers at {repeats}: make them with pasta sample")
     _quiet()
     from pastalm.train.dataset import Mix
     from pastalm.train.sft import SftConfig
@@ -725,6 +786,7 @@ def sft(
         learning_rate=learning_rate,
         row_learning_rate=row_learning_rate,
         start=start,
+        repeats=repeats,
         batch_tokens=batch_tokens,
         tag_weight=tag_weight,
         lora_rank=lora_rank,

@@ -1,8 +1,9 @@
 """Linear layers laid out once for the few rows of a decoding step, on CPUs.
 
 A step multiplies k rows (one a thread) with every weight of the model. The plain kernels read a
-float32 weight twice as slowly for 2 to 8 rows as for one, so that threads would cost what they spare;
-oneDNN reads a weight that it has laid out beforehand as fast for 4 rows as for one. This is how
+float32 weight twice as slowly for 2 to 8 rows as for one, so that threads would cost what they spare,
+and lay a bfloat16 weight out anew in each step; oneDNN reads a weight that it has laid out beforehand
+as fast for 4 rows as for one. This is how
 torch's own compiler treats frozen weights (torch.ops.mkldnn), here without compiling anything.
 
 Layers that a model gives the same input (queries, keys and values; gate and up) become one product,
@@ -75,10 +76,14 @@ class PackedPart(torch.nn.Module):  # type: ignore[misc]
 
 
 def can_pack(model: torch.nn.Module) -> bool:
-    """Whether the model computes in float32 on a CPU, and torch offers the layout."""
+    """Whether the model computes in float32, or in bfloat16 that the CPU has, and torch offers the layout."""
     weights = {(p.device.type, p.dtype) for p in model.parameters()}
-    offered = all(hasattr(torch.ops.mkldnn, f) for f in ("_reorder_linear_weight", "_linear_pointwise"))
-    return weights == {("cpu", torch.float32)} and torch.backends.mkldnn.is_available() and offered
+    needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, f) for f in needed):
+        return False
+    if weights == {("cpu", torch.bfloat16)}:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weights == {("cpu", torch.float32)}
 
 
 def pack(model: torch.nn.Module) -> int:

@@ -234,7 +234,7 @@ class TransformersEngine(BatchingEngine):
     model: a loaded decoder-only model with rotary positions; put into eval mode, and moved to
     `device` if one is given. max_num_seqs: requests that decode at once; max_model_len: slots of
     each, cut to the positions the model can take. prefill_chunk: prompt tokens in one forward. pack:
-    lay the weights out for decoding where that helps (float32 on CPUs); the model can then only
+    lay the weights out for decoding where that helps (CPUs); the model can then only
     infer. Raises CapabilityError for a model that it cannot drive.
     """
 

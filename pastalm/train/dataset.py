@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pastalm.errors import DataError, LanguageError
+from pastalm.events import Path as ThreadPath
 from pastalm.lang import Document, Text, parse, strip
 from pastalm.layout import IGNORED, Packed, Policy, pack, pack_serial
 from pastalm.models import SEQUENTIAL_MARKER, encode_chat
@@ -60,7 +61,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence to train on, and where it comes from. kind: tagged, plain or sequential."""
+    """One sequence to train on, and where it comes from. kind: tagged, plain or sequential, whose labels
+    the model is to say; or repeat, whose labels it said once too often."""
 
     packed: Packed
     id: str
@@ -169,6 +171,80 @@ def _example(
         yield Example(one, row.id, kind, row.source, row.licence)
 
 
+# ------------------------------------------------------------------------------ what to unlearn
+
+REPEAT = 8
+"""So many tokens in a row that a thread has said before are a repetition."""
+REPEATS = 96
+"""Repeated tokens of an answer that are unlearned: how a loop is entered, not how long it lasts."""
+
+
+def read_repeats(
+    path: Path, tokenizer: Any, vocabulary: Vocabulary, mix: Mix, *, eos: int
+) -> Iterator[Example]:
+    """Of a model's own answers (`pasta sample`), those that were cut off, with the tokens labelled that
+    repeat what their thread had said (Welleck et al., "Neural text generation with unlikelihood
+    training", ICLR 2020, section 5.2). Raises DataError with the line that cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            document, cut = parse(row["annotated"]), row["finish_reason"] == "length"
+            prompt, marker = row["prompt"], SEQUENTIAL_MARKER if row["sequential"] else None
+        except (ValueError, KeyError, TypeError, LanguageError) as error:
+            raise DataError(f"{path} line {number}: {error}; sample it again") from None
+        ids = encode_chat(
+            tokenizer, vocabulary, [{"role": "user", "content": prompt}], marker=marker
+        )
+        if not cut or len(ids) > mix.max_prompt_tokens:
+            continue
+        packed = repeated(pack(ids, document, vocabulary, "promised", eos=eos), vocabulary)
+        if packed is not None and len(packed) <= mix.max_prompt_tokens + 2 * mix.max_tokens:
+            yield Example(packed, str(row["id"]), "repeat", "own answers", "the model's own")
+
+
+def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
+    """The sequence with only those tokens labelled that end a run of REPEAT which their thread has said
+    before; None if there are none. What follows the last of them is left out, if it is all one thread's."""
+    tags = set(vocabulary.tags.ids if vocabulary.tags else ()) | vocabulary.eos
+    labels = np.full_like(packed.labels, IGNORED)
+    said: dict[ThreadPath, list[int]] = {}
+    seen: dict[ThreadPath, set[tuple[int, ...]]] = {}
+    left = REPEATS
+    for i, (token, label, path) in enumerate(
+        zip(packed.input_ids.tolist(), packed.labels.tolist(), packed.paths, strict=True)
+    ):
+        if label == IGNORED:
+            continue
+        said.setdefault(path, []).append(token)
+        run = tuple(said[path][-REPEAT:])
+        if len(run) < REPEAT or tags.intersection(run):
+            continue
+        if run in seen.setdefault(path, set()) and left:
+            labels[i] = token
+            left -= 1
+        seen[path].add(run)
+    marked = np.flatnonzero(labels != IGNORED)
+    if not len(marked):
+        return None
+    end = int(marked[-1]) + 1 if len(set(packed.paths)) == 1 else len(packed)
+    return Packed(
+        input_ids=packed.input_ids[:end],
+        position_ids=packed.position_ids[:end],
+        labels=labels[:end],
+        visible=packed.visible[:end, :end],
+        paths=packed.paths[:end],
+    )
+
+
+# ------------------------------------------------------------------------------ batches
+
+
 def batches(chosen: Sequence[Example], tokens: int, *, seed: int = 0) -> list[list[int]]:
     """Indices of examples in batches of about `tokens` padded tokens, like lengths together, shuffled."""
     rng = random.Random(seed)
@@ -188,8 +264,11 @@ def batches(chosen: Sequence[Example], tokens: int, *, seed: int = 0) -> list[li
     return out
 
 
-def collate(packed: Sequence[Packed], *, pad: int = 0) -> dict[str, torch.Tensor]:
-    """Right-padded batch: input_ids, position_ids, labels [B, n] and attention_mask [B, 1, n, n] bool.
+def collate(
+    packed: Sequence[Packed], *, unlikely: Sequence[bool] | None = None, pad: int = 0
+) -> dict[str, torch.Tensor]:
+    """Right-padded batch: input_ids, position_ids, labels [B, n], attention_mask [B, 1, n, n] bool, and
+    unlikely [B] bool: whose labels are to be unlearned.
 
     A padding token sees itself, so that every row of the softmax is defined.
     """
@@ -209,6 +288,7 @@ def collate(packed: Sequence[Packed], *, pad: int = 0) -> dict[str, torch.Tensor
         "position_ids": torch.from_numpy(positions),
         "labels": torch.from_numpy(labels),
         "attention_mask": torch.from_numpy(mask),
+        "unlikely": torch.tensor(unlikely or [False] * len(packed)),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from pastalm.train.dataset import (
     examples,
     provenance,
     read_annotated,
+    read_repeats,
 )
 from pastalm.vocabulary import TAG_TOKENS, Tags
 
@@ -42,7 +44,8 @@ from pastalm.vocabulary import TAG_TOKENS, Tags
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig:
     """One training run. learning_rate: 1e-5, the paper's, does not move LoRA. row_learning_rate: of
-    the six new rows, which have far to go. start: an adapter to go on from (else: new).
+    the six new rows, which have far to go. start: an adapter to go on from (else: new). repeats: the
+    model's own answers (`pasta sample`), whose repetitions are unlearned, beside the data.
     batch_tokens: padded tokens a step. tag_weight: loss weight of the decision tokens."""
 
     data: Path
@@ -51,6 +54,7 @@ class SftConfig:
     mix: Mix = field(default_factory=Mix)
     epochs: float = 1.0
     start: Path | None = None
+    repeats: Path | None = None
     learning_rate: float = 5e-4
     row_learning_rate: float = 5e-3
     warmup: float = 0.05
@@ -67,8 +71,9 @@ class SftConfig:
 def weighted_loss(
     model: Any, inputs: dict[str, Tensor], tags: Tags, tag_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted mean negative log-likelihood over labelled tokens; their losses [m] and whether each
-    is a decision (a tag, or what follows a promise) [m]. inputs: as `collate` gives them."""
+    """Weighted mean negative log-likelihood over labelled tokens (for rows to be unlearned, of any other
+    token); their losses [m] and whether each is a decision (a tag, or what follows a promise) [m].
+    inputs: as `collate` gives them."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     labels = inputs["labels"][:, 1:]
     kept = labels != -100
@@ -81,10 +86,17 @@ def weighted_loss(
     logits = base.lm_head(hidden[:, :-1][kept]).float()
     targets = labels[kept]
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    unlikely = inputs["unlikely"][:, None].expand_as(kept)[kept]
+    losses = torch.where(unlikely, _unlikelihood(losses), losses)
     ids = torch.tensor(tags.ids, device=targets.device)
     decision = torch.isin(targets, ids) | (inputs["input_ids"][:, :-1][kept] == tags.promise_end)
     weights = torch.where(decision, tag_weight, 1.0)
     return (losses * weights).sum() / weights.sum(), losses.detach(), decision
+
+
+def _unlikelihood(losses: Tensor) -> Tensor:
+    """-log(1 - p) of tokens whose -log p is given (Welleck et al. 2020, equation 5)."""
+    return -torch.log(-torch.expm1(-losses.clamp_min(1e-6)))
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
@@ -117,6 +129,9 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     held, chosen = chosen[: config.validation_rows], chosen[config.validation_rows :]
     if not chosen:
         raise DataError(f"{config.data}: no usable answers are left to train on")
+    if config.repeats is not None:
+        chosen += read_repeats(config.repeats, tokenizer, vocabulary, config.mix, eos=eos[0])
+        random.Random(config.seed).shuffle(chosen)
     progress(f"training on {json.dumps(provenance(chosen))}")
     plan = batches(chosen, config.batch_tokens, seed=config.seed)
     tags = vocabulary.tags
@@ -151,7 +166,8 @@ def _described(config: SftConfig) -> dict[str, Any]:
     described["data"] = config.data.name
     described.pop("out")
     described.pop("resume")
-    described["start"] = config.start.name if config.start else None
+    for key in ("start", "repeats"):
+        described[key] = path.name if (path := getattr(config, key)) else None
     described["model"] = _base_name(config)
     return json.loads(json.dumps(described, default=str))  # type: ignore[no-any-return]
 
@@ -189,6 +205,7 @@ def _trainer(
             lr_scheduler_type="linear",
             warmup_steps=max(1, int(steps * config.warmup)),
             max_grad_norm=1.0,
+            gradient_checkpointing=False,  # TRL's default would pay each forward pass twice
             weight_decay=0.0,
             bf16=config.device != "cpu" or models.cpu_has_bfloat16(),
             use_cpu=config.device == "cpu",
@@ -204,13 +221,17 @@ def _trainer(
             dataloader_num_workers=0,
         ),
         train_dataset=Dataset.from_dict({"indices": plan}),
-        data_collator=lambda wanted: collate(
-            [chosen[i].packed for batch in wanted for i in batch["indices"]]
+        data_collator=lambda wanted: _collated(
+            [chosen[i] for batch in wanted for i in batch["indices"]]
         ),
         processing_class=tokenizer,
     )
     trainer.tags, trainer.tag_weight = tags, config.tag_weight
     return trainer
+
+
+def _collated(chosen: list[Example]) -> dict[str, Tensor]:
+    return collate([e.packed for e in chosen], unlikely=[e.kind == "repeat" for e in chosen])
 
 
 def _adapted(config: SftConfig, model: Any, tags: Tags) -> Any:
@@ -277,7 +298,7 @@ class _Log(TrainerCallback):  # type: ignore[misc]
         sums = {"validation_tags": [0.0, 0], "validation_text": [0.0, 0]}
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             for batch in batches(self.held, self.config.batch_tokens):
-                inputs = collate([self.held[i].packed for i in batch])
+                inputs = _collated([self.held[i] for i in batch])
                 inputs = {k: v.to(model.device) for k, v in inputs.items()}
                 _, losses, decision = weighted_loss(model, inputs, self.tags, 1.0)
                 for name, where in (("validation_tags", decision), ("validation_text", ~decision)):

@@ -1,4 +1,4 @@
-"""Packed linear layers compute what plain ones do, up to float32 rounding."""
+"""Packed linear layers compute what plain ones do, up to rounding."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_a_packed_layer_equals_the_plain_one(rows: int, inputs: int, outputs: int, bias: bool) -> None:
+DTYPES = [d for d in (torch.float32, torch.bfloat16) if can_pack(torch.nn.Linear(2, 2).to(d))]
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from(DTYPES)
+)
+@settings(max_examples=80, deadline=None)
+def test_a_packed_layer_equals_the_plain_one(
+    rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(rows + 41 * inputs + 2911 * outputs)
-    plain = torch.nn.Linear(inputs, outputs, bias=bias)
+    plain = torch.nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     packed = PackedLinear(plain)
-    x = torch.randn(1, rows, inputs)
+    x = torch.randn(1, rows, inputs, dtype=dtype)
+    rounding = 1e-4 if dtype == torch.float32 else 2**-7
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x), plain(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed(x), plain(x), rtol=rounding, atol=1e-5)
 
 
 def test_only_plain_layers_are_replaced() -> None:
@@ -74,6 +82,7 @@ def test_parts_may_be_called_in_any_order_and_again() -> None:
             )
 
 
-def test_only_float32_is_packed() -> None:
+def test_other_weights_are_left_alone() -> None:
     assert not can_pack(torch.nn.Linear(2, 2).double())
-    assert not can_pack(torch.nn.Linear(2, 2).bfloat16())
+    assert not can_pack(torch.nn.Linear(2, 2).half())
+    assert not can_pack(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16()))

@@ -10,14 +10,35 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pastalm import models
 from pastalm.errors import DataError
 from pastalm.lang import Async, AsyncOpen, Document, Promise, Sync, Text, linearize, render
 from pastalm.layout import IGNORED, pack, pack_serial
-from pastalm.train.dataset import Mix, batches, collate, examples, read_annotated
-from pastalm.train.sft import SftConfig, _adapted, _Log, _optimizer, train, weighted_loss
+from pastalm.train.dataset import (
+    REPEAT,
+    REPEATS,
+    Mix,
+    batches,
+    collate,
+    examples,
+    read_annotated,
+    read_repeats,
+    repeated,
+)
+from pastalm.train.sft import (
+    SftConfig,
+    _adapted,
+    _Log,
+    _optimizer,
+    _unlikelihood,
+    train,
+    weighted_loss,
+)
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.test_models import BYTE_LEVEL, small_model
 
@@ -103,6 +124,63 @@ def test_unreadable_annotations_are_one_clear_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(fine) + "\n" + json.dumps(broken) + "\n")
     with pytest.raises(DataError, match=r"line 2.*annotate it again"):
         read_annotated(path)
+
+
+# ------------------------------------------------------------------------------ what to unlearn
+
+
+@given(st.lists(st.sampled_from("ab"), min_size=1, max_size=80), st.booleans())
+def test_what_ends_a_run_its_thread_has_said_before_is_to_be_unlearned(
+    letters: list[str], in_chunk: bool
+) -> None:
+    text = "".join(letters)
+    document: Document = (Text(text),)
+    if in_chunk:
+        document = (Text("ab" * REPEAT), Promise("x", 10), Async((Text(text),)), Sync(), Text("."))
+    packed = repeated(pack(PROMPT, document, VOCABULARY, "promised", eos=EOS), VOCABULARY)
+    said = {(): "ab" * REPEAT, (0,): text} if in_chunk else {(): text}
+    expected = sum(
+        thread[max(0, i - REPEAT) : i] in thread[: i - 1]
+        for thread in said.values()
+        for i in range(REPEAT, len(thread) + 1)
+    )
+    if not expected:
+        assert packed is None
+        return
+    assert packed is not None
+    marked = packed.labels != IGNORED
+    assert marked.sum() == min(expected, REPEATS)
+    assert (packed.labels[marked] == packed.input_ids[marked]).all()
+    if not in_chunk:
+        assert marked[-1]
+
+
+def test_unlearning_costs_what_every_other_token_gets_and_makes_the_token_rarer() -> None:
+    model = tiny_model("llama")
+    packed = repeated(pack(PROMPT, (Text("abcdefghi" * 3),), VOCABULARY, eos=EOS), VOCABULARY)
+    assert packed is not None
+
+    def probabilities() -> Tensor:
+        logits = model(torch.from_numpy(packed.input_ids)[None]).logits[0].softmax(-1)
+        marked = (packed.labels != IGNORED).nonzero()[0]
+        return torch.stack([logits[i - 1, packed.labels[i]] for i in marked.tolist()])
+
+    batch = collate([packed], unlikely=[True])
+    before = probabilities().detach()
+    loss, each, _ = weighted_loss(model, batch, TAGS, 1.0)
+    assert torch.allclose(each.double(), -torch.log1p(-before), rtol=1e-4, atol=1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss.backward()
+    optimizer.step()
+    assert float(probabilities().sum()) < float(before.sum())
+
+
+def test_certain_repetitions_have_a_gradient_too() -> None:
+    losses = torch.tensor([0.0, 1e-9, 1e-4, 5.0], requires_grad=True)
+    out = _unlikelihood(losses)
+    out.sum().backward()
+    assert losses.grad is not None and out.isfinite().all() and losses.grad.isfinite().all()
+    assert (losses.grad[2:] < 0).all()
 
 
 # ------------------------------------------------------------------------------ training, tiny
@@ -246,3 +324,22 @@ def test_the_same_seed_draws_the_same_examples_within_the_budget(config: SftConf
 
     assert drawn(0) == drawn(0)
     assert drawn(0) != drawn(1)
+
+
+def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_path: Path) -> None:
+    _, tokenizer = models.load_base(Path(config.model))
+    models.prepare(small_model(len(tokenizer)), tokenizer)
+    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
+    path = tmp_path / "own.jsonl"
+    said = {"id": "1", "choice": 0, "prompt": "Say it.", "sequential": True, "annotated": "one two three. " * 9}
+    rows = [{**said, "finish_reason": r} for r in ("length", "stop")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (only,) = read_repeats(path, tokenizer, vocabulary, config.mix, eos=1)
+    assert (only.kind, only.id) == ("repeat", "1")
+    folder = train(replace(config, repeats=path), str)
+    record = json.loads((folder / "train.json").read_text())
+    assert record["data"]["kinds"]["repeat"] == 1
+    assert record["config"]["repeats"] == "own.jsonl"
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(DataError, match=r"line 1.*sample it again"):
+        list(read_repeats(path, tokenizer, vocabulary, config.mix, eos=1))

@@ -5,13 +5,15 @@ linear layers); only inside attention are the tokens laid out by request. Keys a
 lie in one pool [max_num_seqs, kv_heads, max_model_len, head_dim], allocated once; a request owns one
 row, a token the slot that its `Layout` gave it. What a token sees is a row of booleans, made into a
 mask once per step. Forks and joins move nothing. (PASTA section 4: interpreter and KV cache pool.)
+Rows of like length that lie side by side are read in one attention call, others in calls of their own.
 
 A free row remembers the prompt it holds: a request that begins like it prefills only the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,19 +43,37 @@ ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """Where the tokens of one forward go. first, last: the pool's rows that it reads, `last`
-    excluded; width: how many of their slots. rows, slots: [tokens], where each token is written.
-    lay: [last - first, queries], the token at each query (any token where there is none); flat:
-    [tokens], each token's query in that layout, flattened. Both None where one row is read."""
+class _Part:
+    """Rows first .. last - 1 of the pool, read together up to slot `width`. queries: of each row.
+    lay: [last - first, queries], the token at each query (any token where there is none); None where
+    the part is all there is and has one row. start: where its mask begins in the flat mask."""
 
     first: int
     last: int
     width: int
+    queries: int
+    lay: Tensor | None
+    start: int
+
+    @property
+    def rows(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where the tokens of one forward go. rows, slots: [tokens], where each token is written. parts:
+    what of the pool is read. flat: [tokens], each token's query among those of all parts, flattened;
+    None where `lay` is."""
+
     rows: Tensor
     slots: Tensor
-    lay: Tensor | None = None
+    parts: tuple[_Part, ...]
     flat: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return max(part.width for part in self.parts)
 
 
 class _Pool(Cache):
@@ -85,7 +105,7 @@ class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes the tokens into their slots; the part of the pool that the forward reads."""
+        """Writes the tokens into their slots; the pool."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self._pool.plan
@@ -103,11 +123,11 @@ class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 def _written(pool: Tensor, states: Tensor, plan: _Plan) -> Tensor:
-    if plan.lay is None:
-        pool[plan.first].index_copy_(1, plan.slots, states[0])
+    if plan.flat is None:
+        pool[plan.parts[0].first].index_copy_(1, plan.slots, states[0])
     else:
         pool[plan.rows, :, plan.slots] = states[0].transpose(0, 1)
-    return pool[plan.first : plan.last, :, : plan.width]
+    return pool
 
 
 def _attention(
@@ -121,28 +141,47 @@ def _attention(
     plan: _Plan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed queries [1, heads, tokens, d] over the pool [rows, kv_heads, width, d].
+    """Attention of packed queries [1, heads, tokens, d] over the pool [rows, kv_heads, capacity, d].
 
-    attention_mask: [rows, 1, groups * queries, width], added. Query heads that share keys become
-    rows of one product, which spares a copy of the keys for each of them.
+    attention_mask: [1, 1, 1, n], added: the masks [rows, 1, groups * queries, width] of the plan's
+    parts, one after the other. Query heads that share keys become rows of one product, which spares
+    a copy of the keys for each of them.
     """
     if plan is None:
         raise EngineError("the model does not pass keyword arguments on to its attention")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if plan.lay is not None:
-        query = query[0][:, plan.lay].transpose(0, 1)
-    rows, _heads, queries, width = query.shape
-    folded = query.reshape(rows, kv_heads, heads // kv_heads * queries, width)
+    mask = attention_mask.view(-1)
+    outs = [_attended(query, key, value, mask, part, scaling, softcap) for part in plan.parts]
+    if plan.flat is None:
+        return outs[0].contiguous(), None
+    heads, head_dim = query.shape[1], outs[0].shape[-1]
+    flat = [out.reshape(-1, heads, head_dim) for out in outs]
+    return (torch.cat(flat) if len(flat) > 1 else flat[0])[plan.flat][None], None
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    part: _Part,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """One part's share: [rows, queries, heads, d]."""
+    heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    if part.lay is not None:
+        query = query[0][:, part.lay].transpose(0, 1)
+    folded = query.reshape(part.rows, kv_heads, heads // kv_heads * part.queries, head_dim)
+    key, value = (x[part.first : part.last, :, : part.width] for x in (key, value))
+    shape = (part.rows, 1, folded.shape[2], part.width)
+    mask = mask[part.start : part.start + math.prod(shape)].view(shape)
     if softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
-            folded, key, value, attn_mask=attention_mask, scale=scaling
+            folded, key, value, attn_mask=mask, scale=scaling
         )
     else:
-        out = _capped(folded, key, value, attention_mask, scaling or width**-0.5, softcap)
-    out = out.reshape(rows, heads, queries, -1).transpose(1, 2)
-    if plan.flat is not None:
-        out = out.reshape(rows * queries, heads, -1)[plan.flat][None]
-    return out.contiguous(), None
+        out = _capped(folded, key, value, mask, scaling or head_dim**-0.5, softcap)
+    return out.reshape(part.rows, heads, part.queries, -1).transpose(1, 2)
 
 
 def _capped(
@@ -168,6 +207,62 @@ def _attending(config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+# ------------------------------------------------------------------------------ what is read
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """What the due tokens of one request see of its row. visible: [queries, width]; query_positions,
+    key_positions: [queries] and [width]; tokens: [queries], which of the packed tokens they are."""
+
+    slot: int
+    visible: Bools
+    query_positions: Ints
+    key_positions: Ints
+    tokens: Ints
+
+
+CALL = 512
+"""What one more attention call costs, in slots of the pool that it might have read instead."""
+
+
+def together(rows: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Which rows of the pool are read in one attention call: ranges i, j of `rows`, which ascend.
+
+    A call reads all rows between its first and its last, each as far as its widest (widths: how far
+    each must be read). The ranges are those for which slots read, and CALL for each call, are least:
+    a short request does not pay for a long one beside it.
+    """
+    best, cut = [0.0], [0]
+    for j in range(1, len(rows) + 1):
+        width, least, begin = 0, math.inf, j - 1
+        for i in range(j - 1, -1, -1):
+            width = max(width, widths[i])
+            cost = best[i] + (rows[j - 1] + 1 - rows[i]) * width + CALL
+            if cost < least:
+                least, begin = cost, i
+        best.append(least)
+        cut.append(begin)
+    ranges, end = [], len(rows)
+    while end:
+        ranges.append((cut[end], end))
+        end = cut[end]
+    return ranges[::-1]
+
+
+def _visible(sights: Sequence[_Sight], queries: int, width: int, window: int | None) -> Bools:
+    """[rows, queries, width] from the first to the last of some rows; a query that stands for no token
+    sees nothing, and what comes out for it is never read."""
+    first = sights[0].slot
+    visible = np.zeros((sights[-1].slot + 1 - first, queries, width), dtype=np.bool_)
+    for sight in sights:
+        sees = sight.visible
+        if window is not None:
+            sees = sees & (sight.query_positions[:, None] - sight.key_positions < window)
+        visible[sight.slot - first, : sees.shape[0], : sees.shape[1]] = sees
+    return visible
 
 
 # ------------------------------------------------------------------------------ what a model is
@@ -304,13 +399,19 @@ class TransformersEngine(BatchingEngine):
             stop = min(start + self._chunk, n)
             width = self._width(stop)
             where = np.arange(start, stop)
+            sight = _Sight(
+                row,
+                np.arange(width)[None] <= where[:, None],
+                where,
+                response.layout.positions[:width],
+                np.arange(len(where)),
+            )
             logits = self._run(
                 ids=prompt[start:stop],
                 positions=where,
-                plan=_Plan(row, row + 1, width, *self._tensors(np.full(len(where), row), where)),
-                visible=(np.arange(width) <= where[:, None])[None],
-                query_positions=where[None],
-                key_positions=response.layout.positions[None, :width],
+                rows=np.full(len(where), row),
+                slots=where,
+                seen=[[sight]],
                 keep=[len(where) - 1] if stop == n and main.last < 0 else [],
             )
         self._memory[row] = prompt
@@ -320,36 +421,30 @@ class TransformersEngine(BatchingEngine):
 
     def _forward(self, batch: Batch, keep: list[int]) -> Tensor:
         """Logits [len(keep), vocabulary] of one forward over the due tokens of some requests."""
-        batch_rows = [response.slot for response, _ in batch]
-        first, last = min(batch_rows), max(batch_rows) + 1
-        longest = max(len(due) for _, due in batch)
-        width = self._width(max(response.layout.used for response, _ in batch))
         placed = [token for _, due in batch for token in due]
-        # queries that stand for no token see nothing; what comes out for them is never read
-        visible = np.zeros((last - first, longest, width), dtype=np.bool_)
-        query_positions = np.zeros((last - first, longest), dtype=np.int64)
-        key_positions = np.zeros((last - first, width), dtype=np.int64)
-        lay = np.zeros((last - first, longest), dtype=np.int64)
-        flat: list[int] = []
+        sights, n = [], 0
         for response, due in batch:
-            r, q = response.slot - first, len(due)
-            visible[r, :q] = [token.row[:width] for token in due]
-            query_positions[r, :q] = [token.position for token in due]
-            key_positions[r] = response.layout.positions[:width]
-            lay[r, :q] = range(len(flat), len(flat) + q)
-            flat += range(r * longest, r * longest + q)
-        where = self._tensors(
-            np.repeat(batch_rows, [len(due) for _, due in batch]),
-            np.array([token.place for token in placed]),
-        )
-        laid = () if last - first == 1 else self._tensors(lay, np.array(flat))
+            width = self._width(response.layout.used)
+            sights.append(
+                _Sight(
+                    response.slot,
+                    np.stack([token.row[:width] for token in due]),
+                    np.array([token.position for token in due]),
+                    response.layout.positions[:width],
+                    np.arange(n, n + len(due)),
+                )
+            )
+            n += len(due)
+        sights.sort(key=lambda sight: sight.slot)
+        ranges = together([s.slot for s in sights], [s.visible.shape[1] for s in sights])
         return self._run(
             ids=np.array([token.token for token in placed]),
             positions=np.array([token.position for token in placed]),
-            plan=_Plan(first, last, width, *where, *laid),
-            visible=visible,
-            query_positions=query_positions,
-            key_positions=key_positions,
+            rows=np.repeat(
+                [response.slot for response, _ in batch], [len(due) for _, due in batch]
+            ),
+            slots=np.array([token.place for token in placed]),
+            seen=[sights[i:j] for i, j in ranges],
             keep=keep,
         )
 
@@ -358,22 +453,18 @@ class TransformersEngine(BatchingEngine):
         *,
         ids: Ints,
         positions: Ints,
-        plan: _Plan,
-        visible: Bools,
-        query_positions: Ints,
-        key_positions: Ints,
+        rows: Ints,
+        slots: Ints,
+        seen: list[list[_Sight]],
         keep: list[int],
     ) -> Tensor:
         """Logits [len(keep), vocabulary] at the tokens `keep` of the packed tokens [tokens].
 
-        visible: [rows, queries, width]; query_positions, key_positions: [rows, queries or width].
+        rows, slots: [tokens], where each is written; seen: what each row's tokens see, the rows that
+        are read together in one list.
         """
+        plan, masks = self._planned(rows, slots, seen)
         ids_, positions_, kept = self._tensors(ids, positions, np.array(keep, dtype=np.int64))
-        masks = {}
-        for kind, window in self._shape.windows.items():
-            if window is not None:
-                near = query_positions[:, :, None] - key_positions[:, None] < window
-            masks[kind] = self._mask(visible if window is None else visible & near)
         self._pool.plan = plan
         try:
             with _attending(self._model.config):
@@ -391,11 +482,42 @@ class TransformersEngine(BatchingEngine):
         logits: Tensor = out.logits[0]
         return logits
 
+    def _planned(
+        self, rows: Ints, slots: Ints, seen: list[list[_Sight]]
+    ) -> tuple[_Plan, dict[str, Tensor]]:
+        """The plan of a forward, and the flat mask of each layer type."""
+        alone = len(seen) == 1 and len(seen[0]) == 1
+        parts, start, queries_before = [], 0, 0
+        flat = np.empty(len(rows), dtype=np.int64)
+        masks: dict[str, list[Tensor]] = {kind: [] for kind in self._shape.windows}
+        for together_ in seen:
+            first, last = together_[0].slot, together_[-1].slot + 1
+            longest = max(len(sight.tokens) for sight in together_)
+            width = max(sight.visible.shape[1] for sight in together_)
+            lay = np.zeros((last - first, longest), dtype=np.int64)
+            for sight in together_:
+                r, q = sight.slot - first, len(sight.tokens)
+                lay[r, :q] = sight.tokens
+                flat[sight.tokens] = queries_before + r * longest + np.arange(q)
+            for kind, window in self._shape.windows.items():
+                masks[kind].append(self._mask(_visible(together_, longest, width, window)))
+            lay_ = None if alone else self._tensors(lay)[0]
+            parts.append(_Part(first, last, width, longest, lay_, start))
+            start += (last - first) * self._shape.groups * longest * width
+            queries_before += (last - first) * longest
+        rows_, slots_, flat_ = self._tensors(rows, slots, flat)
+        plan = _Plan(rows_, slots_, tuple(parts), None if alone else flat_)
+        return plan, {
+            kind: (torch.cat(m) if len(m) > 1 else m[0])[None, None, None]
+            for kind, m in masks.items()
+        }
+
     def _mask(self, visible: Bools) -> Tensor:
-        """[rows, 1, groups * queries, width], 0 where visible and -inf elsewhere."""
+        """[rows * groups * queries * width] of visible [rows, queries, width]: 0 where visible and
+        -inf elsewhere, once for each query head of a group."""
         hidden = torch.from_numpy(~visible).to(self._device)[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=self._device)
-        return mask.masked_fill_(hidden, -torch.inf).repeat(1, 1, self._shape.groups, 1)
+        return mask.masked_fill_(hidden, -torch.inf).repeat(1, self._shape.groups, 1, 1).view(-1)
 
     def _tensors(self, *arrays: NDArray[Any]) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(array).to(self._device) for array in arrays)

@@ -4,13 +4,15 @@ That its logits are exact is law 1, tests/laws/test_exactness.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 from pastalm.engine import Request, SampledToken, SamplingParams
-from pastalm.engines.transformers import TransformersEngine
+from pastalm.engines.transformers import CALL, TransformersEngine, together
 from pastalm.errors import CapabilityError, EngineError, RequestError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from tests.laws.tiny import SIZE, TAGS, tiny_model
@@ -473,3 +475,22 @@ def test_models_it_cannot_run(says: str) -> None:
     with pytest.raises(CapabilityError, match=says) as error:
         TransformersEngine(UNSUPPORTED[says]())
     assert "\n" not in str(error.value)
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 2000)), min_size=1, max_size=7))
+def test_rows_are_read_together_where_that_reads_least(entries: list[tuple[int, int]]) -> None:
+    chosen = dict(entries)
+    rows, widths = sorted(chosen), [chosen[row] for row in sorted(chosen)]
+
+    def cost(ranges: Sequence[tuple[int, int]]) -> int:
+        return sum((rows[j - 1] + 1 - rows[i]) * max(widths[i:j]) + CALL for i, j in ranges)
+
+    def splits(i: int) -> Iterator[list[tuple[int, int]]]:
+        if i == len(rows):
+            yield []
+        for j in range(i + 1, len(rows) + 1):
+            yield from ([(i, j), *rest] for rest in splits(j))
+
+    ranges = together(rows, widths)
+    assert [k for i, j in ranges for k in range(i, j)] == list(range(len(rows)))
+    assert cost(ranges) == min(map(cost, splits(0)))

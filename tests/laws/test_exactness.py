@@ -79,7 +79,11 @@ def test_one_response(model: PreTrainedModel, policy: Policy, schedule: str) -> 
 
 
 @pytest.mark.parametrize("schedule", ["all", "uneven"])
-def test_many_responses(model: PreTrainedModel, schedule: str) -> None:
+@pytest.mark.parametrize("call", [0, 30, 10**6], ids=["rows apart", "some", "one call"])
+def test_many_responses(
+    model: PreTrainedModel, schedule: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pastalm.engines.transformers.CALL", call)
     chosen = SCHEDULES[schedule]()
     engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=chosen)
     scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", 2)

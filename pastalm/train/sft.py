@@ -13,7 +13,7 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -374,3 +374,33 @@ def _save(
         "torch": torch.__version__,
     }
     (folder / "train.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "README.md").write_text(card(record))  # PEFT's own is an empty form
+
+
+def card(record: Mapping[str, Any]) -> str:
+    """What an adapter's users should know of it, from its train.json."""
+    config, data, final = record["config"], record["data"], record["final"]
+    rows = [f"| {source} | {n} |" for source, n in sorted(data["sources"].items())]
+    terms = "; ".join(f"{licence or 'not stated'} ({n})" for licence, n in sorted(data["licences"].items()))
+    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(data["kinds"].items()))
+    lines = [
+        f"# PASTA adapter for {config['model']} (stage 1)",
+        "",
+        f"LoRA (rank {config['lora_rank']}, all linear layers) and six embedding rows, made with pastalm.",
+        "",
+        "## Data",
+        "",
+        f"{data['rows']} sequences ({kinds}), {data['tokens']} packed tokens, of them {data['labelled_tokens']}",
+        f"in the loss. Terms of the data (rows): {terms}.",
+        "",
+        "| source | rows |",
+        "| --- | --- |",
+        *rows,
+        "",
+        "## Training",
+        "",
+        f"{record['steps']} steps in {record['seconds_this_run']} s on {record['machine']}, torch {record['torch']}.",
+        f"Held-out loss, nats a token: {final['validation_tags']} on tags, {final['validation_text']} on text.",
+        "All settings are in `train.json`.",
+    ]
+    return "\n".join(lines) + "\n"

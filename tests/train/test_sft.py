@@ -273,7 +273,10 @@ def test_a_run_leaves_an_adapter_that_loads_and_says_how_it_was_made(config: Sft
     record = json.loads((folder / "train.json").read_text())
     assert record["data"]["sources"] == {"made up": record["data"]["rows"]}
     assert set(record["final"]) >= {"validation_tags", "validation_text"}
-    assert str(config.data.parent) not in (folder / "train.json").read_text()
+    for name in ("train.json", "README.md", "adapter_config.json", "pasta.json"):
+        assert str(config.data.parent) not in (folder / name).read_text(), name
+    card = (folder / "README.md").read_text()
+    assert f"| made up | {record['data']['rows']} |" in card and "CC0" in card
     logged = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in logged if "validation_text" in e]
     assert (config.out / "loss.png").stat().st_size > 1000

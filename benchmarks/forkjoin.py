@@ -2,6 +2,7 @@
 
     python benchmarks/forkjoin.py                          # the embedded model, transformers
     python benchmarks/forkjoin.py --gguf answer-q8_0.gguf  # and llama.cpp with that file
+    python benchmarks/forkjoin.py --openai http://127.0.0.1:8000/v1   # and a vLLM server of the same model
 
 The plan: a prefix of 512 tokens, k branches of 128 tokens each, a join, 32 tokens after it; token ids
 are given, ends are ignored, so what a model would say does not matter. Systems that cannot join stop
@@ -21,9 +22,12 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.request import Request as Request_
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -32,6 +36,8 @@ from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.events import Blocked, Decoded, Finished, Forked, Joined
 
 THREADS = (1, 2, 4, 8, 16)
+BATCH = 512
+"""Tokens in one call of llama.cpp at most."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,9 @@ class Ours:
         for i in range(1, plan.branch):
             start = time.perf_counter()
             engine.step()
-            steps.append(time.perf_counter() - start)
             for path in children:
                 engine.apply(name, Decoded(path=path, token=plan.token(i, path[0])))
+            steps.append(time.perf_counter() - start)
         for path in children:
             engine.apply(name, Finished(path=path))
         engine.apply(name, Joined(path=(), children=tuple(children), forced=(plan.token(1),)))
@@ -179,7 +185,8 @@ class Generate:
 
 
 class LlamaCpp:
-    """llama.cpp by its own low-level API: k independent sequences that share the prefix, greedy."""
+    """llama.cpp by its own low-level API: k independent sequences that share the prefix, greedy; or one
+    sequence (`force`)."""
 
     name = "llama.cpp sequences"
 
@@ -191,11 +198,11 @@ class LlamaCpp:
         self._api = llama_cpp
         self._model = LlamaCppModel(path)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = length, 512, 512, 32
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = length, BATCH, BATCH, 32
         params.kv_unified = params.no_perf = True
         params.n_threads = params.n_threads_batch = os.cpu_count()
         self._context = llama_cpp.llama_init_from_model(self._model.pointer, params)
-        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
 
     def _decode(self, tokens: list[int], positions: list[int], seqs: list[int], last: int) -> None:
         batch = self._batch
@@ -206,6 +213,23 @@ class LlamaCpp:
         if self._api.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp cannot decode")
 
+    def _best(self, rows: int) -> Any:
+        pointer = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocabulary_size)).argmax(-1)
+
+    def force(self, prompt: list[int], tokens: list[int]) -> float:
+        """Seconds to decode given tokens one by one after a prompt, greedily chosen, prefill included."""
+        start = time.perf_counter()
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        for begin in range(0, len(prompt), BATCH):
+            part = prompt[begin : begin + BATCH]
+            positions = list(range(begin, begin + len(part)))
+            self._decode(part, positions, [0] * len(part), 1)
+        for i, token in enumerate(tokens):
+            self._best(1)
+            self._decode([token], [len(prompt) + i], [0], 1)
+        return time.perf_counter() - start
+
     def run(self, plan: Plan, threads: int) -> Timing:
         api = self._api
         memory = api.llama_get_memory(self._context)
@@ -214,15 +238,49 @@ class LlamaCpp:
         self._decode(plan.prompt(), list(range(n)), [0] * n, 1)
         for k in range(1, threads):
             api.llama_memory_seq_cp(memory, 0, k, 0, -1)
-        size, steps = self._model.vocabulary_size, []
+        steps = []
         for i in range(plan.branch):
             start = time.perf_counter()
             tokens = [plan.token(i, k) for k in range(threads)]
             self._decode(tokens, [n + i] * threads, list(range(threads)), threads)
-            pointer = api.llama_get_logits(self._context)
-            np.ctypeslib.as_array(pointer, shape=(threads, size)).argmax(-1)
+            self._best(threads)
             steps.append(time.perf_counter() - start)
         return Timing(steps[2:], None)
+
+
+class Completions:
+    """A server of the OpenAI kind that takes token ids and `ignore_eos` (vLLM): k requests at once, whose
+    prefix is in its cache from a request before."""
+
+    name = "vLLM, requests"
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        with urlopen(f"{self._url}/models", timeout=30) as reply:
+            self._model = json.load(reply)["data"][0]["id"]
+
+    def _complete(self, prompt: list[int], tokens: int) -> None:
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        with urlopen(Request_(f"{self._url}/completions", data, kind), timeout=600) as reply:
+            used = json.load(reply)["usage"]["completion_tokens"]
+        if used != tokens:
+            raise RuntimeError(f"the server wrote {used} tokens, not {tokens}")
+
+    def run(self, plan: Plan, threads: int) -> Timing:
+        self._complete(plan.prompt(), 1)
+        prompts = [[*plan.prompt(), plan.token(0, k)] for k in range(threads)]
+        with ThreadPoolExecutor(threads) as pool:
+            start = time.perf_counter()
+            list(pool.map(lambda prompt: self._complete(prompt, plan.branch), prompts))
+            seconds = time.perf_counter() - start
+        return Timing([seconds / plan.branch], None)
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -277,6 +335,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--only-gguf", action="store_true")
+    parser.add_argument("--openai", help="base URL of a vLLM server of the same model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
     parser.add_argument("--json", type=Path, help="write the rows there too")
@@ -296,6 +355,8 @@ def main() -> None:
 
         ours = LlamaCppEngine(LlamaCppModel(chosen.gguf), max_num_seqs=1, max_model_len=length)
         systems += [Ours("ours, llama.cpp", ours), LlamaCpp(chosen.gguf, length)]
+    if chosen.openai:
+        systems.append(Completions(chosen.openai))
     print("| system | k | ms a step (range) | tokens/s, branches | over k = 1 | tokens/s, whole plan |")
     print("| --- | --- | --- | --- | --- | --- |")
     rows = []

@@ -605,24 +605,21 @@ def _bfloat16() -> str:
         return "unknown: torch is not installed"
 
 
+_ENGINES = {"scripted": "", "transformers": "transformers", "llama_cpp": "llama-cpp"}
+"""Modules of engines, and the extra of the package that brings what each needs."""
+
+
 def _engines() -> dict[str, str]:
-    found = {"scripted": "works: plays scripts, no weights"}
-    try:
-        from pastalm.engines.transformers import POSITIONS
+    """What each engine that works here declares, and how to get the others."""
+    from importlib import import_module
 
-        found["transformers"] = (
-            f"works: positions {', '.join(POSITIONS)}; masks, logprobs, adapters"
-        )
-    except ImportError:
-        found["transformers"] = "pip install 'pastalm[transformers]'"
-    try:
-        from pastalm.engines import llama_cpp
-
-        found["llama.cpp"] = (
-            f"works: GGUF files; positions {', '.join(llama_cpp.POSITIONS)}; masks, logprobs"
-        )
-    except ImportError:
-        found["llama.cpp"] = "pip install 'pastalm[llama-cpp]'"
+    found = {}
+    for module, extra in _ENGINES.items():
+        try:
+            capabilities = import_module(f"pastalm.engines.{module}").CAPABILITIES
+            found[capabilities.name] = f"works: {capabilities}"
+        except ImportError:
+            found[module.replace("_", ".")] = f"pip install 'pastalm[{extra}]'"
     return found
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pastalm.errors import RequestError, complaint
+from pastalm.errors import CapabilityError, RequestError, complaint
 from pastalm.events import Event, Path
 from pastalm.events import SampledToken as SampledToken
 from pastalm.layout import Policy
@@ -95,20 +95,49 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What an engine can do. Asking for anything else is a CapabilityError."""
+    """What an engine can do. Asking for anything else is a CapabilityError.
+
+    Each engine's module declares its own as CAPABILITIES; an engine that has been made adds its sizes.
+    """
 
     name: str
+    weights: str
+    """What it runs, for people."""
     positions: tuple[Policy, ...]
-    max_model_len: int
-    """Slots a request may fill: prompt and every decoded token."""
-    max_num_seqs: int
-    max_position: int | None = None
-    """Largest position id + 1 that the model takes (None: unbounded)."""
     masks: bool = True
     """Whether `allowed` is honoured."""
     logprobs: bool = True
-    exact: bool = True
+    exact: bool = False
     """Whether float64 laws hold on it."""
+    max_model_len: int = 0
+    """Slots a request may fill: prompt and every decoded token."""
+    max_num_seqs: int = 0
+    max_position: int | None = None
+    """Largest position id + 1 that the model takes (None: unbounded)."""
+
+    def check(self, request: Request) -> None:
+        """Raises CapabilityError if a request asks for what is not offered."""
+        params = request.params
+        checks = (
+            (
+                request.positions in self.positions,
+                f"offers positions {' and '.join(self.positions)}, not {request.positions!r}",
+            ),
+            (self.logprobs or params.logprobs is None, "gives no log-probabilities"),
+            (self.masks or params.parallelism > 0, "cannot forbid tags: parallelism 0 is not possible"),
+        )
+        if said := complaint(checks):
+            raise CapabilityError(f"the {self.name} engine {said}")
+
+    def __str__(self) -> str:
+        """One line for people."""
+        offered = (
+            (self.masks, "grammar masks"),
+            (self.logprobs, "logprobs"),
+            (self.exact, "exact in float64"),
+        )
+        parts = [self.weights, f"positions {', '.join(self.positions)}"]
+        return "; ".join([*parts, *(what for has, what in offered if has)])
 
 
 Schedule = Callable[[Sequence[tuple[str, Path]]], Sequence[tuple[str, Path]]]

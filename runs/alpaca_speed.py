@@ -3,7 +3,8 @@
     python runs/alpaca_speed.py PROMPTS.jsonl --out results/alpaca_speed.jsonl
 
 PROMPTS: one JSON object a line with `instruction` and, if there is one, `id`. Nothing else should run
-on the machine. Prints the table; records go to --out as they come, with ids instead of prompts.
+on the machine. Records go to --out as they come, with ids instead of prompts; the table is printed and
+written beside them. --limit 0 only draws it from the records that are there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from pastalm import LLM
-from pastalm.eval.speed import markdown, run, summary
+from pastalm.eval.speed import markdown, read_records, run, summary
 
 
 def main(
@@ -26,9 +27,19 @@ def main(
     dtype: str = "auto",
 ) -> None:
     """Measures, and prints the table of all that is measured so far."""
-    llm = LLM(adapter=adapter, dtype=dtype, max_num_seqs=1)
-    records = run(llm, prompts, out, limit=limit, max_tokens=max_tokens)
-    print(markdown(summary(records)))
+    if limit == 0:
+        records = read_records(out)
+    else:
+        llm = LLM(adapter=adapter, dtype=dtype, max_num_seqs=1)
+        records = run(llm, prompts, out, limit=limit, max_tokens=max_tokens)
+    if not records:
+        raise SystemExit(f"{out} holds no records yet: give no --limit, or one above 0")
+    forking = [record for record in records if record.chunks >= 2]
+    text = "## All prompts\n\n" + markdown(summary(records))
+    if forking:
+        text += "\n## Those that fork (2 chunks or more)\n\n" + markdown(summary(forking))
+    out.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from pastalm import models
 from pastalm.cli import app
+from pastalm.engines import transformers
 from pastalm.events import from_json
 from pastalm.lang import parse, strip
 from pastalm.transcript import Transcript
@@ -267,7 +268,9 @@ def test_parse_says_where_the_error_is(tmp_path: Path) -> None:
 
 def test_env_says_what_works() -> None:
     facts = json.loads(pasta("env", "--json").stdout)
-    assert facts["engines"]["transformers"].startswith("works")
+    assert facts["engines"]["transformers"] == f"works: {transformers.CAPABILITIES}"
+    assert "positions promised, overlap" in facts["engines"]["scripted"]
+    assert facts["engines"]["llama.cpp"].startswith(("works: GGUF", "pip install"))
     assert facts["python"] == sys.version.split()[0]
     assert "transformers" in pasta("env").stdout
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
 from pastalm.engines.sampling import Draw, Sampled, Sampler, noise_key
-from pastalm.errors import CapabilityError, EngineError, PastaError, RequestError, complaint
+from pastalm.errors import EngineError, PastaError, RequestError, complaint
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import Layout, Placed
 
@@ -197,12 +197,9 @@ class BatchingEngine(ABC):
 
     def _check(self, request: Request) -> None:
         n, most = len(request.prompt_token_ids), request.params.max_tokens
-        size, offered = self._size, self.capabilities.positions
+        size = self._size
+        self.capabilities.check(request)
         odd = [t for t in (*request.prompt_token_ids, *request.logit_bias) if not 0 <= t < size]
-        if request.positions not in offered:
-            raise CapabilityError(
-                f"positions={request.positions!r} is not offered here; use one of {', '.join(offered)}"
-            )
         checks = (
             (
                 request.id not in self._waiting | self._running,

@@ -17,7 +17,7 @@ import ctypes
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -30,9 +30,11 @@ from pastalm.engine import Capabilities, Schedule
 from pastalm.engines.batching import Batch, BatchingEngine, Ints, Response, common_prefix
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
 from pastalm.events import Event, Finished, Forked, Joined, Path
-from pastalm.layout import Placed, Policy
+from pastalm.layout import Placed
 
-POSITIONS: tuple[Policy, ...] = ("overlap",)
+CAPABILITIES = Capabilities(
+    name="llama.cpp", weights="GGUF files, quantised too; CPU and GPU", positions=("overlap",)
+)
 MAX_SEQUENCES = 256
 """Sequences that llama.cpp takes at most."""
 BATCH = 512
@@ -154,13 +156,11 @@ class LlamaCppEngine(BatchingEngine):
             raise CapabilityError(f"unknown cache_type {cache_type!r}: one of {', '.join(CACHE_TYPES)}")
         capacity = min(max_model_len, model.context_length)
         super().__init__(
-            Capabilities(
-                name="llama.cpp",
-                positions=POSITIONS,
+            replace(
+                CAPABILITIES,
                 max_model_len=capacity,
                 max_num_seqs=max_num_seqs,
                 max_position=model.context_length,
-                exact=False,
             ),
             vocabulary_size=model.vocabulary_size,
             schedule=schedule,

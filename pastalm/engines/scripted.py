@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TypeAlias
 
@@ -84,6 +84,13 @@ class _Playing:
     threads: dict[Path, _Thread] = field(default_factory=dict)
 
 
+CAPABILITIES = Capabilities(
+    name="scripted",
+    weights="plays scripts, no weights",
+    positions=("promised", "overlap"),
+)
+
+
 class ScriptedEngine:
     """Plays `scripts` in the order in which requests come, again from the first after the last.
 
@@ -110,12 +117,8 @@ class ScriptedEngine:
         self._schedule = schedule
         self._step_seconds = step_seconds
         self._playing: dict[str, _Playing] = {}
-        self._capabilities = Capabilities(
-            name="scripted",
-            positions=("promised", "overlap"),
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            exact=False,
+        self._capabilities = replace(
+            CAPABILITIES, max_model_len=max_model_len, max_num_seqs=max_num_seqs
         )
 
     @property
@@ -123,7 +126,9 @@ class ScriptedEngine:
         return self._capabilities
 
     def add(self, request: Request) -> None:
-        """Takes a request; beyond max_num_seqs it waits. Raises RequestError if it never could fit."""
+        """Takes a request; beyond max_num_seqs it waits. Raises RequestError if it never could fit,
+        CapabilityError if it asks for what is not offered."""
+        self._capabilities.check(request)
         length = len(request.prompt_token_ids) + request.params.max_tokens
         if not request.prompt_token_ids:
             raise RequestError("the prompt is empty: say something")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,13 @@ from pastalm.engine import Capabilities, Schedule
 from pastalm.engines import packing
 from pastalm.engines.batching import Batch, BatchingEngine, Bools, Ints, Response, common_prefix
 from pastalm.errors import CapabilityError, EngineError, RequestError, complaint
-from pastalm.layout import Policy
 
-POSITIONS: tuple[Policy, ...] = ("promised", "overlap")
+CAPABILITIES = Capabilities(
+    name="transformers",
+    weights="any RoPE decoder of transformers, adapters; CPU and GPU",
+    positions=("promised", "overlap"),
+    exact=True,
+)
 ATTENTION = "pastalm"
 """The name under which transformers finds this attention."""
 ALIGNMENT = 8
@@ -354,9 +358,8 @@ class TransformersEngine(BatchingEngine):
             packing.pack(model)
         capacity = min(max_model_len, self._shape.max_positions or max_model_len)
         super().__init__(
-            Capabilities(
-                name="transformers",
-                positions=POSITIONS,
+            replace(
+                CAPABILITIES,
                 max_model_len=capacity,
                 max_num_seqs=max_num_seqs,
                 max_position=self._shape.max_positions,

@@ -18,24 +18,7 @@ import psutil
 from pastalm import LLM, SamplingParams
 from pastalm.models import EMBEDDED
 
-WORDS = [
-    "sleep",
-    "water",
-    "food",
-    "rest",
-    "walk",
-    "read",
-    "write",
-    "house",
-    "river",
-    "stone",
-    "light",
-    "green",
-    "quick",
-    "five",
-    "tips",
-    "for",
-]
+WORDS = ("sleep", "water", "food", "rest", "walk", "read", "write", "house", "river", "stone", "five", "tips")
 
 
 def main() -> None:

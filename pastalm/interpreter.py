@@ -315,7 +315,8 @@ class Interpreter:
                 banned |= self._spellings(sibling[len(key) :].strip())
         if _distinct(thread, topic):
             return banned - {self._tags.tokens}
-        return banned | (self._digit_ids if key else set())
+        # a number may go on: "step 1" that is taken may become "step 10"
+        return banned | (self._digit_ids if key and not topic[-1].isdigit() else set())
 
     def _spellings(self, word: str) -> frozenset[int]:
         """The single tokens that spell a case-folded word, however it is written."""

@@ -75,6 +75,9 @@ class LlamaCppModel:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        # its kernels for AMX crash (ggml-org/llama.cpp issue 20824, 0.3.36 here); without AMX the same
+        # setting stands for the repacked weights that make 4 bits fast
+        params.use_extra_bufts = not torch.cpu._is_amx_tile_supported()
         if not FilePath(path).is_file():
             raise ModelError(f"no GGUF file at {path}")
         self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)

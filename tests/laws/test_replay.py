@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import count
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pastalm.engine import SamplingParams, Schedule
@@ -134,6 +134,7 @@ def test_a_response_does_not_depend_on_its_company(
 
 @settings(max_examples=100)
 @given(roomy, schedules)
+@example((Promise("t1", 500), Async((Promise("t10", 100), Async(())))), _lockstep)
 def test_a_script_with_room_is_played_as_written(document: Document, schedule: Schedule) -> None:
     ((transcript, _),) = _play([document], schedule=schedule)
     assert transcript.text == strip(document)

@@ -17,6 +17,7 @@ from pastalm.errors import DataError
 from pastalm.events import Decoded, Event, Finished, Joined, Path, from_json, to_json
 from pastalm.interpreter import Limits
 from pastalm.lang import (
+    Async,
     AsyncClose,
     AsyncOpen,
     Document,

@@ -137,9 +137,9 @@ class LlamaCppEngine(BatchingEngine):
     """Decodes all threads of all requests in one decode call per step.
 
     max_num_seqs: requests that decode at once; max_model_len: cells of each, cut to the positions the
-    model can take; the cache holds their product. threads: CPU threads (None: all). cache_type: of
-    keys and values, F16, F32 or Q8_0. flash_attention: computes in half precision on a CPU, whatever
-    the cache holds. Raises ModelError if the cache cannot be made.
+    model can take; the cache holds their product. threads: CPU threads (None: OMP_NUM_THREADS, else
+    all). cache_type: of keys and values, F16, F32 or Q8_0. flash_attention: computes in half precision
+    on a CPU, whatever the cache holds. Raises ModelError if the cache cannot be made.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class LlamaCppEngine(BatchingEngine):
         params.flash_attn_type = int(flash_attention)
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = MAX_SEQUENCES
-        params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
+        params.n_threads = params.n_threads_batch = threads or _processors()
         params.kv_unified = params.swa_full = params.no_perf = True
         self._model = model  # the weights must outlive the context
         _said.clear()
@@ -388,6 +388,13 @@ class LlamaCppEngine(BatchingEngine):
         code = llama_cpp.llama_decode(self._context, batch)
         if code:
             raise EngineError(f"llama.cpp cannot decode: {_FAILURES.get(code, f'error {code}')}")
+
+
+def _processors() -> int:
+    """As many as torch would take: llama.cpp's threads wait busily, and more of them than there are
+    processors slow each other by an order of magnitude."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdigit() and int(chosen) else os.cpu_count() or 1
 
 
 def _most(response: Response) -> int:

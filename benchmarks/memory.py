@@ -35,7 +35,7 @@ def main() -> None:
     resident: list[float] = []
     for number in range(1, chosen.requests + 1):
         words = rng.choices(WORDS, k=rng.randint(3, 40))
-        response = llm.submit([{"role": "user", "content": " ".join(words)}], params)
+        response, _ = llm.submit([{"role": "user", "content": " ".join(words)}], params)
         cancel = rng.random() < 0.2
         while len(llm.driver.running) >= 16:
             llm.driver.step()

@@ -288,7 +288,7 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise RequestError("a stream decodes one answer; n must be 1")
-        return Stream(self.driver, *self._submit(prompt, params))
+        return Stream(self.driver, *self.submit(prompt, params))
 
     def submit(
         self,
@@ -297,18 +297,9 @@ class LLM:
         *,
         choice: int = 0,
         seed: int | None = None,
-    ) -> Running:
-        """Hands one answer to the driver, whose `step` decodes it beside all others. choice, seed: what
-        its randomness hangs on (SPEC "Threads"). Raises RequestError, CapabilityError."""
-        return self._submit(prompt, params, choice, seed)[0]
-
-    def _submit(
-        self,
-        prompt: Prompt | Sequence[Message],
-        params: SamplingParams,
-        choice: int = 0,
-        seed: int | None = None,
     ) -> tuple[Running, list[Event]]:
+        """Hands one answer to the driver, whose `step` decodes it beside all others; as `Driver.submit`.
+        choice, seed: what its randomness hangs on (SPEC "Threads"). Raises RequestError, CapabilityError."""
         chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         ids = self._conversation(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
         return self.driver.submit(ids, params, choice=choice, seed=seed, positions=self.positions)

@@ -62,7 +62,7 @@ def win_probabilities(
         )
     differences = np.asarray(scores) - np.asarray(baselines)
     spread = float(differences.std()) if sigma is None else sigma
-    scaled = differences / spread if spread > 0 else np.sign(differences) * 0.0
+    scaled = differences / spread if spread > 0 else np.zeros_like(differences)
     return [float(p) for p in 1 / (1 + np.exp(-scaled))]
 
 

@@ -986,6 +986,13 @@ def _done(target: Path) -> set[str]:
     """Ids that stand in the target already; a half-written last line is cut off."""
     if not target.exists():
         return set()
+    keep_whole_lines(target)
+    rows = ((f"{target}, line {n}", line) for n, line in _numbered(target))
+    return {_string(_object(line, where), "id", where) for where, line in rows}
+
+
+def keep_whole_lines(target: Path) -> None:
+    """Cuts off a half-written last line, so that a run that was cut off can go on. Raises DataError."""
     try:
         content = target.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -994,8 +1001,6 @@ def _done(target: Path) -> set[str]:
                 file.truncate(len(whole))
     except OSError as error:
         raise DataError(f"cannot read {target}: {error.strerror}") from None
-    rows = ((f"{target}, line {n}", line) for n, line in _numbered(target))
-    return {_string(_object(line, where), "id", where) for where, line in rows}
 
 
 def annotate_file(

@@ -15,6 +15,7 @@ from typing import Any
 from pastalm.engine import SamplingParams
 from pastalm.errors import DataError, RequestError
 from pastalm.llm import LLM, Running
+from pastalm.train.annotate import keep_whole_lines
 
 
 @dataclass(slots=True)
@@ -80,7 +81,7 @@ def _begin(
     seed = None if params.seed is None else params.seed + row
     one = replace(params, n=1)
     try:
-        return llm.submit([{"role": "user", "content": prompt}], one, choice=choice, seed=seed)
+        return llm.submit([{"role": "user", "content": prompt}], one, choice=choice, seed=seed)[0]
     except RequestError:  # longer than the context
         counts.refused += 1
         return None
@@ -124,11 +125,9 @@ def _there(target: Path) -> set[tuple[str, int, bool]]:
     """Which answers a target holds already; a half-written last line is cut off."""
     if not target.is_file():
         return set()
-    lines = target.read_text(encoding="utf-8").split("\n")
-    if lines[-1]:
-        target.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+    keep_whole_lines(target)
     try:
-        rows = [json.loads(line) for line in lines[:-1] if line]
+        rows = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
         return {(row["id"], row["choice"], row["sequential"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{target} holds something else than answers: {error}; use another file") from None

@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LLAMA := $(VENV)/.llama-cpp
+# llama.cpp's kernels for AMX crash; built without them, it can lay 4-bit weights out for the CPU
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean
@@ -21,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 # llama.cpp is compiled from source, some minutes; its tests are skipped where that is not possible
 $(LLAMA): $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[llama-cpp]" -c constraints.txt \
+	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -e ".[llama-cpp]" -c constraints.txt \
 	  || echo "llama.cpp cannot be built here: its tests are skipped"
 	@touch $@
 

@@ -200,6 +200,7 @@ class LlamaCpp:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = length, BATCH, BATCH, 32
         params.kv_unified = params.no_perf = True
+        params.flash_attn_type = 0  # in half precision on a CPU: slower by far
         params.n_threads = params.n_threads_batch = os.cpu_count()
         self._context = llama_cpp.llama_init_from_model(self._model.pointer, params)
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)

@@ -6,6 +6,7 @@ batch of due tokens becomes logits. Nothing here knows the language, nor how a c
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ class BatchingEngine(ABC):
         self._sampler = Sampler(vocabulary_size)
         self._waiting: dict[str, Response] = {}
         self._running: dict[str, Response] = {}
+        self._fed: tuple[Tensor, list[Thread]] | None = None
 
     # ------------------------------------------------------------------ what an engine must do
 
@@ -288,6 +290,7 @@ class BatchingEngine(ABC):
             if (thread := response.threads[token.path]).last == token.place and not thread.finished
         ]
         logits = self._forward(batch, [i for i, _ in ready])
+        self._fed = (logits, [thread for _, thread in ready])
         for (_, thread), row in zip(ready, logits.unbind(0), strict=True):
             thread.logits = row
         for response, due in batch:
@@ -316,23 +319,28 @@ class BatchingEngine(ABC):
         if not rows:
             return []
         draws = [self._draw(response, thread) for response, thread in sampling]
-        sampled = self._sampler(torch.stack(rows), draws)
+        sampled = self._sampler(self._matrix(rows, [thread for _, thread in sampling]), draws)
         for response, thread in sampling:
             if self.on_logits is not None and thread.logits is not None:
                 self.on_logits(response.request.id, thread.path, thread.logits)
             thread.logits = None
         return [_token(s, t, x) for (s, t), x in zip(sampling, sampled, strict=True)]
 
+    def _matrix(self, rows: list[Tensor], threads: list[Thread]) -> Tensor:
+        """The rows as one tensor: what the last forward gave, uncopied, where these are its threads."""
+        fed, self._fed = self._fed, None
+        if fed is not None and len(fed[1]) == len(threads) and all(map(operator.is_, fed[1], threads)):
+            return fed[0]
+        return torch.stack(rows)
+
     def _draw(self, response: Response, thread: Thread) -> Draw:
-        request = response.request
-        penalised = request.params.repetition_penalty != 1
-        return Draw(
-            params=request.params,
-            key=noise_key(request.seed, request.choice, thread.path, thread.count),
-            logit_bias=request.logit_bias,
-            allowed=thread.allowed,
-            seen=response.seen(thread.path) if penalised else response.tokens[:0],
-        )
+        request, params = response.request, response.request.params
+        request, params = response.request, response.request.params
+        key = 0
+        if not params.greedy:
+            key = noise_key(request.seed, request.choice, thread.path, thread.count)
+        seen = response.seen(thread.path) if params.repetition_penalty != 1 else response.tokens[:0]
+        return Draw(params, key, request.logit_bias, thread.allowed, seen)
 
 
 def _token(response: Response, thread: Thread, sampled: Sampled) -> SampledToken:

@@ -66,6 +66,13 @@ def quiet() -> None:
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
 
 
+def repacks() -> bool:
+    """Whether llama.cpp lays quantised weights out anew for this CPU, which makes 4 bits fast. Not where
+    it was built with its kernels for AMX: they crash (ggml-org/llama.cpp issue 20824, 0.3.36 here), and
+    one setting stands for both."""
+    return b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+
+
 class LlamaCppModel:
     """A GGUF file, loaded. Raises ModelError for a file that llama.cpp does not load."""
 
@@ -75,9 +82,8 @@ class LlamaCppModel:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
-        # its kernels for AMX crash (ggml-org/llama.cpp issue 20824, 0.3.36 here); without AMX the same
-        # setting stands for the repacked weights that make 4 bits fast
-        params.use_extra_bufts = not torch.cpu._is_amx_tile_supported()
+        self.on_gpu = gpu_layers != 0 and llama_cpp.llama_supports_gpu_offload()
+        params.use_extra_bufts = repacks()
         if not FilePath(path).is_file():
             raise ModelError(f"no GGUF file at {path}")
         self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -138,8 +144,9 @@ class LlamaCppEngine(BatchingEngine):
 
     max_num_seqs: requests that decode at once; max_model_len: cells of each, cut to the positions the
     model can take; the cache holds their product. threads: CPU threads (None: OMP_NUM_THREADS, else
-    all). cache_type: of keys and values, F16, F32 or Q8_0. flash_attention: computes in half precision
-    on a CPU, whatever the cache holds. Raises ModelError if the cache cannot be made.
+    all). cache_type: of keys and values, F16, F32 or Q8_0. flash_attention (None: on a GPU, or where the
+    cache is quantised, which needs it): on a CPU it computes in half precision, which decodes up to
+    two and a half times as slowly (benchmarks/README.md). Raises ModelError if the cache cannot be made.
     """
 
     def __init__(
@@ -150,7 +157,7 @@ class LlamaCppEngine(BatchingEngine):
         max_model_len: int = 2048,
         threads: int | None = None,
         cache_type: str = "F16",
-        flash_attention: bool = True,
+        flash_attention: bool | None = None,
         schedule: Schedule | None = None,
     ) -> None:
         if min(max_num_seqs, max_model_len) < 1:
@@ -172,6 +179,8 @@ class LlamaCppEngine(BatchingEngine):
         self._cells = max_num_seqs * capacity
         params.n_ctx = max(self._cells, 2 * MAX_SEQUENCES)  # fewer abort the process
         params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{cache_type}")
+        if flash_attention is None:
+            flash_attention = model.on_gpu or cache_type not in ("F16", "F32")
         params.flash_attn_type = int(flash_attention)
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = MAX_SEQUENCES

@@ -88,13 +88,29 @@ class Sampler:
         Raises EngineError if a row's `allowed` admits no id.
         """
         raw = logits if logits.dtype == torch.float64 else logits.float()
-        shaped = self._masked(_penalised(_biased(raw, draws), draws), draws)
-        tokens = shaped.argmax(-1)
+        shaped = _penalised(_biased(raw, draws), draws)
+        tokens = [0] * len(draws)
+        if any(draw.params.greedy for draw in draws):
+            tokens = _largest(shaped)
+        # a greedy row's largest logit is nearly always allowed: masks are made for the others only
+        rest = [i for i, d in enumerate(draws) if not d.params.greedy or not _allows(d, tokens[i])]
+        if rest:
+            rows = shaped[torch.tensor(rest, device=raw.device)]
+            for i, token in zip(rest, self._chosen(rows, [draws[i] for i in rest]), strict=True):
+                tokens[i] = token
+        return _collected(raw, tokens, draws)
+
+    def _chosen(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """A token for each row, within what it is allowed."""
+        logits = self._masked(logits, draws)
+        tokens = _largest(logits)
         hot = [i for i, draw in enumerate(draws) if not draw.params.greedy]
         if hot:
-            rows = torch.tensor(hot, device=raw.device)
-            tokens[rows] = _drawn(shaped[rows], [draws[i] for i in hot])
-        return _collected(raw, tokens, draws)
+            rows = logits[torch.tensor(hot, device=logits.device)]
+            drawn = _drawn(rows, [draws[i] for i in hot]).tolist()
+            for i, token in zip(hot, drawn, strict=True):
+                tokens[i] = token
+        return tokens
 
     def _masked(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         if all(draw.allowed is None for draw in draws):
@@ -117,6 +133,18 @@ class Sampler:
                 self._masks.popitem(last=False)
         self._masks.move_to_end((allowed, device))
         return mask
+
+
+def _allows(draw: Draw, token: int) -> bool:
+    return draw.allowed is None or token in draw.allowed
+
+
+def _largest(logits: Tensor) -> list[int]:
+    """The index of each row's largest value. On a CPU by NumPy: one thread, no other pool of threads
+    woken beside the one that computes the model."""
+    if logits.device.type == "cpu":
+        return [int(i) for i in logits.numpy().argmax(-1)]
+    return [int(i) for i in logits.argmax(-1).tolist()]
 
 
 def _biased(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -192,16 +220,17 @@ def _nucleus(
     return kept.masked_fill(~keep, -torch.inf), ids, complete
 
 
-def _collected(raw: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-    """The sampled tokens, brought to the host with the log-probabilities that were asked for."""
+def _collected(raw: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[Sampled]:
+    """The sampled tokens with the log-probabilities that were asked for."""
+    sampled = [Sampled(token) for token in tokens]
     asked = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
     if not asked:
-        return [Sampled(token) for token in tokens.tolist()]
+        return sampled
     rows = torch.tensor(asked, device=raw.device)
     logprobs = raw[rows].log_softmax(-1)
-    own = logprobs.gather(1, tokens[rows][:, None])[:, 0].tolist()
+    own_ids = torch.tensor([tokens[i] for i in asked], device=raw.device)
+    own = logprobs.gather(1, own_ids[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(max(draws[i].params.logprobs or 0 for i in asked))
-    sampled = [Sampled(token) for token in tokens.tolist()]
     for i, logprob, top_ids, top in zip(asked, own, ids.tolist(), values.tolist(), strict=True):
         n = draws[i].params.logprobs
         pairs = tuple(zip(top_ids[:n], top[:n], strict=True))

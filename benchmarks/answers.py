@@ -74,8 +74,13 @@ def answer(name: str, llm: LLM, against: LlamaCpp, identity: str, prompt: str) -
 def table(answers: list[Answer]) -> str:
     lines = ["| system | prompts | theoretical | realized | cost | seconds | sequential seconds |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in dict.fromkeys(a.system for a in answers):
-        own = [a.figures for a in answers if a.system == name]
+    named: dict[str, list[dict[str, float]]] = {}
+    for a in answers:
+        named.setdefault(a.system, []).append(a.figures)
+    for a in answers:
+        if a.critical_path < a.tokens:
+            named.setdefault(f"{a.system}, those that fork", []).append(a.figures)
+    for name, own in named.items():
         cells = []
         for key in own[0]:
             logs = np.log([figures[key] for figures in own])

@@ -2,6 +2,7 @@
 
     python benchmarks/forkjoin.py                          # the embedded model, transformers
     python benchmarks/forkjoin.py --gguf answer-q8_0.gguf  # and llama.cpp with that file
+    python benchmarks/forkjoin.py --compiled               # and our engine with torch.compile
     python benchmarks/forkjoin.py --openai http://127.0.0.1:8000/v1   # and a vLLM server of the same model
 
 The plan: a prefix of 512 tokens, k branches of 128 tokens each, a join, 32 tokens after it; token ids
@@ -58,10 +59,12 @@ class Plan:
 @dataclass(frozen=True)
 class Timing:
     """Seconds: of each step of the branches, and of the plan after its prefix (None: it cannot join).
-    one number where a system does not step from outside: the mean."""
+    one number where a system does not step from outside: the mean. cache: bytes of keys and values
+    that the branches hold at their end, where that can be read."""
 
     branches: list[float]
     whole: float | None
+    cache: int | None = None
 
 
 class System(Protocol):
@@ -98,6 +101,7 @@ class Ours:
             for path in children:
                 engine.apply(name, Decoded(path=path, token=plan.token(i, path[0])))
             steps.append(time.perf_counter() - start)
+        cache = self._held(name)
         for path in children:
             engine.apply(name, Finished(path=path))
         engine.apply(name, Joined(path=(), children=tuple(children), forced=(plan.token(1),)))
@@ -108,7 +112,14 @@ class Ours:
                 engine.apply(name, Decoded(path=(), token=plan.token(done)))
         whole = time.perf_counter() - begun
         engine.apply(name, Finished(path=()))
-        return Timing(steps[2:], whole)
+        return Timing(steps[2:], whole, cache)
+
+    def _held(self, name: str) -> int | None:
+        pool, running = getattr(self.engine, "_pool", None), self.engine._running[name]  # type: ignore
+        if pool is None:
+            return None
+        a_slot = sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in pool.layers)
+        return a_slot * running.layout.used
 
 
 class Forward:
@@ -181,16 +192,17 @@ class Generate:
                 pad_token_id=0,
             )
             seconds = time.perf_counter() - start
-        return Timing([seconds / plan.branch], None)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return Timing([seconds / plan.branch], None, held)
 
 
 class LlamaCpp:
     """llama.cpp by its own low-level API: k independent sequences that share the prefix, greedy; or one
-    sequence (`force`)."""
+    sequence (`force`). Flash attention computes in half precision on a CPU, and slower by far."""
 
     name = "llama.cpp sequences"
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, *, flash: bool = False) -> None:
         import llama_cpp
 
         from pastalm.engines.llama_cpp import LlamaCppModel
@@ -200,7 +212,7 @@ class LlamaCpp:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = length, BATCH, BATCH, 32
         params.kv_unified = params.no_perf = True
-        params.flash_attn_type = 0  # in half precision on a CPU: slower by far
+        params.flash_attn_type = int(flash)
         params.n_threads = params.n_threads_batch = os.cpu_count()
         self._context = llama_cpp.llama_init_from_model(self._model.pointer, params)
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
@@ -290,7 +302,7 @@ class Completions:
 @dataclass(frozen=True)
 class Row:
     """A system at one k. ms: a branch step, median over rounds of each round's median, smallest,
-    largest. whole: tokens/s of branches and tail."""
+    largest. whole: tokens/s of branches and tail. cache_mb: keys and values held after the branches."""
 
     system: str
     threads: int
@@ -300,6 +312,7 @@ class Row:
     branch_tokens_per_second: float
     ratio: float
     whole_tokens_per_second: float | None
+    cache_mb: float | None
 
 
 def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, ...]) -> Iterator[Row]:
@@ -318,15 +331,17 @@ def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, 
             speed = 1e3 * k / ms
             first.setdefault(system.name, speed)
             whole = (k * plan.branch + plan.after) / statistics.median(wholes) if wholes else None
+            held = found[system.name][-1].cache
             yield Row(
-                system.name,
-                k,
-                ms,
-                1e3 * min(medians),
-                1e3 * max(medians),
-                speed,
-                speed / first[system.name],
-                whole,
+                system=system.name,
+                threads=k,
+                ms=ms,
+                low=1e3 * min(medians),
+                high=1e3 * max(medians),
+                branch_tokens_per_second=speed,
+                ratio=speed / first[system.name],
+                whole_tokens_per_second=whole,
+                cache_mb=None if held is None else held / 2**20,
             )
 
 
@@ -336,6 +351,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--only-gguf", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="and our engine compiled (minutes)")
     parser.add_argument("--openai", help="base URL of a vLLM server of the same model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
@@ -351,6 +367,12 @@ def main() -> None:
         engine = TransformersEngine(loaded.model, max_num_seqs=1, max_model_len=length, pack=True)
         systems.append(Ours("ours, transformers", engine))
         systems.append(Forward(engine))
+        if chosen.compiled:
+            model = models.load(chosen.model, dtype=chosen.dtype).model
+            engine = TransformersEngine(model, max_num_seqs=1, max_model_len=length, compiled=True)
+            systems.append(Ours("ours, compiled", engine))
+            for k in chosen.threads:
+                systems[-1].run(Plan(prefix=32, branch=4, after=2), k)
     if chosen.gguf:
         from pastalm.engines.llama_cpp import LlamaCppEngine, LlamaCppModel
 
@@ -358,15 +380,17 @@ def main() -> None:
         systems += [Ours("ours, llama.cpp", ours), LlamaCpp(chosen.gguf, length)]
     if chosen.openai:
         systems.append(Completions(chosen.openai))
-    print("| system | k | ms a step (range) | tokens/s, branches | over k = 1 | tokens/s, whole plan |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    head = "system", "k", "ms a step (range)", "tokens/s, branches", "over k = 1", "whole plan", "KV, MB"
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     rows = []
     for row in measure(systems, plan, chosen.rounds, tuple(chosen.threads)):
         rows.append(asdict(row))
-        whole = "" if row.whole_tokens_per_second is None else f"{row.whole_tokens_per_second:.0f}"
+        whole, held = (
+            "" if x is None else f"{x:.0f}" for x in (row.whole_tokens_per_second, row.cache_mb)
+        )
         print(
             f"| {row.system} | {row.threads} | {row.ms:.1f} ({row.low:.1f} to {row.high:.1f}) "
-            f"| {row.branch_tokens_per_second:.0f} | {row.ratio:.2f} | {whole} |",
+            f"| {row.branch_tokens_per_second:.0f} | {row.ratio:.2f} | {whole} | {held} |",
             flush=True,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -616,8 +616,9 @@ def _engines() -> dict[str, str]:
     found = {}
     for module, extra in _ENGINES.items():
         try:
-            capabilities = import_module(f"pastalm.engines.{module}").CAPABILITIES
-            found[capabilities.name] = f"works: {capabilities}"
+            engine = import_module(f"pastalm.engines.{module}")
+            note = getattr(engine, "advice", str)()
+            found[engine.CAPABILITIES.name] = f"works: {engine.CAPABILITIES}" + (note and f"; {note}")
         except ImportError:
             found[module.replace("_", ".")] = f"pip install 'pastalm[{extra}]'"
     return found

@@ -16,7 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pastalm.engine import Engine, Request, SamplingParams
-from pastalm.errors import EngineError, RequestError
+from pastalm.errors import CapabilityError, EngineError, RequestError
 from pastalm.events import Event, Finished, FinishReason, stamped
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
@@ -222,8 +222,9 @@ class LLM:
     model: the embedded model's name, a hub name, a folder, or a GGUF file, which llama.cpp runs.
     adapter: "auto" takes the one that ships for this model, None none, else a folder. dtype "auto":
     bfloat16 where the hardware has it. positions: the policy of layout.py (None: the engine's first).
-    max_num_seqs: responses at once; more wait. max_model_len: slots each may fill. Raises ModelError,
-    CapabilityError, RequestError.
+    max_num_seqs: responses at once; more wait. max_model_len: slots each may fill. compiled: steps of one
+    response as torch.compile makes them on a CPU, faster after minutes (transformers only). Raises
+    ModelError, CapabilityError, RequestError.
     """
 
     def __init__(
@@ -237,6 +238,7 @@ class LLM:
         limits: Limits | None = None,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.loaded: Loaded
         engine: Engine
@@ -246,6 +248,8 @@ class LLM:
 
             if adapter not in ("auto", None) or dtype != "auto":
                 raise RequestError("a GGUF file holds its adapter and its weight type: give neither")
+            if compiled:
+                raise CapabilityError("llama.cpp is compiled already: leave compiled=True out for GGUF files")
             self.loaded = gguf_files.load(model, gpu_layers=0 if device == "cpu" else -1)
             length = max_model_len or min(self.loaded.context_length, 4096)
             engine = LlamaCppEngine(
@@ -258,7 +262,11 @@ class LLM:
             self.loaded = models.load(model, adapter=adapter, dtype=dtype, device=device)
             length = max_model_len or min(self.loaded.context_length, 4096)
             engine = TransformersEngine(
-                self.loaded.model, max_num_seqs=max_num_seqs, max_model_len=length, pack=True
+                self.loaded.model,
+                max_num_seqs=max_num_seqs,
+                max_model_len=length,
+                pack=True,
+                compiled=compiled,
             )
         self.positions: Policy = positions or engine.capabilities.positions[0]
         self.driver = Driver(engine, self.loaded.vocabulary, limits=limits)

@@ -16,11 +16,13 @@ import typer
 
 from pastalm import LLM
 from pastalm.eval.speed import markdown, read_records, run, summary
+from pastalm.models import EMBEDDED
 
 
 def main(
     prompts: Path,
     out: Annotated[Path, typer.Option(help="records, JSONL")] = Path("results/alpaca_speed.jsonl"),
+    model: Annotated[str, typer.Option(help="a name, a folder, or a GGUF file")] = EMBEDDED,
     adapter: Annotated[str, typer.Option(help="auto, or a folder")] = "auto",
     limit: Annotated[int | None, typer.Option(help="prompts in this run")] = None,
     max_tokens: int = 1024,
@@ -30,7 +32,7 @@ def main(
     if limit == 0:
         records = read_records(out)
     else:
-        llm = LLM(adapter=adapter, dtype=dtype, max_num_seqs=1)
+        llm = LLM(model, adapter=adapter, dtype=dtype, max_num_seqs=1)
         records = run(llm, prompts, out, limit=limit, max_tokens=max_tokens)
     if not records:
         raise SystemExit(f"{out} holds no records yet: give no --limit, or one above 0")

@@ -73,6 +73,13 @@ def repacks() -> bool:
     return b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
 
 
+def advice() -> str:
+    """What could be better about the llama.cpp that is installed; empty where nothing could."""
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    how = f'CFLAGS="{flags}" CXXFLAGS="{flags}" pip install --force-reinstall --no-cache-dir llama-cpp-python'
+    return "" if repacks() else f"built for AMX, whose kernels crash and stay unused; faster: {how}"
+
+
 class LlamaCppModel:
     """A GGUF file, loaded. Raises ModelError for a file that llama.cpp does not load."""
 

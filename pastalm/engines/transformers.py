@@ -49,89 +49,121 @@ ALIGNMENT = 8
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Rows first .. last - 1 of the pool, read together up to slot `width`. queries: of each row.
-    lay: [last - first, queries], the token at each query (any token where there is none); None where
-    the part is all there is and has one row. start: where its mask begins in the flat mask."""
+    lay: [last - first, queries], the token at each query (any token where there is none). start: where
+    its mask begins in the flat mask."""
 
     first: int
     last: int
     width: int
     queries: int
-    lay: Tensor | None
+    lay: Tensor
     start: int
-
-    @property
-    def rows(self) -> int:
-        return self.last - self.first
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Where the tokens of one forward go. rows, slots: [tokens], where each token is written. parts:
-    what of the pool is read. flat: [tokens], each token's query among those of all parts, flattened;
-    None where `lay` is."""
+    """Where the tokens of one forward go. rows, slots: [tokens], where each token is written. width:
+    slots read at most. parts: what of the pool is read; none where it is one row. flat: [tokens], each
+    token's query among those of all parts, flattened."""
 
     rows: Tensor
     slots: Tensor
-    parts: tuple[_Part, ...]
+    width: int
+    parts: tuple[_Part, ...] = ()
     flat: Tensor | None = None
 
-    @property
-    def width(self) -> int:
-        return max(part.width for part in self.parts)
 
-
-class _Pool(Cache):
+class _Planned(Cache):
     """Keys and values of every layer. `plan` stands during a forward."""
 
-    def __init__(self, layers: int, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, capacity: int, layers: list[CacheLayerMixin]) -> None:
+        self.capacity = capacity
         self.plan: _Plan | None = None
-        super().__init__(layers=[_PoolLayer(self) for _ in range(layers)])
+        super().__init__(layers=layers)
 
 
-class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, [rows, kv_heads, capacity, head_dim]."""
+class _Pool(_Planned):
+    """All rows, [rows, kv_heads, capacity, head_dim] a layer. `row(i)`: one of them as a cache of its own
+    over the same memory."""
 
+    def __init__(self, layers: int, rows: int, capacity: int) -> None:
+        self.rows = rows
+        super().__init__(capacity, [_PoolLayer(self) for _ in range(layers)])
+        self._views: dict[int, _Planned] = {}
+
+    def row(self, index: int) -> _Planned:
+        if index not in self._views:
+            view = _Planned(self.capacity, [])
+            view.layers += [_RowLayer(view, layer, index) for layer in self.layers]
+            self._views[index] = view
+        return self._views[index]
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
 
-    def __init__(self, pool: _Pool) -> None:
+    def __init__(self, cache: _Planned) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._pool = pool
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            # zeros: a slot never written is hidden, but 0 * NaN would not be 0
-            x.new_zeros(self._pool.rows, x.shape[1], self._pool.capacity, x.shape[3])
-            for x in (key_states, value_states)
-        )
-        self.is_initialized = True
+        self._cache = cache
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes the tokens into their slots; the pool."""
+        """Writes the tokens into their slots; all that is there."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        plan = self._pool.plan
+        plan = self._cache.plan
         assert plan is not None and self.keys is not None and self.values is not None
-        return _written(self.keys, key_states, plan), _written(self.values, value_states, plan)
+        self._write(self.keys, key_states, plan)
+        self._write(self.values, value_states, plan)
+        return self.keys, self.values
+
+    def _write(self, there: Tensor, states: Tensor, plan: _Plan) -> None:
+        raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return self._pool.plan.width if self._pool.plan else 0
+        return self._cache.plan.width if self._cache.plan else 0
 
     def get_max_length(self) -> int:
-        return self._pool.capacity
+        return self._cache.capacity
 
 
-def _written(pool: Tensor, states: Tensor, plan: _Plan) -> Tensor:
-    if plan.flat is None:
-        pool[plan.parts[0].first].index_copy_(1, plan.slots, states[0])
-    else:
-        pool[plan.rows, :, plan.slots] = states[0].transpose(0, 1)
-    return pool
+class _PoolLayer(_Layer):
+    """Keys and values of one layer, [rows, kv_heads, capacity, head_dim]."""
+
+    _cache: _Pool
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            # zeros: a slot never written is hidden, but 0 * NaN would not be 0
+            x.new_zeros(self._cache.rows, x.shape[1], self._cache.capacity, x.shape[3])
+            for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def _write(self, there: Tensor, states: Tensor, plan: _Plan) -> None:
+        there[plan.rows, :, plan.slots] = states[0].transpose(0, 1)
+
+
+class _RowLayer(_Layer):
+    """One row of a pool's layer, [1, kv_heads, capacity, head_dim]."""
+
+    def __init__(self, cache: _Planned, whole: _PoolLayer, row: int) -> None:
+        super().__init__(cache)
+        self._whole, self._row = whole, row
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if not self._whole.is_initialized:
+            self._whole.lazy_initialization(key_states, value_states)
+        only = slice(self._row, self._row + 1)
+        self.keys, self.values = self._whole.keys[only], self._whole.values[only]
+        self.is_initialized = True
+
+    def _write(self, there: Tensor, states: Tensor, plan: _Plan) -> None:
+        there.index_copy_(2, plan.slots, states)
 
 
 def _attention(
@@ -145,21 +177,25 @@ def _attention(
     plan: _Plan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed queries [1, heads, tokens, d] over the pool [rows, kv_heads, capacity, d].
+    """Attention of packed queries [1, heads, tokens, d] over cached keys [rows, kv_heads, capacity, d].
 
-    attention_mask: [1, 1, 1, n], added: the masks [rows, 1, groups * queries, width] of the plan's
-    parts, one after the other. Query heads that share keys become rows of one product, which spares
-    a copy of the keys for each of them.
+    attention_mask: added; [1, 1, groups * tokens, width] for one row, else [1, 1, 1, n]: the masks
+    [rows, 1, groups * queries, width] of the plan's parts, one after the other.
     """
     if plan is None:
         raise EngineError("the model does not pass keyword arguments on to its attention")
-    mask = attention_mask.view(-1)
-    outs = [_attended(query, key, value, mask, part, scaling, softcap) for part in plan.parts]
     if plan.flat is None:
-        return outs[0].contiguous(), None
-    heads, head_dim = query.shape[1], outs[0].shape[-1]
-    flat = [out.reshape(-1, heads, head_dim) for out in outs]
-    return (torch.cat(flat) if len(flat) > 1 else flat[0])[plan.flat][None], None
+        return _attended(query, key, value, attention_mask, scaling, softcap).contiguous(), None
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    masks, outs = attention_mask.view(-1), []
+    for part in plan.parts:
+        laid = query[0][:, part.lay].transpose(0, 1)
+        shape = (part.last - part.first, 1, groups * part.queries, part.width)
+        mask = masks[part.start : part.start + math.prod(shape)].view(shape)
+        keys, values = key[part.first : part.last], value[part.first : part.last]
+        out = _attended(laid, keys, values, mask, scaling, softcap)
+        outs.append(out.reshape(-1, heads, out.shape[-1]))
+    return (torch.cat(outs) if len(outs) > 1 else outs[0])[plan.flat][None], None
 
 
 def _attended(
@@ -167,25 +203,23 @@ def _attended(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    part: _Part,
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """One part's share: [rows, queries, heads, d]."""
-    heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    if part.lay is not None:
-        query = query[0][:, part.lay].transpose(0, 1)
-    folded = query.reshape(part.rows, kv_heads, heads // kv_heads * part.queries, head_dim)
-    key, value = (x[part.first : part.last, :, : part.width] for x in (key, value))
-    shape = (part.rows, 1, folded.shape[2], part.width)
-    mask = mask[part.start : part.start + math.prod(shape)].view(shape)
+    """Attention [rows, queries, heads, d] of [rows, heads, queries, d] over what the mask is wide.
+
+    Query heads that share keys become rows of one product, which spares a copy of the keys for each.
+    """
+    rows, heads, queries, head_dim = query.shape
+    folded = query.reshape(rows, key.shape[1], mask.shape[2], head_dim)
+    key, value = key[:, :, : mask.shape[3]], value[:, :, : mask.shape[3]]
     if softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             folded, key, value, attn_mask=mask, scale=scaling
         )
     else:
         out = _capped(folded, key, value, mask, scaling or head_dim**-0.5, softcap)
-    return out.reshape(part.rows, heads, part.queries, -1).transpose(1, 2)
+    return out.reshape(rows, heads, queries, -1).transpose(1, 2)
 
 
 def _capped(
@@ -256,6 +290,18 @@ def together(rows: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int]
     return ranges[::-1]
 
 
+def _filled(sight: _Sight, queries: int) -> _Sight:
+    """The sight with as many queries; those that stand for no token see the first slot."""
+    missing = queries - len(sight.tokens)
+    sees_first = np.arange(sight.visible.shape[1]) == 0
+    return replace(
+        sight,
+        visible=np.concatenate([sight.visible, np.repeat(sees_first[None], missing, 0)]),
+        query_positions=np.pad(sight.query_positions, (0, missing)),
+        tokens=np.arange(queries),
+    )
+
+
 def _visible(sights: Sequence[_Sight], queries: int, width: int, window: int | None) -> Bools:
     """[rows, queries, width] from the first to the last of some rows; a query that stands for no token
     sees nothing, and what comes out for it is never read."""
@@ -324,6 +370,38 @@ def _rescales(rope: Any) -> bool:
     return any((p or {}).get("rope_type") in ("dynamic", "longrope") for p in parameters)
 
 
+# ------------------------------------------------------------------------------ compiled steps
+
+BUCKETS = (4, 16)
+"""Tokens of a compiled step: with weights laid out, one of 4 takes as long as one of 1."""
+_FREEZING = {
+    "freezing": True,  # weights become constants that are laid out for the kernels made for them
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+}
+
+
+class _Compiled:
+    """The model's forward as torch.compile makes it, one graph for each number of tokens.
+
+    Frozen graphs cannot be kept on disk (torch's cache leaves them out), only the kernels that were
+    chosen for them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from torch._inductor import select_algorithm
+
+        select_algorithm.PRINT_AUTOTUNE = False  # a page for each of the model's shapes
+        self._forward = torch.compile(model, dynamic=False)
+
+    def __call__(self, **inputs: Any) -> Any:
+        masks = inputs["attention_mask"]
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            torch._dynamo.maybe_mark_dynamic(mask, 3)  # how far the cache is read
+        with torch._inductor.config.patch(_FREEZING):
+            return self._forward(**inputs)
+
+
 # ------------------------------------------------------------------------------ the engine
 
 
@@ -334,7 +412,10 @@ class TransformersEngine(BatchingEngine):
     `device` if one is given. max_num_seqs: requests that decode at once; max_model_len: slots of
     each, cut to the positions the model can take. prefill_chunk: prompt tokens in one forward. pack:
     lay the weights out for decoding where that helps (CPUs); the model can then only
-    infer. Raises CapabilityError for a model that it cannot drive.
+    infer. compiled: instead of packing, let torch.compile make a graph of its own with its weights
+    laid out (CPUs) for steps of one response with up to each of `BUCKETS` threads; it is made when it
+    is first needed, which takes minutes, and holds the weights once more. Raises CapabilityError for
+    a model that it cannot drive.
     """
 
     def __init__(
@@ -347,6 +428,7 @@ class TransformersEngine(BatchingEngine):
         schedule: Schedule | None = None,
         prefill_chunk: int = 512,
         pack: bool = False,
+        compiled: bool = False,
     ) -> None:
         if min(max_num_seqs, max_model_len, prefill_chunk) < 1:
             raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
@@ -354,7 +436,9 @@ class TransformersEngine(BatchingEngine):
         self._model: Any = model
         self._model.to(device or model.device).eval()
         self._device = model.device
-        if pack and packing.can_pack(model):
+        if compiled and self._device.type != "cpu":
+            raise CapabilityError("compiled=True was only ever tried on a CPU: leave it out")
+        if pack and not compiled and packing.can_pack(model):
             packing.pack(model)
         capacity = min(max_model_len, self._shape.max_positions or max_model_len)
         super().__init__(
@@ -368,7 +452,9 @@ class TransformersEngine(BatchingEngine):
             schedule=schedule,
         )
         self._chunk = prefill_chunk
-        self._pool = _Pool(self._shape.layers, max_num_seqs, capacity)
+        self._compiled = _Compiled(model) if compiled else None
+        # one slot more: what fills a bucket up is written there, and nothing sees it
+        self._pool = _Pool(self._shape.layers, max_num_seqs, capacity + (1 if compiled else 0))
         self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
         self._free = set(range(max_num_seqs))
 
@@ -416,6 +502,7 @@ class TransformersEngine(BatchingEngine):
                 slots=where,
                 seen=[[sight]],
                 keep=[len(where) - 1] if stop == n and main.last < 0 else [],
+                decoding=False,
             )
         self._memory[row] = prompt
         main.logits = logits[0] if main.last < 0 else None
@@ -460,36 +547,61 @@ class TransformersEngine(BatchingEngine):
         slots: Ints,
         seen: list[list[_Sight]],
         keep: list[int],
+        decoding: bool = True,
     ) -> Tensor:
         """Logits [len(keep), vocabulary] at the tokens `keep` of the packed tokens [tokens].
 
         rows, slots: [tokens], where each is written; seen: what each row's tokens see, the rows that
-        are read together in one list.
+        are read together in one list. decoding: not a prompt.
         """
-        plan, masks = self._planned(rows, slots, seen)
+        wanted = len(keep)
+        alone = len(seen) == 1 and len(seen[0]) == 1
+        n, model = len(ids), self._model
+        if self._compiled is not None and alone and decoding and n <= BUCKETS[-1]:
+            model = self._compiled
+            bucket = next(size for size in BUCKETS if size >= n)
+            seen = [[_filled(seen[0][0], bucket)]]
+            ids, positions, rows, slots = (
+                np.pad(x, (0, bucket - n), constant_values=fill)
+                for x, fill in ((ids, 0), (positions, 0), (rows, rows[0]), (slots, self._capacity))
+            )
+            keep = keep + [n - 1] * (bucket - len(keep))
+        cache = self._pool.row(seen[0][0].slot) if alone else self._pool
+        plan, masks = self._row_planned(rows, slots, seen[0][0]) if alone else self._planned(rows, slots, seen)
         ids_, positions_, kept = self._tensors(ids, positions, np.array(keep, dtype=np.int64))
-        self._pool.plan = plan
+        cache.plan = plan
         try:
             with _attending(self._model.config):
-                out = self._model(
+                out = model(
                     input_ids=ids_[None],
                     position_ids=positions_[None],
                     attention_mask=masks if self._shape.by_type else masks.popitem()[1],
-                    past_key_values=self._pool,
+                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=kept,
                     plan=plan,
                 )
         finally:
-            self._pool.plan = None
-        logits: Tensor = out.logits[0]
+            cache.plan = None
+        logits: Tensor = out.logits[0, :wanted]
         return logits
+
+    def _row_planned(
+        self, rows: Ints, slots: Ints, sight: _Sight
+    ) -> tuple[_Plan, dict[str, Tensor]]:
+        """The plan of a forward that reads one row, and the mask of each layer type."""
+        queries, width = sight.visible.shape
+        masks = {
+            kind: self._mask(_visible([sight], queries, width, window)).view(1, 1, -1, width)
+            for kind, window in self._shape.windows.items()
+        }
+        rows_, slots_ = self._tensors(rows, slots)
+        return _Plan(rows_, slots_, width), masks
 
     def _planned(
         self, rows: Ints, slots: Ints, seen: list[list[_Sight]]
     ) -> tuple[_Plan, dict[str, Tensor]]:
-        """The plan of a forward, and the flat mask of each layer type."""
-        alone = len(seen) == 1 and len(seen[0]) == 1
+        """The plan of a forward that reads several rows, and the flat mask of each layer type."""
         parts, start, queries_before = [], 0, 0
         flat = np.empty(len(rows), dtype=np.int64)
         masks: dict[str, list[Tensor]] = {kind: [] for kind in self._shape.windows}
@@ -504,12 +616,11 @@ class TransformersEngine(BatchingEngine):
                 flat[sight.tokens] = queries_before + r * longest + np.arange(q)
             for kind, window in self._shape.windows.items():
                 masks[kind].append(self._mask(_visible(together_, longest, width, window)))
-            lay_ = None if alone else self._tensors(lay)[0]
-            parts.append(_Part(first, last, width, longest, lay_, start))
+            parts.append(_Part(first, last, width, longest, self._tensors(lay)[0], start))
             start += (last - first) * self._shape.groups * longest * width
             queries_before += (last - first) * longest
         rows_, slots_, flat_ = self._tensors(rows, slots, flat)
-        plan = _Plan(rows_, slots_, tuple(parts), None if alone else flat_)
+        plan = _Plan(rows_, slots_, max(part.width for part in parts), tuple(parts), flat_)
         return plan, {
             kind: (torch.cat(m) if len(m) > 1 else m[0])[None, None, None]
             for kind, m in masks.items()

@@ -19,6 +19,7 @@ from pastalm.layout import Policy
 from tests.laws.oracle import Fork, Linear
 from tests.laws.reference import EXACT, reference_logits
 from tests.laws.script import Script, play, random_scripts
+from tests.laws.tiny import tiny_model
 
 EXACTLY = 1e-9
 POLICIES: tuple[Policy, ...] = ("promised", "overlap")
@@ -92,6 +93,31 @@ def test_many_responses(
     play(engine, scripts)
     for script in scripts:
         assert error(model, script) < EXACTLY
+
+
+def test_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph for up to 4 threads and one for up to 16, whichever row of the pool a response is in."""
+    kept = {"freezing": True}  # the kernels are chosen without trying all: the test is shorter
+    monkeypatch.setattr("pastalm.engines.transformers._FREEZING", kept)
+    model = tiny_model("qwen2-sliding", layers=2)
+    engine = TransformersEngine(model, max_num_seqs=2, max_model_len=256, compiled=True)
+    made = engine._compiled
+    assert made is not None
+    sizes: list[int] = []
+
+    def counted(**inputs: object) -> object:
+        sizes.append(inputs["input_ids"].shape[1])  # type: ignore[attr-defined]
+        return made(**inputs)
+
+    monkeypatch.setattr(engine, "_compiled", counted)
+    torch._dynamo.utils.counters.clear()
+    scripts = [random_scripts(seed, "promised", 1)[0] for seed in (1, 2, 3, 4)]
+    for turn, script in enumerate(scripts):
+        engine._free = {turn % 2}
+        play(engine, [script])
+        assert error(model, script) < 1e-4  # norms are in float32, rounded in another order
+    assert set(sizes) == {4, 16}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_without_hiding_it_would_differ(model: PreTrainedModel) -> None:

@@ -187,7 +187,8 @@ class Graph(torch.nn.Module):  # type: ignore[misc]
             _, *pasts = self(prompt, positions, causal, *empty)
         mask = torch.zeros(1, 1, q, PREFIX + q)
         mask[0, 0, :, PREFIX:].fill_(-torch.inf).fill_diagonal_(0)
-        return [torch.arange(300, 300 + q)[None], torch.full((1, q), PREFIX), mask, *pasts]
+        cached = [past.contiguous() for past in pasts]
+        return [torch.arange(300, 300 + q)[None], torch.full((1, q), PREFIX), mask, *cached]
 
 
 def _agreement(graph: Graph, feeds: list[torch.Tensor], logits: Any) -> str:
@@ -213,7 +214,8 @@ def openvino() -> Iterator[Row]:
         -1,
         graph.config.hidden_size // graph.config.num_attention_heads,
     ]
-    whole.reshape([[1, -1], [1, -1], [1, 1, -1, -1]] + [shape] * (len(feeds[1]) - 3))
+    shapes = [[1, -1], [1, -1], [1, 1, -1, -1], *[shape] * (len(feeds[1]) - 3)]
+    whole.reshape({i: ov.PartialShape(s) for i, s in enumerate(shapes)})
     modes = nncf.CompressWeightsMode
     kinds = {
         "float32": (None, {}, "f32"),

@@ -6,7 +6,6 @@ batch of due tokens becomes logits. Nothing here knows the language, nor how a c
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,8 @@ Bools = NDArray[np.bool_]
 @dataclass(slots=True)
 class Thread:
     """A thread as the engine knows it. live: neither blocked nor finished. last: place of its last
-    token (-1: none yet). count: its tokens so far. logits: of its next token, once its last is fed."""
+    token (-1: none yet). count: its tokens so far. logits: of its next token, fed in an
+    earlier step and not sampled yet."""
 
     path: Path
     live: bool = True
@@ -81,6 +81,7 @@ class Response:
 
 
 Batch = list[tuple[Response, list[Placed]]]
+Fed = tuple[Tensor, list[Thread]]
 
 
 def common_prefix(a: Ints, b: Ints) -> int:
@@ -109,7 +110,6 @@ class BatchingEngine(ABC):
         self._sampler = Sampler(vocabulary_size)
         self._waiting: dict[str, Response] = {}
         self._running: dict[str, Response] = {}
-        self._fed: tuple[Tensor, list[Thread]] | None = None
 
     # ------------------------------------------------------------------ what an engine must do
 
@@ -180,7 +180,7 @@ class BatchingEngine(ABC):
             raise EngineError(
                 f"the forward pass failed: {type(error).__name__}: {reason[0]}"
             ) from error
-        sampled = self._sample(chosen)
+        sampled = self._sample(chosen, fed)
         if not (fed or sampled) and chosen is None and any(r.pending for r in self._running.values()):
             raise EngineError("no thread finds a place in the cache: lower max_threads or max_num_seqs")
         return sampled
@@ -274,15 +274,15 @@ class BatchingEngine(ABC):
                 if response.threads[path].live:
                     yield response, response.threads[path]
 
-    def _feed(self, chosen: dict[str, set[Path]] | None) -> bool:
-        """One forward over all due tokens, if there are any; threads that are fed up have logits then."""
+    def _feed(self, chosen: dict[str, set[Path]] | None) -> Fed | None:
+        """One forward over all due tokens, if there are any; the threads that are fed up, and their logits."""
         batch = []
         for request_id, response in self._running.items():
             due = response.due(None if chosen is None else chosen.get(request_id, set()))
             if fed := self._feedable(response, due):
                 batch.append((response, fed))
         if not batch:
-            return False
+            return None
         tokens = [(response, token) for response, due in batch for token in due]
         ready = [
             (i, thread)
@@ -290,48 +290,48 @@ class BatchingEngine(ABC):
             if (thread := response.threads[token.path]).last == token.place and not thread.finished
         ]
         logits = self._forward(batch, [i for i, _ in ready])
-        self._fed = (logits, [thread for _, thread in ready])
-        for (_, thread), row in zip(ready, logits.unbind(0), strict=True):
-            thread.logits = row
         for response, due in batch:
             response.fed(due)
-        return True
+        return logits, [thread for _, thread in ready]
 
     # ------------------------------------------------------------------ sampling
 
-    def _sample(self, chosen: dict[str, set[Path]] | None) -> list[SampledToken]:
+    def _sample(self, chosen: dict[str, set[Path]] | None, fed: Fed | None) -> list[SampledToken]:
         """Samples every live, chosen thread."""
         threads = [
             (response, thread)
             for response, thread in self._live()
             if chosen is None or thread.path in chosen.get(response.request.id, ())
         ]
-        rows, sampling = [], []
+        if fed is not None and len(fed[1]) == len(threads) and all(
+            thread is ready for (_, thread), ready in zip(threads, fed[1], strict=True)
+        ):
+            matrix, sampling = fed[0], threads  # what the forward gave, uncopied
+        else:
+            for thread, row in zip(fed[1], fed[0].unbind(0), strict=True) if fed is not None else ():
+                thread.logits = row
+            sampling = [(r, t) for r, t in threads if t.logits is not None]
+            self._check_waiting(threads)
+            if not sampling:
+                return []
+            matrix = torch.stack([t.logits for _, t in sampling if t.logits is not None])
+        draws = [self._draw(response, thread) for response, thread in sampling]
+        sampled = self._sampler(matrix, draws)
+        for i, (response, thread) in enumerate(sampling):
+            if self.on_logits is not None:
+                self.on_logits(response.request.id, thread.path, matrix[i])
+            thread.logits = None
+        return [_token(s, t, x) for (s, t), x in zip(sampling, sampled, strict=True)]
+
+    @staticmethod
+    def _check_waiting(threads: list[tuple[Response, Thread]]) -> None:
+        """Raises EngineError if a thread has neither logits nor a token that is to be fed."""
         for response, thread in threads:
-            if thread.logits is not None:
-                rows.append(thread.logits)
-                sampling.append((response, thread))
-            elif all(token.path != thread.path for token in response.pending):
+            if thread.logits is None and all(token.path != thread.path for token in response.pending):
                 raise EngineError(
                     f"thread {thread.path} of {response.request.id!r} has no token to go on from: "
                     "apply what follows from a sampled token before the next step"
                 )
-        if not rows:
-            return []
-        draws = [self._draw(response, thread) for response, thread in sampling]
-        sampled = self._sampler(self._matrix(rows, [thread for _, thread in sampling]), draws)
-        for response, thread in sampling:
-            if self.on_logits is not None and thread.logits is not None:
-                self.on_logits(response.request.id, thread.path, thread.logits)
-            thread.logits = None
-        return [_token(s, t, x) for (s, t), x in zip(sampling, sampled, strict=True)]
-
-    def _matrix(self, rows: list[Tensor], threads: list[Thread]) -> Tensor:
-        """The rows as one tensor: what the last forward gave, uncopied, where these are its threads."""
-        fed, self._fed = self._fed, None
-        if fed is not None and len(fed[1]) == len(threads) and all(map(operator.is_, fed[1], threads)):
-            return fed[0]
-        return torch.stack(rows)
 
     def _draw(self, response: Response, thread: Thread) -> Draw:
         request, params = response.request, response.request.params

@@ -87,7 +87,7 @@ class Sampler:
 
         Raises EngineError if a row's `allowed` admits no id.
         """
-        raw = logits if logits.dtype == torch.float64 else logits.float()
+        raw = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         shaped = _penalised(_biased(raw, draws), draws)
         tokens = [0] * len(draws)
         if any(draw.params.greedy for draw in draws):

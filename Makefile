@@ -39,8 +39,8 @@ lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## time per decoding step, by number of threads
-	$(BIN)/python runs/bench_step.py
+bench: $(STAMP) ## what a thread costs, by number of threads (see benchmarks/)
+	$(BIN)/python benchmarks/forkjoin.py --rounds 3
 
 clean: ## what make made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -18,11 +18,10 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from forkjoin import LlamaCpp
-from scipy.stats import bootstrap
 
 from pastalm import LLM, SamplingParams
+from pastalm.eval.speed import geometric, read_prompts
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,8 @@ def table(answers: list[Answer]) -> str:
         if a.critical_path < a.tokens:
             named.setdefault(f"{a.system}, those that fork", []).append(a.figures)
     for name, own in named.items():
-        cells = []
-        for key in own[0]:
-            logs = np.log([figures[key] for figures in own])
-            rng = np.random.default_rng(0)
-            interval = bootstrap((logs,), np.mean, method="percentile", rng=rng).confidence_interval
-            mean, low, high = np.exp([logs.mean(), interval.low, interval.high])
-            cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
+        means = [geometric([figures[key] for figures in own]) for key in own[0]]
+        cells = [f"{m['geometric mean']:.2f} ({m.get('low', 0):.2f} to {m.get('high', 0):.2f})" for m in means]
         lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -102,8 +96,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
-    rows = [json.loads(line) for line in chosen.prompts.read_text().split("\n") if line.strip()]
-    named = [(str(row.get("id", row.get("index", i))), row["instruction"]) for i, row in enumerate(rows)]
+    named = read_prompts(chosen.prompts)
     random.Random(chosen.seed).shuffle(named)
     done = []
     if chosen.out.is_file():

@@ -11,7 +11,6 @@ medians with the smallest and the largest.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pastalm import LLM, SamplingParams
+from pastalm.eval.speed import read_prompts
 from pastalm.models import EMBEDDED
 
 
@@ -54,8 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    rows = [json.loads(line) for line in chosen.prompts.read_text().split("\n") if line.strip()]
-    prompts = [row["instruction"] for row in rows if len(row["instruction"]) < 1000]
+    prompts = [prompt for _, prompt in read_prompts(chosen.prompts) if len(prompt) < 1000]
     random.Random(chosen.seed).shuffle(prompts)
     llm = LLM(chosen.model, max_num_seqs=max(chosen.requests), max_model_len=1024)
     batch(llm, prompts[:1], 1, 16)

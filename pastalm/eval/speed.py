@@ -58,13 +58,17 @@ class SpeedRecord:
 
     @property
     def speedups(self) -> dict[str, float]:
-        """theoretical and realized against tags off, and both length-matched."""
+        """theoretical and realized against tags off, and both length-matched; of these, realized over
+        theoretical: 1 where threads are free."""
         return {
             "theoretical": self.off_tokens / self.critical_path,
             "realized": self.off_seconds / self.seconds,
             "text_ratio": self.text_tokens / self.off_tokens,
             "theoretical_matched": self.text_tokens / self.critical_path,
             "realized_matched": self.matched_seconds / self.seconds,
+            "realized_over_theoretical_matched": (
+                self.matched_seconds / self.seconds * self.critical_path / self.text_tokens
+            ),
         }
 
 
@@ -119,7 +123,10 @@ def _cold(llm: LLM) -> None:
 def force(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> float:
     """Seconds to decode given tokens one by one after a prompt, prefill included."""
     params = SamplingParams(temperature=0, max_tokens=len(tokens))
-    request = Request(id="forced", prompt_token_ids=tuple(prompt), params=params)
+    positions = engine.capabilities.positions[0]
+    request = Request(
+        id="forced", prompt_token_ids=tuple(prompt), params=params, positions=positions
+    )
     started = time.perf_counter()
     engine.add(request)
     engine.apply(request.id, Forked(path=()))
@@ -158,7 +165,7 @@ def run(
 ) -> list[SpeedRecord]:
     """Measures every prompt of a JSONL file ({id or index, instruction}) not in `target` yet, in a seeded random
     order, so that an unfinished run is a fair sample. Raises DataError for files it cannot read."""
-    rows = _read(prompts)
+    rows = read_prompts(prompts)
     random.Random(seed).shuffle(rows)
     done = read_records(target)
     finished = {record.id for record in done}
@@ -178,7 +185,8 @@ def run(
     return done
 
 
-def _read(prompts: Path) -> list[tuple[str, str]]:
+def read_prompts(prompts: Path) -> list[tuple[str, str]]:
+    """(id, prompt) of each line of a JSONL file ({id or index, instruction}). Raises DataError."""
     try:
         rows = [json.loads(line) for line in prompts.read_text().split("\n") if line.strip()]
         return [(str(row.get("id", row.get("index", i))), row["instruction"]) for i, row in enumerate(rows)]
@@ -196,10 +204,21 @@ def read_records(target: Path) -> list[SpeedRecord]:
     return [SpeedRecord(**json.loads(line)) for line in whole]
 
 
-def summary(records: Sequence[SpeedRecord]) -> dict[str, Any]:
-    """Shares, means, and geometric means with 95 % bootstrap intervals over prompts."""
+def geometric(values: Sequence[float]) -> dict[str, float]:
+    """The geometric mean and, of two values or more, its 95 % bootstrap interval: low, high."""
     from scipy.stats import bootstrap
 
+    logs = np.log(values)
+    entry = {"geometric mean": float(np.exp(logs.mean()))}
+    if len(values) > 1:
+        rng = np.random.default_rng(0)
+        interval = bootstrap((logs,), np.mean, method="percentile", rng=rng).confidence_interval
+        entry |= {"low": float(np.exp(interval.low)), "high": float(np.exp(interval.high))}
+    return entry
+
+
+def summary(records: Sequence[SpeedRecord]) -> dict[str, Any]:
+    """Shares, means, and geometric means with 95 % bootstrap intervals over prompts."""
     table: dict[str, Any] = {
         "prompts": len(records),
         "forking (2 chunks or more)": float(np.mean([r.chunks >= 2 for r in records])),
@@ -220,13 +239,7 @@ def summary(records: Sequence[SpeedRecord]) -> dict[str, Any]:
         "mean tokens, tags off": float(np.mean([r.off_tokens for r in records])),
     }
     for name in records[0].speedups:
-        logs = np.log([r.speedups[name] for r in records])
-        entry = {"geometric mean": float(np.exp(logs.mean()))}
-        if len(records) > 1:
-            rng = np.random.default_rng(0)
-            interval = bootstrap((logs,), np.mean, method="percentile", rng=rng).confidence_interval
-            entry |= {"low": float(np.exp(interval.low)), "high": float(np.exp(interval.high))}
-        table[name] = entry
+        table[name] = geometric([r.speedups[name] for r in records])
     return table
 
 

@@ -43,6 +43,7 @@ def test_speedups_are_those_of_the_definitions() -> None:
         "text_ratio": 90 / 100,
         "theoretical_matched": 90 / 50,
         "realized_matched": 4.0 / 2.0,
+        "realized_over_theoretical_matched": pytest.approx((4.0 / 2.0) / (90 / 50)),
     }
 
 
@@ -85,7 +86,7 @@ def test_prompts_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
     for name in ("none.jsonl", "bad.jsonl"):
         with pytest.raises(DataError, match="cannot read prompts"):
-            speed._read(tmp_path / name)
+            speed.read_prompts(tmp_path / name)
 
 
 def test_a_run_on_the_embedded_model_goes_on_where_it_was(tmp_path: Path) -> None:

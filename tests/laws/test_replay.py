@@ -90,7 +90,8 @@ def _keeps(document: Document) -> Document:
     topics, depth, marks = count(), 0, list[Mark]()
     for mark in linearize(document):
         depth += isinstance(mark, AsyncOpen) - isinstance(mark, AsyncClose)
-        named = Promise(f"t{next(topics)}", 100 if depth else 500)
+        # not "t1" and "t10": what would make a topic a taken one is not written, digit or not
+        named = Promise(f"{next(topics)}t", 100 if depth else 500)
         marks.append(named if isinstance(mark, Promise) else mark)
     return nest(marks)
 

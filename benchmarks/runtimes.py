@@ -32,7 +32,7 @@ from pastalm import models
 
 TOKENS = (1, 2, 4, 8, 16)
 PREFIX = 512
-Row = tuple[str, list[float | None], str]
+Row = tuple[str, list[float], str]
 
 
 def timed(call: Callable[..., Any], *args: Any) -> float:
@@ -97,7 +97,7 @@ def linears() -> Iterator[Row]:
     for name, (make, product) in kinds.items():
         shapes = [*SHAPES * LAYERS, HEAD]
         weights = [make(0.02 * torch.randn(*shape)) for shape in shapes]
-        row: list[float | None] = []
+        row: list[float] = []
         for q in TOKENS:
             xs = {n: torch.randn(q, n, dtype=torch.bfloat16) for n in (576, 1536)}
             with torch.inference_mode():
@@ -197,6 +197,23 @@ def _agreement(graph: Graph, feeds: list[torch.Tensor], logits: Any) -> str:
     return f"logits off by {float((torch.as_tensor(np.asarray(logits)) - want).abs().max()):.2f}"
 
 
+def _steps(
+    graph: Graph, feeds: dict[int, list[torch.Tensor]], infer: Callable[[list[Any]], Any]
+) -> tuple[list[float], str]:
+    """Milliseconds by q, and how far the logits of the last are off; infer: arrays in, outputs out."""
+    row, said = [], ""
+    for q in TOKENS:
+        arrays = [x.numpy() for x in feeds[q]]
+        row.append(timed(infer, arrays))
+        said = _agreement(graph, feeds[q], infer(arrays)[0])
+    return row, said
+
+
+def _run_session(session: Any, arrays: list[Any]) -> Any:
+    names = (x.name for x in session.get_inputs())
+    return session.run(None, dict(zip(names, arrays, strict=True)))
+
+
 def openvino() -> Iterator[Row]:
     try:
         import nncf
@@ -233,14 +250,8 @@ def openvino() -> Iterator[Row]:
         if mode:
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 64
         request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-        row: list[float | None] = []
-        said = ""
-        for q in TOKENS:
-            infer = partial(request.infer, share_inputs=True, share_outputs=True)
-            arrays = [x.numpy() for x in feeds[q]]
-            row.append(timed(infer, arrays))
-            said = _agreement(graph, feeds[q], infer(arrays)[0])
-        yield f"OpenVINO: {name}", row, said
+        infer = partial(request.infer, share_inputs=True, share_outputs=True)
+        yield f"OpenVINO: {name}", *_steps(graph, feeds, infer)
 
 
 def onnx() -> Iterator[Row]:
@@ -287,14 +298,7 @@ def onnx() -> Iterator[Row]:
             session = onnxruntime.InferenceSession(
                 str(file), options, providers=["CPUExecutionProvider"]
             )
-            names = [x.name for x in session.get_inputs()]
-            row: list[float | None] = []
-            said = ""
-            for q in TOKENS:
-                fed = {n: x.numpy() for n, x in zip(names, feeds[q], strict=True)}
-                row.append(timed(session.run, None, fed))
-                said = _agreement(graph, feeds[q], session.run(None, fed)[0])
-            yield f"ONNX Runtime: {name}", row, said
+            yield f"ONNX Runtime: {name}", *_steps(graph, feeds, partial(_run_session, session))
 
 
 # ------------------------------------------------------------------------------ llama.cpp
@@ -304,7 +308,7 @@ def gguf(paths: list[Path]) -> Iterator[Row]:
     for path in paths:
         for flash in (False, True):
             system = LlamaCpp(path, PREFIX + 2 * max(TOKENS) * 64, flash=flash)
-            row: list[float | None] = [
+            row: list[float] = [
                 1e3 * statistics.median(system.run(Plan(PREFIX, 40, 4), q).branches) for q in TOKENS
             ]
             yield f"llama.cpp: {path.stem}{', flash attention' if flash else ''}", row, ""
@@ -326,7 +330,7 @@ def main() -> None:
     for name, look in looks.items():
         if chosen.only in (None, name):
             for label, row, said in look():
-                cells = ["" if x is None else f"{x:.1f}" for x in row]
+                cells = [f"{x:.1f}" for x in row]
                 print(f"| {label} | {' | '.join(cells)} | {said} |", flush=True)
 
 

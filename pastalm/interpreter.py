@@ -306,17 +306,20 @@ class Interpreter:
 
     def _banned_in_topic(self, thread: Thread) -> set[int]:
         """What may not follow in a topic: the end of one that is taken, and what would make it one; so
-        the next best word is written, where a topic already taken would be told apart by digits."""
+        the next best word is written, where a topic already taken would be told apart by digits. A
+        number may become a taken one, and go on: after "step 1" may come "step 10"."""
         banned = {*self._tags.ids, *self._vocabulary.eos}
         topic = self._topic(thread)
         key = topic_key(topic)
         for sibling in thread.group.values():
-            if sibling.startswith(key) and sibling != key:
-                banned |= self._spellings(sibling[len(key) :].strip())
+            rest = sibling[len(key) :].strip() if sibling.startswith(key) else ""
+            if rest and not rest.isdigit():
+                banned |= self._spellings(rest)
         if _distinct(thread, topic):
             return banned - {self._tags.tokens}
-        # a number may go on: "step 1" that is taken may become "step 10"
-        return banned | (self._digit_ids if key and not topic[-1].isdigit() else set())
+        # another word can still come, unless there are as many as a topic may have
+        open_ended = key and not topic[-1].isdigit() and len(topic.split()) < MAX_TOPIC_WORDS
+        return banned | (self._digit_ids if open_ended else set())
 
     def _spellings(self, word: str) -> frozenset[int]:
         """The single tokens that spell a case-folded word, however it is written."""

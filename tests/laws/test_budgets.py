@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pastalm.events import Decoded, Event, Finished, Path
@@ -106,6 +106,7 @@ def _fair(vocabulary: Vocabulary) -> st.SearchStrategy[Player]:
 
 @settings(max_examples=200)
 @given(_fair(PREPARED), _streams(PREPARED), st.booleans())
+@example(Player(max_tokens=116, limits=Limits(max_chunk_tokens=8)), [(0, 32), (0, 257), (0, 125)], True)
 def test_a_prepared_model_ends(player: Player, stream: list[tuple[int, int]], honour: bool) -> None:
     _play(player, stream, honour)
     _ended(player)

@@ -165,7 +165,6 @@ class BatchingEngine(ABC):
             if all(t.finished for t in response.threads.values()):
                 self.cancel(request_id)
 
-    @torch.inference_mode()
     def step(self) -> list[SampledToken]:
         """Admits what fits, then one forward pass over all that is due. Raises EngineError if it
         fails; nothing counts as fed then."""
@@ -334,7 +333,6 @@ class BatchingEngine(ABC):
                 )
 
     def _draw(self, response: Response, thread: Thread) -> Draw:
-        request, params = response.request, response.request.params
         request, params = response.request, response.request.params
         key = 0
         if not params.greedy:

@@ -202,6 +202,7 @@ class LlamaCppEngine(BatchingEngine):
                 "max_num_seqs or max_model_len"
             )
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, MAX_SEQUENCES)
+        self._seen: tuple[tuple[int, int], Tensor] = (0, 0), torch.empty(0)
         self._cache = _Cache(self._context)
         self._places: dict[str, _Place] = {}
         self._remembered: OrderedDict[int, Ints] = OrderedDict()
@@ -378,12 +379,19 @@ class LlamaCppEngine(BatchingEngine):
             kept = [i - start for i in keep if start <= i < stop]
             self._call(tokens[start:stop], positions[start:stop], owners[start:stop], kept)
             if kept:
-                pointer = llama_cpp.llama_get_logits(self._context)
-                rows = np.ctypeslib.as_array(pointer, shape=(len(kept), self._size))
-                found.append(torch.from_numpy(rows))
+                found.append(self._logits(len(kept)))
             if found and stop < len(tokens):
                 found[-1] = found[-1].clone()
         return torch.cat(found) if len(found) > 1 else found[0] if found else torch.empty(0, self._size)
+
+    def _logits(self, rows: int) -> Tensor:
+        """llama.cpp's own [rows, vocabulary] of the last call; seen as a tensor anew only where it moved."""
+        pointer = llama_cpp.llama_get_logits(self._context)
+        where = (ctypes.addressof(pointer.contents), rows)
+        if where != self._seen[0]:
+            array = np.ctypeslib.as_array(pointer, shape=(rows, self._size))
+            self._seen = where, torch.from_numpy(array)
+        return self._seen[1]
 
     def _call(
         self,

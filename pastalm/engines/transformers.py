@@ -465,6 +465,7 @@ class TransformersEngine(BatchingEngine):
 
     # ------------------------------------------------------------------ prompts
 
+    @torch.inference_mode()
     def _place(self, response: Response) -> bool:
         """A row of the pool: the free one that remembers most of the prompt."""
         if not self._free:
@@ -509,6 +510,7 @@ class TransformersEngine(BatchingEngine):
 
     # ------------------------------------------------------------------ decoding
 
+    @torch.inference_mode()
     def _forward(self, batch: Batch, keep: list[int]) -> Tensor:
         """Logits [len(keep), vocabulary] of one forward over the due tokens of some requests."""
         placed = [token for _, due in batch for token in due]

@@ -1,0 +1,82 @@
+"""Precision and recall of the structural annotator against parts that were marked by hand.
+
+    python runs/annotator.py ANSWERS.jsonl            # {id, prompt, response} a line
+    python runs/annotator.py ANSWERS.jsonl --show     # and every chunk that is wrong
+
+`marks/train_100.jsonl` holds the marks: of 100 answers drawn at random (`random.Random(100).sample` of the sorted ids),
+{id, sha256 of the answer (its first 16 digits), chunks: [start, end] offsets}. A part is marked if it could have been
+written by someone who sees the text before its group and the names of its siblings, and not what these say. Parts of
+parts are marked too. A chunk is right if it is a marked part, white space at its ends aside. Recall is in
+characters: of the outermost marked parts, how much stands in right chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from scipy.stats import bootstrap
+from tokenizers import Tokenizer
+
+from pastalm import models
+from pastalm.lang import Async, Document, Text, linearize, strip
+from pastalm.train.annotate import annotate, read_rows
+
+MARKS = Path(__file__).parent / "marks" / "train_100.jsonl"
+Span = tuple[int, int]
+
+
+def chunks(document: Document) -> Iterator[Span]:
+    """Offsets, in the reader's text, of the outermost chunks, without white space at their ends."""
+    at = 0
+    for node in document:
+        text = node.text if isinstance(node, Text) else ""
+        if isinstance(node, Async):
+            text = strip(node.body)
+            yield at + len(text) - len(text.lstrip()), at + len(text.rstrip())
+        at += len(text)
+
+
+def outermost(spans: list[Span]) -> list[Span]:
+    return [a for a in spans if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in spans)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--marks", type=Path, default=MARKS)
+    parser.add_argument("--show", action="store_true")
+    chosen = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(models.pull() / "tokenizer.json"))
+    rows = {row.id: row for row in read_rows(chosen.answers)}
+    right = made = found = wanted = forks = 0
+    per_answer = []
+    for line in chosen.marks.read_text().splitlines():
+        mark = json.loads(line)
+        row = rows[mark["id"]]
+        if not hashlib.sha256(row.response.encode()).hexdigest().startswith(mark["sha256"]):
+            raise SystemExit(f"{row.id}: not the answer that was marked")
+        marked = [(start, end) for start, end in mark["chunks"]]
+        document = annotate(
+            row.response, lambda t: len(tokenizer.encode(t, add_special_tokens=False)), prompt=row.prompt
+        )
+        spans = list(chunks(document))
+        good = [span for span in spans if span in marked]
+        made, right, forks = made + len(spans), right + len(good), forks + bool(spans)
+        outer = outermost(marked)
+        wanted += sum(end - start for start, end in outer)
+        found += sum(e - s for s, e in good if any(a <= s and e <= b for a, b in outer))
+        per_answer.append((len(good), len(spans)))
+        for start, end in spans if chosen.show else ():
+            if (start, end) not in marked:
+                print(f"{row.id} {start}:{end} {row.response[start:end][:100]!r}")
+    print(f"{len(per_answer)} answers, {forks} with chunks")
+    print(f"precision {right / made:.3f} ({right} of {made} chunks)")
+    print(f"recall {found / wanted:.3f} (of {wanted} characters)")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,11 +18,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from scipy.stats import bootstrap
 from tokenizers import Tokenizer
 
 from pastalm import models
-from pastalm.lang import Async, Document, Text, linearize, strip
+from pastalm.lang import Async, Document, Text, strip
 from pastalm.train.annotate import annotate, read_rows
 
 MARKS = Path(__file__).parent / "marks" / "train_100.jsonl"
@@ -61,7 +60,9 @@ def main() -> None:
             raise SystemExit(f"{row.id}: not the answer that was marked")
         marked = [(start, end) for start, end in mark["chunks"]]
         document = annotate(
-            row.response, lambda t: len(tokenizer.encode(t, add_special_tokens=False)), prompt=row.prompt
+            row.response,
+            lambda t: len(tokenizer.encode(t, add_special_tokens=False)),
+            prompt=row.prompt,
         )
         spans = list(chunks(document))
         good = [span for span in spans if span in marked]

@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from pastalm import LLM
     from pastalm.events import Event
     from pastalm.llm import Message, Stream
+    from pastalm.remote import Remote
     from pastalm.view import Output
 
 DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_EXTRAS = {"trl": "train", "datasets": "train", "accelerate": "train", "llama_cpp": "llama-cpp"}
+_EXTRAS = {"openai": "remote", "trl": "train", "datasets": "train", "accelerate": "train", "llama_cpp": "llama-cpp"}
 """Which extra of the package brings a module that may be missing; else `transformers`."""
 
 app = typer.Typer(
@@ -80,6 +81,12 @@ MaxThreads = Annotated[int, typer.Option(help="Threads decoding at once; others 
 System = Annotated[str | None, typer.Option(help="A system message.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 NoLive = Annotated[bool, typer.Option("--no-live", help="Plain text on a terminal too.")]
+BaseUrl = Annotated[
+    str | None, typer.Option(help="Of an OpenAI-compatible server, with /v1; OPENAI_API_KEY is its key.")
+]
+Concurrency = Annotated[int, typer.Option(help="Questions to the server at once.")]
+PriceIn = Annotated[float, typer.Option(help="Dollars for a million tokens in, to count the cost.")]
+PriceOut = Annotated[float, typer.Option(help="Dollars for a million tokens out.")]
 
 
 def main() -> None:
@@ -584,7 +591,7 @@ def _facts() -> dict[str, Any]:
         except PackageNotFoundError:
             return "not installed"
 
-    packages = ("torch", "transformers", "peft", "gguf", "safetensors", "llama-cpp-python", "trl", "datasets")
+    packages = ("torch", "transformers", "peft", "gguf", "safetensors", "llama-cpp-python", "trl", "datasets", "openai")
     return {
         "pastalm": pastalm.__version__,
         "python": platform.python_version(),
@@ -641,32 +648,75 @@ def _models() -> dict[str, str]:
 @app.command()
 @_verb
 def annotate(
-    source: Annotated[Path, typer.Argument(help="JSONL: {id, prompt, response} a line.")],
+    source: Annotated[
+        Path, typer.Argument(help="JSONL: {id, prompt, response} a line, or what pasta sample wrote.")
+    ],
     target: Annotated[
         Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")
     ],
+    annotator: Annotated[
+        str, typer.Option(help="structural (lists, titles; no model), or openai (a large model).")
+    ] = "structural",
+    base_url: BaseUrl = None,
+    model: Annotated[str | None, typer.Option(help="The large model that annotates.")] = None,
+    concurrency: Concurrency = 8,
+    price_in: PriceIn = 0.0,
+    price_out: PriceOut = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Of one annotation (openai).")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Rows of SOURCE to look at.")] = None,
-    model: Annotated[str, typer.Option(help="Whose tokens promised lengths count.")] = EMBEDDED,
+    tokenizer: Annotated[
+        str, typer.Option(help="The model whose tokens promised lengths count.")
+    ] = EMBEDDED,
 ) -> None:
     """Mark the independent parts of existing answers in PASTA-LANG."""
-    from pastalm.train.annotate import Counts, annotate_file
+    from pastalm.train.annotate import Annotator, Counts, Row, Structural, annotate_file
 
     if not source.is_file():
         raise DataError(f"no file {source}")
-    count_tokens = _token_counter(model)
+    if annotator not in ("structural", "openai"):
+        raise RequestError(f"unknown annotator {annotator!r}: use structural or openai")
+    remote: Remote[Row] | None = None
+    if annotator == "openai":
+        remote = _remote(base_url, model, concurrency, price_in, price_out)
+        remote.options = {"temperature": 0, "max_tokens": max_tokens}
+    count_tokens = _token_counter(tokenizer)
+    marks: Annotator = Structural(count_tokens)
+    if remote is not None:
+        from pastalm.train.annotate_remote import LanguageModel
+
+        marks = LanguageModel(remote, count_tokens)
     with _busy(f"annotating {source.name}") as say:
 
         def progress(counts: Counts) -> None:
-            if counts.read % 20 == 0:
-                say(f"{counts.read} rows read, {counts.structured} with two chunks or more")
+            if counts.read % 20 == 0 or remote is not None:
+                said = f"{counts.read} rows read, {counts.structured} with two chunks or more"
+                say(said if remote is None else f"{said}; {remote.usage}")
 
-        counts = annotate_file(source, target, count_tokens, limit=limit, progress=progress)
+        try:
+            counts = annotate_file(source, target, marks, count_tokens, limit=limit, progress=progress)
+        finally:
+            if remote is not None:
+                print(f"{remote.base_url}: {remote.usage}", file=sys.stderr)
     dropped = ", ".join(f"{n} {why}" for why, n in counts.dropped.items()) or "none"
     print(
         f"{counts.read} rows read, {counts.skipped} were there, {counts.written} written, "
         f"{counts.structured} with two chunks or more, {counts.chunks} chunks; dropped: {dropped}",
         file=sys.stderr,
     )
+
+
+def _remote(
+    base_url: str | None, model: str | None, concurrency: int, price_in: float, price_out: float
+) -> Remote[Any]:
+    """A server to ask; its key comes from OPENAI_API_KEY. Raises RequestError."""
+    from pastalm.remote import Remote, Usage
+
+    if base_url is None or model is None:
+        raise RequestError("give --base-url (of an OpenAI-compatible server) and --model")
+    if concurrency < 1:
+        raise RequestError("concurrency must be 1 or more")
+    usage = Usage(prices=(price_in, price_out))
+    return Remote(base_url, model, concurrency=concurrency, usage=usage)
 
 
 def _token_counter(model: str) -> Callable[[str], int]:

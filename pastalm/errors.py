@@ -6,7 +6,8 @@
     ├── CapabilityError    asked of an engine that does not offer it
     ├── ModelError         a model or adapter that cannot be found, read or prepared
     ├── DataError          a file of prompts, annotations or events that cannot be read
-    └── EngineError        the engine failed in the middle of a step
+    ├── EngineError        the engine failed in the middle of a step
+    └── RemoteError        a server that cannot be reached, or that refuses the run
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class DataError(PastaError):
 
 class EngineError(PastaError):
     """An engine failed in the middle of a step."""
+
+
+class RemoteError(PastaError):
+    """A server cannot be reached, or refuses everything that this run asks."""
 
 
 def complaint(checks: Iterable[tuple[bool, str]]) -> str | None:

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 
 from pastalm import models
 from pastalm.lang import Async, Document, Text, strip
-from pastalm.train.annotate import annotate, read_rows
+from pastalm.train.annotate import read_rows
+from pastalm.train.structure import annotate
 
 MARKS = Path(__file__).parent / "marks" / "train_100.jsonl"
 Span = tuple[int, int]

@@ -8,7 +8,6 @@ SPEC "Figures"; each prompt's record is written as soon as it is there, so a run
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pastalm import jsonl
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.errors import DataError
 from pastalm.events import Decoded, Finished, Forked
@@ -170,38 +170,34 @@ def run(
     done = read_records(target)
     finished = {record.id for record in done}
     todo = [row for row in rows if row[0] not in finished][: None if limit is None else limit]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for i, (identity, prompt) in enumerate(todo):
-        record = measure(llm, identity, prompt, max_tokens=max_tokens, turn=i)
-        with target.open("a") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
-        done.append(record)
-        s = record.speedups
-        progress(
-            f"{len(done)}/{len(rows)} {identity}: {record.chunks} chunks, theoretical "
-            f"{s['theoretical']:.2f} (matched {s['theoretical_matched']:.2f}), realized "
-            f"{s['realized']:.2f} (matched {s['realized_matched']:.2f}), {record.seconds:.1f} s"
-        )
+    with jsonl.Appender(target) as file:
+        for i, (identity, prompt) in enumerate(todo):
+            record = measure(llm, identity, prompt, max_tokens=max_tokens, turn=i)
+            file.write(asdict(record))
+            done.append(record)
+            s = record.speedups
+            progress(
+                f"{len(done)}/{len(rows)} {identity}: {record.chunks} chunks, theoretical "
+                f"{s['theoretical']:.2f} (matched {s['theoretical_matched']:.2f}), realized "
+                f"{s['realized']:.2f} (matched {s['realized_matched']:.2f}), {record.seconds:.1f} s"
+            )
     return done
 
 
 def read_prompts(prompts: Path) -> list[tuple[str, str]]:
     """(id, prompt) of each line of a JSONL file ({id or index, instruction}). Raises DataError."""
-    try:
-        rows = [json.loads(line) for line in prompts.read_text().split("\n") if line.strip()]
-        return [(str(row.get("id", row.get("index", i))), row["instruction"]) for i, row in enumerate(rows)]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read prompts from {prompts}: {error}") from None
+    return [
+        (str(row.get("id", row.get("index", i))), jsonl.string(row, "instruction", where))
+        for i, (where, row) in enumerate(jsonl.read(prompts))
+    ]
 
 
 def read_records(target: Path) -> list[SpeedRecord]:
-    """The records of an earlier run; a half-written last line is dropped."""
-    if not target.is_file():
-        return []
-    lines = target.read_text().split("\n")
-    whole = [line for line in lines[:-1] if line]
-    target.write_text("".join(line + "\n" for line in whole))
-    return [SpeedRecord(**json.loads(line)) for line in whole]
+    """The records of an earlier run; a half-written last line is cut off. Raises DataError."""
+    try:
+        return [SpeedRecord(**row) for _, row in jsonl.resume(target)]
+    except TypeError as error:
+        raise DataError(f"{target} holds something else than speed records ({error}): use another file") from None
 
 
 def geometric(values: Sequence[float]) -> dict[str, float]:

@@ -1,21 +1,22 @@
 """A model's own answers to many prompts, for finetuning on or against them. Many requests at once.
 
-In: JSONL {id, prompt}. Out: JSONL, one line an answer, written as soon as it has ended, so that a run goes on
-where it was cut off: {id, choice, prompt, sequential, annotated, tokens, critical_path, finish_reason}.
+In: JSONL {id, prompt}, and source and licence of the prompt where known. Out: JSONL, one line an answer, written as
+soon as it has ended, so that a run goes on where it was cut off: {id, choice, prompt, sequential, annotated, tokens,
+critical_path, finish_reason, source, licence}.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pastalm import jsonl
 from pastalm.engine import SamplingParams
 from pastalm.errors import DataError, RequestError
 from pastalm.llm import LLM, Running
-from pastalm.train.annotate import keep_whole_lines
 
 
 @dataclass(slots=True)
@@ -48,86 +49,86 @@ def sample(
     counts = Sampled(skipped=len(there))
     todo = _wanted(_read(source, limit), params, there)
     most = llm.driver.engine.capabilities.max_num_seqs
-    waiting: dict[str, tuple[str, int, str]] = {}
+    waiting: dict[str, _Wanted] = {}
     try:
-        with target.open("a", encoding="utf-8") as file:
+        with jsonl.Appender(target) as file:
             while True:
-                while len(waiting) < most and (entry := next(todo, None)) is not None:
-                    if running := _begin(llm, entry, params, counts):
-                        waiting[running.request.id] = entry[1:]
+                while len(waiting) < most and (wanted := next(todo, None)) is not None:
+                    if running := _begin(llm, wanted, params, counts):
+                        waiting[running.request.id] = wanted
                 if not waiting:
                     return counts
                 ended = {r.request.id: r for r, _ in llm.driver.step() if r.transcript.finished}
                 for identity, running in ended.items():
-                    record = _record(running, *waiting.pop(identity), params)
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    file.flush()
+                    record = _record(running, waiting.pop(identity), params)
+                    file.write(record)
                     counts.written += 1
                     counts.tokens += record["tokens"]
                     reason = record["finish_reason"]
                     counts.ended[reason] = counts.ended.get(reason, 0) + 1
                     progress(counts)
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error}; what it holds is whole, start again to go on") from None
     finally:
         for running in list(llm.driver.running.values()):
             llm.driver.cancel(running)
 
 
-def _begin(
-    llm: LLM, entry: tuple[int, str, int, str], params: SamplingParams, counts: Sampled
-) -> Running | None:
-    row, _, choice, prompt = entry
-    seed = None if params.seed is None else params.seed + row
-    one = replace(params, n=1)
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """An answer to be sampled: the line of its prompt, its choice, and the prompt with what is known of it."""
+
+    line: int
+    choice: int
+    prompt: dict[str, str]
+
+
+def _begin(llm: LLM, wanted: _Wanted, params: SamplingParams, counts: Sampled) -> Running | None:
+    seed = None if params.seed is None else params.seed + wanted.line
+    messages = [{"role": "user", "content": wanted.prompt["prompt"]}]
     try:
-        return llm.submit([{"role": "user", "content": prompt}], one, choice=choice, seed=seed)[0]
+        return llm.submit(messages, replace(params, n=1), choice=wanted.choice, seed=seed)[0]
     except RequestError:  # longer than the context
         counts.refused += 1
         return None
 
 
-def _record(
-    running: Running, identity: str, choice: int, prompt: str, params: SamplingParams
-) -> dict[str, Any]:
+def _record(running: Running, wanted: _Wanted, params: SamplingParams) -> dict[str, Any]:
     transcript = running.transcript
     return {
-        "id": identity,
-        "choice": choice,
-        "prompt": prompt,
+        "id": wanted.prompt["id"],
+        "choice": wanted.choice,
+        "prompt": wanted.prompt["prompt"],
         "sequential": params.parallelism == 0,
         "annotated": transcript.annotated,
         "tokens": transcript.tokens,
         "critical_path": transcript.critical_path,
         "finish_reason": transcript.finish_reason,
+        "source": wanted.prompt["source"],
+        "licence": wanted.prompt["licence"],
     }
 
 
 def _wanted(
-    rows: list[tuple[str, str]], params: SamplingParams, there: set[tuple[str, int, bool]]
-) -> Iterator[tuple[int, str, int, str]]:
-    for row, (identity, prompt) in enumerate(rows):
+    prompts: list[dict[str, str]], params: SamplingParams, there: set[tuple[str, int, bool]]
+) -> Iterator[_Wanted]:
+    for line, prompt in enumerate(prompts):
         for choice in range(params.n):
-            if prompt.strip() and (identity, choice, params.parallelism == 0) not in there:
-                yield row, identity, choice, prompt
+            present = (prompt["id"], choice, params.parallelism == 0) in there
+            if prompt["prompt"].strip() and not present:
+                yield _Wanted(line, choice, prompt)
 
 
-def _read(source: Path, limit: int | None) -> list[tuple[str, str]]:
-    try:
-        lines = [line for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines[:limit]]
-        return [(str(row["id"]), str(row["prompt"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read prompts from {source} ({{id, prompt}} a line): {error}") from None
+def _read(source: Path, limit: int | None) -> list[dict[str, str]]:
+    """Prompts, and what is known of them. Raises DataError."""
+    return [
+        {key: jsonl.string(value, key, where) for key in ("id", "prompt")}
+        | {key: jsonl.string(value, key, where, needed=False) for key in ("source", "licence")}
+        for where, value in islice(jsonl.read(source), limit)
+    ]
 
 
 def _there(target: Path) -> set[tuple[str, int, bool]]:
-    """Which answers a target holds already; a half-written last line is cut off."""
-    if not target.is_file():
-        return set()
-    keep_whole_lines(target)
+    """Which answers a target holds already; a half-written last line is cut off. Raises DataError."""
     try:
-        rows = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
-        return {(row["id"], row["choice"], row["sequential"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{target} holds something else than answers: {error}; use another file") from None
+        return {(v["id"], v["choice"], v["sequential"]) for _, v in jsonl.resume(target)}
+    except KeyError as error:
+        raise DataError(f"{target} holds something else than answers ({error} is missing): use another file") from None

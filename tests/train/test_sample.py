@@ -70,10 +70,10 @@ def test_files_that_cannot_be_used_are_one_clear_line(
 ) -> None:
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"prompt": "no id"}\n')
-    with pytest.raises(DataError, match="cannot read prompts"):
+    with pytest.raises(DataError, match="line 1: 'id' must be a string"):
         sample(llm, odd, tmp_path / "out.jsonl", PARAMS)
     with pytest.raises(DataError, match="something else than answers"):
         sample(llm, prompts, odd, PARAMS)
     with pytest.raises(DataError, match="cannot write"):
-        sample(llm, prompts, tmp_path / "none" / "out.jsonl", PARAMS)
+        sample(llm, prompts, prompts / "out.jsonl", PARAMS)
     assert not llm.driver.running

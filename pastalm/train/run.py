@@ -209,7 +209,8 @@ def plot(log: Path, target: Path, curves: Sequence[str]) -> None:
             axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), markersize=4)
     axes.set_xlabel("step")
     axes.set_ylabel("nats")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(target, dpi=110)

@@ -39,6 +39,7 @@ from pastalm.train.dataset import (
     read_annotated,
     read_repeats,
 )
+from pastalm.train.loss import weighted_loss
 from pastalm.vocabulary import Tags
 
 
@@ -51,37 +52,6 @@ class SftConfig(run.RunConfig):
     repeats: Path | None = None
     tag_weight: float = 2.0
     validation_rows: int = 16
-
-
-def weighted_loss(
-    model: Any, inputs: dict[str, Tensor], tags: Tags, tag_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted mean negative log-likelihood over labelled tokens (for rows to be unlearned, of any other
-    token); their losses [m] and whether each is a decision (a tag, or what follows a promise) [m].
-    inputs: as `collate` gives them."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    labels = inputs["labels"][:, 1:]
-    kept = labels != -100
-    hidden = base.model(
-        input_ids=inputs["input_ids"],
-        position_ids=inputs["position_ids"],
-        attention_mask=inputs["attention_mask"],
-        use_cache=False,
-    ).last_hidden_state
-    logits = base.lm_head(hidden[:, :-1][kept]).float()
-    targets = labels[kept]
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    unlikely = inputs["unlikely"][:, None].expand_as(kept)[kept]
-    losses = torch.where(unlikely, _unlikelihood(losses), losses)
-    ids = torch.tensor(tags.ids, device=targets.device)
-    decision = torch.isin(targets, ids) | (inputs["input_ids"][:, :-1][kept] == tags.promise_end)
-    weights = torch.where(decision, tag_weight, 1.0)
-    return (losses * weights).sum() / weights.sum(), losses.detach(), decision
-
-
-def _unlikelihood(losses: Tensor) -> Tensor:
-    """-log(1 - p) of tokens whose -log p is given (Welleck et al. 2020, equation 5)."""
-    return -torch.log(-torch.expm1(-losses.clamp_min(1e-6)))
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]

@@ -31,12 +31,8 @@ from pastalm.train.dataset import (
     read_repeats,
     repeated,
 )
-from pastalm.train.sft import (
-    SftConfig,
-    _unlikelihood,
-    train,
-    weighted_loss,
-)
+from pastalm.train.loss import unlikelihood, weighted_loss
+from pastalm.train.sft import SftConfig, train
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.test_models import BYTE_LEVEL, small_model
 
@@ -175,7 +171,7 @@ def test_unlearning_costs_what_every_other_token_gets_and_makes_the_token_rarer(
 
 def test_certain_repetitions_have_a_gradient_too() -> None:
     losses = torch.tensor([0.0, 1e-9, 1e-4, 5.0], requires_grad=True)
-    out = _unlikelihood(losses)
+    out = unlikelihood(losses)
     out.sum().backward()
     assert losses.grad is not None and out.isfinite().all() and losses.grad.isfinite().all()
     assert (losses.grad[2:] < 0).all()

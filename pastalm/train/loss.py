@@ -1,0 +1,66 @@
+"""Losses over packed sequences: log-probabilities of labelled tokens, stage 1's mean and stage 2's BoNBoN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pastalm.layout import IGNORED
+from pastalm.vocabulary import Tags
+
+
+def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """log p of each labelled token [m], and its row in the batch [m]. inputs: as `collate` gives them. In float32,
+    or float64 for a float64 model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    labels = inputs["labels"][:, 1:]
+    kept = labels != IGNORED
+    hidden = base.get_decoder()(
+        input_ids=inputs["input_ids"],
+        position_ids=inputs["position_ids"],
+        attention_mask=inputs["attention_mask"],
+        use_cache=False,
+    ).last_hidden_state
+    logits = base.get_output_embeddings()(hidden[:, :-1][kept])
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    cap = getattr(base.config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return -torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none"), kept.nonzero()[:, 0]
+
+
+def log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """log p of each answer, summed over its labels, nats [B]."""
+    each, rows = token_log_probs(model, inputs)
+    return each.new_zeros(len(inputs["input_ids"])).index_add(0, rows, each)
+
+
+def weighted_loss(
+    model: Any, inputs: Mapping[str, Tensor], tags: Tags, tag_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted mean negative log-likelihood over labelled tokens (for rows to be unlearned, of any other
+    token); their losses [m] and whether each is a decision (a tag, or what follows a promise) [m].
+    inputs: as `collate` gives them."""
+    each, rows = token_log_probs(model, inputs)
+    losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -each)
+    labels = inputs["labels"][:, 1:]
+    kept = labels != IGNORED
+    ids = torch.tensor(tags.ids, device=labels.device)
+    decision = torch.isin(labels[kept], ids) | (inputs["input_ids"][:, :-1][kept] == tags.promise_end)
+    weights = torch.where(decision, tag_weight, 1.0)
+    return (losses * weights).sum() / weights.sum(), losses.detach(), decision
+
+
+def unlikelihood(losses: Tensor) -> Tensor:
+    """-log(1 - p) of tokens whose -log p is given (Welleck et al. 2020, equation 5)."""
+    return -torch.log(-torch.expm1(-losses.clamp_min(1e-6)))
+
+
+def bonbon(found: Tensor, reference: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """The loss of each pair [B] and its margin, nats [B] (PASTA section 5.3; Gui et al. 2024). found, reference: log p
+    of y+ and y- [B, 2] under the model and under p0."""
+    margin = (found[:, 0] - found[:, 1]) - (reference[:, 0] - reference[:, 1])
+    return -alpha * found[:, 0] + (1 - alpha) * (margin - 1 / beta) ** 2, margin

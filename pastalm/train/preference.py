@@ -1,0 +1,320 @@
+"""Stage 2: preference optimisation (PASTA section 5.3) with the BoNBoN loss, on TRL's DPOTrainer.
+
+Of N scored answers to each prompt (`pasta score`) the best and the worst make a pair. Both are packed as in stage 1:
+the same mask, positions and labels. The loss is METHOD's, over log-probabilities summed over an answer's labels:
+
+    L = -alpha log p(y+) + (1 - alpha) (log p(y+)/p(y-) - log p0(y+)/p0(y-) - 1/beta)^2
+
+p0 is the model that the run starts from; its log-probabilities are computed once, before training. The default
+1/beta is the best-of-N policy's own margin for N = 10 (Gui et al., "BoNBoN alignment", 2024):
+(N-1) (1 + 1/2 + ... + 1/(N-1)).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer
+
+from pastalm import jsonl, models, scored
+from pastalm.errors import DataError, LanguageError, RequestError
+from pastalm.lang import Document, parse
+from pastalm.layout import IGNORED, Packed, Policy, pack
+from pastalm.models import encode_chat
+from pastalm.scored import Length, Scored
+from pastalm.train import run
+from pastalm.train.dataset import collate
+from pastalm.train.loss import bonbon, log_probs
+from pastalm.vocabulary import Vocabulary
+
+BEST_OF_TEN = 9 * sum(1 / k for k in range(1, 10))
+"""1/beta at which IPO's optimum is the best-of-10 policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceConfig(run.RunConfig):
+    """One round. lambda_: what quality is worth against speed (inf: quality alone). alpha: weight of the term that
+    teaches y+ itself. sigma: unit of the scorer's differences, that of the stage-1 samples (None: of this data).
+    length: which speedup is scored. positions: weight of each policy. max_tokens: longer answers are not
+    chosen as better."""
+
+    lambda_: float = 1.0
+    alpha: float = 0.005
+    beta: float = 1 / BEST_OF_TEN
+    sigma: float | None = None
+    length: Length = "theoretical"
+    positions: Mapping[Policy, float] = field(
+        default_factory=lambda: {"promised": 0.65, "overlap": 0.35}
+    )
+    max_tokens: int = 640
+    max_prompt_tokens: int = 256
+    learning_rate: float = 1e-4
+    row_learning_rate: float = 2e-4
+    batch_tokens: int = 4096
+
+
+# ------------------------------------------------------------------------------ pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The best and the worst answer to a prompt, packed, and how far apart they are in score."""
+
+    better: Packed
+    worse: Packed
+    id: str
+    gap: float
+    source: str
+    licence: str
+
+    def __len__(self) -> int:
+        """Tokens of the longer one."""
+        return max(len(self.better), len(self.worse))
+
+
+def choose(
+    rows: Sequence[Scored], lambda_: float, sigma: float, length: Length = "theoretical"
+) -> Iterator[tuple[Scored, Scored, float]]:
+    """(best, worst, gap) of each prompt whose answers differ in score. The best must have ended by itself."""
+    ordered = sorted(rows, key=lambda r: (r.id, r.choice))
+    for _, group in groupby(ordered, key=lambda r: r.id):
+        found = [(s, r) for r in group if (s := r.score(lambda_, sigma, length)) is not None]
+        ended = [(s, r) for s, r in found if r.finish_reason == "stop"]
+        if not ended:
+            continue
+        high, best = max(ended, key=lambda f: f[0])
+        low, worst = min(found, key=lambda f: f[0])
+        if high > low and best.annotated != worst.annotated:
+            yield best, worst, high - low
+
+
+def pairs(
+    rows: Sequence[Scored], tokenizer: Any, vocabulary: Vocabulary, config: PreferenceConfig, *, eos: int
+) -> Iterator[Pair]:
+    """Pairs that fit, each under one policy drawn by the seed."""
+    rng = random.Random(config.seed)
+    sigma = scored.spread(rows) if config.sigma is None else config.sigma
+    for best, worst, gap in choose(rows, config.lambda_, sigma, config.length):
+        prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": best.prompt}])
+        policy = rng.choices(list(config.positions), list(config.positions.values()))[0]
+        better, worse = (
+            _packed(prompt, one, vocabulary, policy, eos) for one in (best, worst)
+        )
+        if len(prompt) > config.max_prompt_tokens or len(better) > len(prompt) + config.max_tokens:
+            continue
+        if len(worse) <= len(prompt) + 2 * config.max_tokens:
+            yield Pair(better, worse, best.id, gap, best.source, best.licence)
+
+
+def _packed(
+    prompt: Sequence[int], answer: Scored, vocabulary: Vocabulary, policy: Policy, eos: int
+) -> Packed:
+    """An answer that was cut off has no end to learn or to unlearn."""
+    try:
+        document: Document = parse(answer.annotated)
+    except LanguageError as error:
+        raise DataError(f"answer {answer.choice} to {answer.id!r}: {error}; sample it again") from None
+    return pack(
+        prompt, document, vocabulary, policy, eos=eos if answer.finish_reason == "stop" else None
+    )
+
+
+def batches(chosen: Sequence[Pair], tokens: int, *, seed: int = 0) -> list[list[int]]:
+    """Indices of pairs in batches of about `tokens` padded tokens, both answers counted, like lengths together."""
+    order = sorted(range(len(chosen)), key=lambda i: len(chosen[i]))
+    out: list[list[int]] = []
+    batch: list[int] = []
+    for index in order:
+        if batch and 2 * (len(batch) + 1) * len(chosen[index]) > tokens:
+            out.append(batch)
+            batch = []
+        batch.append(index)
+    if batch:
+        out.append(batch)
+    random.Random(seed).shuffle(out)
+    return out
+
+
+# ------------------------------------------------------------------------------ the trainer
+
+
+def inputs_of(chosen: Sequence[Pair]) -> dict[str, Tensor]:
+    """Rows y+, y-, y+, y-, … of some pairs."""
+    return collate([one for pair in chosen for one in (pair.better, pair.worse)])
+
+
+class _Trainer(DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer with the loss above over our batches."""
+
+    alpha: float
+    margin: float
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
+        reference = inputs.pop("reference")
+        losses, margin = bonbon(log_probs(model, inputs).view(-1, 2), reference, self.alpha, self.beta)
+        mode = "train" if model.training else "eval"
+        self._metrics[mode]["margin"].append(float(margin.detach().mean()))
+        self._metrics[mode]["pairs_in_order"].append(float((margin > 0).float().mean()))
+        loss = losses.mean()
+        return (loss, None) if return_outputs else loss
+
+
+# ------------------------------------------------------------------------------ a round
+
+
+def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> Path:
+    """Trains and returns the folder of the adapter, `out/adapter`. Raises DataError, ModelError, RequestError."""
+    _check(config)
+    rows = scored.read(config.data)
+    run.begin(config)
+    set_seed(config.seed)
+    model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
+    models.prepare(model, tokenizer)
+    eos = sorted(models.end_tokens(model, tokenizer))
+    vocabulary = models.vocabulary_of(tokenizer, eos=eos)
+    tags = vocabulary.tags
+    assert tags is not None
+    sigma = scored.spread(rows) if config.sigma is None else config.sigma
+    before = scored.summary(rows, [config.lambda_], sigma)
+    progress(f"{config.data.name}, sigma {sigma:.4g}: {json.dumps({k: round(v, 4) for k, v in before.items()})}")
+    chosen = list(pairs(rows, tokenizer, vocabulary, config, eos=eos[0]))
+    if not chosen:
+        raise DataError(f"{config.data}: no two answers to one prompt differ in score; sample more to each")
+    data = _provenance(chosen) | {"sigma": sigma, "samples": before}
+    progress(f"training on {len(chosen)} pairs, {data['tokens']} packed tokens")
+    adapted = run.adapted(config, model, tags)
+    reference = _reference(config, adapted, chosen, progress)
+    plan = batches(chosen, config.batch_tokens, seed=config.seed)
+    trainer = _trainer(config, adapted, tokenizer, chosen, plan, reference)
+    trainer.add_callback(
+        run.Log(config, progress, validate=dict, curves=("margin", "pairs_in_order"))
+    )
+    started = time.perf_counter()
+    run.go(trainer, config)
+    final = _margins(trainer, chosen, reference, config)
+    shown = "inf" if config.lambda_ == float("inf") else f"{config.lambda_:g}"
+    made = run.Made(
+        stage=f"stage 2, lambda = {shown}",
+        positions=list(config.positions),
+        marker=models.SEQUENTIAL_MARKER,
+        data=data,
+        steps=trainer.state.global_step,
+        seconds=time.perf_counter() - started,
+        final=final,
+        losses=[
+            f"Pairs in order after training {final['pairs_in_order']:.3f}, mean margin {final['margin']:.1f} nats "
+            f"(aim {1 / config.beta:.1f})."
+        ],
+    )
+    return run.save(trainer.model, config, made)
+
+
+def _check(config: PreferenceConfig) -> None:
+    if not config.data.is_file():
+        raise DataError(f"no scored answers at {config.data}: make them with pasta score")
+    if config.start is None:
+        raise RequestError("stage 2 goes on from an adapter: give --start")
+    checks = (config.lambda_ >= 0, 0 <= config.alpha <= 1, config.beta > 0)
+    if not all(checks) or (config.sigma is not None and config.sigma <= 0):
+        raise RequestError("lambda must be 0 or more, alpha in 0..1, beta and sigma above 0")
+    if unknown := set(config.positions) - {"promised", "overlap"}:
+        raise RequestError(f"unknown positions {sorted(unknown)}: use promised, overlap")
+
+
+def _provenance(chosen: Sequence[Pair]) -> dict[str, Any]:
+    both = [one for pair in chosen for one in (pair.better, pair.worse)]
+    return {
+        "rows": len(chosen),
+        "tokens": sum(map(len, both)),
+        "labelled_tokens": int(sum((one.labels != IGNORED).sum() for one in both)),
+        "kinds": {"pairs": len(chosen)},
+        "sources": dict(Counter(pair.source or "not stated" for pair in chosen)),
+        "licences": dict(Counter(pair.licence for pair in chosen)),
+    }
+
+
+def _reference(
+    config: PreferenceConfig, model: Any, chosen: Sequence[Pair], progress: Callable[[str], None]
+) -> Tensor:
+    """log p0 of both answers of each pair [n, 2], computed once and kept in `out/reference.jsonl`."""
+    path = config.out / "reference.jsonl"
+    there = {row["id"]: row["log_probs"] for _, row in jsonl.resume(path)} if config.resume else {}
+    if not config.resume:
+        path.unlink(missing_ok=True)
+    todo = [pair for pair in chosen if pair.id not in there]
+    model.eval()
+    with jsonl.Appender(path) as file, torch.no_grad(), _autocast(config):
+        for number, batch in enumerate(batches(todo, config.batch_tokens)):
+            inputs = {k: v.to(model.device) for k, v in inputs_of([todo[i] for i in batch]).items()}
+            for i, found in zip(batch, log_probs(model, inputs).view(-1, 2).tolist(), strict=True):
+                file.write({"id": todo[i].id, "log_probs": found})
+                there[todo[i].id] = found
+            if number % 20 == 0:
+                progress(f"log-probabilities of {len(there)}/{len(chosen)} pairs before training")
+    return torch.tensor([there[pair.id] for pair in chosen])
+
+
+def _autocast(config: PreferenceConfig) -> Any:
+    """As the trainer computes."""
+    half = config.device != "cpu" or models.cpu_has_bfloat16()
+    return torch.autocast(config.device.partition(":")[0], dtype=torch.bfloat16, enabled=half)
+
+
+def _trainer(
+    config: PreferenceConfig,
+    model: Any,
+    tokenizer: Any,
+    chosen: Sequence[Pair],
+    plan: list[list[int]],
+    reference: Tensor,
+) -> _Trainer:
+    def collated(wanted: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        indices = [i for batch in wanted for i in batch["indices"]]
+        return inputs_of([chosen[i] for i in indices]) | {"reference": reference[indices]}
+
+    steps = int(len(plan) * config.epochs)
+    optimizer = run.optimizer(config, model)
+    trainer = _Trainer(
+        model=model,
+        optimizers=(optimizer, None),
+        args=DPOConfig(**run.arguments(config, steps), beta=config.beta, loss_type=["ipo"]),
+        train_dataset=Dataset.from_dict({"indices": plan}),
+        data_collator=collated,
+        processing_class=tokenizer,
+    )
+    trainer.alpha = config.alpha
+    return trainer
+
+
+def _margins(
+    trainer: _Trainer, chosen: Sequence[Pair], reference: Tensor, config: PreferenceConfig
+) -> dict[str, float]:
+    """How far apart the trained model holds its pairs."""
+    model = trainer.model
+    model.eval()
+    margins: list[float] = []
+    with torch.no_grad(), _autocast(config):
+        for batch in batches(chosen, config.batch_tokens):
+            inputs = {k: v.to(model.device) for k, v in inputs_of([chosen[i] for i in batch]).items()}
+            found = log_probs(model, inputs).view(-1, 2).cpu()
+            _, margin = bonbon(found, reference[batch], config.alpha, config.beta)
+            margins += margin.tolist()
+    return {
+        "margin": sum(margins) / len(margins),
+        "pairs_in_order": sum(m > 0 for m in margins) / len(margins),
+    }

@@ -1,0 +1,322 @@
+"""Stage 2: pairs are the best and the worst, the loss is the paper's and over what the engine would have said."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pastalm import models, scored
+from pastalm.engine import Request, SamplingParams
+from pastalm.engines.transformers import TransformersEngine
+from pastalm.errors import DataError, ModelError, RequestError
+from pastalm.events import Decoded, Joined
+from pastalm.events import Path as ThreadPath
+from pastalm.lang import Async, Document, Promise, Sync, Text
+from pastalm.layout import Policy, pack, unroll
+from pastalm.scored import Scored
+from pastalm.train import run
+from pastalm.train.dataset import Mix, collate
+from pastalm.train.loss import bonbon, log_probs, token_log_probs
+from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig, choose, train
+from pastalm.train.sft import SftConfig
+from pastalm.train.sft import train as train_sft
+from pastalm.vocabulary import Vocabulary
+from tests.laws.tiny import EOS, tiny_model, tiny_vocabulary
+from tests.strategies import documents
+from tests.test_models import BYTE_LEVEL, small_model
+
+VOCABULARY = tiny_vocabulary()
+PROMPT = [40, 41, 42]
+
+# ------------------------------------------------------------------------------ the loss
+
+
+def forced(
+    model: Any, prompt: Sequence[int], document: Document, vocabulary: Vocabulary, policy: Policy, eos: int
+) -> list[float]:
+    """log p of every token that the document has its threads sample, as the engine sees it when it is forced
+    through them, in linear order."""
+    turn: list[ThreadPath] = [()]
+    engine = TransformersEngine(
+        model, max_num_seqs=1, max_model_len=1024, schedule=lambda live: [(n, p) for n, p in live if p == turn[0]]
+    )
+    seen: dict[ThreadPath, torch.Tensor] = {}
+    engine.on_logits = lambda _, path, logits: seen.__setitem__(path, logits.clone())
+    engine.add(
+        Request(
+            id="x",
+            prompt_token_ids=tuple(prompt),
+            params=SamplingParams(temperature=0, max_tokens=900),
+            positions=policy,
+        )
+    )
+    found = []
+    for event in unroll(document, vocabulary, eos=eos):
+        if isinstance(event, (Decoded, Joined)):
+            turn[0] = event.path
+            engine.step()
+            token = event.token if isinstance(event, Decoded) else event.forced[0]
+            logits = seen.pop(event.path)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            found.append(float(logits.log_softmax(-1)[token]))
+        engine.apply("x", event)
+    assert not engine.has_unfinished()
+    return found
+
+
+@pytest.mark.parametrize("policy", ["promised", "overlap"])
+@settings(max_examples=12)
+@given(document=documents(2, st.sampled_from(["a b", "c\n", "x"]), size=3))
+def test_the_loss_is_over_what_the_engine_says_when_it_is_forced(policy: Policy, document: Document) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    batch = collate([pack(PROMPT, document, VOCABULARY, policy, eos=EOS)])
+    with torch.no_grad():
+        total = float(log_probs(model, batch)[0])
+        each, _ = token_log_probs(model, batch)
+    said = forced(model, PROMPT, document, VOCABULARY, policy, EOS)
+    assert len(said) == len(each)
+    assert math.isclose(total, sum(said), abs_tol=1e-9)
+    # the collator goes thread by thread and the engine by linear order: the same tokens all the same
+    assert max(abs(a - b) for a, b in zip(sorted(each.tolist()), sorted(said), strict=True)) < 1e-9
+
+
+def test_the_real_models_loss_is_over_what_its_engine_says() -> None:
+    loaded = models.load(dtype="float32")
+    vocabulary, eos = loaded.vocabulary, min(loaded.vocabulary.eos)
+    document: Document = (
+        Text("Two tips:\n\n"),
+        Promise("1. sleep", 20),
+        Async((Text("1. Sleep: go to bed at the same time every evening.\n"),)),
+        Promise("2. food", 20),
+        Async((Text("2. Food: eat vegetables that you like, every day.\n\n"),)),
+        Sync(),
+        Text("Both take some weeks to show."),
+    )
+    prompt = models.chat_prompt(loaded, [{"role": "user", "content": "Two tips for a healthy life?"}])
+    for policy in ("promised", "overlap"):
+        with torch.no_grad():
+            batch = collate([pack(prompt, document, vocabulary, policy, eos=eos)])
+            each, _ = token_log_probs(loaded.model, batch)
+        said = forced(loaded.model, prompt, document, vocabulary, policy, eos)
+        apart = [abs(a - b) for a, b in zip(sorted(each.tolist()), sorted(said), strict=True)]
+        assert max(apart) < 1e-4
+
+
+@given(
+    st.floats(-400, -1), st.floats(-400, -1), st.floats(-400, -1), st.floats(-400, -1), st.floats(0, 1)
+)
+def test_bonbon_is_the_equation(good: float, bad: float, good0: float, bad0: float, alpha: float) -> None:
+    beta = 1 / BEST_OF_TEN
+    loss, margin = bonbon(
+        torch.tensor([[good, bad]], dtype=torch.float64),
+        torch.tensor([[good0, bad0]], dtype=torch.float64),
+        alpha,
+        beta,
+    )
+    assert float(margin) == pytest.approx(good - bad - good0 + bad0)
+    assert float(loss) == pytest.approx(-alpha * good + (1 - alpha) * (float(margin) - 1 / beta) ** 2)
+    assert pytest.approx(25.46, abs=0.01) == 1 / beta
+
+
+# ------------------------------------------------------------------------------ pairs
+
+DOCUMENTS = (
+    "A plain answer, one piece.",
+    'Two:\n<promise topic="a" tokens="10"/><async>1. One.\n</async>'
+    '<promise topic="b" tokens="10"/><async>2. Two.\n</async>',
+    "Another plain answer that goes on.",
+)
+
+
+def answer(identity: str = "p", choice: int = 0, **more: Any) -> Scored:
+    plain: dict[str, Any] = {
+        "id": identity,
+        "choice": choice,
+        "prompt": f"What of {identity}?",
+        "annotated": DOCUMENTS[choice % 3] + "x" * choice,
+        "finish_reason": "stop",
+        "tokens": 40,
+        "text_tokens": 30,
+        "critical_path": 20,
+        "baseline_tokens": 40,
+        "scorer": "pmi",
+        "difference": 0.0,
+    }
+    return Scored(**(plain | more))
+
+
+scored_answers = st.lists(
+    st.builds(
+        answer,
+        st.sampled_from("abc"),
+        st.integers(0, 9),
+        critical_path=st.integers(1, 60),
+        difference=st.none() | st.floats(-50, 50),
+        finish_reason=st.sampled_from(["stop", "stop", "length"]),
+    ),
+    max_size=20,
+    unique_by=lambda r: (r.id, r.choice),
+)
+
+
+@given(scored_answers, st.sampled_from([0.0, 1.0, 8.0, math.inf]), st.sampled_from(["theoretical", "smaller"]))
+def test_the_best_that_ended_and_the_worst_make_a_pair(rows: list[Scored], lambda_: float, length: Any) -> None:
+    found = list(choose(rows, lambda_, 10.0, length))
+    assert len({best.id for best, _, _ in found}) == len(found)
+    for best, worst, gap in found:
+        assert best.id == worst.id
+        assert best.finish_reason == "stop"
+        high, low = (one.score(lambda_, 10.0, length) for one in (best, worst))
+        assert high is not None and low is not None
+        assert high - low == pytest.approx(gap) and gap > 0
+        others = [r.score(lambda_, 10.0, length) for r in rows if r.id == best.id]
+        assert low == min(s for s in others if s is not None)
+    for identity in {r.id for r in rows} - {best.id for best, _, _ in found}:
+        ended = [r for r in rows if r.id == identity and r.finish_reason == "stop"]
+        scores = {r.score(lambda_, 10.0, length) for r in rows if r.id == identity} - {None}
+        assert not ended or len(scores) < 2 or all(
+            (r.score(lambda_, 10.0, length) or 0) <= min(s for s in scores if s is not None) for r in ended
+        )
+
+
+@given(st.floats(-100, 100), st.floats(1, 50))
+def test_scores_add_speed_and_quality(difference: float, sigma: float) -> None:
+    one = answer(difference=difference)
+    quality = one.quality(sigma)
+    assert quality == pytest.approx(1 / (1 + math.exp(-difference / sigma)))
+    assert one.speedup() == 2.0
+    assert (one.speedup("matched"), one.speedup("smaller")) == (1.5, 1.5)
+    assert one.score(4, sigma) == pytest.approx(2 + 4 * (quality or 0))
+    assert one.score(math.inf, sigma) == quality
+    judged = answer(win=0.9, difference=None)
+    assert judged.quality(sigma) == 0.9
+    assert answer(difference=None).score(1, sigma) is None
+
+
+# ------------------------------------------------------------------------------ a round
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base and a stage-1 adapter of it."""
+    folder = tmp_path_factory.mktemp("stage1")
+    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder / "base")
+    rows = [
+        {"id": str(i), "prompt": f"What of {i}?", "annotated": DOCUMENTS[i % 2], "tokens": 20, "chunks": 2 * (i % 2)}
+        for i in range(30)
+    ]
+    data = folder / "annotated.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_sft(
+        SftConfig(
+            data=data,
+            out=folder / "out",
+            model=str(folder / "base"),
+            mix=Mix(token_budget=1500),
+            batch_tokens=300,
+            lora_rank=2,
+            validation_rows=2,
+        ),
+        str,
+    )
+    return folder
+
+
+@pytest.fixture
+def config(start: Path, tmp_path: Path) -> PreferenceConfig:
+    rows = [
+        answer(str(i), c, critical_path=10 if c % 3 == 1 else 30, source="made up", licence="CC0").to_dict()
+        for i in range(24)
+        for c in range(3)
+    ]
+    data = tmp_path / "scored.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PreferenceConfig(
+        data=data,
+        out=tmp_path / "out",
+        model=str(start / "base"),
+        start=start / "out" / "adapter",
+        learning_rate=3e-3,
+        row_learning_rate=3e-3,
+        batch_tokens=600,
+        save_steps=2,
+        epochs=3,
+    )
+
+
+def test_a_round_learns_to_prefer_and_says_how(config: PreferenceConfig) -> None:
+    said: list[str] = []
+    folder = train(config, said.append)
+    record = json.loads((folder / "train.json").read_text())
+    assert record["stage"] == "stage 2, lambda = 1"
+    assert record["final"]["margin"] > 1
+    assert record["final"]["pairs_in_order"] > 0.9
+    assert record["data"]["rows"] == 24
+    assert record["data"]["samples"]["speedup, theoretical"] == pytest.approx((4 * 4 / 3 * 4 / 3) ** (1 / 3))
+    loaded = models.load(config.model, adapter=str(folder), dtype="float32")
+    assert loaded.prepared
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == []
+    card = (folder / "README.md").read_text()
+    assert "lambda = 1" in card and "| made up | 24 |" in card
+    logged = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    assert any("margin" in entry for entry in logged)
+    assert any("0 log-prob" in line or "log-probabilities" in line for line in said)
+
+
+def test_a_round_that_was_broken_off_ends_as_one_that_was_not(
+    config: PreferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_file(train(config, str) / "adapter_model.safetensors")
+    again = replace(config, out=tmp_path / "again")
+
+    def broken_off(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Log, "on_save", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            train(again, str)
+    resumed = load_file(train(again, str) / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    apart = {n: float((whole[n].float() - resumed[n].float()).abs().max()) for n in whole}
+    worst = max(float(x.float().abs().max()) for x in whole.values()) * 2**-7
+    assert max(apart.values()) <= worst, apart
+
+
+def test_what_cannot_be_trained_on_is_one_clear_line(config: PreferenceConfig, tmp_path: Path) -> None:
+    def refused(error: type[Exception], said: str, **changes: Any) -> None:
+        with pytest.raises(error, match=said) as caught:
+            train(replace(config, **changes), str)
+        assert "\n" not in str(caught.value)
+
+    empty, odd, equal, torn = (tmp_path / f"{n}.jsonl" for n in ("empty", "odd", "equal", "torn"))
+    empty.write_text("")
+    odd.write_text('{"id": "x"}\n')
+    equal.write_text("".join(json.dumps(answer("p", c).to_dict()) + "\n" for c in range(3)))
+    rows = [answer("p", 0, critical_path=5, annotated="a</async>"), answer("p", 1)]
+    torn.write_text("".join(json.dumps(row.to_dict()) + "\n" for row in rows))
+    refused(DataError, "no scored answers", data=tmp_path / "none.jsonl")
+    refused(DataError, "is empty", data=empty)
+    refused(DataError, r"odd\.jsonl, line 1: not a scored answer", data=odd)
+    refused(DataError, "no two answers", data=equal, out=tmp_path / "o1")
+    refused(DataError, "sample it again", data=torn, out=tmp_path / "o2")
+    refused(RequestError, "give --start", start=None)
+    refused(RequestError, "lambda must be", lambda_=-1.0)
+    other = tmp_path / "other"
+    models.save(small_model(len(BYTE_LEVEL), layers=1), BYTE_LEVEL, other)
+    refused(ModelError, "was made for", model=str(other), out=tmp_path / "o3")
+
+
+def test_the_spread_is_that_of_the_differences() -> None:
+    rows = [answer(choice=i, difference=d) for i, d in enumerate((1.0, 3.0, None))]
+    assert scored.spread(rows) == 1.0

@@ -261,6 +261,31 @@ class LlamaCpp:
         return Timing(steps[2:], None)
 
 
+class LlamaCppGenerate:
+    """llama-cpp-python's own `Llama.generate`, greedy: what its users call. One sequence only."""
+
+    name = "llama.cpp generate"
+    most = 1
+
+    def __init__(self, path: Path, length: int) -> None:
+        import llama_cpp
+
+        n = os.cpu_count()
+        self._llama = llama_cpp.Llama(
+            str(path), n_ctx=length, n_batch=BATCH, n_threads=n, n_threads_batch=n, verbose=False
+        )
+
+    def run(self, plan: Plan, threads: int) -> Timing:
+        steps: list[float] = []
+        start = time.perf_counter()
+        for _ in self._llama.generate(plan.prompt(), temp=0.0, repeat_penalty=1.0):
+            steps.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            if len(steps) == plan.branch:
+                break
+        return Timing(steps[2:], None)
+
+
 class Completions:
     """A server of the OpenAI kind that takes token ids and `ignore_eos` (vLLM): k requests at once, whose
     prefix is in its cache from a request before."""
@@ -319,12 +344,13 @@ def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, 
     """Rows as they are known; ratio: branch tokens/s over the same system's at the first k."""
     first: dict[str, float] = {}
     for k in threads:
-        found: dict[str, list[Timing]] = {s.name: [] for s in systems}
+        able = [s for s in systems if k <= getattr(s, "most", k)]
+        found: dict[str, list[Timing]] = {s.name: [] for s in able}
         for turn in range(rounds):
-            order = systems if turn % 2 == 0 else systems[::-1]
+            order = able if turn % 2 == 0 else able[::-1]
             for system in sorted(order, key=lambda s: s.name == "forward"):
                 found[system.name].append(system.run(plan, k))
-        for system in systems:
+        for system in able:
             medians = [statistics.median(t.branches) for t in found[system.name]]
             wholes = [t.whole for t in found[system.name] if t.whole is not None]
             ms = 1e3 * statistics.median(medians)
@@ -378,6 +404,7 @@ def main() -> None:
 
         ours = LlamaCppEngine(LlamaCppModel(chosen.gguf), max_num_seqs=1, max_model_len=length)
         systems += [Ours("ours, llama.cpp", ours), LlamaCpp(chosen.gguf, length)]
+        systems.append(LlamaCppGenerate(chosen.gguf, length))
     if chosen.openai:
         systems.append(Completions(chosen.openai))
     head = "system", "k", "ms a step (range)", "tokens/s, branches", "over k = 1", "whole plan", "KV, MB"

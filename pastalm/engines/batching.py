@@ -316,9 +316,10 @@ class BatchingEngine(ABC):
             matrix = torch.stack([t.logits for _, t in sampling if t.logits is not None])
         draws = [self._draw(response, thread) for response, thread in sampling]
         sampled = self._sampler(matrix, draws)
-        for i, (response, thread) in enumerate(sampling):
-            if self.on_logits is not None:
+        if self.on_logits is not None:
+            for i, (response, thread) in enumerate(sampling):
                 self.on_logits(response.request.id, thread.path, matrix[i])
+        for _, thread in sampling:
             thread.logits = None
         return [_token(s, t, x) for (s, t), x in zip(sampling, sampled, strict=True)]
 

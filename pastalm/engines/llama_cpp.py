@@ -386,10 +386,10 @@ class LlamaCppEngine(BatchingEngine):
 
     def _logits(self, rows: int) -> Tensor:
         """llama.cpp's own [rows, vocabulary] of the last call; seen as a tensor anew only where it moved."""
-        pointer = llama_cpp.llama_get_logits(self._context)
-        where = (ctypes.addressof(pointer.contents), rows)
+        where = (_logits_at(self._context), rows)
         if where != self._seen[0]:
-            array = np.ctypeslib.as_array(pointer, shape=(rows, self._size))
+            floats = (ctypes.c_float * (rows * self._size)).from_address(where[0])
+            array = np.ctypeslib.as_array(floats).reshape(rows, self._size)
             self._seen = where, torch.from_numpy(array)
         return self._seen[1]
 
@@ -412,6 +412,12 @@ class LlamaCppEngine(BatchingEngine):
         code = llama_cpp.llama_decode(self._context, batch)
         if code:
             raise EngineError(f"llama.cpp cannot decode: {_FAILURES.get(code, f'error {code}')}")
+
+
+_logits_at = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
+    ctypes.cast(llama_cpp.llama_get_logits, ctypes.c_void_p).value or 0
+)
+"""llama.cpp's llama_get_logits, as an address: the binding makes an object of each, in every step."""
 
 
 def _processors() -> int:

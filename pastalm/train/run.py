@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,9 @@ class RunConfig:
         names = {key: value.name for key, value in found.items() if isinstance(value, Path)}
         if self.data.name in ("", "."):
             names["data"] = str(self.data)
-        return json.loads(json.dumps(found | names | {"model": self.base_name}, default=str))  # type: ignore[no-any-return]
+        endless = {key: "inf" for key, value in found.items() if value == math.inf}  # JSON has no such number
+        plain = json.dumps(found | names | endless | {"model": self.base_name}, default=str)
+        return json.loads(plain)  # type: ignore[no-any-return]
 
 
 def begin(config: RunConfig) -> None:

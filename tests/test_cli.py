@@ -24,6 +24,7 @@ from pastalm.engines import transformers
 from pastalm.events import from_json
 from pastalm.lang import parse, strip
 from pastalm.transcript import Transcript
+from tests.served import replaying
 from tests.test_models import byte_level, small_model
 
 TRACE = Path(__file__).parent / "data" / "trace.jsonl"
@@ -280,7 +281,7 @@ def test_annotate_and_pull(tiny: Path, tmp_path: Path) -> None:
                    enumerate(("sleep", "food", "water"), 1))  # fmt: skip
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps({"id": "a", "prompt": "Three tips?", "response": tips}) + "\n")
-    result = pasta("annotate", source, target, "--model", tiny)
+    result = pasta("annotate", source, target, "--tokenizer", tiny)
     assert result.exit_code == 0, result.output
     assert "1 written" in result.stderr
     assert len(target.read_text().splitlines()) == 1
@@ -291,3 +292,85 @@ def test_annotate_and_pull(tiny: Path, tmp_path: Path) -> None:
 def test_training_needs_data(tmp_path: Path) -> None:
     result = pasta("train", "sft", tmp_path / "none", "--out", tmp_path / "out")
     complains(result, 2, "pasta annotate")
+
+
+def write(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sampled(identity: str, choice: int, text: str) -> dict[str, object]:
+    """An answer as pasta sample writes it."""
+    return {
+        "id": identity,
+        "choice": choice,
+        "prompt": f"What of {identity}?",
+        "sequential": False,
+        "annotated": text,
+        "tokens": len(text) // 3,
+        "critical_path": len(text) // 4,
+        "finish_reason": "stop",
+    }
+
+
+def test_asking_a_server_needs_its_name(tmp_path: Path) -> None:
+    rows, out = write(tmp_path / "in.jsonl", {"id": "a", "prompt": "p", "response": "r"}), tmp_path / "out"
+    complains(pasta("annotate", rows, out, "--annotator", "openai"), 2, "--base-url", "--model")
+    complains(pasta("annotate", rows, out, "--annotator", "magic"), 2, "unknown annotator")
+    with replaying(lambda _: (401, {}, {"error": {"message": "bad key"}})) as url:
+        asked = pasta("annotate", rows, out, "--annotator", "openai", "--base-url", url, "--model", "m")
+    assert asked.exit_code == 1
+    assert asked.stderr.splitlines()[-1].startswith(f"pasta: {url} answers 401: ")
+    assert "bad key" in asked.stderr
+    assert not out.exists() or out.read_text() == ""
+
+
+def test_answers_are_scored_and_a_round_is_trained_on_them(tiny: Path, tmp_path: Path) -> None:
+    """The way of stage 2 on a command line: sample is given; score, prefer; the adapter answers."""
+    texts = ("It is a plain thing to say.", "Nothing nothing nothing nothing nothing nothing.", "No.")
+    rows = [sampled(f"p{i}", c, f"{text} {i}") for i in range(4) for c, text in enumerate(texts)]
+    samples = write(tmp_path / "samples.jsonl", *rows)
+    baseline = write(tmp_path / "base.jsonl", *(sampled(f"p{i}", 0, f"It is plain. {i}") for i in range(4)))
+    target = tmp_path / "scored.jsonl"
+    options = ("--baseline", baseline, "--model", tiny, "--tokenizer", tiny)
+    first = pasta("score", samples, target, *options, "--limit", "2")
+    assert first.exit_code == 0, first.stderr
+    result = pasta("score", samples, target, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "6 answers scored, 6 were there" in result.stderr
+    table = json.loads(result.stdout)
+    assert table["answers"] == 12 and table["sigma"] > 0 and 0 < table["quality"] < 1
+    complains(pasta("score", samples, target, *options, "--scorer", "reference"), 2, "--references")
+    complains(pasta("score", samples, target, *options, "--scorer", "best"), 2, "unknown scorer")
+    complains(pasta("score", samples, target, "--baseline", tmp_path / "none"), 2, "no file")
+    lost = write(tmp_path / "lost.jsonl", sampled("p0", 0, "x"))
+    options = ("--baseline", lost, "--model", tiny, "--tokenizer", tiny)
+    assert "no answer to prompt 'p1'" in pasta("score", samples, tmp_path / "s2", *options).stderr
+    out = tmp_path / "round"
+    round_ = ("train", "prefer", target, "--out", out, "--model", tiny)
+    complains(pasta(*round_, "--start", tmp_path / "none"), 2, "none")
+    complains(pasta(*round_, "--start", tiny, "--length", "long"), 2, "unknown length")
+    complains(pasta(*round_, "--start", tiny, "--positions", "somewhere"), 2, "cannot read positions")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_is_one_clear_line_and_what_is_written_is_whole(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        rows = write(
+            tmp_path / "in.jsonl",
+            *({"id": str(i), "prompt": "p", "response": f"{i} " + "word " * 400} for i in range(60)),
+        )
+        result = pasta("annotate", rows, small / "out.jsonl")
+        complains(result, 2, "cannot write", "No space left", "start again")
+        lines = (small / "out.jsonl").read_text().splitlines()
+        assert 0 < len(lines) < 60
+        assert [json.loads(line)["id"] for line in lines] == [str(i) for i in range(len(lines))]
+        subprocess.run(["mount", "-o", "remount,size=10m", small], check=True)
+        assert pasta("annotate", rows, small / "out.jsonl").exit_code == 0
+        assert len((small / "out.jsonl").read_text().splitlines()) == 60
+    finally:
+        subprocess.run(["umount", small], check=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from pastalm import models
 from pastalm.errors import DataError, ModelError
@@ -89,6 +90,7 @@ def newest(config: RunConfig) -> Path | None:
 def go(trainer: Any, config: RunConfig) -> None:
     """Trains, from the newest checkpoint on. Raises DataError where the disk is full."""
     last = newest(config)
+    trainer.remove_callback(PrinterCallback)  # stdout is for the answer
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except OSError as error:

@@ -859,6 +859,10 @@ Policies = Annotated[
 ]
 SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")]
+Full = Annotated[bool, typer.Option("--full", help="Train all weights, and save a whole model.")]
+GradientCheckpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+]
 MIXED = "promised=0.65,overlap=0.35"
 
 
@@ -909,6 +913,8 @@ def sft(
     tag_weight: Annotated[float, typer.Option(help="Loss weight of decisions.")] = 2.0,
     lora_rank: int = 16,
     save_steps: SaveSteps = 40,
+    full: Full = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     resume: Resume = True,
     device: str = "cpu",
     seed: int = 0,
@@ -947,6 +953,8 @@ def sft(
         tag_weight=tag_weight,
         lora_rank=lora_rank,
         save_steps=save_steps,
+        full=full,
+        gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         device=device,
         seed=seed,
@@ -978,6 +986,8 @@ def prefer(
     row_learning_rate: Annotated[float, typer.Option(help="Of the six tag rows.")] = 2e-4,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step, both answers.")] = 4096,
     save_steps: SaveSteps = 40,
+    full: Full = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     resume: Resume = True,
     device: str = "cpu",
     seed: int = 0,
@@ -1008,6 +1018,8 @@ def prefer(
         row_learning_rate=row_learning_rate,
         batch_tokens=batch_tokens,
         save_steps=save_steps,
+        full=full,
+        gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         device=device,
         seed=seed,

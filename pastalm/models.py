@@ -355,6 +355,12 @@ def check_base(card: Mapping[str, Any], model: Any, adapter: Path) -> None:
         )
 
 
+def load_adapter(model: Any, adapter: Path) -> Any:
+    """The model with an adapter of it merged in. Raises ModelError."""
+    check_base(read_card(adapter), model, adapter)
+    return _merged(model, adapter)
+
+
 def _merged(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 

@@ -15,21 +15,27 @@ from pastalm.vocabulary import Tags
 def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """log p of each labelled token [m], and its row in the batch [m]. inputs: as `collate` gives them. In float32,
     or float64 for a float64 model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     labels = inputs["labels"][:, 1:]
     kept = labels != IGNORED
-    hidden = base.get_decoder()(
-        input_ids=inputs["input_ids"],
-        position_ids=inputs["position_ids"],
-        attention_mask=inputs["attention_mask"],
-        use_cache=False,
-    ).last_hidden_state
-    logits = base.get_output_embeddings()(hidden[:, :-1][kept])
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    cap = getattr(base.config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
+    logits = _logits(model, inputs, kept)
     return -torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none"), kept.nonzero()[:, 0]
+
+
+def _logits(model: Any, inputs: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+    """Logits [m, vocabulary] where `kept` [B, n - 1]; only those go through the head, unless the model is wrapped
+    for several processes, whose hooks need its own forward."""
+    fed = {key: inputs[key] for key in ("input_ids", "position_ids", "attention_mask")}
+    if not hasattr(model, "get_base_model") and not hasattr(model, "get_decoder"):
+        return _exact(model(**fed, use_cache=False).logits[:, :-1][kept])
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.get_decoder()(**fed, use_cache=False).last_hidden_state
+    logits = _exact(base.get_output_embeddings()(hidden[:, :-1][kept]))
+    cap = getattr(base.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

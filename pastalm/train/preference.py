@@ -164,6 +164,9 @@ class _Trainer(DPOTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
 
+    def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset  # ours come with each batch
+
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
         reference = inputs.pop("reference")
         losses, margin = bonbon(log_probs(model, inputs).view(-1, 2), reference, self.alpha, self.beta)
@@ -221,7 +224,7 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
             f"(aim {1 / config.beta:.1f})."
         ],
     )
-    return run.save(trainer.model, config, made)
+    return run.save(trainer, config, made)
 
 
 def _check(config: PreferenceConfig) -> None:
@@ -293,7 +296,7 @@ def _trainer(
     trainer = _Trainer(
         model=model,
         optimizers=(optimizer, None),
-        args=DPOConfig(**run.arguments(config, steps), beta=config.beta, loss_type=["ipo"]),
+        args=DPOConfig(**run.arguments(config, steps), beta=config.beta, precompute_ref_log_probs=True),
         train_dataset=Dataset.from_dict({"indices": plan}),
         data_collator=collated,
         processing_class=tokenizer,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -30,7 +31,9 @@ from pastalm.vocabulary import TAG_TOKENS, Tags
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """What every run has. start: an adapter to go on from. learning_rate: 1e-5, the paper's, does not move LoRA;
-    row_learning_rate: of the six new rows, which have far to go. batch_tokens: padded tokens a step."""
+    row_learning_rate: of the six new rows, which have far to go. batch_tokens: padded tokens a step (of each
+    process). full: all weights are trained, and a whole model is saved. gradient_checkpointing: less memory, each
+    forward pass twice."""
 
     data: Path
     out: Path
@@ -42,6 +45,8 @@ class RunConfig:
     warmup: float = 0.05
     batch_tokens: int = 2048
     lora_rank: int = 16
+    full: bool = False
+    gradient_checkpointing: bool = False
     save_steps: int = 40
     resume: bool = True
     device: str = "cpu"
@@ -72,7 +77,9 @@ def begin(config: RunConfig) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         if path.is_file() and config.resume and json.loads(path.read_text()) != asked:
             raise DataError(f"{config.out} holds a run of another configuration: use another --out, or --no-resume")
-        path.write_text(json.dumps(asked, indent=2) + "\n")
+        if PartialState().is_main_process:
+            path.write_text(json.dumps(asked, indent=2) + "\n")
+        PartialState().wait_for_everyone()
     except OSError as error:
         raise DataError(f"cannot write {config.out}: {error.strerror}") from None
     except ValueError:
@@ -106,10 +113,13 @@ def go(trainer: Any, config: RunConfig) -> None:
 
 
 def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
-    """The model with a trainable adapter: LoRA on all linear layers and the six tag rows. Raises ModelError if
-    `start` cannot be read or is of another base model."""
+    """The model with a trainable adapter: LoRA on all linear layers and the six tag rows; with `full`, the model
+    itself. Raises ModelError if `start` cannot be read or is of another base model."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    if config.full:
+        whole = models.load_adapter(model, config.start) if config.start is not None else model
+        return whole.requires_grad_(True).train()
     if config.start is not None:
         models.check_base(models.read_card(config.start), model, config.start)
         try:
@@ -151,7 +161,7 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "lr_scheduler_type": "linear",
         "warmup_steps": max(1, int(steps * config.warmup)),
         "max_grad_norm": 1.0,
-        "gradient_checkpointing": False,  # TRL's default would pay each forward pass twice
+        "gradient_checkpointing": config.gradient_checkpointing,  # TRL's default is to
         "weight_decay": 0.0,
         "bf16": config.device != "cpu" or models.cpu_has_bfloat16(),
         "use_cpu": config.device == "cpu",
@@ -183,13 +193,16 @@ class Log(TrainerCallback):  # type: ignore[misc]
         self.last: dict[str, Any] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
+        if state.is_world_process_zero and logs and "loss" in logs:
             kept = {k: v for k, v in logs.items() if k in (*self.curves, "loss", "learning_rate")}
             self._write({"step": state.global_step, **kept})
             self.progress(f"step {state.global_step}/{state.max_steps} loss {logs['loss']}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._write({"step": state.global_step, **self.validate()})
+        found = self.validate()
+        if not state.is_world_process_zero:
+            return
+        self._write({"step": state.global_step, **found})
         plot(self.path, self.config.out / "loss.png", self.curves)
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -237,22 +250,24 @@ class Made:
     losses: Sequence[str]
 
 
-def save(model: Any, config: RunConfig, made: Made) -> Path:
-    """Writes the adapter with its cards; returns its folder. Weights in bfloat16, as the base is used."""
-    folder = config.out / "adapter"
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "trainable_tokens" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    for adapter in model.peft_config.values():
-        adapter.base_model_name_or_path = config.base_name
-    with models.quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+def save(trainer: Any, config: RunConfig, made: Made) -> Path:
+    """Writes the adapter (or, `full`, the model) with its cards; returns its folder. Weights in bfloat16, as the
+    base is used. Of several processes the first writes; all gather what is sharded."""
+    folder = config.out / ("model" if config.full else "adapter")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not PartialState().is_main_process:
+        return folder
+    if config.full:
+        _save_model(model, weights, trainer.processing_class, folder)
+    else:
+        _save_adapter(model, weights, config, folder)
+    base = model if config.full else model.get_base_model()
     models.write_card(
         folder,
         {
             "base": config.base_name,
-            "shape": models.shape_of(model.get_base_model()),
+            "shape": models.shape_of(base),
             "tags": list(TAG_TOKENS.values()),
             "positions": sorted(made.positions),
             "sequential_marker": made.marker,
@@ -273,6 +288,27 @@ def save(model: Any, config: RunConfig, made: Made) -> Path:
     return folder
 
 
+def _save_adapter(model: Any, weights: Mapping[str, Any], config: RunConfig, folder: Path) -> None:
+    half = {
+        name: value.to(torch.bfloat16) if "lora_" in name or "trainable_tokens" in name else value
+        for name, value in weights.items()
+    }
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = config.base_name
+    with models.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(
+            folder, state_dict=half, save_embedding_layers=False, selected_adapters=["default"]
+        )
+
+
+def _save_model(model: Any, weights: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
+    with models.quiet():
+        half = {name: value.to(torch.bfloat16) for name, value in weights.items()}
+        model.save_pretrained(folder, state_dict=half)
+        tokenizer.save_pretrained(folder)
+
+
 def card(record: Mapping[str, Any], losses: Sequence[str]) -> str:
     """What an adapter's users should know of it, from its train.json."""
     config, data = record["config"], record["data"]
@@ -280,9 +316,11 @@ def card(record: Mapping[str, Any], losses: Sequence[str]) -> str:
     terms = "; ".join(f"{licence or 'not stated'} ({n})" for licence, n in sorted(data["licences"].items()))
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(data["kinds"].items()))
     lines = [
-        f"# PASTA adapter for {config['model']} ({record['stage']})",
+        f"# PASTA {'model from' if config['full'] else 'adapter for'} {config['model']} ({record['stage']})",
         "",
-        f"LoRA (rank {config['lora_rank']}, all linear layers) and six embedding rows, made with pastalm.",
+        "All weights were trained, with pastalm."
+        if config["full"]
+        else f"LoRA (rank {config['lora_rank']}, all linear layers) and six embedding rows, made with pastalm.",
         "",
         "## Data",
         "",

@@ -116,7 +116,7 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
             f"Held-out loss, nats a token: {final['validation_tags']} on tags, {final['validation_text']} on text."
         ],
     )
-    return run.save(trainer.model, config, made)
+    return run.save(trainer, config, made)
 
 
 def _trainer(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from pastalm.train import run
 from pastalm.train.dataset import (
     REPEAT,
     REPEATS,
+    Example,
     Mix,
     batches,
     collate,
@@ -341,3 +345,52 @@ def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_pat
     path.write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"line 1.*sample it again"):
         list(read_repeats(path, tokenizer, vocabulary, config.mix, eos=1))
+
+
+def test_the_baseline_is_the_same_answers_without_tags(config: SftConfig) -> None:
+    def drawn(untagged: bool) -> list[Example]:
+        tokenizer, eos = BYTE_LEVEL, 1
+        model = small_model(len(tokenizer))
+        models.prepare(model, tokenizer)
+        vocabulary = models.vocabulary_of(tokenizer, eos=[eos])
+        mix = replace(config.mix, positions={"promised": 1.0}, untagged=untagged)
+        return list(examples(read_annotated(config.data), tokenizer, vocabulary, mix, eos=eos))
+
+    tagged, plain = drawn(False), drawn(True)
+    assert [e.id for e in plain] == [e.id for e in tagged if e.kind != "sequential"]
+    assert {e.kind for e in plain} == {"plain"}
+    tags = set(models.vocabulary_of(BYTE_LEVEL, eos=[1]).tags.ids)  # type: ignore[union-attr]
+    assert not any(tags & set(e.packed.input_ids.tolist()) for e in plain)
+    assert any(tags & set(e.packed.input_ids.tolist()) for e in tagged)
+
+
+def test_all_weights_can_be_trained_and_the_model_is_gone_on_from(config: SftConfig, tmp_path: Path) -> None:
+    """Full finetuning, with gradient checkpointing: a whole model comes out, which loads and speaks the tags."""
+    small = replace(config, full=True, gradient_checkpointing=True, mix=replace(config.mix, token_budget=2000))
+    folder = train(small, str)
+    assert folder.name == "model"
+    loaded = models.load(str(folder), adapter=None, dtype="float32")
+    assert loaded.prepared and loaded.sequential_marker == models.SEQUENTIAL_MARKER
+    base = models.load(config.model, adapter=None, dtype="float32")
+    for (name, a), b in zip(loaded.model.named_parameters(), base.model.parameters(), strict=True):
+        if a.dim() == 2:  # of the norms' ones, bfloat16 keeps no small step
+            assert not torch.equal(a[: len(b)], b.to(torch.bfloat16).float()), name
+    assert "All weights were trained" in (folder / "README.md").read_text()
+
+
+def test_two_processes_train_one_adapter(config: SftConfig, tmp_path: Path) -> None:
+    """As on two GPUs, by accelerate: each takes its share of the batches, one writes."""
+    out = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pastalm.cli"]
+    command += ["train", "sft", str(config.data), "--out", str(out), "--model", config.model]
+    command += ["--token-budget", "2500", "--batch-tokens", "300", "--lora-rank", "2", "--save-steps", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = models.load(config.model, adapter=str(out / "adapter"), dtype="float32")
+    assert loaded.prepared
+    record = json.loads((out / "adapter" / "train.json").read_text())
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert record["steps"] == max(steps)
+    assert len({json.dumps(line) for line in steps}) >= 1

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Both stages on the embedded model, from data to adapters and their table (runs/README.md). Every step goes on
+# where it was cut off: kill it at any point and start it again.
+#
+#     runs/smollm2_two_stage.sh ANSWERS.jsonl EVAL.jsonl
+#
+# ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
+# On a GPU: DEVICE=cuda, and larger numbers below.
+set -euo pipefail
+answers=$(realpath "$1") eval=$(realpath "$2")
+here=$(realpath "$(dirname "$0")")
+pasta=$(realpath "${PASTA:-$here/../.venv/bin/pasta}")
+python=$(dirname "$pasta")/python
+device=${DEVICE:-cpu}
+arm_tokens=${ARM_TOKENS:-200000} stage1_tokens=${STAGE1_TOKENS:-600000}
+own_prompts=${OWN_PROMPTS:-1800} n=${N:-10} round_prompts=${ROUND_PROMPTS:-300}
+lambdas=${LAMBDAS:-"1 2 4 8 inf"} rounds=${ROUNDS:-1}
+mkdir -p "${OUT:-$here/out/two_stage}" && cd "${OUT:-$here/out/two_stage}"
+
+whole() { # whole FILE COMMAND...: a file that is there only once it is whole
+  local file=$1; shift
+  [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
+}
+train() { # train KIND OUT ARGUMENTS...
+  local kind=$1 out=$2; shift 2
+  [ -s "$out/adapter/README.md" ] || "$pasta" train "$kind" "$@" --out "$out" --device "$device"
+}
+sample() { "$pasta" sample "$@" --max-num-seqs 64; }
+
+# 1. prompts: of our own making, and those of rows under Apache-2.0; the model's own answers to them
+whole prompts_own.jsonl "$python" "$here/prompts.py" "$own_prompts"
+whole prompts_licensed.jsonl "$python" "$here/rows.py" "$answers" --licensed Apache-2.0
+whole prompts.jsonl cat prompts_own.jsonl prompts_licensed.jsonl
+sample prompts.jsonl own_answers.jsonl --adapter none --sequential \
+  --temperature 0.7 --top-p 0.95 --max-tokens 448 --seed 1
+"$pasta" annotate own_answers.jsonl own.jsonl
+"$pasta" annotate "$answers" given.jsonl
+
+# 2. whose responses; which positions; the baseline: the same answers without tags
+train sft arm_own own.jsonl --token-budget "$arm_tokens" --seed 5
+train sft arm_given given.jsonl --token-budget "$arm_tokens" --seed 5
+for policy in promised overlap serial; do
+  train sft "arm_$policy" own.jsonl --token-budget "$arm_tokens" --seed 5 --positions "$policy"
+done
+train sft baseline own.jsonl --token-budget "$stage1_tokens" --seed 5 --untagged
+
+# 3. stage 1
+train sft stage1 own.jsonl --token-budget "$stage1_tokens" --seed 5
+
+# 4. stage 2, round after round: sample N answers to each prompt, score, prefer best to worst
+whole prompts_round.jsonl "$python" "$here/rows.py" prompts.jsonl --draw "$round_prompts" --seed 9
+sample prompts_round.jsonl baseline_round.jsonl --adapter baseline/adapter --sequential --max-tokens 512
+sigma=
+for ((round = 1; round <= rounds; round++)); do
+  for lambda in $lambdas; do
+    start=stage1
+    [ "$round" = 1 ] || start="lambda${lambda}_round$((round - 1))"
+    drawn="samples_$start"
+    sample prompts_round.jsonl "$drawn.jsonl" --adapter "$start/adapter" --n "$n" --temperature 1 \
+      --max-tokens 512 --seed 3
+    "$pasta" score "$drawn.jsonl" "$drawn.pmi.jsonl" --baseline baseline_round.jsonl \
+      --adapter baseline/adapter ${sigma:+--sigma "$sigma"} > "$drawn.pmi.json"
+    sigma=${sigma:-$("$python" -c 'import json,sys; print(json.load(open(sys.argv[1]))["sigma"])' "$drawn.pmi.json")}
+    train prefer "lambda${lambda}_round$round" "$drawn.pmi.jsonl" --start "$start/adapter" \
+      --lambda "$lambda" --sigma "$sigma"
+  done
+done
+
+# 5. the table: greedy answers to the evaluation's prompts
+whole prompts_eval.jsonl "$python" "$here/rows.py" "$eval" --all
+whole references_eval.jsonl "$python" "$here/rows.py" "$eval" --references
+sample prompts_eval.jsonl eval_baseline.jsonl --adapter baseline/adapter --sequential --max-tokens 768
+entries=()
+for adapter in arm_own arm_given arm_promised arm_overlap arm_serial stage1 lambda*_round*; do
+  [ -d "$adapter/adapter" ] || continue
+  sample prompts_eval.jsonl "eval_$adapter.jsonl" --adapter "$adapter/adapter" --max-tokens 768
+  for scorer in pmi reference; do
+    "$pasta" score "eval_$adapter.jsonl" "eval_$adapter.$scorer.jsonl" --baseline eval_baseline.jsonl \
+      --scorer "$scorer" --adapter baseline/adapter --references references_eval.jsonl > "eval_$adapter.$scorer.json"
+  done
+  entries+=("$adapter=eval_$adapter.pmi.jsonl,eval_$adapter.reference.jsonl")
+done
+unit=$("$python" -c 'import json; print(json.load(open("eval_stage1.reference.json"))["sigma"])')
+"$python" "$here/adapters.py" "${entries[@]}" --sigma "pmi=$sigma" --sigma "reference=$unit" --out table.md

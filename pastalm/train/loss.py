@@ -24,7 +24,9 @@ def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, T
 def _logits(model: Any, inputs: Mapping[str, Tensor], kept: Tensor) -> Tensor:
     """Logits [m, vocabulary] where `kept` [B, n - 1]; only those go through the head, unless the model is wrapped
     for several processes, whose hooks need its own forward."""
-    fed = {key: inputs[key] for key in ("input_ids", "position_ids", "attention_mask")}
+    fed: dict[str, Any] = {key: inputs[key] for key in ("input_ids", "position_ids", "attention_mask")}
+    if getattr(model.config, "_attn_implementation", "") == "flex_attention":
+        fed["attention_mask"] = _blocks(inputs["attention_mask"])
     if not hasattr(model, "get_base_model") and not hasattr(model, "get_decoder"):
         return _exact(model(**fed, use_cache=False).logits[:, :-1][kept])
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -32,6 +34,16 @@ def _logits(model: Any, inputs: Mapping[str, Tensor], kept: Tensor) -> Tensor:
     logits = _exact(base.get_output_embeddings()(hidden[:, :-1][kept]))
     cap = getattr(base.config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _blocks(mask: Tensor) -> Any:
+    """The mask [B, 1, n, n] in the form of FlexAttention, which skips the blocks that nobody sees."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    seen, n = mask[:, 0], mask.shape[-1]
+    return create_block_mask(
+        lambda b, h, q, k: seen[b, q, k], len(mask), None, n, n, device=str(mask.device)
+    )
 
 
 def _exact(logits: Tensor) -> Tensor:

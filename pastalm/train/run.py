@@ -113,10 +113,12 @@ def go(trainer: Any, config: RunConfig) -> None:
 
 
 def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
-    """The model with a trainable adapter: LoRA on all linear layers and the six tag rows; with `full`, the model
-    itself. Raises ModelError if `start` cannot be read or is of another base model."""
+    """The model (on CUDA with FlexAttention) with a trainable adapter: LoRA on all linear layers and the six tag
+    rows; with `full`, the model itself. Raises ModelError if `start` cannot be read or is of another base model."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    if config.device.startswith("cuda"):
+        model.set_attn_implementation("flex_attention")
     if config.full:
         whole = models.load_adapter(model, config.start) if config.start is not None else model
         return whole.requires_grad_(True).train()

@@ -35,7 +35,7 @@ from pastalm.train.dataset import (
     read_repeats,
     repeated,
 )
-from pastalm.train.loss import unlikelihood, weighted_loss
+from pastalm.train.loss import token_log_probs, unlikelihood, weighted_loss
 from pastalm.train.sft import SftConfig, train
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.test_models import BYTE_LEVEL, small_model
@@ -108,6 +108,21 @@ def test_padding_changes_nothing() -> None:
         _, together, _ = weighted_loss(model, collate([one, two]), TAGS, 1.0)
     apart = losses(model, one)[0] + losses(model, two)[0]
     assert math.isclose(float(together.double().sum()), apart, rel_tol=1e-5)
+
+
+def test_flex_attention_sees_what_the_mask_says() -> None:
+    """What trains on CUDA: the same losses, padding and hidden threads included. Its backward pass needs a GPU."""
+    model = tiny_model("llama", dtype=torch.float32)
+    short = pack(PROMPT, (Text("short"),), VOCABULARY, "promised", eos=EOS)
+    batch = collate([pack(PROMPT, DOCUMENT, VOCABULARY, "promised", eos=EOS), short])
+    with torch.no_grad():
+        want, _ = token_log_probs(model, batch)
+        model.set_attn_implementation("flex_attention")
+        found, _ = token_log_probs(model, batch)
+        shown = batch | {"attention_mask": torch.ones_like(batch["attention_mask"]).tril()}
+        other, _ = token_log_probs(model, shown)
+    assert float((want - found).abs().max()) < 1e-4
+    assert float((want - other).abs().max()) > 1e-2
 
 
 def test_unreadable_annotations_are_one_clear_line(tmp_path: Path) -> None:

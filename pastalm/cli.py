@@ -664,6 +664,9 @@ def annotate(
     price_out: PriceOut = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Of one annotation (openai).")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Rows of SOURCE to look at.")] = None,
+    max_repetition: Annotated[
+        float, typer.Option(help="Answers that say a larger share of their words again are dropped.")
+    ] = 1.0,
     tokenizer: Annotated[
         str, typer.Option(help="The model whose tokens promised lengths count.")
     ] = EMBEDDED,
@@ -693,7 +696,15 @@ def annotate(
                 say(said if remote is None else f"{said}; {remote.usage}")
 
         try:
-            counts = annotate_file(source, target, marks, count_tokens, limit=limit, progress=progress)
+            counts = annotate_file(
+                source,
+                target,
+                marks,
+                count_tokens,
+                limit=limit,
+                max_repetition=max_repetition,
+                progress=progress,
+            )
         finally:
             if remote is not None:
                 print(f"{remote.base_url}: {remote.usage}", file=sys.stderr)
@@ -741,6 +752,7 @@ def sample(
     n: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
     temperature: Temperature = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against loops; 1 is off.")] = 1.0,
     max_tokens: MaxTokens = 1024,
     sequential: Sequential = False,
     limit: Annotated[int | None, typer.Option(help="Prompts of SOURCE to answer.")] = None,
@@ -755,6 +767,7 @@ def sample(
         n=n,
         temperature=temperature,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         max_tokens=max_tokens,
         seed=seed,
         parallelism=0 if sequential else 1,

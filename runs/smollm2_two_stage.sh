@@ -32,8 +32,8 @@ whole prompts_own.jsonl "$python" "$here/prompts.py" "$own_prompts"
 whole prompts_licensed.jsonl "$python" "$here/rows.py" "$answers" --licensed Apache-2.0
 whole prompts.jsonl cat prompts_own.jsonl prompts_licensed.jsonl
 sample prompts.jsonl own_answers.jsonl --adapter none --sequential \
-  --temperature 0.7 --top-p 0.95 --max-tokens 448 --seed 1
-"$pasta" annotate own_answers.jsonl own.jsonl
+  --temperature 0.7 --top-p 0.95 --repetition-penalty 1.15 --max-tokens 448 --seed 2
+"$pasta" annotate own_answers.jsonl own.jsonl --max-repetition 0.1
 "$pasta" annotate "$answers" given.jsonl
 
 # 2. whose responses; which positions; the baseline: the same answers without tags

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +25,10 @@ import torch
 from pastalm.errors import ModelError, RequestError
 from pastalm.models import Loaded, chat_prompt, quiet
 from pastalm.remote import Answer, Messages, Remote
+from pastalm.wording import repetition, sameness
 
 NEUTRAL = "Write something."
 """The prompt that says nothing of the answer."""
-RUN = 4
-"""Words in a row that count as said again when they come again."""
 REPETITION, SAMENESS, LENGTH = 100.0, 50.0, 20.0
 """Nats: what an answer loses that is all repetition; whose two likest chunks are the same; and for each
 doubling of the baseline's length, up or down, beyond the first."""
@@ -210,23 +208,6 @@ def penalty(candidate: Candidate) -> float:
         ratio = (1 + len(candidate.text)) / (1 + len(candidate.baseline))
         lost += LENGTH * max(0.0, abs(math.log2(ratio)) - 1)
     return lost
-
-
-def _runs(text: str) -> list[tuple[str, ...]]:
-    words = text.casefold().split()
-    return [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
-
-
-def repetition(text: str) -> float:
-    """The share of runs of RUN words that the text has said before, 0 to 1."""
-    runs = _runs(text)
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def sameness(chunks: Sequence[str]) -> float:
-    """How alike the two likest chunks are: Jaccard index of their runs of RUN words, 0 to 1."""
-    sets = [found for chunk in chunks if (found := set(_runs(chunk)))]
-    return max((len(a & b) / len(a | b) for a, b in combinations(sets, 2)), default=0.0)
 
 
 @torch.inference_mode()

@@ -14,9 +14,10 @@ from typing import Any
 
 from pastalm import jsonl
 from pastalm.errors import DataError, LanguageError
-from pastalm.eval.quality import Candidate, Scorer, Verdict, repetition
+from pastalm.eval.quality import Candidate, Scorer, Verdict
 from pastalm.lang import Async, Document, parse, strip
 from pastalm.scored import Scored
+from pastalm.wording import repetition
 
 CountTokens = Callable[[str], int]
 

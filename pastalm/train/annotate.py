@@ -18,6 +18,7 @@ from pastalm import jsonl
 from pastalm.errors import DataError, LanguageError
 from pastalm.lang import Document, Promise, parse, render, strip
 from pastalm.train.structure import CountTokens, annotate
+from pastalm.wording import repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +97,15 @@ def _plain(value: Mapping[str, object], where: str) -> str:
         raise DataError(f"{where}: {error}") from None
 
 
-def unusable(row: Row) -> str | None:
-    """Why a row is not worth annotating, if it is not."""
+def unusable(row: Row, max_repetition: float = 1.0) -> str | None:
+    """Why a row is not worth annotating, if it is not. max_repetition: share of its runs of words said before."""
     if not row.prompt.strip():
         return "empty prompt"
     if not row.response.strip():
         return "empty response"
-    return "cut off" if row.cut else None
+    if row.cut:
+        return "cut off"
+    return "repetitive" if repetition(row.response) > max_repetition else None
 
 
 def checked(row: Row, found: Document | str, count_tokens: CountTokens) -> Annotated | str:
@@ -136,6 +139,7 @@ class _Run:
 
     present: set[str]
     progress: Callable[[Counts], None]
+    max_repetition: float
     seen: set[str] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     read: int = 0
@@ -153,7 +157,7 @@ class _Run:
     def todo(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             self.read += 1
-            why = "duplicate id" if row.id in self.seen else unusable(row)
+            why = "duplicate id" if row.id in self.seen else unusable(row, self.max_repetition)
             self.seen.add(row.id)
             if row.id in self.present and why is None:
                 self.skipped += 1
@@ -180,14 +184,16 @@ def annotate_file(
     count_tokens: CountTokens,
     *,
     limit: int | None = None,
+    max_repetition: float = 1.0,
     progress: Callable[[Counts], None] = lambda _: None,
 ) -> Counts:
     """Annotates a JSONL file of rows into another, line by line, and goes on where it stopped.
 
-    Rows whose id stands in `target` are skipped. limit: rows of `source` to look at. progress: called
-    after every row. Raises DataError for a file or line that cannot be read, RemoteError for a server.
+    Rows whose id stands in `target` are skipped. limit: rows of `source` to look at. max_repetition: rows that
+    say more of their words again are dropped. progress: called after every row. Raises DataError for a file or
+    line that cannot be read, RemoteError for a server.
     """
-    run = _Run({jsonl.string(v, "id", where) for where, v in jsonl.resume(target)}, progress)
+    run = _Run({jsonl.string(v, "id", where) for where, v in jsonl.resume(target)}, progress, max_repetition)
     rows = islice(read_rows(source), limit)
     with jsonl.Appender(target) as file:
         for row, found in annotator(run.todo(rows)):

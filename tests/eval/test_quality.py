@@ -21,10 +21,9 @@ from pastalm.eval.quality import (
     log_likelihoods,
     penalty,
     preference,
-    repetition,
-    sameness,
 )
 from pastalm.remote import Answer, Remote
+from pastalm.wording import repetition, sameness
 from tests.laws.tiny import tiny_model
 from tests.served import Reply, completion, free_port, replaying
 

@@ -110,3 +110,11 @@ def test_sampled_answers_are_rows_and_those_cut_off_are_left_out(tmp_path: Path)
     (kept,) = read(tmp_path / "out.jsonl")
     assert (strip(parse(str(kept["annotated"]))), kept["licence"]) == ("So: <sync/>.", "MIT")
     assert counts.dropped == {"cut off": 1}
+
+
+def test_answers_that_say_the_same_again_can_be_left_out(tmp_path: Path) -> None:
+    loop = row("loop", "It goes on and on. " * 20)
+    source = write(tmp_path / "in.jsonl", row("a"), loop)
+    counts = annotate_file(source, tmp_path / "out.jsonl", MARKS, words, max_repetition=0.3)
+    assert counts.dropped == {"repetitive": 1}
+    assert annotate_file(source, tmp_path / "all.jsonl", MARKS, words).written == 2

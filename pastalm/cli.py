@@ -29,7 +29,7 @@ from pastalm.errors import (
     PastaError,
     RequestError,
 )
-from pastalm.layout import Policy
+from pastalm.layout import MIXED, POLICIES, Policy
 from pastalm.models import EMBEDDED
 
 if TYPE_CHECKING:
@@ -867,22 +867,18 @@ def score(
 
 
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, log and adapter.")]
-Policies = Annotated[
-    str, typer.Option(help="Positions to train on, with weights: promised=0.65,overlap=0.35.")
-]
+MIX = ",".join(f"{policy}={weight}" for policy, weight in MIXED.items())
+Policies = Annotated[str, typer.Option(help=f"Positions to train on, with weights: {MIX}.")]
 SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")]
 Full = Annotated[bool, typer.Option("--full", help="Train all weights, and save a whole model.")]
 GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
 ]
-MIXED = "promised=0.65,overlap=0.35"
 
 
 def _policies(text: str) -> dict[Policy, float]:
     """Weights of policies, `promised=0.65,overlap=0.35`. Raises RequestError."""
-    from pastalm.layout import POLICIES
-
     names: dict[str, Policy] = {name: name for name in POLICIES}
     found: dict[Policy, float] = {}
     for part in text.split(","):
@@ -913,7 +909,7 @@ def sft(
     untagged: Annotated[
         bool, typer.Option("--untagged", help="The same answers without tags: the baseline.")
     ] = False,
-    positions: Policies = MIXED,
+    positions: Policies = MIX,
     epochs: float = 1.0,
     learning_rate: float = 5e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Of the six new rows.")] = 5e-3,
@@ -993,7 +989,7 @@ def prefer(
     length: Annotated[
         str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched or smaller.")
     ] = "theoretical",
-    positions: Policies = MIXED,
+    positions: Policies = MIX,
     epochs: float = 1.0,
     learning_rate: float = 1e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Of the six tag rows.")] = 2e-4,

@@ -19,8 +19,9 @@ Source: PASTA section 4 (interpreter, positions "Pred-10X").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -33,6 +34,8 @@ from pastalm.vocabulary import Vocabulary
 
 Policy: TypeAlias = Literal["promised", "overlap", "serial"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+MIXED: Mapping[Policy, float] = MappingProxyType({"promised": 0.65, "overlap": 0.35})
+"""How often training takes each policy, unless told otherwise: one model then serves every engine."""
 
 Row: TypeAlias = NDArray[np.bool_]
 

@@ -17,9 +17,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from scipy.stats import bootstrap
 
 from pastalm import scored
+from pastalm.eval.speed import interval
 from pastalm.lang import Promise, linearize, parse
 from pastalm.scored import Scored
 
@@ -36,15 +36,6 @@ class Adapter:
     @property
     def any(self) -> list[Scored]:
         return next(iter(self.answers.values()))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
-    data = np.asarray(values, dtype=np.float64)
-    if len(set(values)) < 2:
-        return float(data.mean()), float(data.mean()), float(data.mean())
-    found = bootstrap((data,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return float(data.mean()), float(found.low), float(found.high)
 
 
 def shown(values: Sequence[float], of: Callable[[float], float] = float, digits: int = 2) -> str:

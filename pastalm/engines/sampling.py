@@ -88,10 +88,6 @@ class Sampler:
         Raises EngineError if a row's `allowed` admits no id.
         """
         raw = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        if all(map(_plain, draws)):  # nothing but the largest is asked for: spare each step the rest
-            tokens = _largest(raw)
-            if all(map(_allows, draws, tokens)):
-                return [Sampled(token) for token in tokens]
         shaped = _penalised(_biased(raw, draws), draws)
         tokens = [0] * len(draws)
         if any(draw.params.greedy for draw in draws):
@@ -137,12 +133,6 @@ class Sampler:
                 self._masks.popitem(last=False)
         self._masks.move_to_end((allowed, device))
         return mask
-
-
-def _plain(draw: Draw) -> bool:
-    params = draw.params
-    plain = params.greedy and params.logprobs is None and params.repetition_penalty == 1
-    return plain and not draw.logit_bias
 
 
 def _allows(draw: Draw, token: int) -> bool:

@@ -202,15 +202,20 @@ def read_records(target: Path) -> list[SpeedRecord]:
 
 def geometric(values: Sequence[float]) -> dict[str, float]:
     """The geometric mean and, of two values or more, its 95 % bootstrap interval: low, high."""
+    mean, low, high = (float(np.exp(x)) for x in interval(np.log(values).tolist()))
+    return {"geometric mean": mean} | ({"low": low, "high": high} if len(values) > 1 else {})
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean and its 95 % bootstrap interval: low, high (of one value, itself)."""
     from scipy.stats import bootstrap
 
-    logs = np.log(values)
-    entry = {"geometric mean": float(np.exp(logs.mean()))}
-    if len(values) > 1:
-        rng = np.random.default_rng(0)
-        interval = bootstrap((logs,), np.mean, method="percentile", rng=rng).confidence_interval
-        entry |= {"low": float(np.exp(interval.low)), "high": float(np.exp(interval.high))}
-    return entry
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    rng = np.random.default_rng(0)
+    found = bootstrap((values,), np.mean, method="percentile", rng=rng).confidence_interval
+    return mean, float(found.low), float(found.high)
 
 
 def summary(records: Sequence[SpeedRecord]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from pastalm.errors import DataError, LanguageError
 from pastalm.events import Path as ThreadPath
 from pastalm.lang import Document, Text, parse, strip
-from pastalm.layout import IGNORED, Packed, Policy, pack, pack_serial
+from pastalm.layout import IGNORED, MIXED, Packed, Policy, pack, pack_serial
 from pastalm.models import SEQUENTIAL_MARKER, encode_chat
 from pastalm.vocabulary import Vocabulary
 
@@ -41,9 +41,7 @@ class Mix:
     max_prompt_tokens: int = 256
     plain: float = 0.33
     sequential: float = 0.12
-    positions: Mapping[Policy, float] = field(
-        default_factory=lambda: {"promised": 0.65, "overlap": 0.35}
-    )
+    positions: Mapping[Policy, float] = field(default_factory=lambda: dict(MIXED))
     untagged: bool = False
     seed: int = 0
 

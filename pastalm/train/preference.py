@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from pastalm import jsonl, models, scored
 from pastalm.errors import DataError, LanguageError, RequestError
 from pastalm.lang import Document, parse
-from pastalm.layout import IGNORED, Packed, Policy, pack
+from pastalm.layout import IGNORED, MIXED, Packed, Policy, pack
 from pastalm.models import encode_chat
 from pastalm.scored import Length, Scored
 from pastalm.train import run
@@ -55,9 +54,7 @@ class PreferenceConfig(run.RunConfig):
     beta: float = 1 / BEST_OF_TEN
     sigma: float | None = None
     length: Length = "theoretical"
-    positions: Mapping[Policy, float] = field(
-        default_factory=lambda: {"promised": 0.65, "overlap": 0.35}
-    )
+    positions: Mapping[Policy, float] = field(default_factory=lambda: dict(MIXED))
     max_tokens: int = 640
     max_prompt_tokens: int = 256
     learning_rate: float = 1e-4
@@ -184,26 +181,19 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     """Trains and returns the folder of the adapter, `out/adapter`. Raises DataError, ModelError, RequestError."""
     _check(config)
     rows = scored.read(config.data)
-    run.begin(config)
-    set_seed(config.seed)
-    model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
-    models.prepare(model, tokenizer)
-    eos = sorted(models.end_tokens(model, tokenizer))
-    vocabulary = models.vocabulary_of(tokenizer, eos=eos)
-    tags = vocabulary.tags
-    assert tags is not None
+    base = run.begin(config, progress)
     sigma = scored.spread(rows) if config.sigma is None else config.sigma
     before = scored.summary(rows, [config.lambda_], sigma)
     progress(f"{config.data.name}, sigma {sigma:.4g}: {json.dumps({k: round(v, 4) for k, v in before.items()})}")
-    chosen = list(pairs(rows, tokenizer, vocabulary, config, eos=eos[0]))
+    chosen = list(pairs(rows, base.tokenizer, base.vocabulary, config, eos=base.eos))
     if not chosen:
         raise DataError(f"{config.data}: no two answers to one prompt differ in score; sample more to each")
     data = _provenance(chosen) | {"sigma": sigma, "samples": before}
     progress(f"training on {len(chosen)} pairs, {data['tokens']} packed tokens")
-    adapted = run.adapted(config, model, tags)
+    adapted = run.adapted(config, base.model, base.tags)
     reference = _reference(config, adapted, chosen, progress)
     plan = batches(chosen, config.batch_tokens, seed=config.seed)
-    trainer = _trainer(config, adapted, tokenizer, chosen, plan, reference)
+    trainer = _trainer(config, adapted, base.tokenizer, chosen, plan, reference)
     trainer.add_callback(
         run.Log(config, progress, validate=dict, curves=("margin", "pairs_in_order"))
     )

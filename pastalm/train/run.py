@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from pastalm import models
 from pastalm.errors import DataError, ModelError
-from pastalm.vocabulary import TAG_TOKENS, Tags
+from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +63,36 @@ class RunConfig:
         for key in ("out", "resume"):
             found.pop(key)
         names = {key: value.name for key, value in found.items() if isinstance(value, Path)}
-        if self.data.name in ("", "."):
-            names["data"] = str(self.data)
         endless = {key: "inf" for key, value in found.items() if value == math.inf}  # JSON has no such number
         plain = json.dumps(found | names | endless | {"model": self.base_name}, default=str)
         return json.loads(plain)  # type: ignore[no-any-return]
 
 
-def begin(config: RunConfig) -> None:
-    """Makes the folder. Raises DataError if it holds a run of another configuration or cannot be written."""
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The prepared model that a run starts from (float32). eos: the id that ends an answer in training."""
+
+    model: Any
+    tokenizer: Any
+    vocabulary: Vocabulary
+    tags: Tags
+    eos: int
+
+
+def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
+    """Makes the folder, seeds all randomness and loads the model. Raises DataError, ModelError."""
+    _make_folder(config)
+    set_seed(config.seed)
+    model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
+    models.prepare(model, tokenizer)
+    ends = sorted(models.end_tokens(model, tokenizer))
+    vocabulary = models.vocabulary_of(tokenizer, eos=ends)
+    assert vocabulary.tags is not None
+    return Base(model, tokenizer, vocabulary, vocabulary.tags, ends[0])
+
+
+def _make_folder(config: RunConfig) -> None:
+    """Raises DataError if it holds a run of another configuration or cannot be written."""
     asked, path = config.described(), config.out / "config.json"
     try:
         config.out.mkdir(parents=True, exist_ok=True)

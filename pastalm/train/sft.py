@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import set_seed
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
@@ -77,26 +76,21 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
         raise DataError(f"no annotated data at {config.data}: make it with pasta annotate")
     if unknown := set(config.mix.positions) - set(POLICIES):
         raise DataError(f"unknown positions {sorted(unknown)}: use {', '.join(POLICIES)}")
-    run.begin(config)
-    set_seed(config.seed)
-    model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
-    models.prepare(model, tokenizer)
-    eos = sorted(models.end_tokens(model, tokenizer))
-    vocabulary = models.vocabulary_of(tokenizer, eos=eos)
+    base = run.begin(config, progress)
     rows = read_annotated(config.data)
-    chosen = list(examples(rows, tokenizer, vocabulary, config.mix, eos=eos[0]))
+    chosen = list(examples(rows, base.tokenizer, base.vocabulary, config.mix, eos=base.eos))
     held, chosen = chosen[: config.validation_rows], chosen[config.validation_rows :]
     if not chosen:
         raise DataError(f"{config.data}: no usable answers are left to train on")
     if config.repeats is not None:
-        chosen += read_repeats(config.repeats, tokenizer, vocabulary, config.mix, eos=eos[0])
+        chosen += read_repeats(
+            config.repeats, base.tokenizer, base.vocabulary, config.mix, eos=base.eos
+        )
         random.Random(config.seed).shuffle(chosen)
     data = provenance(chosen)
     progress(f"training on {json.dumps(data)}")
     plan = batches(chosen, config.batch_tokens, seed=config.seed)
-    tags = vocabulary.tags
-    assert tags is not None
-    trainer = _trainer(config, run.adapted(config, model, tags), tokenizer, chosen, plan, tags)
+    trainer = _trainer(config, base, chosen, plan)
     curves = ("validation_text", "validation_tags")
     log = run.Log(config, progress, validate=lambda: _validate(trainer, held), curves=curves)
     trainer.add_callback(log)
@@ -120,13 +114,9 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
 
 
 def _trainer(
-    config: SftConfig,
-    model: Any,
-    tokenizer: Any,
-    chosen: list[Example],
-    plan: list[list[int]],
-    tags: Tags,
+    config: SftConfig, base: run.Base, chosen: list[Example], plan: list[list[int]]
 ) -> _Trainer:
+    model = run.adapted(config, base.model, base.tags)
     steps = int(len(plan) * config.epochs)
     trainer = _Trainer(
         model=model,
@@ -138,9 +128,9 @@ def _trainer(
         data_collator=lambda wanted: _collated(
             [chosen[i] for batch in wanted for i in batch["indices"]]
         ),
-        processing_class=tokenizer,
+        processing_class=base.tokenizer,
     )
-    trainer.tags, trainer.tag_weight = tags, config.tag_weight
+    trainer.tags, trainer.tag_weight = base.tags, config.tag_weight
     return trainer
 
 

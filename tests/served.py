@@ -65,18 +65,24 @@ def free_port() -> int:
 
 
 @contextmanager
-def llama_cpp_server(model: Path, *, context: int = 8192) -> Iterator[str]:
-    """The base URL of llama-cpp-python's own server of a GGUF file."""
+def llama_cpp_server(model: Path, *, context: int = 4096) -> Iterator[str]:
+    """The base URL of llama-cpp-python's own server of a GGUF file. Raises AssertionError with its last words if it
+    ends by itself."""
     port = free_port()
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--port", str(port)]
-    options = ["--n_ctx", str(context), "--n_threads", "1", "--logits_all", "true"]
-    process = subprocess.Popen(
-        command + options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = model.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--n_ctx", str(context), "--n_threads", "1"], stdout=file, stderr=file
+        )
     url = f"http://127.0.0.1:{port}/v1"
+
+    def running() -> None:
+        assert process.poll() is None, f"the server ended ({process.returncode}): {log.read_text()[-2000:]}"
+
     try:
         for _ in range(240):
-            assert process.poll() is None, "the server ended"
+            running()
             try:
                 with urlopen(f"{url}/models", timeout=5):
                     break
@@ -85,6 +91,7 @@ def llama_cpp_server(model: Path, *, context: int = 8192) -> Iterator[str]:
         else:
             raise AssertionError("the server does not come up")
         yield url
+        running()
     finally:
         process.kill()
         process.wait()

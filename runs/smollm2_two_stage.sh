@@ -12,7 +12,8 @@ here=$(realpath "$(dirname "$0")")
 pasta=$(realpath "${PASTA:-$here/../.venv/bin/pasta}")
 python=$(dirname "$pasta")/python
 device=${DEVICE:-cpu}
-arm_tokens=${ARM_TOKENS:-200000} stage1_tokens=${STAGE1_TOKENS:-600000}
+arm_tokens=${ARM_TOKENS:-200000}
+stage1_tokens=${STAGE1_TOKENS:-600000} unlearn_tokens=${UNLEARN_TOKENS:-100000}
 own_prompts=${OWN_PROMPTS:-1800} n=${N:-10} round_prompts=${ROUND_PROMPTS:-300}
 lambdas=${LAMBDAS:-"1 2 4 8 inf"} rounds=${ROUNDS:-1}
 mkdir -p "${OUT:-$here/out/two_stage}" && cd "${OUT:-$here/out/two_stage}"
@@ -36,19 +37,30 @@ sample prompts.jsonl own_answers.jsonl --adapter none --sequential \
 "$pasta" annotate own_answers.jsonl own.jsonl --max-repetition 0.1
 "$pasta" annotate "$answers" given.jsonl
 
-# 2. whose responses; which positions; the baseline: the same answers without tags
+# 2. whose responses; which positions (arm_given: the default mix)
 train sft arm_own own.jsonl --token-budget "$arm_tokens" --seed 5
 train sft arm_given given.jsonl --token-budget "$arm_tokens" --seed 5
 for policy in promised overlap serial; do
-  train sft "arm_$policy" own.jsonl --token-budget "$arm_tokens" --seed 5 --positions "$policy"
+  train sft "arm_$policy" given.jsonl --token-budget "$arm_tokens" --seed 5 --positions "$policy"
 done
-train sft baseline own.jsonl --token-budget "$stage1_tokens" --seed 5 --untagged
 
-# 3. stage 1
-train sft stage1 own.jsonl --token-budget "$stage1_tokens" --seed 5
+# 3. stage 1 on the given answers, the baseline on the same without tags, and an adapter that owes nothing to
+# anyone's terms; each then unlearns what its own greedy answers repeat until they are cut off
+whole prompts_loops.jsonl "$python" "$here/rows.py" "$answers" --draw 160 --seed 77
+finetune() { # finetune NAME DATA SAMPLING ARGUMENTS...
+  local name=$1 data=$2 forking=$3; shift 3
+  train sft "${name}_first" "$data" --token-budget "$stage1_tokens" --seed 5 "$@"
+  sample prompts_loops.jsonl "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384 --sequential
+  [ "$forking" = no ] || sample prompts_loops.jsonl "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384
+  train sft "$name" "$data" --start "${name}_first/adapter" --repeats "loops_$name.jsonl" \
+    --token-budget "$unlearn_tokens" --learning-rate 2e-4 --row-learning-rate 1e-3 --seed 6 "$@"
+}
+finetune baseline given.jsonl no --untagged
+finetune stage1 given.jsonl yes
+finetune stage1_own own.jsonl yes
 
 # 4. stage 2, round after round: sample N answers to each prompt, score, prefer best to worst
-whole prompts_round.jsonl "$python" "$here/rows.py" prompts.jsonl --draw "$round_prompts" --seed 9
+whole prompts_round.jsonl "$python" "$here/rows.py" "$answers" --draw "$round_prompts" --seed 9
 sample prompts_round.jsonl baseline_round.jsonl --adapter baseline/adapter --sequential --max-tokens 512
 sigma=
 for ((round = 1; round <= rounds; round++)); do
@@ -56,13 +68,13 @@ for ((round = 1; round <= rounds; round++)); do
     start=stage1
     [ "$round" = 1 ] || start="lambda${lambda}_round$((round - 1))"
     drawn="samples_$start"
-    sample prompts_round.jsonl "$drawn.jsonl" --adapter "$start/adapter" --n "$n" --temperature 1 \
+    sample prompts_round.jsonl "$drawn.jsonl" --adapter "$start/adapter" --n "$n" --temperature 0.8 --top-p 0.95 \
       --max-tokens 512 --seed 3
     "$pasta" score "$drawn.jsonl" "$drawn.pmi.jsonl" --baseline baseline_round.jsonl \
       --adapter baseline/adapter ${sigma:+--sigma "$sigma"} > "$drawn.pmi.json"
     sigma=${sigma:-$("$python" -c 'import json,sys; print(json.load(open(sys.argv[1]))["sigma"])' "$drawn.pmi.json")}
     train prefer "lambda${lambda}_round$round" "$drawn.pmi.jsonl" --start "$start/adapter" \
-      --lambda "$lambda" --sigma "$sigma"
+      --lambda "$lambda" --length smaller --sigma "$sigma"
   done
 done
 
@@ -71,7 +83,7 @@ whole prompts_eval.jsonl "$python" "$here/rows.py" "$eval" --all
 whole references_eval.jsonl "$python" "$here/rows.py" "$eval" --references
 sample prompts_eval.jsonl eval_baseline.jsonl --adapter baseline/adapter --sequential --max-tokens 768
 entries=()
-for adapter in arm_own arm_given arm_promised arm_overlap arm_serial stage1 lambda*_round*; do
+for adapter in arm_own arm_given arm_promised arm_overlap arm_serial stage1 stage1_own lambda*_round*; do
   [ -d "$adapter/adapter" ] || continue
   sample prompts_eval.jsonl "eval_$adapter.jsonl" --adapter "$adapter/adapter" --max-tokens 768
   for scorer in pmi reference; do

@@ -206,12 +206,11 @@ def read_repeats(
         try:
             row = json.loads(line)
             document, cut = parse(row["annotated"]), row["finish_reason"] == "length"
-            prompt, marker = row["prompt"], SEQUENTIAL_MARKER if row["sequential"] else None
+            prompt, marked = row["prompt"], row["sequential"] and not mix.untagged
         except (ValueError, KeyError, TypeError, LanguageError) as error:
             raise DataError(f"{path} line {number}: {error}; sample it again") from None
-        ids = encode_chat(
-            tokenizer, vocabulary, [{"role": "user", "content": prompt}], marker=marker
-        )
+        marker = SEQUENTIAL_MARKER if marked else None
+        ids = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": prompt}], marker=marker)
         if not cut or len(ids) > mix.max_prompt_tokens:
             continue
         packed = repeated(pack(ids, document, vocabulary, "promised", eos=eos), vocabulary)

@@ -353,6 +353,9 @@ def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_pat
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (only,) = read_repeats(path, tokenizer, vocabulary, config.mix, eos=1)
     assert (only.kind, only.id) == ("repeat", "1")
+    untagged = replace(config.mix, untagged=True)
+    (plain,) = read_repeats(path, tokenizer, vocabulary, untagged, eos=1)
+    assert len(plain.packed) < len(only.packed), "the baseline writes sequentially without being told so"
     folder = train(replace(config, repeats=path), str)
     record = json.loads((folder / "train.json").read_text())
     assert record["data"]["kinds"]["repeat"] == 1

@@ -16,7 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pastalm.engine import Engine, Request, SamplingParams
-from pastalm.errors import CapabilityError, EngineError, RequestError
+from pastalm.errors import CapabilityError, RequestError
 from pastalm.events import Event, Finished, FinishReason, stamped
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
@@ -101,14 +101,18 @@ class Driver:
     def step(self) -> list[tuple[Running, Event]]:
         """One step of the engine; every event that followed, in order.
 
-        Raises EngineError; every response is cancelled then, and the driver can be used again.
+        Raises EngineError, or what else went wrong; every response is cancelled then, and the driver can
+        be used again.
         """
         try:
-            sampled = self.engine.step()
-        except EngineError:
+            return self._step()
+        except Exception:
             for running in list(self.running.values()):
                 self.cancel(running)
             raise
+
+    def _step(self) -> list[tuple[Running, Event]]:
+        sampled = self.engine.step()
         for request_id in {s.request_id for s in sampled}:
             self.running[request_id].steps += 1
         happened: list[tuple[Running, Event]] = []
@@ -240,7 +244,7 @@ class LLM:
         max_model_len: int | None = None,
         compiled: bool = False,
     ) -> None:
-        self.loaded: Loaded
+        loaded: Loaded
         engine: Engine
         if model.endswith(".gguf"):
             from pastalm import gguf_files
@@ -250,26 +254,46 @@ class LLM:
                 raise RequestError("a GGUF file holds its adapter and its weight type: give neither")
             if compiled:
                 raise CapabilityError("llama.cpp is compiled already: leave compiled=True out for GGUF files")
-            self.loaded = gguf_files.load(model, gpu_layers=0 if device == "cpu" else -1)
-            length = max_model_len or min(self.loaded.context_length, 4096)
+            loaded = gguf_files.load(model, gpu_layers=0 if device == "cpu" else -1)
+            length = max_model_len or min(loaded.context_length, 4096)
             engine = LlamaCppEngine(
-                self.loaded.model, max_num_seqs=max_num_seqs, max_model_len=length
+                loaded.model, max_num_seqs=max_num_seqs, max_model_len=length
             )
         else:
             from pastalm import models
             from pastalm.engines.transformers import TransformersEngine
 
-            self.loaded = models.load(model, adapter=adapter, dtype=dtype, device=device)
-            length = max_model_len or min(self.loaded.context_length, 4096)
+            loaded = models.load(model, adapter=adapter, dtype=dtype, device=device)
+            length = max_model_len or min(loaded.context_length, 4096)
             engine = TransformersEngine(
-                self.loaded.model,
+                loaded.model,
                 max_num_seqs=max_num_seqs,
                 max_model_len=length,
                 pack=True,
                 compiled=compiled,
             )
+        self._begin(engine, loaded, positions, limits)
+
+    @classmethod
+    def over(
+        cls,
+        engine: Engine,
+        loaded: Loaded,
+        *,
+        positions: Policy | None = None,
+        limits: Limits | None = None,
+    ) -> LLM:
+        """One over an engine that was made elsewhere. loaded: its vocabulary and tokenizer."""
+        made = cls.__new__(cls)
+        made._begin(engine, loaded, positions, limits)
+        return made
+
+    def _begin(
+        self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None
+    ) -> None:
+        self.loaded = loaded
         self.positions: Policy = positions or engine.capabilities.positions[0]
-        self.driver = Driver(engine, self.loaded.vocabulary, limits=limits)
+        self.driver = Driver(engine, loaded.vocabulary, limits=limits)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
@@ -308,9 +332,14 @@ class LLM:
     ) -> tuple[Running, list[Event]]:
         """Hands one answer to the driver, whose `step` decodes it beside all others; as `Driver.submit`.
         choice, seed: what its randomness hangs on (SPEC "Threads"). Raises RequestError, CapabilityError."""
-        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        ids = self._conversation(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
+        ids = self.encode(prompt, params)
         return self.driver.submit(ids, params, choice=choice, seed=seed, positions=self.positions)
+
+    def encode(self, prompt: Prompt | Sequence[Message], params: SamplingParams) -> list[int]:
+        """Token ids of a raw prompt, or of a conversation as the chat template has it. Raises RequestError,
+        ModelError."""
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        return self._conversation(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a raw prompt. A tag's spelling in it is text, other special tokens are themselves."""

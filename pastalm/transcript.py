@@ -7,7 +7,7 @@ the promise's last, for a sync every joined child's last; the critical path is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, 
 
 @dataclass(slots=True)
 class ThreadRecord:
-    """One thread so far. parts: text, children where they stand, and syncs, in order."""
+    """One thread so far. parts: text (a sampled token of it that carries log-probabilities by itself),
+    children where they stand, and syncs, in order."""
 
     path: Path
     topic: str = ""
@@ -30,11 +31,9 @@ class ThreadRecord:
     end_time: float | None = None
     state: Literal["live", "waiting", "done"] = "live"
     reason: FinishReason | None = None
-    parts: list[str | Path | Sync] = field(default_factory=list)
+    parts: list[str | Decoded | Path | Sync] = field(default_factory=list)
     token_ids: list[int | Path] = field(default_factory=list)
     """Tokens in order; a child's path stands where the child does in linear form."""
-    logprobs: list[Decoded | Path] = field(default_factory=list)
-    """Sampled tokens of the text that carry log-probabilities, children where they stand."""
 
     @property
     def parent(self) -> Path | None:
@@ -43,7 +42,18 @@ class ThreadRecord:
     @property
     def text(self) -> str:
         """The thread's own reader's text, without its children's."""
-        return "".join(part for part in self.parts if isinstance(part, str))
+        return "".join(_text(part) for part in self.parts if isinstance(part, str | Decoded))
+
+    def write(self, text: str) -> None:
+        """Text that follows; it becomes one part with text before it."""
+        if text and self.parts and isinstance(last := self.parts[-1], str):
+            self.parts[-1] = last + text
+        elif text:
+            self.parts.append(text)
+
+
+def _text(piece: str | Decoded) -> str:
+    return piece if isinstance(piece, str) else piece.text
 
 
 class Transcript:
@@ -89,15 +99,14 @@ class Transcript:
             record.depth = parent.depth
             parent.parts.append(event.path)
             parent.token_ids.append(event.path)
-            parent.logprobs.append(event.path)
         self.threads[event.path] = record
 
     def _append(self, thread: ThreadRecord, event: Decoded) -> None:
         self._count(thread, event.token)
-        if event.text:
-            thread.parts.append(event.text)
         if event.logprob is not None and not event.tag:
-            thread.logprobs.append(event)
+            thread.parts.append(event)
+        else:
+            thread.write(event.text)
 
     def _count(self, thread: ThreadRecord, token: int) -> None:
         thread.tokens += 1
@@ -107,8 +116,7 @@ class Transcript:
         self.critical_path = max(self.critical_path, thread.depth)
 
     def _end(self, thread: ThreadRecord, event: Finished) -> None:
-        if event.text:
-            thread.parts.append(event.text)
+        thread.write(event.text)
         if event.cut is not None:
             self.cut(event.cut)
         thread.state, thread.reason = "done", event.reason
@@ -119,47 +127,54 @@ class Transcript:
     def segments(self) -> list[tuple[Path, str]]:
         """The reader's text in document order, by thread, adjacent pieces of one thread merged."""
         merged: list[tuple[Path, str]] = []
-        for path, text in self._walk(()):
+        for path, piece in self._pieces():
+            text = _text(piece)
             if merged and merged[-1][0] == path:
                 text = merged.pop()[1] + text
             merged.append((path, text))
         return merged
 
-    def _walk(self, path: Path) -> Iterator[tuple[Path, str]]:
-        """Pieces in document order; an unfinished or empty chunk too, so that it has its place."""
+    def _pieces(
+        self, path: Path = (), *, settled: bool = False
+    ) -> Generator[tuple[Path, str | Decoded], None, bool]:
+        """Pieces in document order; an unfinished or empty chunk too, so that it has its place. settled:
+        no further than through the first unfinished chunk. Returns whether the thread is finished."""
         thread = self.threads.get(path)
         if thread is None:
-            return
+            return False
         if path and not thread.parts:
             yield path, ""
         for part in thread.parts:
-            if isinstance(part, str):
+            if isinstance(part, str | Decoded):
                 yield path, part
             elif isinstance(part, tuple):
-                yield from self._walk(part)
+                finished = yield from self._pieces(part, settled=settled)
+                if settled and not finished:
+                    return False
+        return thread.state == "done"
 
     @property
     def text(self) -> str:
         """The reader's text: tags removed, chunks in their places, cut where a stop string began."""
-        text = "".join(text for _, text in self._walk(()))
+        text = "".join(_text(piece) for _, piece in self._pieces())
         return text if self._cut is None else text[: self._cut]
 
     @property
     def settled(self) -> str:
         """The text up to where it may still change: through what the first unfinished chunk has so far."""
-        pieces: list[str] = []
-        if self.threads:
-            self._settle((), pieces)
-        return "".join(pieces)
+        return "".join(_text(piece) for _, piece in self._pieces(settled=True))
 
-    def _settle(self, path: Path, pieces: list[str]) -> bool:
-        thread = self.threads[path]
-        for part in thread.parts:
-            if isinstance(part, str):
-                pieces.append(part)
-            elif isinstance(part, tuple) and not self._settle(part, pieces):
-                return False
-        return thread.state == "done"
+    def certain(self, stops: Iterable[str] = ()) -> str:
+        """What can be shown for good to one who can only append: the settled text, without what a stop
+        string may yet cut off; all of it at the end. Each value begins with the one before."""
+        if self.finished:
+            return self.text
+        text = self.settled
+        ends = [len(text)]
+        for stop in stops:
+            begun = (k for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k]))
+            ends.append(text.find(stop) if stop in text else len(text) - next(begun, 0))
+        return text[: min(ends)]
 
     def cut(self, at: int) -> None:
         """The answer ends before character `at`: a stop string was found there."""
@@ -180,8 +195,8 @@ class Transcript:
 
     def _nodes(self, path: Path) -> Iterator[Node]:
         for part in self.threads[path].parts:
-            if isinstance(part, str):
-                yield Text(part)
+            if isinstance(part, str | Decoded):
+                yield Text(_text(part))
             elif isinstance(part, Sync):
                 yield part
             else:
@@ -197,13 +212,19 @@ class Transcript:
             else:
                 yield path, token
 
-    def logprobs(self, path: Path = ()) -> Iterator[Decoded]:
+    def logprobs(self) -> Iterator[Decoded]:
         """The text's tokens with their log-probabilities, in document order (tags: only in the trace)."""
-        for entry in self.threads[path].logprobs if self.threads else ():
-            if isinstance(entry, Decoded):
-                yield entry
-            else:
-                yield from self.logprobs(entry)
+        return (token for _, token in self.scored())
+
+    def scored(self, *, settled: bool = False) -> Iterator[tuple[int, Decoded]]:
+        """The same, each with where it begins in the text, up to where that is cut, or settled."""
+        at = 0
+        for _, piece in self._pieces(settled=settled):
+            if self._cut is not None and at >= self._cut:
+                return
+            if isinstance(piece, Decoded):
+                yield at, piece
+            at += len(_text(piece))
 
     # ------------------------------------------------------------------ figures
 

@@ -254,17 +254,14 @@ class Plain:
 
     def __init__(self, out: TextIO, *, stops: Sequence[str] = (), cut: int | None = None) -> None:
         self._out, self._stops, self._cut = out, tuple(stops), cut
-        self._hold = max((len(s) - 1 for s in self._stops), default=0)
         self._transcript = Transcript()
         self._written = 0
 
     def apply(self, event: Event) -> None:
         """Takes an event; writes what it made certain."""
         self._transcript.apply(event)
-        settled = self._transcript.settled
-        found = [at for at in map(settled.find, self._stops) if at >= 0]
-        end = min(found, default=len(settled) - self._hold)
-        self._write(settled, end if self._cut is None else min(end, self._cut))
+        certain = self._transcript.certain(self._stops)
+        self._write(certain, len(certain) if self._cut is None else min(len(certain), self._cut))
 
     def close(self) -> None:
         """Writes what was held back, and what stands after an unfinished chunk."""

@@ -18,7 +18,7 @@ setup: $(STAMP) ## a virtual environment with everything in it (some minutes, on
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train,eval,remote,dev]" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train,eval,remote,server,dev]" -c constraints.txt
 	@touch $@
 
 # llama.cpp is compiled from source, some minutes; its tests are skipped where that is not possible

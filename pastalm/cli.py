@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_EXTRAS = {"openai": "remote", "trl": "train", "datasets": "train", "accelerate": "train", "llama_cpp": "llama-cpp"}
+_EXTRAS = {"fastapi": "server", "uvicorn": "server", "sse_starlette": "server", "prometheus_client": "server",
+           "openai": "remote", "trl": "train", "datasets": "train", "accelerate": "train", "llama_cpp": "llama-cpp"}
 """Which extra of the package brings a module that may be missing; else `transformers`."""
 
 app = typer.Typer(
@@ -207,6 +208,8 @@ def _load(
     positions: str | None = None,
     max_threads: int = 16,
     max_num_seqs: int = 1,
+    max_model_len: int | None = None,
+    device: str = "cpu",
 ) -> LLM:
     from pastalm import LLM, Limits
     from pastalm.layout import POLICIES
@@ -224,6 +227,8 @@ def _load(
             positions=policy,
             limits=limits,
             max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            device=device,
         )
 
 
@@ -488,6 +493,79 @@ def _verdict(asynchronous: Any, sequential: Any) -> str:
         f"{sequential.seconds / sequential.tokens / (times[0] / asynchronous.tokens):.2f} times as "
         "fast a token"
     )
+
+
+# ------------------------------------------------------------------------------ the server
+
+
+@app.command()
+@_verb
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="The embedded model, a hub name, a folder, or a GGUF file.")
+    ] = EMBEDDED,
+    adapter: Adapter = "auto",
+    host: Annotated[str, typer.Option(help="0.0.0.0 is every interface; then give an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's, for clients; else as given here.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PASTA_API_KEY", help="What clients must bring.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.", min=1)] = 8,
+    max_queue: Annotated[int, typer.Option(help="Answers that may wait beside; more get 429.")] = 64,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer together; else the model's, 4096 at most.", min=2)
+    ] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of one prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of a chat request that gives none.")] = 1024,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included.")] = 600.0,
+    client_timeout: Annotated[
+        float, typer.Option(help="Seconds for a client to send its body, or to take a chunk.")
+    ] = 30.0,
+    parallelism: Annotated[
+        float, typer.Option(help="Of requests that give none: multiplies the odds of forking; 0 turns it off.")
+    ] = 1.0,
+    thread_target: Annotated[
+        int, typer.Option(help="Above so many live threads new requests fork less (0: as much).")
+    ] = 32,
+    positions: Positions = None,
+    max_threads: Annotated[int, typer.Option(help="Threads of an answer at once; others wait.")] = 16,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API does; SIGTERM or Ctrl-C finishes what runs."""
+    from pastalm.server.app import Settings, listen
+    from pastalm.server.app import serve as run
+
+    settings = Settings(
+        name=name or Path(model).name,
+        api_key=api_key,
+        parallelism=parallelism,
+        thread_target=thread_target,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_body=max_body,
+        client_timeout=client_timeout,
+        timeout=timeout,
+    )
+    _quiet()
+    with listen(host, port) as listening:
+        _fetch(model)
+        llm = _load(
+            model,
+            adapter,
+            dtype,
+            positions,
+            max_threads,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            device=device,
+        )
+        where = f"[{host}]" if ":" in host else host
+        _say(f"{settings.name} on http://{where}:{listening.getsockname()[1]}/v1")
+        run(llm, settings, listening)
 
 
 # ------------------------------------------------------------------------------ language and models

@@ -14,6 +14,7 @@ import pastalm
 ROOT = Path(__file__).parents[1]
 VERBS = (
     "generate", "replay", "chat", "demo", "parse", "pull", "env", "annotate", "train", "train sft",
+    "serve",
 )  # fmt: skip
 
 

@@ -1,0 +1,504 @@
+"""The HTTP side: OpenAI's paths over one model.
+
+The life of a request: `_Gate` (key, size of the body) -> a checked request (protocol.py) -> a place among the
+answers that may wait -> token ids -> the engine's thread (worker.py) -> events -> deltas in document order -> one
+JSON reply, or chunks. Whatever ends it early (the client leaves, a time limit, an error) frees its slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import math
+import random
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import uvicorn
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
+from openai.types import Completion, CompletionUsage, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pastalm.errors import CapabilityError, ModelError, PastaError, RequestError, complaint
+from pastalm.events import Event
+from pastalm.llm import LLM
+from pastalm.server.metrics import Metrics
+from pastalm.server.protocol import (
+    Answer,
+    ChatReply,
+    ChatRequest,
+    CompletionReply,
+    CompletionRequest,
+    Delta,
+    Refused,
+    events_key,
+    line,
+    refusal,
+    usage,
+)
+from pastalm.server.worker import Job, Worker
+
+CLIENT_LEFT = 499
+"""The status, nginx's, of a reply that nobody waits for; it stands in the metrics only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a server behaves. Raises RequestError for bad values.
+
+    name: the model's, for clients. api_key: what they must bring (None: nothing). parallelism: of
+    requests that give none. thread_target: with more live threads than this, the odds of forking of a new
+    request that gives no parallelism are multiplied by thread_target / live threads (0: never).
+    max_queue: answers that may wait beside those decoding. max_tokens: of a chat request that gives none.
+    max_prompt_tokens: of one prompt (None: what the engine takes). max_body: bytes. client_timeout: seconds
+    that a client may take to send its body, or to take a chunk. timeout: of a request, waiting included.
+    """
+
+    name: str
+    api_key: str | None = None
+    parallelism: float = 1.0
+    thread_target: int = 32
+    max_queue: int = 64
+    max_tokens: int = 1024
+    max_prompt_tokens: int | None = None
+    max_body: int = 1 << 20
+    client_timeout: float = 30.0
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.api_key != "", "the API key is empty: give one, or leave it out"),
+            (self.parallelism >= 0, "parallelism must be 0 or more"),
+            (min(self.thread_target, self.max_queue) >= 0, "thread_target and max_queue must be 0 or more"),
+            (
+                min(self.max_tokens, self.max_body, self.max_prompt_tokens or 1) >= 1,
+                "max_tokens, max_prompt_tokens and max_body must be 1 or more",
+            ),
+            (min(self.client_timeout, self.timeout) > 0, "timeouts must be above 0"),
+        )
+        if said := complaint(checks):
+            raise RequestError(said)
+
+
+# ------------------------------------------------------------------------------ requests
+
+
+class _Service:
+    """What all requests share."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        self.llm, self.settings = llm, settings
+        self.worker = Worker(llm)
+        self.metrics = Metrics()
+        self.unfinished = 0
+        """Answers that were taken and are not over."""
+        self._offered = llm.driver.engine.capabilities
+        # one thread: a tokenizer is not made for several, and a long prompt must not stop the event loop
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self.metrics.watch("pasta_unfinished_answers", "Answers that decode or wait.", lambda: self.unfinished)
+        self.metrics.watch(
+            "pasta_running_answers", "Answers in the engine.", lambda: len(llm.driver.running)
+        )
+        self.metrics.watch(
+            "pasta_live_threads", "Threads decoding at once.", lambda: self.worker.live_threads
+        )
+        self.metrics.watch(
+            "pasta_failed_steps", "Steps of the engine that failed.", lambda: self.worker.failures
+        )
+
+    @contextmanager
+    def _places(self, answers: int) -> Iterator[None]:
+        """Places for some answers. Raises Refused if so many are never or not now to be had."""
+        most = self._offered.max_num_seqs + self.settings.max_queue
+        if answers > most:
+            raise Refused(f"this server answers at most {most} at once: lower n or send fewer prompts", param="n")
+        if self.unfinished + answers > most:
+            raise Refused(
+                f"{self.unfinished} answers are under way, of {most}: ask again later",
+                status=429,
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+        self.unfinished += answers
+        try:
+            yield
+        finally:
+            self.unfinished -= answers
+
+    def _parallelism(self, asked: float | None) -> float:
+        """The odds of forking: as asked, else the server's own, lowered while more threads than its target live."""
+        if asked is not None:
+            return asked
+        live = max(self.worker.live_threads, self.unfinished)
+        target = self.settings.thread_target
+        return self.settings.parallelism * (target / live if 0 < target < live else 1)
+
+    async def _job(self, asked: ChatRequest | CompletionRequest) -> Job:
+        """The request in token ids. Raises Refused, RequestError, ModelError."""
+        params = asked.params(
+            max_tokens=asked.wanted_tokens or 1,
+            logprobs=asked.wanted_logprobs,
+            parallelism=self._parallelism(asked.pasta.parallelism),
+        )
+        loop = asyncio.get_running_loop()
+        prompts = [
+            await loop.run_in_executor(self._encoder, self.llm.encode, prompt, params) for prompt in asked.prompts
+        ]
+        longest = max(map(len, prompts), default=0)
+        params = replace(params, max_tokens=self._fitting(longest, asked.wanted_tokens))
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        return Job(prompts, params, seed)
+
+    def _fitting(self, prompt: int, wanted: int | None) -> int:
+        """The bound on tokens; if none is wanted, the server's, or what is left. Raises Refused."""
+        room = self._offered.max_model_len
+        most = min(self.settings.max_prompt_tokens or room, room - 1)
+        if prompt > most:
+            said = f"the prompt has {prompt} tokens, the most is {most}: shorten it"
+        elif wanted is not None and prompt + wanted > room:
+            said = f"the prompt's {prompt} tokens and max_tokens {wanted} exceed {room}: lower one"
+        else:
+            return wanted or min(self.settings.max_tokens, room - prompt)
+        raise Refused(said, code="context_length_exceeded", param="max_tokens" if prompt <= most else None)
+
+    @asynccontextmanager
+    async def asking(self, asked: ChatRequest | CompletionRequest) -> AsyncIterator[_Asked]:
+        """A request under way: it has its places until the end, and whatever ends it frees its slots. Raises
+        PastaError, TimeoutError."""
+        begun = time.perf_counter()
+        if asked.model != self.settings.name:
+            raise Refused(
+                f"there is no model {asked.model!r} here, only {self.settings.name!r}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        if not asked.prompts:
+            raise Refused("prompt is empty: give at least one", param="prompt")
+        with self._places(len(asked.prompts) * asked.n):
+            job = await self._job(asked)
+            self.worker.ask(job)
+            try:
+                under_way = _Asked(job, self, begun)
+                await under_way.taken()
+                yield under_way
+            finally:
+                self.worker.drop(job)
+
+
+class _Asked:
+    """A request in the engine: its answers, and what becomes certain of them."""
+
+    def __init__(self, job: Job, service: _Service, begun: float) -> None:
+        stops, number = job.params.stop_strings, len(job.prompts) * job.params.n
+        self.answers = [Answer(stops) for _ in range(number)]
+        self._prompt_tokens = sum(map(len, job.prompts))
+        self._job, self._begun, self._metrics = job, begun, service.metrics
+        self._deadline = asyncio.get_running_loop().time() + service.settings.timeout
+        self._first: tuple[int, list[Event]] | None = None
+
+    async def taken(self) -> None:
+        """Waits until the engine has it. Raises PastaError, TimeoutError."""
+        self._first = await self._next()
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """What becomes certain, with the choice's index, until all is over. Raises EngineError, TimeoutError."""
+        shown = False
+        while not all(answer.transcript.finished for answer in self.answers):
+            (index, events), self._first = self._first or await self._next(), None
+            delta = self.answers[index].take(events)
+            if delta.text and not shown:
+                shown = True
+                self._metrics.first_text.observe(time.perf_counter() - self._begun)
+            yield index, delta
+        self._metrics.seconds.observe(time.perf_counter() - self._begun)
+        self._metrics.answered(self._prompt_tokens, self.answers)
+
+    async def _next(self) -> tuple[int, list[Event]]:
+        async with asyncio.timeout_at(self._deadline):
+            return await self._job.next()
+
+    def usage(self) -> CompletionUsage:
+        return usage(self._prompt_tokens, self.answers, self._job.params.parallelism)
+
+
+# ------------------------------------------------------------------------------ replies
+
+
+class _Replying(Response):
+    """The reply to a request; it is made while it is sent."""
+
+    def __init__(self, service: _Service, asked: ChatRequest | CompletionRequest) -> None:
+        super().__init__()
+        self._service, self._asked = service, asked
+        kind = ChatReply if isinstance(asked, ChatRequest) else CompletionReply
+        self._reply = kind(
+            service.settings.name, service.llm.loaded.vocabulary, asked.wanted_logprobs is not None
+        )
+
+
+class _Whole(_Replying):
+    """One JSON object."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        making = asyncio.ensure_future(self._made())
+        left = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((making, left), return_when=asyncio.FIRST_COMPLETED)
+            if making.done():
+                await making.result()(scope, receive, send)
+            else:
+                self._service.metrics.disconnects.inc()
+                await Response(status_code=CLIENT_LEFT)(scope, receive, send)
+        finally:
+            making.cancel()
+            left.cancel()
+            await asyncio.wait((making, left))
+
+    async def _made(self) -> Response:
+        async with self._service.asking(self._asked) as under_way:
+            async for _ in under_way.deltas():
+                pass
+        reply = self._reply.whole(under_way.answers, under_way.usage())
+        return Response(line(reply), media_type="application/json")
+
+
+async def _left(receive: Receive) -> None:
+    """Waits until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Chunks(_Replying):
+    """A stream of chunks. An error before the first is a reply of its own, a later one the last event."""
+
+    _ended = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        settings = self._service.settings
+        # entered here and not in the generator, which is never closed if it never began
+        async with self._service.asking(self._asked) as under_way:
+            stream = EventSourceResponse(
+                self._events(under_way),
+                sep="\n",
+                send_timeout=settings.client_timeout,
+                shutdown_grace_period=settings.timeout,  # what runs is finished
+            )
+            with suppress(SendTimeoutError):
+                await stream(scope, receive, send)
+        if not self._ended:
+            self._service.metrics.disconnects.inc()
+
+    async def _events(self, under_way: _Asked) -> AsyncIterator[dict[str, str]]:
+        try:
+            async for chunk in self._chunks(under_way):
+                yield {"data": line(chunk)}
+            yield {"data": "[DONE]"}
+        except Exception as error:
+            yield {"data": json.dumps(_refused(error).body())}
+        self._ended = True
+
+    async def _chunks(self, under_way: _Asked) -> AsyncIterator[ChatCompletionChunk | Completion]:
+        asked, reply = self._asked, self._reply
+        for index in range(len(under_way.answers)):
+            if (opening := reply.opening(index)) is not None:
+                yield opening
+        async for index, delta in under_way.deltas():
+            if asked.pasta.events:
+                yield reply.chunk(index, delta, **events_key(delta.events))
+            elif delta.text or delta.scored:
+                yield reply.chunk(index, delta)
+            if delta.finish_reason is not None:
+                yield reply.closing(index, delta.finish_reason)
+        if asked.stream_options.include_usage:
+            yield reply.used(under_way.usage())
+
+
+def _refused(error: Exception) -> Refused:
+    """An error as clients get it."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, RequestValidationError):
+        return refusal(error.errors())
+    if isinstance(error, HTTPException):
+        return Refused(error.detail, error.status_code, headers=error.headers)
+    if isinstance(error, TimeoutError):
+        said = "the time for this request is over: ask for fewer tokens"
+        # the same request would take as long again
+        return Refused(said, 504, "timeout", headers={"x-should-retry": "false"})
+    if isinstance(error, RequestError | CapabilityError | ModelError):
+        return Refused(str(error), code="invalid_value")
+    if isinstance(error, PastaError):
+        return Refused(str(error), 500, "engine_error")
+    return Refused("internal error, please report it", 500, "internal_error")
+
+
+async def _error(request: Request, error: Exception) -> Response:
+    refused = _refused(error)
+    return JSONResponse(refused.body(), refused.status, refused.headers)
+
+
+# ------------------------------------------------------------------------------ the application
+
+
+class _Gate:
+    """Before any path: the API key, and how large a body may be and how long it may take. Counts the requests."""
+
+    def __init__(self, app: ASGIApp, service: _Service, paths: frozenset[str]) -> None:
+        self._app, self._service, self._paths = app, service, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                known = path if path in self._paths else "other"
+                self._service.metrics.requests.labels(known, message["status"]).inc()
+            await send(message)
+
+        if path.startswith("/v1") and not self._admitted(dict(scope["headers"]).get(b"authorization", b"")):
+            refused = Refused(
+                "this server needs its API key: send Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await (await _error(Request(scope), refused))(scope, receive, counted)
+            return
+        await self._app(scope, self._bounded(receive), counted)
+
+    def _admitted(self, header: bytes) -> bool:
+        key = self._service.settings.api_key
+        return key is None or hmac.compare_digest(header, b"Bearer " + key.encode())
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """What comes in, as long as the body is not too large or too slow."""
+        taken, whole = 0, False
+        settings = self._service.settings
+
+        async def bounded() -> Message:
+            nonlocal taken, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(settings.client_timeout):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body does not come: send it whole") from None
+            taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if taken > settings.max_body:
+                raise HTTPException(413, f"the body is larger than {settings.max_body} bytes: send less")
+            return message
+
+        return bounded
+
+
+class ErrorObject(BaseModel):
+    """What OpenAI's errors say."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """What a refused request gets."""
+
+    error: ErrorObject
+
+
+def application(llm: LLM, settings: Settings) -> FastAPI:
+    """The ASGI application over a model; it owns the model's driver while it runs."""
+    service = _Service(llm, settings)
+    created = int(time.time())
+
+    @asynccontextmanager
+    async def running(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await service.worker.stop()
+
+    errors: dict[int | str, dict[str, Any]] = {
+        code: {"model": ErrorReply, "description": "An error"} for code in ("4XX", "5XX")
+    }
+    app = FastAPI(title="pastalm", lifespan=running, responses=errors)
+    for kind in (PastaError, TimeoutError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _error)
+    key = [Depends(HTTPBearer(auto_error=False, description="The key of --api-key, if there is one."))]
+
+    @app.post("/v1/chat/completions", dependencies=key, responses={200: {"model": ChatCompletion}})
+    async def chat(asked: ChatRequest) -> Response:
+        """Answers a conversation."""
+        return (_Chunks if asked.stream else _Whole)(service, asked)
+
+    @app.post("/v1/completions", dependencies=key, responses={200: {"model": Completion}})
+    async def complete(asked: CompletionRequest) -> Response:
+        """Completes raw prompts."""
+        return (_Chunks if asked.stream else _Whole)(service, asked)
+
+    @app.get("/v1/models", dependencies=key)
+    async def models() -> dict[str, Any]:
+        """The one model."""
+        only = Model(id=settings.name, created=created, object="model", owned_by="pastalm")
+        return {"object": "list", "data": [only.model_dump(exclude_unset=True)]}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the engine's thread is there."""
+        if not service.worker.alive:
+            raise HTTPException(503, "the engine's thread has ended: start the server again")
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counts and times for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    paths = frozenset(str(getattr(route, "path", "")) for route in app.routes)
+    app.add_middleware(_Gate, service=service, paths=paths)
+    return app
+
+
+# ------------------------------------------------------------------------------ running it
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for clients; port 0 takes a free one. Raises RequestError."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise RequestError(f"cannot listen on {host}, port {port} ({error}): give another --host or --port") from None
+
+
+def serve(llm: LLM, settings: Settings, listening: socket.socket) -> None:
+    """Serves until SIGTERM or Ctrl-C; what runs then is finished, new clients are not taken."""
+    config = uvicorn.Config(
+        application(llm, settings),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(settings.timeout),
+    )
+    # uvicorn raises the signal once more when all is done; that it was SIGTERM is no failure
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,59 @@
+"""What `/metrics` shows, in Prometheus' text form. One registry for each server, none that is global."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from pastalm.server.protocol import Answer
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+
+class Metrics:
+    """The server's counts and times; text() is the page."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "pasta_requests", "HTTP requests by path and status.", ["path", "status"], registry=self._registry
+        )
+        self.disconnects = Counter(
+            "pasta_disconnects", "Requests whose client left before the end.", registry=self._registry
+        )
+        self._prompt_tokens = Counter(
+            "pasta_prompt_tokens", "Tokens of prompts answered.", registry=self._registry
+        )
+        self._tokens = Counter("pasta_tokens", "Tokens decoded, tags too.", registry=self._registry)
+        self._critical_path = Counter(
+            "pasta_critical_path_tokens",
+            "Tokens on critical paths; pasta_tokens_total over it is the parallelism.",
+            registry=self._registry,
+        )
+        self.first_text = Histogram(
+            "pasta_first_text_seconds",
+            "From a request to the first text that could be shown.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.seconds = Histogram(
+            "pasta_request_seconds",
+            "From a request to the end of its answers.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
+        """Shows a value as it is when it is asked for."""
+        Gauge(name, what, registry=self._registry).set_function(value)
+
+    def answered(self, prompt_tokens: int, answers: list[Answer]) -> None:
+        """Counts the tokens of a request that was answered."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self._tokens.inc(sum(a.transcript.tokens for a in answers))
+        self._critical_path.inc(sum(a.transcript.critical_path for a in answers))
+
+    def text(self) -> bytes:
+        """The page."""
+        return generate_latest(self._registry)

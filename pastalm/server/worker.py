@@ -1,0 +1,181 @@
+"""The engine's thread: it owns the driver, and the asyncio side talks to it by messages only.
+
+Requests of all clients decode together, each answer with its threads. Between two steps the thread takes what has
+come in, so that a request which is dropped has freed its slots before the next step. When a step fails, every
+request under way gets that error, and the thread goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+from pastalm.engine import SamplingParams
+from pastalm.errors import EngineError, PastaError
+from pastalm.events import Event
+from pastalm.llm import LLM, Running
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request of a client: `params.n` answers to each prompt, numbered prompt by prompt. updates: what happened,
+    (number, events of one step) or the error that ended all of it."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    seed: int
+    updates: asyncio.Queue[tuple[int, list[Event]] | PastaError] = field(default_factory=asyncio.Queue)
+
+    async def next(self) -> tuple[int, list[Event]]:
+        """The next update. Raises what ended the job."""
+        update = await self.updates.get()
+        if isinstance(update, PastaError):
+            raise update
+        return update
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Update = tuple[Job, tuple[int, list[Event]] | PastaError]
+
+
+class Worker:
+    """Owns an LLM's driver on a thread of its own. live_threads: decoding now, waiting answers' first ones too.
+    failures: steps that failed."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.live_threads = 0
+        self.failures = 0
+        self._llm = llm
+        self._inbox: SimpleQueue[_Ask | _Drop | _Stop] = SimpleQueue()
+        self._jobs: dict[str, tuple[Job, int, Running]] = {}
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+
+    # ------------------------------------------------------------------ the asyncio side
+
+    def start(self) -> None:
+        """Starts the thread; updates go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after its step; what is under way is cancelled."""
+        self._inbox.put(_Stop())
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def ask(self, job: Job) -> None:
+        """Hands a request over. Its first update says that it was taken, or why not."""
+        self._inbox.put(_Ask(job))
+
+    def drop(self, job: Job) -> None:
+        """Ends a request; its slots are free before the next step. One that is over is left alone."""
+        self._inbox.put(_Drop(job))
+
+    # ------------------------------------------------------------------ the engine's side
+
+    def _run(self) -> None:
+        while True:
+            for message in self._received():
+                if isinstance(message, _Ask):
+                    self._begin(message.job)
+                elif isinstance(message, _Drop):
+                    self._end(message.job)
+                else:
+                    for job in {id(job): job for job, _, _ in self._jobs.values()}.values():
+                        self._end(job)
+                    return
+            if self._llm.driver.running:
+                self._step()
+            self.live_threads = sum(
+                thread.state == "live"
+                for running in self._llm.driver.running.values()
+                for thread in running.transcript.threads.values()
+            )
+
+    def _received(self) -> Iterator[_Ask | _Drop | _Stop]:
+        """The messages that are there; waits for one if nothing decodes."""
+        if not self._llm.driver.running:
+            yield self._inbox.get()
+        with contextlib.suppress(Empty):
+            while True:
+                yield self._inbox.get_nowait()
+
+    def _begin(self, job: Job) -> None:
+        updates: list[_Update] = []
+        try:
+            for i, prompt in enumerate(job.prompts):
+                for choice in range(job.params.n):
+                    running, events = self._llm.submit(prompt, job.params, choice=choice, seed=job.seed)
+                    number = i * job.params.n + choice
+                    self._jobs[running.request.id] = (job, number, running)
+                    updates.append((job, (number, events)))
+        except Exception as error:
+            self._end(job)
+            updates = [(job, error if isinstance(error, PastaError) else _told(error))]
+        self._tell(updates)
+
+    def _end(self, job: Job) -> None:
+        for request_id, (owner, _, running) in list(self._jobs.items()):
+            if owner is job:
+                self._llm.driver.cancel(running)
+                del self._jobs[request_id]
+
+    def _step(self) -> None:
+        updates: dict[str, list[Event]] = {}
+        try:
+            for running, event in self._llm.driver.step():
+                updates.setdefault(running.request.id, []).append(event)
+        except Exception as error:
+            self.failures += 1
+            told = _told(error)
+            log.error("a step failed, %d answers with it: %s", len(self._jobs), told)
+            self._tell([(job, told) for job, _, _ in self._jobs.values()])
+            self._jobs.clear()
+            return
+        self._tell([(self._jobs[i][0], (self._jobs[i][1], events)) for i, events in updates.items()])
+        for request_id in updates:
+            if self._jobs[request_id][2].transcript.finished:
+                del self._jobs[request_id]
+
+    def _tell(self, updates: list[_Update]) -> None:
+        """Hands updates to the event loop, all of a step at once; nobody listens once it is closed."""
+        if updates:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(_deliver, updates)
+
+
+def _deliver(updates: list[_Update]) -> None:
+    for job, update in updates:
+        job.updates.put_nowait(update)
+
+
+def _told(error: Exception) -> EngineError:
+    """What clients are told of a failure that is none of their own."""
+    if isinstance(error, EngineError):
+        return error
+    log.error("internal error, please report it", exc_info=error)
+    return EngineError(f"the engine failed ({type(error).__name__}): ask again")

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import (
@@ -23,7 +23,7 @@ from openai.types.chat import (
 )
 from openai.types.chat import chat_completion_chunk as chunk_types
 from openai.types.completion_choice import Logprobs
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pastalm.engine import SamplingParams
 from pastalm.errors import PastaError
@@ -59,6 +59,16 @@ class Refused(PastaError):
 # ------------------------------------------------------------------------------ requests
 
 
+def _unicode(text: str) -> str:
+    """JSON can spell half a character, which nothing can encode."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half a character (a lone surrogate) is no text")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_unicode)]
+
+
 class _Checked(BaseModel):
     """No field is converted, and none that is unknown is taken; null is as good as absent."""
 
@@ -78,7 +88,7 @@ class TextPart(_Checked):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class Message(_Checked):
@@ -86,7 +96,7 @@ class Message(_Checked):
 
     neutral = {"annotations": [[]], "tool_calls": [[]]}
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: _Text | list[TextPart]
 
     def rendered(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -205,7 +215,7 @@ class CompletionRequest(_Sampled):
     """`POST /v1/completions`: raw prompts, as text or as token ids."""
 
     neutral = {**_NO_PENALTY, "echo": [False], "best_of": [1], "suffix": [""]}
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: _Text | list[_Text] | list[int] | list[list[int]]
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
 

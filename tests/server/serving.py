@@ -15,10 +15,10 @@ from urllib.request import Request, urlopen
 import uvicorn
 from openai import OpenAI
 
-from pastalm import LLM
+from pastalm import LLM, models
 from pastalm.engine import Engine
 from pastalm.engines.scripted import Script, ScriptedEngine
-from pastalm.models import Loaded, vocabulary_of
+from pastalm.models import Loaded
 from pastalm.server.app import Settings, application, listen
 from pastalm.vocabulary import TAG_TOKENS
 from tests.test_models import byte_level
@@ -35,7 +35,7 @@ def loaded() -> Loaded:
     """A prepared vocabulary with a chat template, and no weights."""
     tokenizer = byte_level()
     tokenizer.add_special_tokens({"extra_special_tokens": list(TAG_TOKENS.values())})
-    vocabulary = vocabulary_of(tokenizer, eos=[1])
+    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
     return Loaded("played", None, tokenizer, vocabulary, True, "Write the answer in one piece.", 4096)
 
 
@@ -142,3 +142,47 @@ def joined(chunks: Sequence[Any], index: int = 0) -> str:
     """The concatenated deltas of a choice of a chat stream."""
     choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
     return "".join(c["delta"].get("content", "") for c in choices)
+
+
+# ------------------------------------------------------------------------------ tiny models
+
+
+def tiny_parts() -> tuple[Any, Any]:
+    """A small random model (float64) with tag tokens, the same each time, and its tokenizer. Its weights are large
+    enough that greedy answers differ."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_level()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    models.prepare(model, tokenizer)
+    return model.to(torch.float64).eval(), tokenizer
+
+
+def tiny(max_num_seqs: int = 4, max_model_len: int = 512) -> LLM:
+    """An LLM over the small random model."""
+    from pastalm.engines.transformers import TransformersEngine
+
+    model, tokenizer = tiny_parts()
+    vocabulary = models.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])
+    here = Loaded("played", model, tokenizer, vocabulary, True, "Write the answer in one piece.", 2048)
+    engine = TransformersEngine(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+    return LLM.over(engine, here)
+
+
+def forking(llm: LLM) -> dict[str, float]:
+    """A logit_bias under which a random model forks, joins and ends."""
+    tags = llm.loaded.vocabulary.tags
+    assert tags is not None
+    return {str(tags.promise): 6.0, str(tags.tokens): 5.0, str(tags.sync): 6.0, str(tags.async_close): 4.0, "1": 1.0}

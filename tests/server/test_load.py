@@ -1,0 +1,276 @@
+"""Many clients at once, some of them rude, and an engine that fails: no answer is lost, crossed or left running.
+
+Over a small random model in float64, where an answer does not hang on its company: each is held against the same
+request alone. No test asserts speed.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event as Flag
+from typing import Any
+
+import pytest
+
+from pastalm import LLM, EngineError, SamplingParams, models
+from pastalm.engine import Request as EngineRequest
+from pastalm.engine import SampledToken
+from pastalm.engines.scripted import ScriptedEngine
+from tests.server.serving import (
+    HELLO,
+    TIPS,
+    TIPS_TEXT,
+    Raw,
+    Served,
+    curl,
+    events_of,
+    eventually,
+    forking,
+    joined,
+    open_stream,
+    playing,
+    serving,
+    tiny,
+    tiny_parts,
+)
+
+WORDS = ["five", "tips", "for", "sleeping", "well", "and", "why", "they", "help", "naive", "cafe", "say"]
+
+# ------------------------------------------------------------------------------ mixed load
+
+
+def request_of(rng: random.Random, bias: dict[str, float]) -> dict[str, Any]:
+    """A chat or completion request of random size; what it gives does not hang on the load."""
+    said = " ".join(rng.choices(WORDS, k=rng.randint(1, 40)))
+    body: dict[str, Any] = {
+        "model": "played",
+        "max_tokens": rng.choice((3, 20, 60, 150)),
+        "temperature": rng.choice((0, 0, 1)),
+        "seed": rng.randint(0, 999),
+        "n": rng.choice((1, 1, 2)),
+        "stream": rng.random() < 0.5,
+        "logit_bias": bias,
+        "pasta": {"parallelism": rng.choice((0, 1, 1))},
+    }
+    if rng.random() < 0.3:
+        body["stop"] = [rng.choice("aeins")]
+    if rng.random() < 0.6:
+        return {**body, "messages": [{"role": "user", "content": said}]}
+    return {**body, "prompt": said}
+
+
+def alone(llm: LLM, body: dict[str, Any]) -> list[str]:
+    """What the request gives without a server and without company."""
+    params = SamplingParams(
+        n=body["n"],
+        temperature=body["temperature"],
+        seed=body["seed"],
+        stop=tuple(body.get("stop", ())),
+        max_tokens=body["max_tokens"],
+        logit_bias={int(key): value for key, value in body["logit_bias"].items()},
+        parallelism=body["pasta"]["parallelism"],
+    )
+    (output,) = llm.chat(body["messages"], params) if "messages" in body else llm.generate(body["prompt"], params)
+    return [each.text for each in output.outputs]
+
+
+def patiently(url: str, body: Any) -> Raw:
+    """A request by curl; asks again when the queue is full."""
+    while (reply := curl(url, body))[0] == 429:
+        time.sleep(0.05)
+    return reply
+
+
+def asked(served: Served, body: dict[str, Any]) -> list[str]:
+    """The texts that the server gives."""
+    url = f"{served.url}/v1/{'chat/completions' if 'messages' in body else 'completions'}"
+    status, _, got = patiently(url, body)
+    assert status == 200, got
+    if not body["stream"]:
+        return [c["message"]["content"] if "messages" in body else c["text"] for c in got["choices"]]
+    chunks = events_of(got)
+    if "messages" in body:
+        return [joined(chunks, i) for i in range(body["n"])]
+    choices = [c for chunk in chunks for c in chunk["choices"]]
+    return ["".join(c["text"] for c in choices if c["index"] == i) for i in range(body["n"])]
+
+
+def leaving(served: Served, body: dict[str, Any]) -> None:
+    """Reads the beginning of a long stream and leaves."""
+    long = {**body, "max_tokens": 300, "n": 1, "stop": None, "logit_bias": {**body["logit_bias"], "1": -100}}
+    url = f"{served.url}/v1/{'chat/completions' if 'messages' in body else 'completions'}"
+    while True:
+        try:
+            with open_stream(url, {**long, "stream": True}) as stream:
+                stream.readline()
+            return
+        except OSError as error:
+            assert "429" in str(error)
+            time.sleep(0.05)
+
+
+def bad(served: Served, i: int) -> None:
+    """One of some requests that are malformed or over a limit."""
+    url = f"{served.url}/v1/chat/completions"
+    body = {"model": "played", "messages": HELLO}
+    wrong = ("{", {**body, "max_tokens": 9999}, {**body, "tools": [1]}, {**body, "messages": "x"}, "x" * 30_000)
+    assert patiently(url, wrong[i % len(wrong)])[0] == (413 if i % len(wrong) == 4 else 400)
+
+
+def test_many_clients_get_what_each_would_get_alone() -> None:
+    reference, rng = tiny(max_num_seqs=1), random.Random(0)
+    bias = forking(reference)
+    bodies = [request_of(rng, bias) for _ in range(90)]
+    expected = [alone(reference, body) for body in bodies]
+    assert len({text for texts in expected for text in texts}) > 60, "crossed answers would not show"
+    with serving(tiny(max_num_seqs=4), max_queue=6, max_body=20_000) as served, ThreadPoolExecutor(12) as clients:
+        good = {i: clients.submit(asked, served, body) for i, body in enumerate(bodies)}
+        rude = [clients.submit(leaving, served, bodies[i]) for i in range(0, 90, 10)]
+        rude += [clients.submit(bad, served, i) for i in range(10)]
+        wrong = [i for i, future in good.items() if future.result(200) != expected[i]]
+        for future in rude:
+            future.result(200)
+        assert wrong == []
+        assert served.becomes_idle()
+        metrics = served.metrics()
+        assert metrics["pasta_disconnects_total"] >= 1
+        assert metrics["pasta_tokens_total"] > metrics["pasta_critical_path_tokens_total"], "nothing forked"
+
+
+# ------------------------------------------------------------------------------ the engine's thread
+
+
+class Watched(ScriptedEngine):
+    """Calls `at_step` in each of its steps with how many there were."""
+
+    steps = 0
+
+    def at_step(self, step: int) -> None:
+        """To be replaced."""
+
+    def step(self) -> list[SampledToken]:
+        sampled = super().step()
+        self.steps += 1
+        self.at_step(self.steps)
+        return sampled
+
+
+def test_a_dropped_request_is_in_no_further_step() -> None:
+    llm = playing("x" * 500, engine=Watched, step_seconds=0.005)
+    engine = llm.driver.engine
+    assert isinstance(engine, Watched)
+    inside, gone = Flag(), Flag()
+
+    def pause(step: int) -> None:
+        if step == 5:
+            inside.set()
+            gone.wait(20)
+
+    engine.at_step = pause  # type: ignore[method-assign]
+    with serving(llm) as served:
+        stream = open_stream(f"{served.url}/v1/chat/completions", {"model": "played", "messages": HELLO})
+        assert inside.wait(20)
+        stream.close()
+        assert eventually(lambda: served.metrics()["pasta_disconnects_total"] == 1)
+        gone.set()
+        assert served.becomes_idle()
+        assert engine.steps == 5
+
+
+@pytest.mark.parametrize("error", [EngineError("the forward pass failed"), RuntimeError("a bug")])
+def test_a_failing_step_is_a_clear_error_and_the_server_goes_on(error: Exception) -> None:
+    llm = playing(TIPS, engine=Watched, step_seconds=0.003)
+    engine = llm.driver.engine
+    assert isinstance(engine, Watched)
+
+    def fail(step: int) -> None:
+        if step % 130 == 0:
+            raise error
+
+    engine.at_step = fail  # type: ignore[method-assign]
+    body = {"model": "played", "messages": HELLO, "max_tokens": 200}
+    outcomes: Counter[str] = Counter()
+
+    def client(i: int) -> str:
+        status, _, reply = curl(f"{served.url}/v1/chat/completions", {**body, "stream": i % 2 == 0})
+        last = events_of(reply)[-1] if i % 2 == 0 and status == 200 else reply
+        if "error" in last:
+            assert last["error"]["type"] == "server_error" and "the " in last["error"]["message"]
+            assert "a bug" not in last["error"]["message"]
+            return "error"
+        text = joined(events_of(reply)) if i % 2 == 0 else reply["choices"][0]["message"]["content"]
+        return "whole" if text == TIPS_TEXT else "cut"
+
+    with serving(llm) as served, ThreadPoolExecutor(6) as clients:
+        outcomes.update(clients.map(client, range(24)))
+        assert set(outcomes) == {"whole", "error"}, outcomes
+        assert served.becomes_idle()
+        assert served.metrics()["pasta_failed_steps"] >= 1
+        engine.at_step = lambda step: None  # type: ignore[method-assign]
+        assert client(0) == client(1) == "whole"
+
+
+def test_a_request_that_the_engine_does_not_take_fails_alone() -> None:
+    class Picky(ScriptedEngine):
+        def add(self, request: EngineRequest) -> None:
+            if request.choice == 1:
+                raise RuntimeError("out of luck")
+            super().add(request)
+
+    with serving(playing(TIPS, engine=Picky, step_seconds=0.01)) as served:
+        url, body = f"{served.url}/v1/chat/completions", {"model": "played", "messages": HELLO, "max_tokens": 200}
+        with open_stream(url, body) as other:
+            for stream in (False, True):
+                status, _, reply = curl(url, {**body, "n": 2, "stream": stream})
+                assert (status, reply["error"]["code"]) == (500, "engine_error")
+            assert joined(events_of(other.read().decode())) == TIPS_TEXT
+        assert served.becomes_idle()
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
+    model, tokenizer = tiny_parts()
+    models.save(model, tokenizer, tmp_path / "played")
+    command = [sys.executable, "-m", "pastalm.cli", "serve", str(tmp_path / "played"), "--port", "0"]
+    command += ["--dtype", "float64", "--max-num-seqs", "3", "--max-model-len", "512"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None and process.stdout is not None
+        said = process.stderr.readline()
+        assert said.startswith("played on http://127.0.0.1:"), said
+        url = said.split()[-1]
+        bias = {"1": -100.0}
+        body = {"model": "played", "messages": HELLO, "max_tokens": 250, "temperature": 0, "logit_bias": bias}
+        assert eventually(lambda: _up(url))
+        with ThreadPoolExecutor(4) as clients:
+            waiting = [clients.submit(curl, f"{url}/chat/completions", body) for _ in range(4)]
+            with open_stream(f"{url}/chat/completions", body) as stream:
+                first = stream.readline()
+                process.send_signal(signal.SIGTERM)
+                text = joined(events_of((first + stream.read()).decode()))
+            replies = [future.result(100) for future in waiting]
+        assert [status for status, _, _ in replies] == [200] * 4
+        assert {reply["choices"][0]["message"]["content"] for _, _, reply in replies} == {text}
+        assert {reply["usage"]["completion_tokens"] for _, _, reply in replies} == {250}
+        assert process.wait(60) == 0
+        assert not _up(url)
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _up(url: str) -> bool:
+    try:
+        return curl(f"{url}/models")[0] == 200
+    except subprocess.CalledProcessError:
+        return False

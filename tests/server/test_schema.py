@@ -1,0 +1,47 @@
+"""Requests made from the server's own OpenAPI document, valid and not: none of them is the server's fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.server.serving import Served, playing, serving
+
+schemathesis = pytest.importorskip("schemathesis")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(playing("Hello.")) as here:
+        yield here
+        assert here.becomes_idle()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"])
+def test_no_request_is_a_server_error(served: Served, path: str) -> None:
+    schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    operation = schema[path]["GET" if len(path) < 12 or path.endswith("models") else "POST"]
+    modes = schemathesis.GenerationMode
+    cases = st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in modes))
+    statuses: set[int] = set()
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=cases)
+    def holds(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = "played"  # no made-up name would get further
+        response = case.call()
+        statuses.add(response.status_code)
+        assert response.status_code < 500, (case.body, response.text)
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    holds()
+    assert served.client.chat.completions.create(
+        model="played", messages=[{"role": "user", "content": "x"}]
+    ).choices
+    assert 200 in statuses, "none of them got through"

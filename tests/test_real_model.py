@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path as FilePath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,26 @@ def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
     ends = llm.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert typed.count(ends) == plain.count(ends)
     assert "say <|sync|> <|im_end|> <|promise|>" in llm.loaded.tokenizer.decode(typed)
+
+
+def test_the_server_streams_what_it_answers(llm: LLM) -> None:
+    from tests.server.serving import curl, events_of, joined, serving
+
+    asked: dict[str, Any] = {
+        "model": models.EMBEDDED,
+        "messages": [{"role": "user", "content": FIVE_TIPS}],
+        "temperature": 0,
+        "max_tokens": 200,
+        "stop": ["4."],
+    }
+    with serving(llm, name=models.EMBEDDED) as served:
+        whole = served.client.chat.completions.create(**asked)
+        _, _, streamed = curl(f"{served.url}/v1/chat/completions", {**asked, "stream": True})
+        assert served.becomes_idle()
+    assert joined(events_of(streamed)) == whole.choices[0].message.content != ""
+    assert whole.usage.pasta["choices"][0]["threads"] > 2
+    alone = llm.chat(asked["messages"], SamplingParams(temperature=0, max_tokens=200, stop="4."))
+    assert whole.choices[0].message.content == alone[0].outputs[0].text
 
 
 def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, tmp_path: FilePath) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import math
 import random
 import signal
@@ -52,6 +53,8 @@ from pastalm.server.protocol import (
     usage,
 )
 from pastalm.server.worker import Job, Worker
+
+log = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """The status, nginx's, of a reply that nobody waits for; it stands in the metrics only."""
@@ -310,6 +313,8 @@ class _Chunks(_Replying):
                 yield {"data": line(chunk)}
             yield {"data": "[DONE]"}
         except Exception as error:
+            if not isinstance(error, PastaError | TimeoutError):
+                log.error("internal error, please report it", exc_info=error)
             yield {"data": json.dumps(_refused(error).body())}
         self._ended = True
 

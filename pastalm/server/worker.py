@@ -68,7 +68,7 @@ class Worker:
         self.failures = 0
         self._llm = llm
         self._inbox: SimpleQueue[_Ask | _Drop | _Stop] = SimpleQueue()
-        self._jobs: dict[str, tuple[Job, int, Running]] = {}
+        self._jobs: dict[str, tuple[Job, int, Running]] = {}  # until they are dropped
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     # ------------------------------------------------------------------ the asyncio side
@@ -92,7 +92,8 @@ class Worker:
         self._inbox.put(_Ask(job))
 
     def drop(self, job: Job) -> None:
-        """Ends a request; its slots are free before the next step. One that is over is left alone."""
+        """Forgets a request, to be called once for each; what still decodes of it is cancelled, and its slots are
+        free before the next step."""
         self._inbox.put(_Drop(job))
 
     # ------------------------------------------------------------------ the engine's side
@@ -154,12 +155,8 @@ class Worker:
             told = _told(error)
             log.error("a step failed, %d answers with it: %s", len(self._jobs), told)
             self._tell([(job, told) for job, _, _ in self._jobs.values()])
-            self._jobs.clear()
             return
         self._tell([(self._jobs[i][0], (self._jobs[i][1], events)) for i, events in updates.items()])
-        for request_id in updates:
-            if self._jobs[request_id][2].transcript.finished:
-                del self._jobs[request_id]
 
     def _tell(self, updates: list[_Update]) -> None:
         """Hands updates to the event loop, all of a step at once; nobody listens once it is closed."""

@@ -144,6 +144,27 @@ def test_many_clients_get_what_each_would_get_alone() -> None:
         assert metrics["pasta_tokens_total"] > metrics["pasta_critical_path_tokens_total"], "nothing forked"
 
 
+def test_a_second_turn_feeds_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny(max_num_seqs=2)
+    engine: Any = llm.driver.engine
+    fed: list[int] = []
+    run = engine._run
+
+    def counted(**how: Any) -> Any:
+        fed.append(0 if how.get("decoding", True) else len(how["ids"]))
+        return run(**how)
+
+    monkeypatch.setattr(engine, "_run", counted)
+    with serving(llm) as served:
+        ask = served.client.chat.completions.create
+        told: dict[str, Any] = {"model": "played", "max_tokens": 30, "temperature": 0, "logit_bias": forking(llm)}
+        first = ask(messages=HELLO, **told)
+        prompt = sum(fed)
+        second = ask(messages=[*HELLO, first.choices[0].message, {"role": "user", "content": "Why?"}], **told)
+    assert prompt == first.usage.prompt_tokens > 20
+    assert sum(fed) == second.usage.prompt_tokens, "the first prompt was fed again"
+
+
 # ------------------------------------------------------------------------------ the engine's thread
 
 

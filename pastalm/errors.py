@@ -7,7 +7,8 @@
     ├── ModelError         a model or adapter that cannot be found, read or prepared
     ├── DataError          a file of prompts, annotations or events that cannot be read
     ├── EngineError        the engine failed in the middle of a step
-    └── RemoteError        a server that cannot be reached, or that refuses the run
+    ├── RemoteError        a server that cannot be reached, or that refuses the run
+    └── Refused            what our own server tells a client (server/protocol.py)
 """
 
 from __future__ import annotations

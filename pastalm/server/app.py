@@ -86,7 +86,7 @@ class Settings:
     def __post_init__(self) -> None:
         checks = (
             (self.api_key != "", "the API key is empty: give one, or leave it out"),
-            (self.parallelism >= 0, "parallelism must be 0 or more"),
+            (0 <= self.parallelism < math.inf, "parallelism must be 0 or more, and finite"),
             (min(self.thread_target, self.max_queue) >= 0, "thread_target and max_queue must be 0 or more"),
             (
                 min(self.max_tokens, self.max_body, self.max_prompt_tokens or 1) >= 1,

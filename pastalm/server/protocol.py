@@ -466,9 +466,6 @@ class CompletionReply:
         )
 
 
-Reply = ChatReply | CompletionReply
-
-
 def _finite(logprob: float | None) -> float:
     return UNLIKELY if logprob is None else max(logprob, UNLIKELY)
 

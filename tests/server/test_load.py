@@ -258,7 +258,10 @@ def test_a_request_that_the_engine_does_not_take_fails_alone() -> None:
 # ------------------------------------------------------------------------------ the command
 
 
-def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "last_words"), [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "pasta: interrupted\n")]
+)
+def test_a_signal_finishes_what_runs(tmp_path: Path, number: int, code: int, last_words: str) -> None:
     model, tokenizer = tiny_parts()
     models.save(model, tokenizer, tmp_path / "played")
     command = [sys.executable, "-m", "pastalm.cli", "serve", str(tmp_path / "played"), "--port", "0"]
@@ -276,15 +279,15 @@ def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
             waiting = [clients.submit(curl, f"{url}/chat/completions", body) for _ in range(4)]
             with open_stream(f"{url}/chat/completions", body) as stream:
                 first = stream.readline()
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
                 text = joined(events_of((first + stream.read()).decode()))
             replies = [future.result(100) for future in waiting]
         assert [status for status, _, _ in replies] == [200] * 4
         assert {reply["choices"][0]["message"]["content"] for _, _, reply in replies} == {text}
         assert {reply["usage"]["completion_tokens"] for _, _, reply in replies} == {250}
-        assert process.wait(60) == 0
+        assert process.wait(60) == code
         assert not _up(url)
-        assert (process.stdout.read(), process.stderr.read()) == ("", "")
+        assert (process.stdout.read(), process.stderr.read()) == ("", last_words)
     finally:
         process.kill()
         process.wait()

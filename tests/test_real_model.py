@@ -164,7 +164,7 @@ def test_the_server_streams_what_it_answers(llm: LLM) -> None:
         _, _, streamed = curl(f"{served.url}/v1/chat/completions", {**asked, "stream": True})
         assert served.becomes_idle()
     assert joined(events_of(streamed)) == whole.choices[0].message.content != ""
-    assert whole.usage.pasta["choices"][0]["threads"] > 2
+    assert whole.usage.pasta["choices"][0]["threads"] >= 2
     alone = llm.chat(asked["messages"], SamplingParams(temperature=0, max_tokens=200, stop="4."))
     assert whole.choices[0].message.content == alone[0].outputs[0].text
 

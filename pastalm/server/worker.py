@@ -99,23 +99,35 @@ class Worker:
     # ------------------------------------------------------------------ the engine's side
 
     def _run(self) -> None:
-        while True:
-            for message in self._received():
-                if isinstance(message, _Ask):
-                    self._begin(message.job)
-                elif isinstance(message, _Drop):
-                    self._end(message.job)
-                else:
-                    for job in {id(job): job for job, _, _ in self._jobs.values()}.values():
-                        self._end(job)
-                    return
-            if self._llm.driver.running:
-                self._step()
-            self.live_threads = sum(
-                thread.state == "live"
-                for running in self._llm.driver.running.values()
-                for thread in running.transcript.threads.values()
-            )
+        going_on = True
+        while going_on:
+            try:
+                going_on = self._turn()
+            except Exception as error:
+                self._fail(error)
+
+    def _turn(self) -> bool:
+        """Takes the messages that are there, then one step. Returns whether there is to be another turn."""
+        driver = self._llm.driver
+        for message in self._received():
+            if isinstance(message, _Ask):
+                self._begin(message.job)
+            elif isinstance(message, _Drop):
+                self._end(message.job)
+            else:
+                for running in list(driver.running.values()):
+                    driver.cancel(running)
+                return False
+        updates: dict[str, list[Event]] = {}
+        for running, event in driver.step() if driver.running else ():
+            updates.setdefault(running.request.id, []).append(event)
+        self._tell([(self._jobs[i][0], (self._jobs[i][1], events)) for i, events in updates.items()])
+        self.live_threads = sum(
+            thread.state == "live"
+            for running in driver.running.values()
+            for thread in running.transcript.threads.values()
+        )
+        return True
 
     def _received(self) -> Iterator[_Ask | _Drop | _Stop]:
         """The messages that are there; waits for one if nothing decodes."""
@@ -140,23 +152,15 @@ class Worker:
         self._tell(updates)
 
     def _end(self, job: Job) -> None:
-        for request_id, (owner, _, running) in list(self._jobs.items()):
-            if owner is job:
-                self._llm.driver.cancel(running)
-                del self._jobs[request_id]
+        for request_id in [i for i, (owner, _, _) in self._jobs.items() if owner is job]:
+            self._llm.driver.cancel(self._jobs.pop(request_id)[2])
 
-    def _step(self) -> None:
-        updates: dict[str, list[Event]] = {}
-        try:
-            for running, event in self._llm.driver.step():
-                updates.setdefault(running.request.id, []).append(event)
-        except Exception as error:
-            self.failures += 1
-            told = _told(error)
-            log.error("a step failed, %d answers with it: %s", len(self._jobs), told)
-            self._tell([(job, told) for job, _, _ in self._jobs.values()])
-            return
-        self._tell([(self._jobs[i][0], (self._jobs[i][1], events)) for i, events in updates.items()])
+    def _fail(self, error: Exception) -> None:
+        """Every request under way gets the error; the driver has cancelled what it decoded."""
+        self.failures += 1
+        told = _told(error)
+        log.error("a step failed, %d answers with it: %s", len(self._jobs), told)
+        self._tell([(job, told) for job, _, _ in self._jobs.values()])
 
     def _tell(self, updates: list[_Update]) -> None:
         """Hands updates to the event loop, all of a step at once; nobody listens once it is closed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -85,10 +86,13 @@ def eventually(holds: Any, seconds: float = 20) -> bool:
 
 
 @contextmanager
-def serving(llm: LLM, **settings: Any) -> Iterator[Served]:
-    """A server of the model "played" on a free port. It must end by itself once nothing runs."""
+def serving(llm: LLM, send_buffer: int | None = None, **settings: Any) -> Iterator[Served]:
+    """A server of the model "played" on a free port. It must end by itself once nothing runs. send_buffer: bytes
+    that the system keeps for a client that does not read."""
     app = application(llm, Settings(**{"name": "played", **settings}))
     listening = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
     thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -6,6 +6,7 @@ Over scripts, so that what comes is known: the tokenizer is real, the weights ar
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -340,14 +341,26 @@ def test_a_request_that_takes_too_long_is_told_so(stream: bool) -> None:
 
 
 def test_a_body_that_does_not_come_is_told_so() -> None:
-    import socket
-
     with serving(playing(), client_timeout=0.3) as here:
         host, port = here.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as slow:
             slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             assert b" 408 " in slow.recv(1000)
         assert here.becomes_idle()
+
+
+def test_one_who_does_not_read_is_left() -> None:
+    body = json.dumps({**CHAT, "max_tokens": 1500, "stream": True, "pasta": {"events": True}}).encode()
+    with serving(playing("x" * 2000), send_buffer=4096, client_timeout=0.3) as here:
+        host, port = here.url.removeprefix("http://").split(":")
+        with socket.socket() as idle:
+            idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            idle.connect((host, int(port)))
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            idle.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            assert eventually(lambda: here.metrics()["pasta_unfinished_answers"] == 1)
+            assert here.becomes_idle()
+            assert here.metrics()["pasta_disconnects_total"] == 1
 
 
 def test_one_who_leaves_frees_the_slots_within_a_step() -> None:

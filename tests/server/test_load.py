@@ -238,6 +238,26 @@ def test_a_failing_step_is_a_clear_error_and_the_server_goes_on(error: Exception
         assert client(0) == client(1) == "whole"
 
 
+def test_an_engine_that_fails_to_cancel_does_not_end_the_server() -> None:
+    class Clinging(ScriptedEngine):
+        cancelled = 0
+
+        def cancel(self, request_id: str) -> None:
+            super().cancel(request_id)
+            self.cancelled += 1
+            if self.cancelled == 1:
+                raise RuntimeError("a bug")
+
+    with serving(playing(TIPS, engine=Clinging, step_seconds=0.01)) as served:
+        url, body = f"{served.url}/v1/chat/completions", {"model": "played", "messages": HELLO, "max_tokens": 200}
+        with open_stream(url, body) as stream:
+            stream.readline()
+        assert eventually(lambda: served.metrics()["pasta_failed_steps"] == 1)
+        assert curl(f"{served.url}/health")[0] == 200
+        assert curl(url, body)[2]["choices"][0]["message"]["content"] == TIPS_TEXT
+        assert served.becomes_idle()
+
+
 def test_a_request_that_the_engine_does_not_take_fails_alone() -> None:
     class Picky(ScriptedEngine):
         def add(self, request: EngineRequest) -> None:

@@ -775,8 +775,8 @@ def sample(
     _quiet()
     _fetch(model)
     llm = _load(model, adapter, dtype, max_num_seqs=max_num_seqs)
-    from pastalm.train.sample import Sampled
-    from pastalm.train.sample import sample as run
+    from pastalm.sample import Sampled
+    from pastalm.sample import sample as run
 
     with _busy(f"answering {source.name}") as say:
 

@@ -10,7 +10,7 @@ import pytest
 from pastalm import LLM, SamplingParams, models
 from pastalm.errors import DataError
 from pastalm.lang import parse
-from pastalm.train.sample import Sampled, sample
+from pastalm.sample import Sampled, sample
 from tests.test_models import BYTE_LEVEL, small_model
 
 PARAMS = SamplingParams(n=2, temperature=1, max_tokens=24, seed=3)
@@ -69,10 +69,10 @@ def test_files_that_cannot_be_used_are_one_clear_line(
     llm: LLM, prompts: Path, tmp_path: Path
 ) -> None:
     odd = tmp_path / "odd.jsonl"
-    odd.write_text('{"prompt": "no id"}\n')
-    with pytest.raises(DataError, match="line 1: 'id' must be a string"):
+    odd.write_text('{"prompt": 3}\n')
+    with pytest.raises(DataError, match="line 1: 'prompt' must be a string"):
         sample(llm, odd, tmp_path / "out.jsonl", PARAMS)
-    with pytest.raises(DataError, match="something else than answers"):
+    with pytest.raises(DataError, match="line 1: not an answer .*use another file"):
         sample(llm, prompts, odd, PARAMS)
     with pytest.raises(DataError, match="cannot write"):
         sample(llm, prompts, prompts / "out.jsonl", PARAMS)

@@ -655,7 +655,8 @@ def annotate(
         Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")
     ],
     annotator: Annotated[
-        str, typer.Option(help="structural (lists, titles; no model), or openai (a large model).")
+        str,
+        typer.Option(help="structural (lists, titles; no model), openai (a large model), or apar (form alone)."),
     ] = "structural",
     base_url: BaseUrl = None,
     model: Annotated[str | None, typer.Option(help="The large model that annotates.")] = None,
@@ -676,14 +677,18 @@ def annotate(
 
     if not source.is_file():
         raise DataError(f"no file {source}")
-    if annotator not in ("structural", "openai"):
-        raise RequestError(f"unknown annotator {annotator!r}: use structural or openai")
+    if annotator not in ("structural", "openai", "apar"):
+        raise RequestError(f"unknown annotator {annotator!r}: use structural, openai or apar")
     remote: Remote[Row] | None = None
     if annotator == "openai":
         remote = _remote(base_url, model, concurrency, price_in, price_out)
         remote.options = {"temperature": 0, "max_tokens": max_tokens}
     count_tokens = _token_counter(tokenizer)
     marks: Annotator = Structural(count_tokens)
+    if annotator == "apar":
+        from pastalm.eval.baselines import apar
+
+        marks = Structural(count_tokens, lambda response, count, _: apar.annotate(response, count))
     if remote is not None:
         from pastalm.train.annotate_remote import LanguageModel
 

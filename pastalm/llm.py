@@ -287,7 +287,7 @@ class LLM:
         """Answers one conversation, or several at once, through the model's chat template."""
         params = params or SamplingParams()
         many: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
-        return self._run([self._conversation(m, params) for m in many], params, [None] * len(many))
+        return self._run([self.encode_messages(m, params) for m in many], params, [None] * len(many))
 
     def stream(
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
@@ -309,7 +309,7 @@ class LLM:
         """Hands one answer to the driver, whose `step` decodes it beside all others; as `Driver.submit`.
         choice, seed: what its randomness hangs on (SPEC "Threads"). Raises RequestError, CapabilityError."""
         chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        ids = self._conversation(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
+        ids = self.encode_messages(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
         return self.driver.submit(ids, params, choice=choice, seed=seed, positions=self.positions)
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -324,7 +324,9 @@ class LLM:
                 ids += self.loaded.tokenizer(part)["input_ids"] if special else self.loaded.vocabulary.encode(part)
         return ids
 
-    def _conversation(self, messages: Any, params: SamplingParams) -> list[int]:
+    def encode_messages(self, messages: Any, params: SamplingParams) -> list[int]:
+        """Token ids of a conversation up to where the answer begins, with the marker of sequential answers where
+        the model has one and `params` asks for that. Raises RequestError for an empty one."""
         from pastalm import models
 
         if not messages or not str(messages[-1].get("content", "")).strip():

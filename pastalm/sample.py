@@ -1,16 +1,16 @@
 """A model's own answers to many prompts, many requests at once: to finetune on or against them, and to evaluate.
 
-In: a file of prompts.py. Out: JSONL of answers.py, one line an answer, written as soon as it has ended, so that a run
+In: prompts of prompts.py. Out: JSONL of answers.py, one line an answer, written as soon as it has ended, so that a run
 goes on where it was cut off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pastalm import answers, jsonl, prompts
+from pastalm import answers, jsonl
 from pastalm.answers import Answer
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
@@ -32,21 +32,20 @@ class Sampled:
 
 def sample(
     llm: LLM,
-    source: Path,
+    asked: Sequence[Prompt],
     target: Path,
     params: SamplingParams,
     *,
-    limit: int | None = None,
     progress: Callable[[Sampled], None] = lambda _: None,
 ) -> Sampled:
-    """`params.n` answers to each of the first `limit` prompts, as many at once as the engine takes.
+    """`params.n` answers to each prompt, as many at once as the engine takes.
 
     A seed makes each answer a matter of its prompt's place, its choice and the seed alone, in whatever
     company it is decoded. Raises DataError for files that cannot be read or written.
     """
     there = {answer.key for answer in answers.resume(target)}
     counts = Sampled(skipped=len(there))
-    todo = _wanted(prompts.read(source, limit), params, there)
+    todo = _wanted(asked, params, there)
     most = llm.driver.engine.capabilities.max_num_seqs
     waiting: dict[str, _Wanted] = {}
     try:
@@ -72,7 +71,7 @@ def sample(
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """An answer to be sampled: the place of its prompt in the file, its choice, and the prompt."""
+    """An answer to be sampled: the place of its prompt among all, its choice, and the prompt."""
 
     place: int
     choice: int
@@ -104,9 +103,9 @@ def _answer(running: Running, wanted: _Wanted, params: SamplingParams) -> Answer
 
 
 def _wanted(
-    found: list[Prompt], params: SamplingParams, there: set[tuple[str, int, bool]]
+    asked: Sequence[Prompt], params: SamplingParams, there: set[tuple[str, int, bool]]
 ) -> Iterator[_Wanted]:
-    for place, prompt in enumerate(found):
+    for place, prompt in enumerate(asked):
         for choice in range(params.n):
             present = (prompt.id, choice, params.parallelism == 0) in there
             if prompt.text.strip() and not present:

@@ -1,4 +1,5 @@
-"""Lets systems answer the same prompts side by side: one process, one request at a time, in rotating order.
+"""Lets systems answer the same prompts side by side: one process, one request at a time, in rotating order; or, with
+`under_load`, each system many at once.
 
 Out: a file of answers.py for each system. Each answer is written as soon as it is there, so a run can be gone on
 with; prompts come in a seeded random order, so that an unfinished run is a fair sample. Beside each asynchronous answer
@@ -20,6 +21,7 @@ from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import Decoding, System, cold, force
 from pastalm.prompts import Prompt
+from pastalm.sample import Sampled, sample
 
 
 @dataclass(slots=True)
@@ -82,3 +84,26 @@ def _forced(system: Decoding, found: Answer) -> float | None:
     cold(llm)
     tokens = [*llm.loaded.vocabulary.encode(found.text), min(llm.loaded.vocabulary.eos)]
     return round(force(llm.driver.engine, prompt, tokens), 4)
+
+
+def under_load(
+    systems: Sequence[System],
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    max_tokens: int = 1024,
+    progress: Callable[[Sampled], None] = lambda _: None,
+) -> Counts:
+    """As `measure`, but system after system, each with as many requests at once as its engine takes; an answer's
+    seconds are those it took in that company. Raises RequestError for a system that answers one at a time only."""
+    counts = Counts(prompts=len(prompts))
+    for system in systems:
+        if not isinstance(system, Decoding):
+            raise RequestError(f"{system.name} answers one request at a time: leave it out under load")
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=system.parallelism)
+        done = sample(system.llm, prompts, folder / f"{system.name}.jsonl", params, progress=progress)
+        counts.written += done.written
+        counts.skipped += done.skipped
+        if done.refused:
+            counts.refused["longer than the context"] = done.refused
+    return counts

@@ -19,10 +19,9 @@ from pastalm.prompts import Prompt
 
 
 class System(Protocol):
-    """name: of the row in the table and of the file. sequential: its answers have no chunks by design."""
+    """name: of the row in the table, and of the file."""
 
     name: str
-    sequential: bool
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """Decodes one answer from a cold cache, and measures it. Raises RequestError for a prompt that does not
@@ -38,10 +37,6 @@ class Decoding:
     llm: LLM
     parallelism: float = 1.0
 
-    @property
-    def sequential(self) -> bool:
-        return self.parallelism == 0
-
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
         cold(self.llm)
@@ -49,7 +44,7 @@ class Decoding:
         first = play(stream)
         return answer(
             prompt,
-            sequential=self.sequential,
+            sequential=self.parallelism == 0,
             first_seconds=first,
             threads=tuple(stream.transcript.to_dict()["threads"]),
             **answers.figures(stream.transcript),

@@ -102,7 +102,6 @@ class Copying:
     longest: int = 3
     shortest: int = 2
     draft: int = 10
-    sequential: bool = True
 
     def __post_init__(self) -> None:
         if not hasattr(self.llm.loaded.model, "get_decoder"):

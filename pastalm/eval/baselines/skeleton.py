@@ -54,7 +54,6 @@ class SkeletonOfThought:
     llm: LLM
     routed: bool = False
     max_point: int = 200
-    sequential: bool = False
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """See `System`. Critical path: router, skeleton, longest point; where no skeleton comes of it, the

@@ -888,6 +888,9 @@ def evaluate(
         list[str] | None, typer.Option(help="SCORER=UNIT of its differences; else their standard deviation.")
     ] = None,
     judge: Annotated[str | None, typer.Option(help="The large model that judges, at --base-url.")] = None,
+    gamed: Annotated[
+        Path | None, typer.Option(help="AlpacaEval's df_gamed.csv, where the hub cannot be reached.")
+    ] = None,
     base_url: BaseUrl = None,
     concurrency: Concurrency = 8,
     price_in: PriceIn = 0.0,
@@ -907,7 +910,7 @@ def evaluate(
     from pastalm.eval import measure
     from pastalm.eval import report as pages
     from pastalm.eval.compare import markdown
-    from pastalm.eval.evaluate import BASELINE, build, compare_all, score_all
+    from pastalm.eval.evaluate import BASELINE, build, compare_all, score_all, win_rates
     from pastalm.eval.systems import Decoding
 
     asked = files.read(prompts, limit)
@@ -958,6 +961,7 @@ def evaluate(
         for why, many in reasons.items():
             print(f"{many} answers without a verdict by {name}: {why}; start again to ask again", file=sys.stderr)
     rows, sigmas = compare_all(out, names, units, count_tokens)
+    wins = win_rates(out, rows, gamed)
     told = {
         "command": " ".join(["pasta", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
         "model": Path(model).name,
@@ -966,9 +970,13 @@ def evaluate(
         "most tokens": max_tokens,
         "sigmas": sigmas,
         "without a verdict": missing,
+        "win rates": {name: won.to_dict() for name, won in wins.items()},
     }
     page = pages.write(report or out / "report", rows, baseline=BASELINE, told=told, public=public)
     print(markdown(rows), end="")
+    for name, won in wins.items():
+        controlled = "" if won.length_controlled is None else f", length-controlled {won.length_controlled:.1f} %"
+        print(f"{name}: win rate {won.win_rate:.1f} %{controlled} (n = {won.n}, {won.missing} missing, {won.form})")
     print(page, file=sys.stderr)
 
 

@@ -81,12 +81,17 @@ def pairs(
             _text_tokens(base[answer.id], count_tokens),
             {name: rows[answer.id] for name, rows in by.items() if answer.id in rows},
         )
-        for answer in sorted(answers, key=lambda a: a.id)
+        for answer in sorted(answers, key=lambda a: _place(a.id))
         if answer.id in base and answer.critical_path
     ]
     if not found:
         raise DataError("no prompt was answered by both system and baseline: evaluate both on the same prompts")
     return found
+
+
+def _place(identity: str) -> tuple[int, int, str]:
+    """Numbers in order before names: AlpacaEval's own order."""
+    return (0, int(identity), "") if identity.isdecimal() else (1, 0, identity)
 
 
 def _text_tokens(answer: Answer, count_tokens: CountTokens) -> int:

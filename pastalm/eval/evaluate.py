@@ -2,6 +2,7 @@
 
     folder/answers/NAME.jsonl             answers.py
     folder/scored/NAME.SCORER.jsonl       scored.py
+    folder/alpaca_eval/NAME.json          AlpacaEval's own form
     folder/report/                        report.py
 """
 
@@ -12,9 +13,11 @@ from pathlib import Path
 
 from pastalm import answers, scored
 from pastalm.errors import RequestError
+from pastalm.eval import alpaca
 from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.baselines.skeleton import SkeletonOfThought
 from pastalm.eval.compare import CountTokens, Row, figures, pairs
+from pastalm.eval.means import Mean, mean
 from pastalm.eval.quality import Scorer
 from pastalm.eval.score import Counts, score
 from pastalm.eval.systems import Decoding, System
@@ -102,3 +105,21 @@ def compare_all(
         found = pairs(answers.read(folder / "answers" / f"{name}.jsonl"), base, count_tokens, judged[name])
         rows.append(Row(name, found, figures(found, units)))
     return rows, units
+
+
+def win_rates(folder: Path, rows: Sequence[Row], gamed: Path | None) -> dict[str, alpaca.WinRate]:
+    """Every system's win rate by the judge, those without a verdict left out; it joins the row's figures.
+
+    Writes folder/alpaca_eval/NAME.json, the answers in the benchmark's form. Raises DataError, ModelError."""
+    found = {}
+    for row in rows:
+        path = folder / "alpaca_eval" / f"{row.system}.json"
+        alpaca.write_outputs(path, [pair.answer for pair in row.pairs], row.system)
+        if row.system != BASELINE and (judged := alpaca.annotations(row.pairs, row.system)):
+            won = alpaca.win_rate(judged, asked=len(row.pairs), gamed=gamed)
+            row.figures["win rate, raw"] = mean([100 * (a["preference"] - 1) for a in judged])
+            if (middle := won.length_controlled) is not None and (error := won.standard_error) is not None:
+                low, high = middle - 1.96 * error, middle + 1.96 * error
+                row.figures["win rate, length-controlled"] = Mean(middle, low, high, won.n)
+            found[row.system] = won
+    return found

@@ -126,22 +126,28 @@ def _measured(row: Row) -> str:
     return next(name for name in ("realized, matched", "realized", "theoretical, matched") if name in row.figures)
 
 
+QUALITIES = ("win rate, length", "win rate", "quality")
+"""What stands for quality, the best that there is."""
+
+
 def frontier(rows: Sequence[Row]) -> bytes:
     """Quality against speedup, with intervals both ways."""
 
     def draw(axes: Any) -> bool:
-        name = next((n for row in rows for n in row.figures if n.startswith("quality")), None)
-        shown = [row for row in rows if name in row.figures]
-        if name is None or not shown:
+        there = dict.fromkeys(n for row in rows for n in row.figures)
+        name = next((n for start in QUALITIES for n in there if n.startswith(start)), None)
+        if name is None:
             return False
+        shown = [row for row in rows if name in row.figures]
         for row in shown:
             x, y = row.figures[_measured(row)], row.figures[name]
             axes.errorbar(x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt="o", capsize=3)
             axes.annotate(f"{row.system} (n={x.n})", (x.mean, y.mean), xytext=(6, 6), textcoords="offset points")
         axes.axvline(1, color="grey", linewidth=0.8)
-        axes.axhline(0.5, color="grey", linewidth=0.8)
+        even = 50 if name.startswith("win rate") else 0.5
+        axes.axhline(even, color="grey", linewidth=0.8)
         axes.set_xlabel(f"speedup ({_measured(shown[0])}), geometric mean, 95 % interval")
-        axes.set_ylabel(f"{name} (baseline: 0.5)")
+        axes.set_ylabel(f"{name} (baseline: {even})")
         return True
 
     return _drawn(draw)

@@ -1068,6 +1068,11 @@ def sft(
         bool, typer.Option("--untagged", help="The same answers without tags: the baseline.")
     ] = False,
     positions: Policies = MIX,
+    lengths: Annotated[
+        str, typer.Option(help="Ablation: promises say tens; fixed, always 100; oracle, positions know the true one.")
+    ] = "tens",
+    topics: Annotated[bool, typer.Option("--topics/--no-topics", help="Ablation: no topics, only numbers.")] = True,
+    syncs: Annotated[bool, typer.Option("--syncs/--no-syncs", help="Ablation: chunks are never read.")] = True,
     epochs: float = 1.0,
     learning_rate: float = 5e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Of the six new rows.")] = 5e-3,
@@ -1093,7 +1098,7 @@ def sft(
         raise DataError(f"no answers at {repeats}: make them with pasta sample")
     weights = _policies(positions)
     _quiet()
-    from pastalm.train.dataset import Mix
+    from pastalm.train.dataset import Mix, check_lengths
     from pastalm.train.sft import SftConfig
     from pastalm.train.sft import train as run
 
@@ -1104,6 +1109,9 @@ def sft(
         sequential=sequential,
         positions=weights,
         untagged=untagged,
+        lengths=check_lengths(lengths),
+        topics=topics,
+        syncs=syncs,
         seed=seed,
     )
     config = SftConfig(
@@ -1145,7 +1153,7 @@ def prefer(
         float | None, typer.Option(help="Unit of the scorer's differences: of the stage-1 samples.")
     ] = None,
     length: Annotated[
-        str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched or smaller.")
+        str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched, smaller or parallelism.")
     ] = "theoretical",
     positions: Policies = MIX,
     epochs: float = 1.0,

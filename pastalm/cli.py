@@ -729,7 +729,9 @@ def _remote(
     from pastalm.remote import Remote, Usage
 
     if base_url is None or model is None:
-        raise RequestError("give --base-url (of an OpenAI-compatible server), and which of its models")
+        raise RequestError(
+            "give --base-url (of an OpenAI-compatible server) and --model (to judge: --judge), one of its models"
+        )
     if concurrency < 1:
         raise RequestError("concurrency must be 1 or more")
     usage = Usage(prices=(price_in, price_out))
@@ -923,6 +925,7 @@ def evaluate(
     def load(adapter: str) -> LLM:
         return _load(model, adapter, dtype, max_num_seqs=at_once)
 
+    by, remote = _scorers(list(units), model, baseline, judge, base_url, concurrency, price_in, price_out)
     base = Decoding(BASELINE, load(baseline), parallelism=0)
     known = build(systems, base, load)
     names = [system.name for system in known]
@@ -947,7 +950,6 @@ def evaluate(
             )
     refused = "".join(f"; {n} refused: {why}" for why, n in counts.refused.items())
     print(f"{counts.written} answers, {counts.skipped} were there{refused}", file=sys.stderr)
-    by, remote = _scorers(list(units), model, baseline, judge, base_url, concurrency, price_in, price_out)
     with _busy("scoring") as say:
         missing = score_all(
             out,

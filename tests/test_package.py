@@ -15,6 +15,7 @@ import pastalm
 ROOT = Path(__file__).parents[1]
 VERBS = (
     "generate", "replay", "chat", "demo", "parse", "pull", "env", "annotate", "train", "train sft",
+    "train prefer", "sample", "score", "eval", "export",
 )  # fmt: skip
 
 

@@ -903,6 +903,9 @@ def evaluate(
     matched: Annotated[
         bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
     ] = True,
+    against: Annotated[
+        str | None, typer.Option(help="One of the systems: how much higher the others' scores are than its.")
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="Leave prompts and answers out of the page.")] = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -929,6 +932,8 @@ def evaluate(
     base = Decoding(BASELINE, load(baseline), parallelism=0)
     known = build(systems, base, load)
     names = [system.name for system in known]
+    if against is not None and against not in names:
+        raise RequestError(f"--against names one of the systems, got {against!r}")
     with _busy(f"answering {prompts.name}") as say:
         if requests > 1:
             counts = measure.under_load(
@@ -974,8 +979,9 @@ def evaluate(
         "without a verdict": missing,
         "win rates": {name: won.to_dict() for name, won in wins.items()},
     }
-    page = pages.write(report or out / "report", rows, baseline=BASELINE, told=told, public=public)
-    print(markdown(rows), end="")
+    table = markdown(rows, sigmas, against)
+    page = pages.write(report or out / "report", rows, table, baseline=BASELINE, told=told, public=public)
+    print(table, end="")
     for name, won in wins.items():
         controlled = "" if won.length_controlled is None else f", length-controlled {won.length_controlled:.1f} %"
         print(f"{name}: win rate {won.win_rate:.1f} %{controlled} (n = {won.n}, {won.missing} missing, {won.form})")

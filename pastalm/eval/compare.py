@@ -14,13 +14,15 @@ from typing import Any
 from pastalm.answers import Answer
 from pastalm.errors import DataError
 from pastalm.eval.means import Mean, mean
-from pastalm.scored import Scored
+from pastalm.scored import Length, Scored
 from pastalm.vocabulary import TAG_TOKENS
 from pastalm.wording import repetition
 
 CountTokens = Callable[[str], int]
 
 LAMBDAS = (1.0, 2.0, 4.0, 8.0, math.inf)
+LENGTH: Length = "smaller"
+"""Whose tokens a score's speedup counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def figures(found: Sequence[Pair], sigmas: Mapping[str, float]) -> dict[str, Mea
         if qualities:
             table[f"quality, {name}"] = mean(qualities)
         for lambda_ in LAMBDAS:
-            scores = [s for row in rows if (s := row.score(lambda_, sigma, "smaller")) is not None]
+            scores = [s for row in rows if (s := row.score(lambda_, sigma, LENGTH)) is not None]
             if scores:
                 table[f"score, {name}, lambda {lambda_:g}"] = mean(scores)
     table["repetition"] = mean([repetition(a.text) for a in own])
@@ -139,20 +141,19 @@ def figures(found: Sequence[Pair], sigmas: Mapping[str, float]) -> dict[str, Mea
     return table
 
 
-def differences(row: Row, other: Row, sigma: Mapping[str, float], lambdas: Sequence[float]) -> dict[str, Mean]:
-    """Scores of one system less another's, by scorer and lambda, on the prompts that both answered."""
-    theirs = {pair.answer.id: pair for pair in other.pairs}
+def differences(row: Row, other: Row, sigmas: Mapping[str, float]) -> dict[str, Mean]:
+    """Scores of one system less another's, on the prompts that both answered, by scorer and lambda."""
+    theirs = {pair.answer.id: pair.scored for pair in other.pairs}
     table = {}
-    for name, unit in sigma.items():
-        for lambda_ in lambdas:
-            values = []
-            for pair in row.pairs:
-                mine, yours = pair.scored.get(name), theirs.get(pair.answer.id)
-                if mine is None or yours is None or name not in yours.scored:
-                    continue
-                a, b = (s.score(lambda_, unit, "smaller") for s in (mine, yours.scored[name]))
-                if a is not None and b is not None:
-                    values.append(a - b)
+    for name, sigma in sigmas.items():
+        both = [
+            (pair.scored[name], theirs[pair.answer.id][name])
+            for pair in row.pairs
+            if name in pair.scored and name in theirs.get(pair.answer.id, {})
+        ]
+        for lambda_ in LAMBDAS:
+            scores = [(a.score(lambda_, sigma, LENGTH), b.score(lambda_, sigma, LENGTH)) for a, b in both]
+            values = [a - b for a, b in scores if a is not None and b is not None]
             if values:
                 table[f"{name}, lambda {lambda_:g}"] = mean(values)
     return table
@@ -185,8 +186,9 @@ COLUMNS = (
 )
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table for people: means with intervals, a line a system."""
+def markdown(rows: Sequence[Row], sigmas: Mapping[str, float] | None = None, against: str | None = None) -> str:
+    """The table for people: means with intervals, a line a system; and how much higher their scores are than those of
+    the system `against`, if one is named."""
     shown = [name for name in COLUMNS if any(name in row.figures for row in rows)]
     shown += [n for n in dict.fromkeys(n for r in rows for n in r.figures) if n.startswith("quality")]
     shown += ["repetition", "cut off", "malformed", "tokens"]
@@ -194,4 +196,12 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [str(row.figures[name]) if name in row.figures else "" for name in shown]
         lines.append(f"| {row.system} | {len(row.pairs)} | {' | '.join(cells)} |")
+    other = next((row for row in rows if row.system == against), None)
+    if other is not None:
+        tables = {row.system: differences(row, other, sigmas or {}) for row in rows if row is not other}
+        names = list(dict.fromkeys(name for table in tables.values() for name in table))
+        lines += ["", f"| score less {against}'s | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+        for system, table in tables.items():
+            cells = [f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in table.values()]
+            lines.append(f"| {system} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -42,16 +42,16 @@ def environment() -> dict[str, str]:
 
 
 def write(
-    folder: Path, rows: Sequence[Row], *, baseline: str, told: Mapping[str, Any], public: bool = False
+    folder: Path, rows: Sequence[Row], table: str, *, baseline: str, told: Mapping[str, Any], public: bool = False
 ) -> Path:
-    """Writes figures.json, table.md, the pictures and index.html; returns the page. told: what was asked (command,
-    settings, load), into JSON and page. Raises DataError if the folder cannot be written."""
+    """Writes figures.json, table.md, the pictures and index.html; returns the page. table: of `compare.markdown`. told:
+    what was asked (command, settings, load), into JSON and page. Raises DataError if the folder cannot be written."""
     pictures = {name: draw(rows) for name, draw in PICTURES.items()}
     page = _page(rows, baseline, told, {k: v for k, v in pictures.items() if v}, public)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "figures.json").write_text(json.dumps(figures(rows, baseline, told), indent=1) + "\n")
-        (folder / "table.md").write_text(compare.markdown(rows))
+        (folder / "table.md").write_text(table)
         for name, picture in pictures.items():
             if picture:
                 (folder / f"{name}.png").write_bytes(picture)

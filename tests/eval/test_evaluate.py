@@ -142,15 +142,20 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Callable[[str],
     assert by["off"].figures["theoretical"].mean == 1
     assert by["lookup"].figures["theoretical, matched"].mean >= 1
 
-    page = report.write(tmp_path / "report", rows, baseline="baseline", told={"command": "pasta eval"})
+    table = compare.markdown(rows, units, "off")
+    assert "| score less off's | pmi, lambda 1 |" in table
+    assert "| own | " in table.split("score less")[1] and "| off | " not in table.split("score less")[1]
+    apart = compare.differences(by["baseline"], by["off"], units)["pmi, lambda 4"]
+    assert (apart.mean, apart.n) == (0, 3), "tags off is the baseline here"
+    page = report.write(tmp_path / "report", rows, table, baseline="baseline", told={"command": "pasta eval"})
     shown = page.read_text()
     assert "What of 2?" in shown and "pasta eval" in shown and "src=\"http" not in shown
-    table = json.loads((tmp_path / "report" / "figures.json").read_text())
-    assert set(table["systems"]) == set(names)
-    assert set(table["systems"]["own"]["by category"]) == {"a", "b"}
-    assert len(table["systems"]["own"]["prompts"]) == 4
+    kept = json.loads((tmp_path / "report" / "figures.json").read_text())
+    assert set(kept["systems"]) == set(names)
+    assert set(kept["systems"]["own"]["by category"]) == {"a", "b"}
+    assert len(kept["systems"]["own"]["prompts"]) == 4
     assert (tmp_path / "report" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    public = report.write(tmp_path / "public", rows, baseline="baseline", told={}, public=True)
+    public = report.write(tmp_path / "public", rows, table, baseline="baseline", told={}, public=True)
     assert "What of" not in public.read_text() + (tmp_path / "public" / "figures.json").read_text()
 
 

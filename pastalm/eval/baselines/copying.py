@@ -109,23 +109,11 @@ class Copying:
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """See `System`. Critical path: forward passes."""
-        llm, vocabulary = self.llm, self.llm.loaded.vocabulary
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0)
         started = time.perf_counter()
-        asked = llm.encode_messages([{"role": "user", "content": prompt.text}], params)
-        references = [vocabulary.encode(text) for text in prompt.references]
-
-        def propose(known: Sequence[int]) -> Sequence[int]:
-            for source in [known] if self.source == "prompt" else references:
-                found = lookup(known, source, longest=self.longest, shortest=self.shortest, draft=self.draft)
-                if found:
-                    return found
-            return []
-
-        never = vocabulary.tags.ids if vocabulary.tags else ()
-        ends = frozenset(vocabulary.eos)
-        found = decode(llm.loaded.model, asked, propose, max_tokens=max_tokens, ends=ends, never=never)
-        ended = found.tokens[-1] in ends
+        found = self.decode(prompt, max_tokens)
+        seconds = time.perf_counter() - started
+        vocabulary = self.llm.loaded.vocabulary
+        ended = found.tokens[-1] in vocabulary.eos
         text = vocabulary.text(found.tokens[:-1] if ended else found.tokens)
         return answer(
             prompt,
@@ -136,5 +124,31 @@ class Copying:
             steps=found.passes,
             finish_reason="stop" if ended else "length",
             first_seconds=round(found.first, 4),
-            seconds=round(time.perf_counter() - started, 4),
+            seconds=round(seconds, 4),
         )
+
+    def decode(self, prompt: Prompt, max_tokens: int) -> Decoded:
+        """The answer's tokens, those of sequential greedy decoding."""
+        vocabulary = self.llm.loaded.vocabulary
+        references = [vocabulary.encode(text) for text in prompt.references]
+
+        def propose(known: Sequence[int]) -> Sequence[int]:
+            for source in [known] if self.source == "prompt" else references:
+                found = lookup(known, source, longest=self.longest, shortest=self.shortest, draft=self.draft)
+                if found:
+                    return found
+            return []
+
+        return decode(
+            self.llm.loaded.model,
+            self.asked(prompt),
+            propose,
+            max_tokens=max_tokens,
+            ends=frozenset(vocabulary.eos),
+            never=vocabulary.tags.ids if vocabulary.tags else (),
+        )
+
+    def asked(self, prompt: Prompt) -> list[int]:
+        """Token ids of the prompt, as its sequential decoding gets them."""
+        params = SamplingParams(temperature=0, parallelism=0)
+        return self.llm.encode_messages([{"role": "user", "content": prompt.text}], params)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from forkjoin import LlamaCpp
 
-from pastalm import LLM, SamplingParams
-from pastalm.eval.speed import geometric, read_prompts
+from pastalm import LLM, SamplingParams, prompts
+from pastalm.eval.means import mean
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def table(answers: list[Answer]) -> str:
         if a.critical_path < a.tokens:
             named.setdefault(f"{a.system}, those that fork", []).append(a.figures)
     for name, own in named.items():
-        means = [geometric([figures[key] for figures in own]) for key in own[0]]
-        cells = [f"{m['geometric mean']:.2f} ({m.get('low', 0):.2f} to {m.get('high', 0):.2f})" for m in means]
+        cells = [str(mean([figures[key] for figures in own], "geometric")) for key in own[0]]
         lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -96,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
-    named = read_prompts(chosen.prompts)
+    named = [(p.id, p.text) for p in prompts.read(chosen.prompts)]
     random.Random(chosen.seed).shuffle(named)
     done = []
     if chosen.out.is_file():

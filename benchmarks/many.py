@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pastalm import LLM, SamplingParams
-from pastalm.eval.speed import read_prompts
 from pastalm.models import EMBEDDED
+from pastalm.prompts import read
 
 
 def batch(llm: LLM, prompts: list[str], parallelism: float, max_tokens: int) -> dict[str, float]:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    prompts = [prompt for _, prompt in read_prompts(chosen.prompts) if len(prompt) < 1000]
+    prompts = [p.text for p in read(chosen.prompts) if len(p.text) < 1000]
     random.Random(chosen.seed).shuffle(prompts)
     llm = LLM(chosen.model, max_num_seqs=max(chosen.requests), max_model_len=1024)
     batch(llm, prompts[:1], 1, 16)

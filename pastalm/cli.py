@@ -34,6 +34,7 @@ from pastalm.models import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm import LLM
+    from pastalm.eval.quality import Scorer
     from pastalm.events import Event
     from pastalm.llm import Message, Stream
     from pastalm.remote import Remote
@@ -733,7 +734,8 @@ def annotate(
         Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")
     ],
     annotator: Annotated[
-        str, typer.Option(help="structural (lists, titles; no model), or openai (a large model).")
+        str,
+        typer.Option(help="structural (lists, titles; no model), openai (a large model), or apar (form alone)."),
     ] = "structural",
     base_url: BaseUrl = None,
     model: Annotated[str | None, typer.Option(help="The large model that annotates.")] = None,
@@ -754,14 +756,18 @@ def annotate(
 
     if not source.is_file():
         raise DataError(f"no file {source}")
-    if annotator not in ("structural", "openai"):
-        raise RequestError(f"unknown annotator {annotator!r}: use structural or openai")
+    if annotator not in ("structural", "openai", "apar"):
+        raise RequestError(f"unknown annotator {annotator!r}: use structural, openai or apar")
     remote: Remote[Row] | None = None
     if annotator == "openai":
         remote = _remote(base_url, model, concurrency, price_in, price_out)
         remote.options = {"temperature": 0, "max_tokens": max_tokens}
     count_tokens = _token_counter(tokenizer)
     marks: Annotator = Structural(count_tokens)
+    if annotator == "apar":
+        from pastalm.eval.baselines import apar
+
+        marks = Structural(count_tokens, lambda response, count, _: apar.annotate(response, count))
     if remote is not None:
         from pastalm.train.annotate_remote import LanguageModel
 
@@ -801,7 +807,9 @@ def _remote(
     from pastalm.remote import Remote, Usage
 
     if base_url is None or model is None:
-        raise RequestError("give --base-url (of an OpenAI-compatible server) and --model")
+        raise RequestError(
+            "give --base-url (of an OpenAI-compatible server) and --model (to judge: --judge), one of its models"
+        )
     if concurrency < 1:
         raise RequestError("concurrency must be 1 or more")
     usage = Usage(prices=(price_in, price_out))
@@ -820,10 +828,15 @@ def _token_counter(model: str) -> Callable[[str], int]:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+Prompts = Annotated[
+    Path, typer.Argument(help="JSONL of {id, prompt}, or of AlpacaEval's, MT-bench's or Spec-Bench's form.")
+]
+
+
 @app.command()
 @_verb
 def sample(
-    source: Annotated[Path, typer.Argument(help="JSONL: {id, prompt} a line.")],
+    source: Prompts,
     target: Annotated[Path, typer.Argument(help="JSONL of answers; goes on where it is.")],
     model: Model = EMBEDDED,
     adapter: Adapter = "auto",
@@ -839,8 +852,9 @@ def sample(
     dtype: Dtype = "auto",
 ) -> None:
     """Let a model answer many prompts at once, as data to finetune on."""
-    if not source.is_file():
-        raise DataError(f"no file {source}")
+    from pastalm import prompts
+
+    asked = prompts.read(source, limit)
     params = SamplingParams(
         n=n,
         temperature=temperature,
@@ -853,8 +867,8 @@ def sample(
     _quiet()
     _fetch(model)
     llm = _load(model, adapter, dtype, max_num_seqs=max_num_seqs)
-    from pastalm.train.sample import Sampled
-    from pastalm.train.sample import sample as run
+    from pastalm.sample import Sampled
+    from pastalm.sample import sample as run
 
     with _busy(f"answering {source.name}") as say:
 
@@ -862,7 +876,7 @@ def sample(
             if counts.written % 10 == 0:
                 say(f"{counts.written} answers, {counts.tokens} tokens")
 
-        counts = run(llm, source, target, params, limit=limit, progress=progress)
+        counts = run(llm, asked, target, params, progress=progress)
     ended = ", ".join(f"{many} {why}" for why, many in sorted(counts.ended.items())) or "none"
     print(
         f"{counts.written} answers written ({ended}; {counts.tokens} tokens), {counts.skipped} were there, "
@@ -901,7 +915,6 @@ def score(
 ) -> None:
     """Score sampled answers: speedup and quality against the baseline's; prints what they have in the mean."""
     from pastalm import scored
-    from pastalm.eval.quality import Judge, PmiScorer, ReferenceScorer, Scorer
     from pastalm.eval.score import Counts
     from pastalm.eval.score import score as run
 
@@ -910,21 +923,9 @@ def score(
             raise DataError(f"no file {path}")
     _quiet()
     count_tokens = _token_counter(tokenizer)
-    remote: Remote[Any] | None = None
-    by: Scorer
-    if scorer == "pmi":
-        from pastalm import models
-
-        by = PmiScorer(models.load(model, adapter=None if adapter == "none" else adapter))
-    elif scorer == "reference":
-        if references is None:
-            raise RequestError("scoring by reference needs --references")
-        by = ReferenceScorer()
-    elif scorer == "judge":
-        remote = _remote(base_url, model, concurrency, price_in, price_out)
-        by = Judge(remote)
-    else:
-        raise RequestError(f"unknown scorer {scorer!r}: use pmi, reference or judge")
+    if scorer == "reference" and references is None:
+        raise RequestError("scoring by reference needs --references")
+    (by,), remote = _scorers([scorer], model, adapter, model, base_url, concurrency, price_in, price_out)
     with _busy(f"scoring {samples.name}") as say:
 
         def progress(counts: Counts) -> None:
@@ -942,6 +943,171 @@ def score(
     rows = scored.read(target)
     unit = scored.spread(rows) if sigma is None else sigma
     _print_json({"sigma": unit, **scored.summary(rows, (1, 2, 4, 8), unit)})
+
+
+@app.command("eval")
+@_verb
+def evaluate(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            help="NAME=ADAPTER each (NAME=ADAPTER:off with its tags off), or a method: sot, sot-routed, lookup, llma."
+        ),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help="JSON or JSONL in the form of AlpacaEval, MT-bench, Spec-Bench, or {id, prompt}.")
+    ],
+    baseline: Annotated[str, typer.Option(help="Adapter of the sequential baseline; none: the model as it is.")],
+    out: Annotated[Path, typer.Option(help="Folder of answers and scores; goes on where it is.")],
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of page, pictures and figures (OUT/report).")
+    ] = None,
+    model: Model = EMBEDDED,
+    scorer: Annotated[list[str] | None, typer.Option(help="pmi, reference, or judge; as many as you like.")] = None,
+    sigma: Annotated[
+        list[str] | None, typer.Option(help="SCORER=UNIT of its differences; else their standard deviation.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="The large model that judges, at --base-url.")] = None,
+    gamed: Annotated[
+        Path | None, typer.Option(help="AlpacaEval's df_gamed.csv, where the hub cannot be reached.")
+    ] = None,
+    base_url: BaseUrl = None,
+    concurrency: Concurrency = 8,
+    price_in: PriceIn = 0.0,
+    price_out: PriceOut = 0.0,
+    max_tokens: MaxTokens = 1024,
+    limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
+    requests: Annotated[int, typer.Option(help="Answers decoded at once: figures under load.")] = 1,
+    matched: Annotated[
+        bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
+    ] = True,
+    against: Annotated[
+        str | None, typer.Option(help="One of the systems: how much higher the others' scores are than its.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Leave prompts and answers out of the page.")] = False,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Compare systems by speed and quality on the same prompts: a table, pictures, and a page to look through."""
+    from pastalm import prompts as files
+    from pastalm.eval import measure
+    from pastalm.eval import report as pages
+    from pastalm.eval.compare import markdown
+    from pastalm.eval.evaluate import BASELINE, build, compare_all, score_all, win_rates
+    from pastalm.eval.systems import Decoding
+
+    asked = files.read(prompts, limit)
+    units = _units(sigma or [], scorer or [])
+    _quiet()
+    _fetch(model)
+    count_tokens = _token_counter(model)
+    at_once = max(requests, 10 if any(s.startswith("sot") for s in systems) else 1)
+
+    def load(adapter: str) -> LLM:
+        return _load(model, adapter, dtype, max_num_seqs=at_once)
+
+    by, remote = _scorers(list(units), model, baseline, judge, base_url, concurrency, price_in, price_out)
+    base = Decoding(BASELINE, load(baseline), parallelism=0)
+    known = build(systems, base, load)
+    names = [system.name for system in known]
+    if against is not None and against not in names:
+        raise RequestError(f"--against names one of the systems, got {against!r}")
+    with _busy(f"answering {prompts.name}") as say:
+        if requests > 1:
+            counts = measure.under_load(
+                known,
+                asked,
+                out / "answers",
+                max_tokens=max_tokens,
+                progress=lambda c: say(f"{c.written} answers, {c.tokens} tokens"),
+            )
+        else:
+            counts = measure.measure(
+                known,
+                asked,
+                out / "answers",
+                matched=base if matched else None,
+                max_tokens=max_tokens,
+                seed=seed or 0,
+                progress=lambda c, _: say(f"{c.prompts} of {len(asked)} prompts"),
+            )
+    refused = "".join(f"; {n} refused: {why}" for why, n in counts.refused.items())
+    print(f"{counts.written} answers, {counts.skipped} were there{refused}", file=sys.stderr)
+    with _busy("scoring") as say:
+        missing = score_all(
+            out,
+            names,
+            by,
+            count_tokens,
+            references=prompts,
+            progress=lambda what, c: say(f"{what}: {c.written} answers{'' if remote is None else f'; {remote.usage}'}"),
+        )
+    for name, reasons in missing.items():
+        for why, many in reasons.items():
+            print(f"{many} answers without a verdict by {name}: {why}; start again to ask again", file=sys.stderr)
+    rows, sigmas = compare_all(out, names, units, count_tokens)
+    wins = win_rates(out, rows, gamed)
+    told = {
+        "command": " ".join(["pasta", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
+        "model": Path(model).name,
+        "prompts file": prompts.name,
+        "requests at once": requests,
+        "most tokens": max_tokens,
+        "sigmas": sigmas,
+        "without a verdict": missing,
+        "win rates": {name: won.to_dict() for name, won in wins.items()},
+    }
+    table = markdown(rows, sigmas, against)
+    page = pages.write(report or out / "report", rows, table, baseline=BASELINE, told=told, public=public)
+    print(table, end="")
+    for name, won in wins.items():
+        controlled = "" if won.length_controlled is None else f", length-controlled {won.length_controlled:.1f} %"
+        print(f"{name}: win rate {won.win_rate:.1f} %{controlled} (n = {won.n}, {won.missing} missing, {won.form})")
+    print(page, file=sys.stderr)
+
+
+def _units(given: list[str], scorers: list[str]) -> dict[str, float | None]:
+    """The unit of each scorer that was asked for."""
+    units: dict[str, float | None] = dict.fromkeys(scorers)
+    for entry in given:
+        name, _, value = entry.partition("=")
+        try:
+            units[name] = float(value)
+        except ValueError:
+            raise RequestError(f"--sigma takes SCORER=UNIT, got {entry!r}") from None
+        if units[name] is not None and not 0 < float(value) < float("inf"):
+            raise RequestError(f"a unit must be above 0, got {entry!r}")
+    return units
+
+
+def _scorers(
+    names: list[str],
+    model: str,
+    adapter: str,
+    judge: str | None,
+    base_url: str | None,
+    concurrency: int,
+    price_in: float,
+    price_out: float,
+) -> tuple[list[Scorer], Remote[Any] | None]:
+    """The scorers of those names, and the server that a judge asks."""
+    from pastalm.eval.quality import Judge, PmiScorer, ReferenceScorer
+
+    found: list[Scorer] = []
+    remote: Remote[Any] | None = None
+    for name in names:
+        if name == "pmi":
+            from pastalm import models
+
+            found.append(PmiScorer(models.load(model, adapter=None if adapter == "none" else adapter)))
+        elif name == "reference":
+            found.append(ReferenceScorer())
+        elif name == "judge":
+            remote = _remote(base_url, judge, concurrency, price_in, price_out)
+            found.append(Judge(remote))
+        else:
+            raise RequestError(f"unknown scorer {name!r}: use pmi, reference or judge")
+    return found, remote
 
 
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, log and adapter.")]
@@ -988,6 +1154,11 @@ def sft(
         bool, typer.Option("--untagged", help="The same answers without tags: the baseline.")
     ] = False,
     positions: Policies = MIX,
+    lengths: Annotated[
+        str, typer.Option(help="Ablation: promises say tens; fixed, always 100; oracle, positions know the true one.")
+    ] = "tens",
+    topics: Annotated[bool, typer.Option("--topics/--no-topics", help="Ablation: no topics, only numbers.")] = True,
+    syncs: Annotated[bool, typer.Option("--syncs/--no-syncs", help="Ablation: chunks are never read.")] = True,
     epochs: float = 1.0,
     learning_rate: float = 5e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Of the six new rows.")] = 5e-3,
@@ -1013,7 +1184,7 @@ def sft(
         raise DataError(f"no answers at {repeats}: make them with pasta sample")
     weights = _policies(positions)
     _quiet()
-    from pastalm.train.dataset import Mix
+    from pastalm.train.dataset import Mix, check_lengths
     from pastalm.train.sft import SftConfig
     from pastalm.train.sft import train as run
 
@@ -1024,6 +1195,9 @@ def sft(
         sequential=sequential,
         positions=weights,
         untagged=untagged,
+        lengths=check_lengths(lengths),
+        topics=topics,
+        syncs=syncs,
         seed=seed,
     )
     config = SftConfig(
@@ -1065,7 +1239,7 @@ def prefer(
         float | None, typer.Option(help="Unit of the scorer's differences: of the stage-1 samples.")
     ] = None,
     length: Annotated[
-        str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched or smaller.")
+        str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched, smaller or parallelism.")
     ] = "theoretical",
     positions: Policies = MIX,
     epochs: float = 1.0,

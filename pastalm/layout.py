@@ -19,8 +19,9 @@ Source: PASTA section 4 (interpreter, positions "Pred-10X").
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
@@ -180,15 +181,19 @@ def pack(
     policy: Policy = "promised",
     *,
     eos: int | None = None,
+    oracle: bool = False,
 ) -> Packed:
     """The response as one masked sequence: prompt and main thread first, then each chunk as one run.
+    oracle: positions as if every promise named its chunk's true length (an ablation, PASTA section 6).
 
     Within each run the target is the next token, so that after a promise it is the parent's next
     token (PASTA section 5); the forced `<|async|>` and the prompt are left out of the loss. `<|sync|>`
     stays in: the model sampled it, it was only fed late.
     """
     events = list(unroll(document, vocabulary, eos=eos))
-    length = len(prompt) + sum(isinstance(e, Decoded) + len(e.forced) for e in events)
+    if oracle:
+        events = _foreseen(events)
+    length = len(prompt) + sum(map(_tokens, events))
     layout = Layout(len(prompt), length, policy)
     placed = [token for event in events for token in layout.apply(event)]
     rank = {path: i for i, path in enumerate(dict.fromkeys(((), *(t.path for t in placed))))}
@@ -209,6 +214,22 @@ def pack(
     )
 
 
+def _tokens(event: Event) -> int:
+    return isinstance(event, Decoded) + len(event.forced)
+
+
+def _foreseen(events: Sequence[Event]) -> list[Event]:
+    """The events with the true length of each chunk in place of what was promised."""
+    lengths: Counter[Path] = Counter()
+    for event in events:
+        for depth in range(len(event.path) + 1):
+            lengths[event.path[:depth]] += _tokens(event)
+    return [
+        replace(e, promised=lengths[e.path] - CHUNK_TAGS) if isinstance(e, Forked) and e.path else e
+        for e in events
+    ]
+
+
 def pack_serial(
     prompt: Sequence[int], document: Document, vocabulary: Vocabulary, *, eos: int | None = None
 ) -> list[Packed]:
@@ -219,7 +240,7 @@ def pack_serial(
     context, by the one after it.
     """
     events = list(unroll(document, vocabulary, eos=eos))
-    length = len(prompt) + sum(isinstance(e, Decoded) + len(e.forced) for e in events)
+    length = len(prompt) + sum(map(_tokens, events))
     layout = Layout(len(prompt), length, "promised")
     tokens = list(prompt)
     paths: list[Path] = [()] * len(prompt)

@@ -354,6 +354,8 @@ class LLM:
         return ids
 
     def _conversation(self, messages: Any, params: SamplingParams) -> list[int]:
+        """Token ids of a conversation up to where the answer begins, with the marker of sequential answers where
+        the model has one and `params` asks for that. Raises RequestError for an empty one."""
         from pastalm import models
 
         if not messages or not str(messages[-1].get("content", "")).strip():

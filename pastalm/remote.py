@@ -1,7 +1,8 @@
 """Asks an OpenAI-compatible server many questions at once, for annotating and judging.
 
-Retries, backoff and `Retry-After` are the openai client's. A question that the server refuses is answered by the
-reason; a server that cannot be reached, knows no such model or takes no such key ends the run with RemoteError.
+Retries, backoff and `Retry-After` are the openai client's. A question that the server refuses, or fails on to the last
+retry, gets the reason for its reply. A server that knows no such model, takes no such key, answers nothing at all or
+fails `patience` times in a row ends the run with RemoteError.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ Messages = Sequence[dict[str, str]]
 @dataclass(frozen=True, slots=True)
 class Answer:
     """text: of the first choice. finish_reason: the server's. top_logprobs: of the first token, by its text.
-    refused: why the server would not answer; the rest is empty then."""
+    refused: why there is no answer; the rest is empty then. failed: that was the server's fault, not the question's."""
 
     text: str = ""
     finish_reason: str = ""
     top_logprobs: dict[str, float] = field(default_factory=dict)
     refused: str = ""
+    failed: bool = False
 
 
 @dataclass(slots=True)
@@ -52,7 +54,8 @@ class Usage:
 @dataclass(slots=True)
 class Remote(Generic[Key]):
     """A chat model behind `base_url`. api_key: else of OPENAI_API_KEY. concurrency: questions at once; retries: of
-    each; timeout: seconds for one answer. options: further fields of the request (temperature, max_tokens)."""
+    each; timeout: seconds for one answer; patience: questions in a row that may fail. options: further fields of the
+    request (temperature, max_tokens)."""
 
     base_url: str
     model: str
@@ -60,23 +63,30 @@ class Remote(Generic[Key]):
     concurrency: int = 8
     retries: int = 6
     timeout: float = 300.0
+    patience: int = 16
     options: dict[str, Any] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
     def ask(self, questions: Iterable[tuple[Key, Messages]]) -> Iterator[tuple[Key, Answer]]:
-        """Answers as they come, each with its question's key. Raises RemoteError."""
+        """Replies as they come, each with its question's key. Raises RemoteError."""
         client = self._client()
         todo = iter(questions)
         pool = ThreadPoolExecutor(self.concurrency)
         under_way: dict[Future[Any], Key] = {}
+        failures, answered, last = 0, False, Answer()
         try:
             while True:
                 for key, messages in islice(todo, self.concurrency - len(under_way)):
                     under_way[pool.submit(self._one, client, messages)] = key
+                if failures >= self.patience or (failures and not answered and not under_way):
+                    raise RemoteError(f"{last.refused}; what was written is whole, start again to go on")
                 if not under_way:
                     return
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    yield under_way.pop(future), self._counted(future.result())
+                    reply = self._counted(future.result())
+                    failures, answered = (failures + 1, answered) if reply.failed else (0, True)
+                    last = reply if reply.failed else last
+                    yield under_way.pop(future), reply
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             client.close()
@@ -99,16 +109,15 @@ class Remote(Generic[Key]):
         try:
             return client.chat.completions.create(model=self.model, messages=list(messages), **self.options)
         except openai.APIConnectionError as error:
-            raise RemoteError(
-                f"cannot reach {self.base_url} ({error}): start the server, or give another --base-url; "
-                "what was written is whole, start again to go on"
-            ) from None
+            said = f"cannot reach {self.base_url} ({error}): start the server, or give another --base-url"
+            return Answer(refused=said, failed=True)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return Answer(refused=_line(error))
         except openai.APIStatusError as error:
-            raise RemoteError(
-                f"{self.base_url} answers {error.status_code}: {_line(error)}; start again to go on"
-            ) from None
+            said = f"{self.base_url} answers {error.status_code}: {_line(error)}"
+            if error.status_code >= 500 or error.status_code == 429:
+                return Answer(refused=said, failed=True)
+            raise RemoteError(f"{said}; start again to go on") from None
         except (openai.OpenAIError, ValueError) as error:  # a body that is no JSON is the latter
             return Answer(refused=f"not an answer: {_line(error)}")
 

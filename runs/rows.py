@@ -1,8 +1,6 @@
-"""Files of prompts for the runs: {id, prompt, source, licence} a line, drawn by a seed.
+"""Files of prompts for the runs: {id, prompt, source, licence} a line.
 
-    python runs/rows.py ANSWERS.jsonl --licensed Apache-2.0    # prompts of rows under that licence, whole file
-    python runs/rows.py EVAL.jsonl --all                       # instruction or prompt of every row
-    python runs/rows.py EVAL.jsonl --references                # {id, reference}: output or response of every row
+    python runs/rows.py ANSWERS.jsonl --licensed Apache-2.0    # those of rows under that licence
     python runs/rows.py PROMPTS.jsonl --draw 300 --seed 7      # that many of them, at random
 """
 
@@ -13,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from pastalm import jsonl
+from pastalm import prompts
 
 LONGEST = 900
 """Characters of a prompt; longer ones leave no room for an answer in a small model's context."""
@@ -23,26 +21,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--licensed")
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--references", action="store_true")
     parser.add_argument("--draw", type=int)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    rows = []
-    for i, (_, row) in enumerate(jsonl.read(chosen.file)):
-        identity = str(row.get("id", row.get("index", i)))
-        prompt = row.get("prompt", row.get("instruction", ""))
-        if chosen.references:
-            found = next((row[k] for k in ("reference", "response", "output") if k in row), None)
-            found = found or next(iter(row["outputs"].values()))
-            rows.append({"id": identity, "reference": found})
-        elif chosen.all or (len(prompt) <= LONGEST and (chosen.licensed or "") in row.get("licence", "")):
-            licence = chosen.licensed or row.get("licence", "")
-            rows.append({"id": identity, "prompt": prompt, "source": row.get("source", ""), "licence": licence})
+    wanted = chosen.licensed or ""
+    rows = [p for p in prompts.read(chosen.file) if len(p.text) <= LONGEST and wanted in p.licence]
     if chosen.draw is not None:
         rows = random.Random(chosen.seed).sample(rows, min(chosen.draw, len(rows)))
-    for found in rows:
-        print(json.dumps(found, ensure_ascii=False))
+    for p in rows:
+        row = {"id": p.id, "prompt": p.text, "source": p.source, "licence": chosen.licensed or p.licence}
+        print(json.dumps(row, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -79,18 +79,9 @@ for ((round = 1; round <= rounds; round++)); do
 done
 
 # 5. the table: greedy answers to the evaluation's prompts
-whole prompts_eval.jsonl "$python" "$here/rows.py" "$eval" --all
-whole references_eval.jsonl "$python" "$here/rows.py" "$eval" --references
-sample prompts_eval.jsonl eval_baseline.jsonl --adapter baseline/adapter --sequential --max-tokens 768
-entries=()
-for adapter in arm_own arm_given arm_promised arm_overlap arm_serial stage1 stage1_own lambda*_round*; do
-  [ -d "$adapter/adapter" ] || continue
-  sample prompts_eval.jsonl "eval_$adapter.jsonl" --adapter "$adapter/adapter" --max-tokens 768
-  for scorer in pmi reference; do
-    "$pasta" score "eval_$adapter.jsonl" "eval_$adapter.$scorer.jsonl" --baseline eval_baseline.jsonl \
-      --scorer "$scorer" --adapter baseline/adapter --references references_eval.jsonl > "eval_$adapter.$scorer.json"
-  done
-  entries+=("$adapter=eval_$adapter.pmi.jsonl,eval_$adapter.reference.jsonl")
+systems=()
+for adapter in arm_own arm_given arm_promised arm_overlap arm_serial stage1_own stage1 lambda*_round*; do
+  [ ! -d "$adapter/adapter" ] || systems+=("$adapter=$adapter/adapter")
 done
-unit=$("$python" -c 'import json; print(json.load(open("eval_stage1.reference.json"))["sigma"])')
-"$python" "$here/adapters.py" "${entries[@]}" --sigma "pmi=$sigma" --sigma "reference=$unit" --out table.md
+"$pasta" eval "${systems[@]}" --prompts "$eval" --baseline baseline/adapter --scorer pmi --scorer reference \
+  --sigma "pmi=$sigma" --against stage1 --requests 64 --no-matched --max-tokens 768 --public --out eval

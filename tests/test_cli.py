@@ -331,6 +331,29 @@ def test_asking_a_server_needs_its_name(tmp_path: Path) -> None:
     assert not out.exists() or out.read_text() == ""
 
 
+def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", *({"index": i, "instruction": f"What of {i}?"} for i in range(3)))
+    out = tmp_path / "out"
+    options = ("--prompts", prompts, "--baseline", "none", "--model", tiny, "--out", out, "--max-tokens", "16")
+    result = pasta("eval", "own=none", "lookup", *options, "--scorer", "pmi", "--limit", "2")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("6 answers, 0 were there\n")
+    assert [line.split(" | ")[0] for line in result.stdout.splitlines()[2:]] == ["| baseline", "| own", "| lookup"]
+    result = pasta("eval", "own=none", "lookup", *options, "--scorer", "pmi", "--sigma", "pmi=20", "--public")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("3 answers, 6 were there\n")
+    assert result.stdout.splitlines()[2].startswith("| baseline | 3 |")
+    page = out / "report" / "index.html"
+    assert result.stderr.splitlines()[-1] == str(page) and "What of" not in page.read_text()
+    assert json.loads((page.parent / "figures.json").read_text())["sigmas"] == {"pmi": 20}
+    complains(pasta("eval", "mine", *options), 2, "unknown system 'mine'", "NAME=ADAPTER")
+    complains(pasta("eval", "own=none", *options, "--scorer", "best"), 2, "unknown scorer")
+    complains(pasta("eval", "own=none", *options, "--scorer", "judge"), 2, "--base-url", "--judge")
+    complains(pasta("eval", "own=none", *options, "--sigma", "pmi=small"), 2, "SCORER=UNIT")
+    options = ("--prompts", tmp_path / "none", *options[2:])
+    complains(pasta("eval", "own=none", *options), 2, "cannot read")
+
+
 def test_answers_are_scored_and_a_round_is_trained_on_them(tiny: Path, tmp_path: Path) -> None:
     """The way of stage 2 on a command line: sample is given; score, prefer; the adapter answers."""
     texts = ("It is a plain thing to say.", "Nothing nothing nothing nothing nothing nothing.", "No.")

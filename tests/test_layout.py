@@ -72,6 +72,14 @@ def test_pack_is_the_specification(policy: Policy, document: Document) -> None:
     np.testing.assert_array_equal(packed.visible, line.visible[np.ix_(order, order)])
 
 
+@given(documents(2))
+def test_an_oracles_positions_are_the_places_in_linear_form(document: Document) -> None:
+    """A promise that names the true length leaves neither gap nor overlap."""
+    packed = pack(PROMPT, document, VOCABULARY, eos=EOS, oracle=True)
+    assert packed.position_ids.tolist() == linear_places(packed, linear(document))
+
+
+
 @given(document=documents(3))
 @settings(max_examples=60, deadline=None)
 def test_pack_labels_each_sampled_token_once_behind_its_predecessor(document: Document) -> None:

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from pastalm import LLM, SamplingParams, models
+from pastalm.eval.baselines.copying import Copying
 from pastalm.events import Decoded, Event, Path, TokenSet
 from pastalm.layout import Layout, Policy
+from pastalm.prompts import Prompt
 from pastalm.vocabulary import TAG_TOKENS
 
 pytestmark = pytest.mark.skipif(
@@ -191,3 +193,20 @@ def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, 
     assert largest_gap(reference, events, stream.prompt_token_ids, "overlap") < 5e-3
     engine.close()
     there.model.close()
+
+
+@pytest.mark.parametrize("source", ["prompt", "references"])
+def test_copied_spans_change_no_token(llm: LLM, source: str) -> None:
+    """Prompt lookup and LLMA, by replay: each token is the reference's likeliest, within SPEC's tolerance."""
+    text = "Repeat this twice, word for word: the quick brown fox jumps over the lazy dog, and then it sleeps."
+    prompt = Prompt(id="1", text=text, references=("the quick brown fox jumps over the lazy dog, and then it sleeps",))
+    copying = Copying("copied", llm, source)  # type: ignore[arg-type]
+    found, asked = copying.decode(prompt, 40), copying.asked(prompt)
+    assert found.passes < len(found.tokens), "nothing was copied: the test sees nothing"
+    with torch.no_grad():
+        ids = torch.tensor([[*asked, *found.tokens]])
+        logits = llm.loaded.model(input_ids=ids, use_cache=False).logits[0, len(asked) - 1 : -1]
+    assert llm.loaded.vocabulary.tags is not None
+    logits[:, list(llm.loaded.vocabulary.tags.ids)] = -torch.inf
+    said = logits.gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+    assert float((logits.max(-1).values - said).max()) < 1e-3

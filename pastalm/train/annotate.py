@@ -64,15 +64,21 @@ class Annotator(Protocol):
     def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | str]]: ...
 
 
+def structural(response: str, count_tokens: CountTokens, prompt: str) -> Document:
+    """The rules of structure.py."""
+    return annotate(response, count_tokens, prompt=prompt)
+
+
 @dataclass(frozen=True, slots=True)
 class Structural:
-    """The annotator of structure.py."""
+    """An annotator by rules, without a model. rules: response, token counter and prompt -> document."""
 
     count_tokens: CountTokens
+    rules: Callable[[str, CountTokens, str], Document] = structural
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | str]]:
         for row in rows:
-            yield row, annotate(row.response, self.count_tokens, prompt=row.prompt)
+            yield row, self.rules(row.response, self.count_tokens, row.prompt)
 
 
 def read_rows(source: Path) -> Iterator[Row]:

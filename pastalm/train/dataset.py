@@ -14,17 +14,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from pastalm.errors import DataError, LanguageError
+from pastalm.errors import DataError, LanguageError, RequestError
 from pastalm.events import Path as ThreadPath
-from pastalm.lang import Document, Text, parse, strip
+from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, parse, strip
 from pastalm.layout import IGNORED, MIXED, Packed, Policy, pack, pack_serial
 from pastalm.models import SEQUENTIAL_MARKER, encode_chat
 from pastalm.vocabulary import Vocabulary
+
+Lengths = Literal["tens", "fixed", "oracle"]
+"""What a promise says: its chunk's length in tens; always the same; in tens, while positions follow the true one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,8 @@ class Mix:
 
     token_budget: packed tokens in all, prompts too. plain: rows without chunks. sequential: rows
     under the marker. positions: weight of each policy for rows with chunks. untagged: the same rows, all
-    without tags and marker (Baseline-SFT).
+    without tags and marker (Baseline-SFT). lengths, topics, syncs: the paper's ablations (section 6): what a
+    promise says of its chunk's length, whether it says what the chunk is about, whether chunks are ever read.
     """
 
     token_budget: int = 800_000
@@ -43,7 +47,36 @@ class Mix:
     sequential: float = 0.12
     positions: Mapping[Policy, float] = field(default_factory=lambda: dict(MIXED))
     untagged: bool = False
+    lengths: Lengths = "tens"
+    topics: bool = True
+    syncs: bool = True
     seed: int = 0
+
+
+def check_lengths(name: str) -> Lengths:
+    """Raises RequestError for what is none."""
+    known: dict[str, Lengths] = {one: one for one in get_args(Lengths)}
+    if name not in known:
+        raise RequestError(f"unknown lengths {name!r}: use {', '.join(known)}")
+    return known[name]
+
+
+FIXED = 100
+"""Tokens that every promise names under "fixed"."""
+
+
+def ablated(document: Document, mix: Mix) -> Document:
+    """The document without what the mix leaves out. Topics become numbers: siblings' must differ."""
+    nodes: list[Node] = []
+    for number, node in enumerate(document):
+        if isinstance(node, Promise):
+            topic = node.topic if mix.topics else f"part {number}"
+            node = Promise(topic, FIXED if mix.lengths == "fixed" else node.tokens)
+        elif isinstance(node, Async):
+            node = Async(ablated(node.body, mix))
+        if mix.syncs or not isinstance(node, Sync):
+            nodes.append(node)
+    return normalize(nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +197,14 @@ def _example(
     prompt = encode_chat(tokenizer, vocabulary, messages, marker=marker)
     if len(prompt) > mix.max_prompt_tokens:
         return
-    document: Document = (Text(strip(row.document)),) if kind == "sequential" else row.document
+    document: Document = (Text(strip(row.document)),) if kind == "sequential" else ablated(row.document, mix)
     policy: Policy = "promised"  # without chunks all policies are the same
     if kind == "tagged":
         policy = rng.choices(list(mix.positions), list(mix.positions.values()))[0]
     if policy == "serial":
         packed = pack_serial(prompt, document, vocabulary, eos=eos)
     else:
-        packed = [pack(prompt, document, vocabulary, policy, eos=eos)]
+        packed = [pack(prompt, document, vocabulary, policy, eos=eos, oracle=mix.lengths == "oracle")]
     for one in packed:
         yield Example(one, row.id, kind, row.source, row.licence)
 

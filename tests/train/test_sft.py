@@ -19,8 +19,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pastalm import models
-from pastalm.errors import DataError
-from pastalm.lang import Async, AsyncOpen, Document, Promise, Sync, Text, linearize, render
+from pastalm.errors import DataError, RequestError
+from pastalm.lang import (
+    Async,
+    AsyncOpen,
+    Document,
+    Promise,
+    Sync,
+    Text,
+    linearize,
+    parse,
+    render,
+    strip,
+)
 from pastalm.layout import IGNORED, pack, pack_serial
 from pastalm.train import run
 from pastalm.train.dataset import (
@@ -28,7 +39,9 @@ from pastalm.train.dataset import (
     REPEATS,
     Example,
     Mix,
+    ablated,
     batches,
+    check_lengths,
     collate,
     examples,
     read_annotated,
@@ -412,3 +425,26 @@ def test_two_processes_train_one_adapter(config: SftConfig, tmp_path: Path) -> N
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert record["steps"] == max(steps)
     assert len({json.dumps(line) for line in steps}) >= 1
+
+
+ABLATED = "Look: " + "".join(
+    f'<promise topic="{t}" tokens="40"/><async>{t}. <promise topic="in" tokens="20"/><async>x</async><sync/>y</async>'
+    for t in ("one", "two")
+)
+ABLATED += "<sync/>Done."
+
+
+def test_ablations_leave_out_what_they_name_and_keep_the_text() -> None:
+    document = parse(ABLATED)
+    assert ablated(document, Mix()) == document
+    fixed = render(ablated(document, Mix(lengths="fixed")))
+    assert fixed.count('tokens="100"') == 4 and 'topic="one"' in fixed and fixed.count("<sync/>") == 3
+    bare = render(ablated(document, Mix(topics=False)))
+    assert 'topic="one"' not in bare and 'tokens="40"' in bare
+    topics = [node.topic for node in ablated(document, Mix(topics=False)) if isinstance(node, Promise)]
+    assert len(set(topics)) == 2
+    assert "<sync/>" not in render(ablated(document, Mix(syncs=False)))
+    for mix in (Mix(lengths="fixed"), Mix(topics=False), Mix(syncs=False), Mix(lengths="oracle")):
+        assert strip(ablated(document, mix)) == strip(document)
+    with pytest.raises(RequestError, match="unknown lengths 'none'"):
+        check_lengths("none")

@@ -10,7 +10,8 @@ import pytest
 from pastalm import LLM, SamplingParams, models
 from pastalm.errors import DataError
 from pastalm.lang import parse
-from pastalm.train.sample import Sampled, sample
+from pastalm.prompts import Prompt
+from pastalm.sample import Sampled, sample
 from tests.test_models import BYTE_LEVEL, small_model
 
 PARAMS = SamplingParams(n=2, temperature=1, max_tokens=24, seed=3)
@@ -23,13 +24,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     return LLM(str(folder), dtype="float64", max_num_seqs=3, max_model_len=256)
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    rows = [{"id": i, "prompt": f"What of {i}?"} for i in range(5)]
-    rows.append({"id": "long", "prompt": "x " * 300})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+PROMPTS = [*(Prompt(id=str(i), text=f"What of {i}?") for i in range(5)), Prompt(id="long", text="x " * 300)]
 
 
 def answers(path: Path) -> dict[tuple[str, int], str]:
@@ -42,10 +37,10 @@ def answers(path: Path) -> dict[tuple[str, int], str]:
 
 
 def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(
-    llm: LLM, prompts: Path, tmp_path: Path
+    llm: LLM, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    counts = sample(llm, prompts, whole, PARAMS)
+    counts = sample(llm, PROMPTS, whole, PARAMS)
     assert (counts.written, counts.refused, counts.skipped) == (10, 2, 0)
     assert counts.tokens == sum(json.loads(x)["tokens"] for x in whole.read_text().splitlines())
     assert sum(counts.ended.values()) == 10
@@ -55,25 +50,23 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(llm, prompts, broken, PARAMS, progress=stop)
+        sample(llm, PROMPTS, broken, PARAMS, progress=stop)
     assert not llm.driver.running
     with broken.open("a") as file:
         file.write('{"id": "4", "cho')
-    counts = sample(llm, prompts, broken, PARAMS)
+    counts = sample(llm, PROMPTS, broken, PARAMS)
     assert (counts.written, counts.skipped) == (6, 4)
     assert answers(broken) == answers(whole)
     assert len(set(answers(whole).values())) > 5  # choices and prompts differ
 
 
 def test_files_that_cannot_be_used_are_one_clear_line(
-    llm: LLM, prompts: Path, tmp_path: Path
+    llm: LLM, tmp_path: Path
 ) -> None:
     odd = tmp_path / "odd.jsonl"
-    odd.write_text('{"prompt": "no id"}\n')
-    with pytest.raises(DataError, match="line 1: 'id' must be a string"):
-        sample(llm, odd, tmp_path / "out.jsonl", PARAMS)
-    with pytest.raises(DataError, match="something else than answers"):
-        sample(llm, prompts, odd, PARAMS)
+    odd.write_text('{"prompt": 3}\n')
+    with pytest.raises(DataError, match="line 1: not an answer .*use another file"):
+        sample(llm, PROMPTS, odd, PARAMS)
     with pytest.raises(DataError, match="cannot write"):
-        sample(llm, prompts, prompts / "out.jsonl", PARAMS)
+        sample(llm, PROMPTS, odd / "out.jsonl", PARAMS)
     assert not llm.driver.running

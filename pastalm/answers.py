@@ -1,0 +1,111 @@
+"""Answers on disk: one JSON object a line, written by `pasta sample` and `pasta eval`, read by all who look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pastalm import jsonl
+from pastalm.errors import DataError, LanguageError
+from pastalm.lang import Async, Document, parse, strip
+from pastalm.transcript import Transcript
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer to one prompt. choice: which of several. sequential: decoded with forking off. annotated:
+    PASTA-LANG. tokens: with tags; critical_path, steps: as in SPEC "Figures". seconds: to its end, first_seconds: to
+    the first character that a reader sees; matched_seconds: the same text decoded sequentially, forced (None: not
+    measured). threads: of `Transcript.to_dict`, where kept. category: of the prompt."""
+
+    id: str
+    choice: int = 0
+    prompt: str
+    sequential: bool = False
+    annotated: str
+    tokens: int
+    critical_path: int
+    steps: int = 0
+    finish_reason: str
+    seconds: float | None = None
+    first_seconds: float | None = None
+    matched_seconds: float | None = None
+    threads: tuple[dict[str, Any], ...] = ()
+    category: str = ""
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, bool]:
+        """What no two answers of a file share."""
+        return self.id, self.choice, self.sequential
+
+    @property
+    def document(self) -> Document:
+        return parse(self.annotated)
+
+    @property
+    def text(self) -> str:
+        """The reader's text."""
+        return strip(self.document)
+
+    @property
+    def chunks(self) -> tuple[str, ...]:
+        """The texts of all chunks, nested ones too."""
+        return tuple(_chunks(self.document))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what was not measured."""
+        return {key: value for key, value in asdict(self).items() if value is not None and value != ()}
+
+
+def _chunks(document: Document) -> Iterator[str]:
+    for node in document:
+        if isinstance(node, Async):
+            yield strip(node.body)
+            yield from _chunks(node.body)
+
+
+def figures(transcript: Transcript) -> dict[str, Any]:
+    """The fields of an Answer that a finished response tells."""
+    return {
+        "annotated": transcript.annotated,
+        "tokens": transcript.tokens,
+        "critical_path": transcript.critical_path,
+        "steps": transcript.steps,
+        "finish_reason": str(transcript.finish_reason),
+        "seconds": round(transcript.seconds, 4),
+    }
+
+
+def read(path: Path) -> list[Answer]:
+    """All answers of a file, their PASTA-LANG checked. Raises DataError with the line that cannot be read."""
+    found = list(_answers(jsonl.read(path)))
+    if not found:
+        raise DataError(f"{path} is empty: sample some answers first (pasta sample)")
+    return found
+
+
+def resume(path: Path) -> list[Answer]:
+    """What an earlier run wrote, as `jsonl.resume`. Raises DataError."""
+    return list(_answers(jsonl.resume(path)))
+
+
+def _answers(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Answer]:
+    names = {f.name for f in fields(Answer)}
+    strings, numbers = ("id", "prompt", "annotated", "finish_reason"), ("choice", "tokens", "critical_path")
+    for where, row in lines:
+        if missing := [key for key in (*strings, *numbers) if key not in row]:
+            raise DataError(f"{where}: not an answer ({missing[0]!r} is missing): use another file")
+        known = {key: value for key, value in row.items() if key in names}
+        known |= {key: jsonl.string(row, key, where) for key in strings}
+        try:
+            known |= {key: int(row[key]) for key in numbers}
+            known["threads"] = tuple(row.get("threads", ()))
+            answer = Answer(**known)
+            parse(answer.annotated)
+        except (TypeError, ValueError, LanguageError) as error:
+            raise DataError(f"{where}: not an answer ({error}): sample it again (pasta sample)") from None
+        yield answer

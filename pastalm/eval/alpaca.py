@@ -1,0 +1,135 @@
+"""AlpacaEval (Li et al. 2023) and its length-controlled win rate (Dubois et al. 2024), computed by its own package.
+
+Outputs are written in the benchmark's form, so that its own command can judge them too. Verdicts of a judge (scored.py)
+become its annotations: preference 1 is the baseline's answer, 2 the system's.
+
+The package joins the difficulty of instructions by their place, so the published form of the metric (`length_
+controlled_v1`) needs all 805 prompts in order; for any other set the form without difficulties is taken, and said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pastalm.answers import Answer
+from pastalm.errors import DataError, ModelError
+from pastalm.eval.compare import Pair
+
+WHOLE = 805
+"""Prompts of AlpacaEval."""
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """Percent. win_rate: mean preference; length_controlled: what it would be at equal lengths, with its standard
+    error (None: it cannot be told, all lengths are equal). form: of the package's models. missing: pairs without a
+    verdict, which are left out."""
+
+    win_rate: float
+    length_controlled: float | None
+    standard_error: float | None
+    n: int
+    missing: int
+    form: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def outputs(found: Sequence[Answer], generator: str) -> list[dict[str, str]]:
+    """Answers in AlpacaEval's own form, for `alpaca_eval --model_outputs`."""
+    return [
+        {"instruction": a.prompt, "output": a.text, "generator": generator, "dataset": a.category} for a in found
+    ]
+
+
+def verdicts(found: Sequence[Pair], generator: str) -> list[dict[str, Any]]:
+    """A judge's verdicts in AlpacaEval's own form, those that are there."""
+    return [
+        {
+            "instruction": pair.answer.prompt,
+            "output_1": pair.baseline.text,
+            "generator_1": "baseline",
+            "output_2": pair.answer.text,
+            "generator_2": generator,
+            "annotator": "judge",
+            "preference": 1 + judged.win,
+        }
+        for pair in found
+        if (judged := pair.scored.get("judge")) is not None and judged.win is not None
+    ]
+
+
+def win_rate(judged: Sequence[dict[str, Any]], *, asked: int, gamed: Path | None = None) -> WinRate:
+    """The win rate of the annotations of one system, raw and length-controlled.
+
+    asked: how many pairs were to be judged. gamed: a copy of the benchmark's df_gamed.csv, where the hub cannot be
+    reached. Raises DataError for no annotation, ModelError where the package or its file cannot be had.
+    """
+    if not judged:
+        raise DataError("no verdict of a judge: evaluate with --scorer judge")
+    form = "length_controlled_v1" if len(judged) == WHOLE else "length_controlled_minimal"
+    deltas = {len(row["output_1"]) - len(row["output_2"]) for row in judged}
+    with _package(form, gamed, len(judged)) as (metrics, frame):
+        if len(deltas) == 1 or len(judged) < 10:  # nothing to control for; too few for five folds
+            found = metrics.get_winrate(frame(list(judged)))
+        else:
+            found = metrics.get_length_controlled_winrate(
+                frame(list(judged)), glm_name=form, save_weights_dir=None, is_warn_extreme_changes=False
+            )
+    controlled, error = found.get("length_controlled_winrate"), found.get("lc_standard_error")
+    return WinRate(
+        win_rate=float(found["win_rate"]),
+        length_controlled=None if controlled is None else float(controlled),
+        standard_error=None if error is None else float(error),
+        n=len(judged),
+        missing=asked - len(judged),
+        form=form,
+    )
+
+
+@contextlib.contextmanager
+def _package(form: str, gamed: Path | None, rows: int) -> Iterator[Any]:
+    """The package's metrics and what makes a table of rows; its one file from the hub, `gamed`, or, for the form
+    that does not use it, a table of zeros."""
+    try:
+        import pandas
+        from alpaca_eval import metrics
+        from alpaca_eval.metrics import glm_winrate
+    except ImportError as error:
+        raise ModelError(f"{error.name} is missing: pip install 'pastalm[eval]'") from None
+    fetch = glm_winrate.hf_hub_download
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if form != "length_controlled_v1":
+            gamed = Path(folder) / "zeros.csv"
+            lines = ["preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model"]
+            gamed.write_text("\n".join([*lines, *(f"0.5,{i},0,0,False,none" for i in range(rows))]) + "\n")
+        if gamed is not None:
+            glm_winrate.hf_hub_download = lambda **_: str(gamed)
+        try:
+            yield metrics, pandas.DataFrame
+        except OSError as error:
+            raise ModelError(
+                f"cannot get AlpacaEval's df_gamed.csv ({' '.join(str(error).split())[:120]}): give a copy of it"
+            ) from None
+        finally:
+            glm_winrate.hf_hub_download = fetch
+            logging.getLogger().setLevel(logging.WARNING)
+
+
+def write_outputs(path: Path, found: Sequence[Answer], generator: str) -> None:
+    """Writes `outputs` as one JSON list. Raises DataError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(outputs(found, generator), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,154 @@
+"""Token-level parallelism without a second model: spans are copied from text that is at hand, and verified; lossless.
+
+- Prompt lookup (Saxena, "Prompt lookup decoding", 2023): what followed the last few tokens earlier, in the prompt or
+  in the answer so far, is the draft.
+- LLMA (Yang et al., "Inference with reference: lossless acceleration of large language models", 2023): what followed
+  them in given references is.
+
+One forward pass verifies a draft: its tokens are taken as long as each is what greedy decoding would have said. The
+answer is therefore that of sequential greedy decoding; how much faster depends on how much of it is copied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from pastalm.answers import Answer
+from pastalm.engine import SamplingParams
+from pastalm.errors import CapabilityError
+from pastalm.eval.systems import answer
+from pastalm.lang import Text, render
+from pastalm.llm import LLM
+from pastalm.prompts import Prompt
+
+Propose = Callable[[Sequence[int]], Sequence[int]]
+"""Prompt and answer so far -> tokens that may come next."""
+
+
+def lookup(known: Sequence[int], source: Sequence[int], *, longest: int, shortest: int, draft: int) -> list[int]:
+    """Up to `draft` tokens that followed the last occurrence in `source` of the longest run of tokens, from
+    `shortest` to `longest`, that `known` ends with; [] if there is none."""
+    for size in range(min(longest, len(known)), shortest - 1, -1):
+        tail = list(known[-size:])
+        for start in range(len(source) - size - 1, -1, -1):
+            if list(source[start : start + size]) == tail:
+                return list(source[start + size : start + size + draft])
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """tokens: with the end token, if it came. passes: forward passes, the prompt's too. first: seconds to the
+    first token."""
+
+    tokens: list[int]
+    passes: int
+    first: float
+
+
+@torch.inference_mode()
+def decode(
+    model: Any, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int], never: Sequence[int]
+) -> Decoded:
+    """Greedy decoding that verifies drafts. ends: tokens that end the answer. never: ids that are not said."""
+    from transformers import DynamicCache
+
+    started = time.perf_counter()
+    cache = DynamicCache()
+    banned = torch.tensor(list(never), dtype=torch.long, device=model.device)
+
+    def said(fed: Sequence[int]) -> list[int]:
+        """What is likeliest after each of the last len(wanted) tokens fed."""
+        ids = torch.tensor([list(fed)], device=model.device)
+        position = torch.arange(cache.get_seq_length(), cache.get_seq_length() + len(fed), device=model.device)[None]
+        keep = 1 if not tokens else len(fed)
+        logits = model(
+            input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        ).logits[0]
+        logits[:, banned] = -torch.inf
+        return logits.argmax(-1).tolist()
+
+    tokens: list[int] = []
+    tokens.append(said(prompt)[-1])
+    first, passes = time.perf_counter() - started, 1
+    while tokens[-1] not in ends and len(tokens) < max_tokens:
+        draft = list(propose([*prompt, *tokens]))[: max_tokens - len(tokens) - 1]
+        found = said([tokens[-1], *draft])
+        passes += 1
+        taken = next((i for i, token in enumerate(draft) if token != found[i]), len(draft))
+        for token in found[: taken + 1]:
+            tokens.append(token)
+            if token in ends:
+                break
+        surplus = cache.get_seq_length() - (len(prompt) + len(tokens) - 1)
+        if surplus:
+            cache.crop(-surplus)
+    return Decoded(tokens, passes, first)
+
+
+@dataclass(slots=True)
+class Copying:
+    """source: "prompt" is prompt lookup, "references" LLMA, from the prompt's references. longest, shortest: tokens
+    that must match; draft: tokens copied. Raises CapabilityError for a model that llama.cpp runs."""
+
+    name: str
+    llm: LLM
+    source: Literal["prompt", "references"] = "prompt"
+    longest: int = 3
+    shortest: int = 2
+    draft: int = 10
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.llm.loaded.model, "get_decoder"):
+            raise CapabilityError("copying verifies drafts with transformers: give a model that is no GGUF file")
+
+    def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
+        """See `System`. Critical path: forward passes."""
+        started = time.perf_counter()
+        found = self.decode(prompt, max_tokens)
+        seconds = time.perf_counter() - started
+        vocabulary = self.llm.loaded.vocabulary
+        ended = found.tokens[-1] in vocabulary.eos
+        text = vocabulary.text(found.tokens[:-1] if ended else found.tokens)
+        return answer(
+            prompt,
+            sequential=True,
+            annotated=render((Text(text),)) if text else "",
+            tokens=len(found.tokens),
+            critical_path=found.passes,
+            steps=found.passes,
+            finish_reason="stop" if ended else "length",
+            first_seconds=round(found.first, 4),
+            seconds=round(seconds, 4),
+        )
+
+    def decode(self, prompt: Prompt, max_tokens: int) -> Decoded:
+        """The answer's tokens, those of sequential greedy decoding."""
+        vocabulary = self.llm.loaded.vocabulary
+        references = [vocabulary.encode(text) for text in prompt.references]
+
+        def propose(known: Sequence[int]) -> Sequence[int]:
+            for source in [known] if self.source == "prompt" else references:
+                found = lookup(known, source, longest=self.longest, shortest=self.shortest, draft=self.draft)
+                if found:
+                    return found
+            return []
+
+        return decode(
+            self.llm.loaded.model,
+            self.asked(prompt),
+            propose,
+            max_tokens=max_tokens,
+            ends=frozenset(vocabulary.eos),
+            never=vocabulary.tags.ids if vocabulary.tags else (),
+        )
+
+    def asked(self, prompt: Prompt) -> list[int]:
+        """Token ids of the prompt, as its sequential decoding gets them."""
+        params = SamplingParams(temperature=0, parallelism=0)
+        return self.llm.encode([{"role": "user", "content": prompt.text}], params)

@@ -1,0 +1,154 @@
+"""Skeleton-of-Thought (Ning et al., "Skeleton-of-Thought: Prompting LLMs for efficient parallel generation", 2024).
+
+No training: the model is first asked for a skeleton of the answer, 3 to 10 points of a few words, then to expand each
+point, all at once. A router (their SoT-R, prompted) asks the model itself whether such an answer suits the question.
+The prompts are ours.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pastalm.answers import Answer
+from pastalm.engine import SamplingParams
+from pastalm.eval.systems import answer, cold
+from pastalm.lang import Async, Node, Promise, Sync, Text, normalize, render
+from pastalm.llm import LLM, Running
+from pastalm.prompts import Prompt
+
+MOST_POINTS = 10
+
+_SKELETON = """\
+Plan the answer to this question. Write only its skeleton: a numbered list of 3 to 10 points, each of 3 to 5 words, \
+no sentences, no explanations.
+
+Question: {question}
+
+Skeleton:"""
+_EXPAND = """\
+Write one part of the answer to a question; other writers do the other parts.
+
+Question: {question}
+
+Skeleton of the answer:
+{skeleton}
+
+Write point {number} only, in one or two short sentences, and go on with no other point."""
+_ROUTE = """\
+Question: {question}
+
+Could a good answer be a list of points each of which can be written without knowing the others (and is it not a \
+calculation, code, or an answer of one sentence)? Say Yes or No."""
+_POINT = re.compile(r"^\s*(\d{1,2})[.)][ \t]*(\S[^\n]*?)[ \t]*$", re.MULTILINE)
+
+
+@dataclass(slots=True)
+class SkeletonOfThought:
+    """routed: ask first whether it suits; else answer sequentially. max_point: tokens of one point."""
+
+    name: str
+    llm: LLM
+    routed: bool = False
+    max_point: int = 200
+
+    def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
+        """See `System`. Critical path: router, skeleton, longest point; where no skeleton comes of it, the
+        sequential answer after them."""
+        cold(self.llm)
+        started = time.perf_counter()
+        spent = Spent()
+        if not self.routed or self._suits(prompt.text, spent):
+            asked = _SKELETON.format(question=prompt.text)
+            (skeleton,) = self._decode([(asked, "1.")], 200, spent, stop=f"\n{MOST_POINTS + 1}.")
+            points = points_of("1." + skeleton.transcript.text)
+            if len(points) >= 2:
+                first = time.perf_counter() - started
+                whole = "\n".join(f"{i}. {point}" for i, point in enumerate(points, 1))
+                parts = self._decode(
+                    [(_expand(prompt.text, whole, i), f"{i}. {point}:") for i, point in enumerate(points, 1)],
+                    self.max_point,
+                    spent,
+                )
+                texts = [part.transcript.text for part in parts]
+                seconds = time.perf_counter() - started
+                reason = "length" if any(p.transcript.finish_reason == "length" for p in parts) else "stop"
+                return self._answer(prompt, render(assembled(points, texts, parts)), spent, reason, first, seconds)
+        (plain,) = self._decode([(prompt.text, "")], max_tokens, spent)
+        seconds = time.perf_counter() - started
+        text = render((Text(plain.transcript.text),)) if plain.transcript.text else ""
+        first = seconds - plain.transcript.seconds
+        return self._answer(prompt, text, spent, str(plain.transcript.finish_reason), first, seconds)
+
+    def _answer(
+        self, prompt: Prompt, annotated: str, spent: Spent, reason: str, first: float, seconds: float
+    ) -> Answer:
+        return answer(
+            prompt,
+            annotated=annotated,
+            tokens=spent.tokens,
+            critical_path=spent.critical_path,
+            steps=spent.steps,
+            finish_reason=reason,
+            first_seconds=round(first, 4),
+            seconds=round(seconds, 4),
+        )
+
+    def _suits(self, question: str, spent: Spent) -> bool:
+        """The router: whichever of the two words is likelier."""
+        vocabulary = self.llm.loaded.vocabulary
+        words = {word: vocabulary.encode(word)[0] for word in ("Yes", "No")}
+        bias = dict.fromkeys(words.values(), 100.0)
+        (said,) = self._decode([(_ROUTE.format(question=question), "")], 1, spent, logit_bias=bias)
+        return said.transcript.text == "Yes"
+
+    def _decode(
+        self, asked: Sequence[tuple[str, str]], max_tokens: int, spent: Spent, **params: Any
+    ) -> list[Running]:
+        """Answers to (question, how the answer begins), greedily, all at once."""
+        chosen = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, **params)
+        running = []
+        for question, begun in asked:
+            ids = self.llm.encode([{"role": "user", "content": question}], chosen)
+            ids += self.llm.loaded.vocabulary.encode(begun)
+            running.append(self.llm.driver.submit(ids, chosen, positions=self.llm.positions)[0])
+        while any(not one.transcript.finished for one in running):
+            self.llm.driver.step()
+        spent.add(running)
+        return running
+
+
+@dataclass(slots=True)
+class Spent:
+    """What the phases of an answer cost so far: one after another, the requests of each at once."""
+
+    tokens: int = 0
+    critical_path: int = 0
+    steps: int = 0
+
+    def add(self, phase: Sequence[Running]) -> None:
+        self.tokens += sum(one.transcript.tokens for one in phase)
+        self.critical_path += max(one.transcript.critical_path for one in phase)
+        self.steps += max(one.transcript.steps for one in phase)
+
+
+def _expand(question: str, skeleton: str, number: int) -> str:
+    return _EXPAND.format(question=question, skeleton=skeleton, number=number)
+
+
+def points_of(skeleton: str) -> list[str]:
+    """The points of a skeleton, in order, each once."""
+    found = [match.group(2).strip().rstrip(":") for match in _POINT.finditer(skeleton)]
+    return [point for point in dict.fromkeys(found) if point][:MOST_POINTS]
+
+
+def assembled(points: Sequence[str], texts: Sequence[str], parts: Sequence[Running]) -> tuple[Node, ...]:
+    """The reader's answer, its points as chunks."""
+    nodes: list[Node] = []
+    for i, (point, text, part) in enumerate(zip(points, texts, parts, strict=True), 1):
+        nodes.append(Promise.clip(point, part.transcript.tokens))
+        nodes.append(Async((Text(f"{i}. {point}: {text.strip()}\n"),)))
+    return normalize([*nodes, Sync()])

@@ -1,0 +1,207 @@
+"""Systems side by side: figures of their answers to the same prompts, held against the baseline's (SPEC "Figures").
+
+In: a file of answers.py for each system (`pasta eval`, or `pasta sample`), and scored ones of scored.py where there
+are. Every figure is a mean over the prompts that the system and the baseline have both answered, with its interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pastalm.answers import Answer
+from pastalm.errors import DataError
+from pastalm.eval.means import Mean, mean
+from pastalm.scored import Length, Scored
+from pastalm.vocabulary import TAG_TOKENS
+from pastalm.wording import repetition
+
+CountTokens = Callable[[str], int]
+
+LAMBDAS = (1.0, 2.0, 4.0, 8.0, math.inf)
+LENGTH: Length = "smaller"
+"""Whose tokens a score's speedup counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt: a system's answer, the baseline's, and what scorers say of the former, by their names.
+    text_tokens: of the reader's text and its end."""
+
+    answer: Answer
+    baseline: Answer
+    text_tokens: int
+    baseline_text_tokens: int
+    scored: Mapping[str, Scored] = field(default_factory=dict)
+
+    @property
+    def chunks(self) -> int:
+        return len(self.answer.chunks)
+
+    @property
+    def speedups(self) -> dict[str, float]:
+        """theoretical and realized against the baseline's answer; both length-matched, against the same text
+        decoded sequentially; what was not measured is left out."""
+        own, base = self.answer, self.baseline
+        found = {
+            "theoretical": base.tokens / own.critical_path,
+            "theoretical, matched": self.text_tokens / own.critical_path,
+            "theoretical, smaller": min(base.tokens, self.text_tokens) / own.critical_path,
+        }
+        if own.seconds and base.seconds:
+            found["realized"] = base.seconds / own.seconds
+        if own.seconds and own.matched_seconds:
+            found["realized, matched"] = own.matched_seconds / own.seconds
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system: its pairs, and figures by name."""
+
+    system: str
+    pairs: list[Pair]
+    figures: dict[str, Mean]
+
+
+def pairs(
+    answers: Sequence[Answer],
+    baseline: Sequence[Answer],
+    count_tokens: CountTokens,
+    scored: Mapping[str, Sequence[Scored]] | None = None,
+) -> list[Pair]:
+    """Answers to the prompts that both have, in order of ids. Raises DataError if there is none."""
+    base = {found.id: found for found in baseline}
+    by = {name: {row.id: row for row in rows} for name, rows in (scored or {}).items()}
+    found = [
+        Pair(
+            answer,
+            base[answer.id],
+            _text_tokens(answer, count_tokens),
+            _text_tokens(base[answer.id], count_tokens),
+            {name: rows[answer.id] for name, rows in by.items() if answer.id in rows},
+        )
+        for answer in sorted(answers, key=lambda a: _place(a.id))
+        if answer.id in base and answer.critical_path
+    ]
+    if not found:
+        raise DataError("no prompt was answered by both system and baseline: evaluate both on the same prompts")
+    return found
+
+
+def _place(identity: str) -> tuple[int, int, str]:
+    """Numbers in order before names: AlpacaEval's own order."""
+    return (0, int(identity), "") if identity.isdecimal() else (1, 0, identity)
+
+
+def _text_tokens(answer: Answer, count_tokens: CountTokens) -> int:
+    return max(1, count_tokens(answer.text) + (answer.finish_reason == "stop"))
+
+
+def figures(found: Sequence[Pair], sigmas: Mapping[str, float]) -> dict[str, Mean]:
+    """All figures of some pairs. sigmas: the unit of each scorer's differences; names of the scorers to report."""
+    own = [pair.answer for pair in found]
+    table = {
+        "forks": mean([pair.chunks >= 2 for pair in found]),
+        "chunks": mean([pair.chunks for pair in found]),
+    }
+    names = dict.fromkeys(name for pair in found for name in pair.speedups)
+    for name in names:
+        values = [pair.speedups[name] for pair in found if name in pair.speedups]
+        table[name] = mean(values, "geometric")
+        if not name.endswith("smaller"):
+            table[f"{name}, arithmetic mean"] = mean(values)
+            table[f"{name}, harmonic mean"] = mean(values, "harmonic")
+    both = [pair.speedups for pair in found if "realized, matched" in pair.speedups]
+    if both:
+        ratios = [s["realized, matched"] / s["theoretical, matched"] for s in both]
+        table["realized over theoretical, matched"] = mean(ratios, "geometric")
+    table["parallelism"] = mean([a.tokens / a.critical_path for a in own], "geometric")
+    table["text against the baseline's"] = mean([p.text_tokens / p.baseline_text_tokens for p in found], "geometric")
+    times = {"seconds": [a.seconds for a in own], "seconds to the first token": [a.first_seconds for a in own]}
+    for name, measured in times.items():
+        if there := [value for value in measured if value is not None]:
+            table[name] = mean(there)
+    table["tokens"] = mean([a.tokens for a in own])
+    table["critical path"] = mean([a.critical_path for a in own])
+    for name, sigma in sigmas.items():
+        rows = [pair.scored[name] for pair in found if name in pair.scored]
+        qualities = [q for row in rows if (q := row.quality(sigma)) is not None]
+        if qualities:
+            table[f"quality, {name}"] = mean(qualities)
+        for lambda_ in LAMBDAS:
+            scores = [s for row in rows if (s := row.score(lambda_, sigma, LENGTH)) is not None]
+            if scores:
+                table[f"score, {name}, lambda {lambda_:g}"] = mean(scores)
+    table["repetition"] = mean([repetition(a.text) for a in own])
+    table["cut off"] = mean([a.finish_reason == "length" for a in own])
+    table["malformed"] = mean([any(tag in a.text for tag in TAG_TOKENS.values()) for a in own])
+    return table
+
+
+def differences(row: Row, other: Row, sigmas: Mapping[str, float]) -> dict[str, Mean]:
+    """Scores of one system less another's, on the prompts that both answered, by scorer and lambda."""
+    theirs = {pair.answer.id: pair.scored for pair in other.pairs}
+    table = {}
+    for name, sigma in sigmas.items():
+        both = [
+            (pair.scored[name], theirs[pair.answer.id][name])
+            for pair in row.pairs
+            if name in pair.scored and name in theirs.get(pair.answer.id, {})
+        ]
+        for lambda_ in LAMBDAS:
+            scores = [(a.score(lambda_, sigma, LENGTH), b.score(lambda_, sigma, LENGTH)) for a, b in both]
+            values = [a - b for a, b in scores if a is not None and b is not None]
+            if values:
+                table[f"{name}, lambda {lambda_:g}"] = mean(values)
+    return table
+
+
+def groups(found: Sequence[Pair], key: Callable[[Pair], Any]) -> dict[str, dict[str, Mean]]:
+    """Speedups of the pairs that share a key, by key, in order of keys."""
+    parts: dict[Any, list[Pair]] = {}
+    for pair in found:
+        parts.setdefault(key(pair), []).append(pair)
+    table: dict[str, dict[str, Mean]] = {}
+    for value in sorted(parts):
+        names = dict.fromkeys(name for pair in parts[value] for name in pair.speedups)
+        table[str(value)] = {
+            name: mean([p.speedups[name] for p in parts[value] if name in p.speedups], "geometric") for name in names
+        }
+    return table
+
+
+COLUMNS = (
+    "forks",
+    "chunks",
+    "theoretical",
+    "theoretical, matched",
+    "theoretical, smaller",
+    "realized",
+    "realized, matched",
+    "realized over theoretical, matched",
+    "text against the baseline's",
+)
+
+
+def markdown(rows: Sequence[Row], sigmas: Mapping[str, float] | None = None, against: str | None = None) -> str:
+    """The table for people: means with intervals, a line a system; and how much higher their scores are than those of
+    the system `against`, if one is named."""
+    shown = [name for name in COLUMNS if any(name in row.figures for row in rows)]
+    shown += [n for n in dict.fromkeys(n for r in rows for n in r.figures) if n.startswith("quality")]
+    shown += ["repetition", "cut off", "malformed", "tokens"]
+    lines = [f"| system | prompts | {' | '.join(shown)} |", "| --- " * (len(shown) + 2) + "|"]
+    for row in rows:
+        cells = [str(row.figures[name]) if name in row.figures else "" for name in shown]
+        lines.append(f"| {row.system} | {len(row.pairs)} | {' | '.join(cells)} |")
+    other = next((row for row in rows if row.system == against), None)
+    if other is not None:
+        tables = {row.system: differences(row, other, sigmas or {}) for row in rows if row is not other}
+        names = list(dict.fromkeys(name for table in tables.values() for name in table))
+        lines += ["", f"| score less {against}'s | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+        for system, table in tables.items():
+            cells = [f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in table.values()]
+            lines.append(f"| {system} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,109 @@
+"""Lets systems answer the same prompts side by side: one process, one request at a time, in rotating order; or, with
+`under_load`, each system many at once.
+
+Out: a file of answers.py for each system. Each answer is written as soon as it is there, so a run can be gone on
+with; prompts come in a seeded random order, so that an unfinished run is a fair sample. Beside each asynchronous answer
+stands how long its text takes when it is decoded sequentially, forced ("length-matched": an answer that is only
+shorter is no speedup; SPEC "Figures").
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pastalm import answers, jsonl
+from pastalm.answers import Answer
+from pastalm.engine import SamplingParams
+from pastalm.errors import RequestError
+from pastalm.eval.systems import Decoding, System, cold, force
+from pastalm.prompts import Prompt
+from pastalm.sample import Sampled, sample
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run did. refused: answers that a system would not give, by the reason."""
+
+    prompts: int = 0
+    written: int = 0
+    skipped: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+def measure(
+    systems: Sequence[System],
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    matched: Decoding | None = None,
+    max_tokens: int = 1024,
+    seed: int = 0,
+    progress: Callable[[Counts, Answer], None] = lambda *_: None,
+) -> Counts:
+    """Every system's answer to every prompt that it has not answered yet, to `folder`/NAME.jsonl.
+
+    matched: the system on which texts are decoded again, forced (None: they are not). Raises DataError for files
+    that cannot be read or written.
+    """
+    files = {system.name: folder / f"{system.name}.jsonl" for system in systems}
+    there = {name: {found.id for found in answers.resume(path)} for name, path in files.items()}
+    counts = Counts(skipped=sum(map(len, there.values())))
+    shuffled = random.Random(seed).sample(list(prompts), len(prompts))
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(jsonl.Appender(path)) for name, path in files.items()}
+        for turn, prompt in enumerate(shuffled):
+            first = turn % len(systems)
+            for system in [*systems[first:], *systems[:first]]:
+                if prompt.id in there[system.name]:
+                    continue
+                try:
+                    found = system.answer(prompt, max_tokens)
+                except RequestError as error:
+                    counts.refused[str(error)] = counts.refused.get(str(error), 0) + 1
+                    continue
+                if matched is not None:
+                    found = replace(found, matched_seconds=_forced(matched, found))
+                writers[system.name].write(found.to_dict())
+                counts.written += 1
+                progress(counts, found)
+            counts.prompts += 1
+    return counts
+
+
+def _forced(system: Decoding, found: Answer) -> float | None:
+    """Seconds that the text of an answer takes sequentially. An answer without chunks is its own match."""
+    if found.critical_path == found.tokens:
+        return found.seconds
+    llm = system.llm
+    params = SamplingParams(temperature=0, max_tokens=1, parallelism=0)
+    prompt = llm.encode([{"role": "user", "content": found.prompt}], params)
+    cold(llm)
+    tokens = [*llm.loaded.vocabulary.encode(found.text), min(llm.loaded.vocabulary.eos)]
+    return round(force(llm.driver.engine, prompt, tokens), 4)
+
+
+def under_load(
+    systems: Sequence[System],
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    max_tokens: int = 1024,
+    progress: Callable[[Sampled], None] = lambda _: None,
+) -> Counts:
+    """As `measure`, but system after system, each with as many requests at once as its engine takes; an answer's
+    seconds are those it took in that company. Raises RequestError for a system that answers one at a time only."""
+    counts = Counts(prompts=len(prompts))
+    for system in systems:
+        if not isinstance(system, Decoding):
+            raise RequestError(f"{system.name} answers one request at a time: leave it out under load")
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=system.parallelism)
+        done = sample(system.llm, prompts, folder / f"{system.name}.jsonl", params, progress=progress)
+        counts.written += done.written
+        counts.skipped += done.skipped
+        if done.refused:
+            counts.refused["longer than the context"] = done.refused
+    return counts

@@ -1,0 +1,321 @@
+"""What an evaluation found, for people and for machines: figures.json, pictures, and one page that needs nothing else.
+
+The page browses all answers side by side, chunks coloured, with their timelines. `public` leaves prompts and answers
+out, for prompts whose terms do not let them be passed on: what is left carries ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pastalm.errors import DataError
+from pastalm.eval import compare
+from pastalm.eval.compare import Pair, Row
+from pastalm.eval.means import Mean
+from pastalm.lang import Async, Document, Promise, Sync, Text
+
+LIBRARIES = ("pastalm", "torch", "transformers", "llama-cpp-python")
+
+
+def environment() -> dict[str, str]:
+    """What the figures were measured on."""
+    found = {
+        "made": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except ImportError:
+            continue
+    return found
+
+
+def write(
+    folder: Path, rows: Sequence[Row], table: str, *, baseline: str, told: Mapping[str, Any], public: bool = False
+) -> Path:
+    """Writes figures.json, table.md, the pictures and index.html; returns the page. table: of `compare.markdown`. told:
+    what was asked (command, settings, load), into JSON and page. Raises DataError if the folder cannot be written."""
+    pictures = {name: draw(rows) for name, draw in PICTURES.items()}
+    page = _page(rows, baseline, told, {k: v for k, v in pictures.items() if v}, public)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "figures.json").write_text(json.dumps(figures(rows, baseline, told), indent=1) + "\n")
+        (folder / "table.md").write_text(table)
+        for name, picture in pictures.items():
+            if picture:
+                (folder / f"{name}.png").write_bytes(picture)
+        (folder / "index.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror}") from None
+    return folder / "index.html"
+
+
+def figures(rows: Sequence[Row], baseline: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything as JSON: per system all figures with n and interval, by category and by number of chunks, and the
+    figures of each prompt by its id."""
+    return {
+        "environment": environment(),
+        **told,
+        "baseline": baseline,
+        "systems": {
+            row.system: {
+                "figures": {name: value.to_dict() for name, value in row.figures.items()},
+                "by category": _plain(compare.groups(row.pairs, lambda p: p.answer.category)),
+                "by chunks": _plain(compare.groups(row.pairs, _chunks)),
+                "prompts": [_prompt_figures(pair) for pair in row.pairs],
+            }
+            for row in rows
+        },
+    }
+
+
+def _plain(table: Mapping[str, Mapping[str, Mean]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {key: {name: value.to_dict() for name, value in found.items()} for key, found in table.items()}
+
+
+def _prompt_figures(pair: Pair) -> dict[str, Any]:
+    own = pair.answer
+    kept = ("tokens", "critical_path", "steps", "seconds", "first_seconds", "matched_seconds", "finish_reason")
+    table = {"id": own.id, "chunks": pair.chunks, **{key: getattr(own, key) for key in kept}}
+    table |= {name: round(value, 4) for name, value in pair.speedups.items()}
+    for name, scored in pair.scored.items():
+        table[name] = scored.difference if scored.win is None else scored.win
+    return table
+
+
+def _chunks(pair: Pair) -> int:
+    return min(pair.chunks, 9)
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def _drawn(draw: Callable[[Any], bool]) -> bytes:
+    """A PNG; b"" where `draw` says that there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.6))
+    try:
+        if not draw(axes):
+            return b""
+        axes.grid(alpha=0.25)
+        figure.tight_layout()
+        kept = io.BytesIO()
+        figure.savefig(kept, dpi=120)
+        return kept.getvalue()
+    finally:
+        pyplot.close(figure)
+
+
+def _measured(row: Row) -> str:
+    """Which speedup stands for a system: what was measured, if it was."""
+    return next(name for name in ("realized, matched", "realized", "theoretical, matched") if name in row.figures)
+
+
+QUALITIES = ("win rate, length", "win rate", "quality")
+"""What stands for quality, the best that there is."""
+
+
+def frontier(rows: Sequence[Row]) -> bytes:
+    """Quality against speedup, with intervals both ways."""
+
+    def draw(axes: Any) -> bool:
+        there = dict.fromkeys(n for row in rows for n in row.figures)
+        name = next((n for start in QUALITIES for n in there if n.startswith(start)), None)
+        if name is None:
+            return False
+        shown = [row for row in rows if name in row.figures]
+        for row in shown:
+            x, y = row.figures[_measured(row)], row.figures[name]
+            axes.errorbar(x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt="o", capsize=3)
+            axes.annotate(f"{row.system} (n={x.n})", (x.mean, y.mean), xytext=(6, 6), textcoords="offset points")
+        axes.axvline(1, color="grey", linewidth=0.8)
+        even = 50 if name.startswith("win rate") else 0.5
+        axes.axhline(even, color="grey", linewidth=0.8)
+        axes.set_xlabel(f"speedup ({_measured(shown[0])}), geometric mean, 95 % interval")
+        axes.set_ylabel(f"{name} (baseline: {even})")
+        return True
+
+    return _drawn(draw)
+
+
+def _bars(value: Mean) -> list[list[float]]:
+    return [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
+
+
+def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> bytes:
+    def draw(axes: Any) -> bool:
+        tables = {row.system: compare.groups(row.pairs, key) for row in rows}
+        names = sorted({value for table in tables.values() for value in table})
+        if len(names) < 2:
+            return False
+        width = 0.8 / len(rows)
+        for i, row in enumerate(rows):
+            table, speedup = tables[row.system], _measured(row)
+            there = [(j, table[n][speedup]) for j, n in enumerate(names) if speedup in table.get(n, {})]
+            axes.bar(
+                [j + i * width for j, _ in there],
+                [value.mean for _, value in there],
+                width,
+                yerr=[[_bars(v)[side][0] for _, v in there] for side in (0, 1)],
+                capsize=2,
+                label=row.system,
+            )
+        counts = {n: max(v.n for t in tables.values() for v in t.get(n, {}).values()) for n in names}
+        axes.set_xticks([j + 0.4 - width / 2 for j in range(len(names))])
+        axes.set_xticklabels([f"{n or 'none'}\nn≤{counts[n]}" for n in names], fontsize=8)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.set_ylabel("speedup, geometric mean")
+        axes.legend(fontsize=8)
+        return True
+
+    return _drawn(draw)
+
+
+def by_category(rows: Sequence[Row]) -> bytes:
+    """Speedup by the prompts' category."""
+    return _bar_groups(rows, lambda pair: pair.answer.category, "category")
+
+
+def by_chunks(rows: Sequence[Row]) -> bytes:
+    """Speedup by the number of chunks of the answer."""
+    return _bar_groups(rows, _chunks, "chunks of the answer (9: or more)")
+
+
+def realized_theoretical(rows: Sequence[Row]) -> bytes:
+    """Each prompt's realized against its theoretical speedup, length-matched."""
+
+    def draw(axes: Any) -> bool:
+        most = 1.0
+        for row in rows:
+            points = [(s["theoretical, matched"], s["realized, matched"]) for s in _both(row)]
+            if points:
+                axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, label=f"{row.system} (n={len(points)})")
+                most = max(most, *(max(point) for point in points))
+        if not axes.collections:
+            return False
+        axes.plot([0, most], [0, most], color="grey", linewidth=0.8)
+        axes.set_xlabel("theoretical speedup, length-matched")
+        axes.set_ylabel("realized speedup, length-matched")
+        axes.legend(fontsize=8)
+        return True
+
+    return _drawn(draw)
+
+
+def _both(row: Row) -> list[dict[str, float]]:
+    return [s for pair in row.pairs if "realized, matched" in (s := pair.speedups)]
+
+
+def lengths(rows: Sequence[Row]) -> bytes:
+    """How long the readers' texts are."""
+
+    def draw(axes: Any) -> bool:
+        values = [[pair.text_tokens for pair in row.pairs] for row in rows]
+        base = [pair.baseline_text_tokens for pair in rows[0].pairs]
+        axes.hist([base, *values], bins=20, label=["baseline", *(row.system for row in rows)])
+        axes.set_xlabel("tokens of the reader's text")
+        axes.set_ylabel("answers")
+        axes.legend(fontsize=8)
+        return True
+
+    return _drawn(draw)
+
+
+PICTURES: dict[str, Callable[[Sequence[Row]], bytes]] = {
+    "frontier": frontier,
+    "by-category": by_category,
+    "by-chunks": by_chunks,
+    "realized-theoretical": realized_theoretical,
+    "lengths": lengths,
+}
+
+# ------------------------------------------------------------------------------ the page
+
+
+def _page(
+    rows: Sequence[Row], baseline: str, told: Mapping[str, Any], pictures: Mapping[str, bytes], public: bool
+) -> str:
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    loader = PackageLoader("pastalm.eval", ".")
+    template = Environment(loader=loader, autoescape=select_autoescape(["html"])).get_template("report.html")
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    return template.render(
+        baseline=baseline,
+        told={key: value for key, value in told.items() if isinstance(value, str | int | float)},
+        environment=environment(),
+        names=names,
+        rows=rows,
+        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
+        answers=None if public else json.dumps(_browsed(rows, baseline)).replace("<", "\\u003c"),
+        shown=_shown,
+    )
+
+
+def _shown(value: Mean | None) -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:.2f}" if math.isclose(value.low, value.high) else str(value)
+
+
+def _browsed(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
+    """Every prompt with all answers to it, for the page's browser."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for pair in row.pairs:
+            entry = found.setdefault(
+                pair.answer.id,
+                {
+                    "id": pair.answer.id,
+                    "prompt": pair.answer.prompt,
+                    "category": pair.answer.category,
+                    "answers": [_shown_answer(baseline, pair.baseline, {})],
+                },
+            )
+            entry["answers"].append(_shown_answer(row.system, pair.answer, pair.speedups))
+    return list(found.values())
+
+
+def _shown_answer(system: str, answer: Any, speedups: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "system": system,
+        "parts": _parts(answer.document),
+        "tokens": answer.tokens,
+        "path": answer.critical_path,
+        "seconds": answer.seconds,
+        "reason": answer.finish_reason,
+        "threads": [[t["topic"], t["start_step"], t["end_step"] or 0] for t in answer.threads],
+        "speedups": {name: round(value, 2) for name, value in speedups.items()},
+    }
+
+
+def _parts(document: Document) -> list[list[Any]]:
+    """[text, number of its chunk or 0, topic]; "sync" for a sync."""
+    parts: list[list[Any]] = []
+    number, topic = 0, ""
+    for node in document:
+        if isinstance(node, Text):
+            parts.append([node.text, 0, ""])
+        elif isinstance(node, Promise):
+            number, topic = number + 1, f"{node.topic}, {node.tokens} promised"
+        elif isinstance(node, Async):
+            parts += [[text, number, topic] for text, *_ in _parts(node.body)]
+        elif isinstance(node, Sync):
+            parts.append(["", -1, "sync"])
+    return parts

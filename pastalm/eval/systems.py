@@ -1,0 +1,97 @@
+"""What is evaluated: systems that answer a prompt, greedily and one at a time, and say what it took.
+
+`Decoding` is a PASTA model, or the same model with its tags off; the methods that came before stand in baselines/.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pastalm import answers
+from pastalm.answers import Answer
+from pastalm.engine import Engine, Request, SamplingParams
+from pastalm.events import Decoded, Finished, Forked
+from pastalm.llm import LLM, Stream
+from pastalm.prompts import Prompt
+
+
+class System(Protocol):
+    """name: of the row in the table, and of the file."""
+
+    name: str
+
+    def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
+        """Decodes one answer from a cold cache, and measures it. Raises RequestError for a prompt that does not
+        fit."""
+        ...
+
+
+@dataclass(slots=True)
+class Decoding:
+    """One model through its engine. parallelism: as of SamplingParams; 0 is sequential."""
+
+    name: str
+    llm: LLM
+    parallelism: float = 1.0
+
+    def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
+        cold(self.llm)
+        stream = self.llm.stream([{"role": "user", "content": prompt.text}], params)
+        first = play(stream)
+        return answer(
+            prompt,
+            sequential=self.parallelism == 0,
+            first_seconds=first,
+            threads=tuple(stream.transcript.to_dict()["threads"]),
+            **answers.figures(stream.transcript),
+        )
+
+
+def play(stream: Stream) -> float | None:
+    """Decodes to the end; seconds to the first character that a reader sees (None: there is none)."""
+    first = None
+    for _ in stream:
+        if first is None and stream.transcript.settled:
+            first = stream.transcript.seconds
+    return first
+
+
+def answer(prompt: Prompt, **measured: Any) -> Answer:
+    """An answer to a prompt with all that is known of that."""
+    return Answer(
+        id=prompt.id,
+        prompt=prompt.text,
+        category=prompt.category,
+        source=prompt.source,
+        licence=prompt.licence,
+        **measured,
+    )
+
+
+def cold(llm: LLM) -> None:
+    """No decoding is to find another's prompt in the pool."""
+    forget = getattr(llm.driver.engine, "forget", None)
+    if forget is not None:
+        forget()
+
+
+def force(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Seconds to decode given tokens one by one after a prompt, prefill included."""
+    params = SamplingParams(temperature=0, max_tokens=len(tokens))
+    positions = engine.capabilities.positions[0]
+    request = Request(
+        id="forced", prompt_token_ids=tuple(prompt), params=params, positions=positions
+    )
+    started = time.perf_counter()
+    engine.add(request)
+    engine.apply(request.id, Forked(path=()))
+    for token in tokens:
+        engine.step()
+        engine.apply(request.id, Decoded(path=(), token=token))
+    seconds = time.perf_counter() - started
+    engine.apply(request.id, Finished(path=()))
+    return seconds

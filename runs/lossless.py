@@ -1,0 +1,65 @@
+"""Whether copied drafts change what a real model says: every token replayed in one forward pass (SPEC "equal").
+
+    python runs/lossless.py PROMPTS.jsonl --limit 50
+
+Each token must lie within the tolerance of the largest logit that the reference pass gives where it was said: 1e-3 in
+float32, 0.5 in bfloat16. Prints the worst gap, how many answers equal the engine's own token for token, and what the
+copying saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from pastalm import LLM, SamplingParams, prompts
+from pastalm.eval.baselines.copying import Copying
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+@torch.inference_mode()
+def gap(model: object, prompt: list[int], tokens: list[int], never: list[int]) -> float:
+    """The largest distance of a token's logit from the largest there, of those that may be said."""
+    ids = torch.tensor([[*prompt, *tokens]])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # type: ignore[operator]
+    logits[:, never] = -torch.inf
+    said = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return float((logits.max(-1).values - said).max())
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="prompts, with references for LLMA")],
+    limit: int = 50,
+    max_tokens: int = 256,
+    dtype: str = "float32",
+    adapter: str = "auto",
+) -> None:
+    """Prints a line for each method; exits with 1 if a token lies outside the tolerance."""
+    llm = LLM(adapter=None if adapter == "none" else adapter, dtype=dtype, max_num_seqs=1)
+    tags = llm.loaded.vocabulary.tags
+    never = list(tags.ids) if tags else []
+    asked = prompts.read(source, limit)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0)
+    own = {p.id: llm.chat([{"role": "user", "content": p.text}], params)[0].outputs[0].token_ids for p in asked}
+    methods = [Copying("prompt lookup", llm), Copying("LLMA", llm, "references")]
+    worst = 0.0
+    for method in methods:
+        found = {p.id: method.decode(p, max_tokens) for p in asked}
+        gaps = [gap(llm.loaded.model, method.asked(p), found[p.id].tokens, never) for p in asked]
+        same = sum(tuple(found[p.id].tokens) == tuple(own[p.id]) for p in asked)
+        tokens, passes = (sum(n) for n in zip(*((len(f.tokens), f.passes) for f in found.values()), strict=True))
+        print(
+            f"{method.name}: {len(asked)} answers, {tokens} tokens in {passes} passes ({tokens / passes:.2f} a pass); "
+            f"worst gap {max(gaps):.2g} (tolerance {TOLERANCE[dtype]}); {same} as the engine's own, token for token",
+            flush=True,
+        )
+        worst = max(worst, *gaps)
+    raise typer.Exit(worst > TOLERANCE[dtype])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,185 @@
+"""A whole evaluation on a tiny model: systems side by side, scores, figures, a page; gone on with where it was cut."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pastalm import LLM, answers, models, scored
+from pastalm.answers import Answer
+from pastalm.errors import DataError, RequestError
+from pastalm.eval import compare, evaluate, measure, report
+from pastalm.eval.compare import Pair
+from pastalm.eval.means import mean
+from pastalm.eval.quality import Candidate, Verdict
+from pastalm.eval.systems import Decoding
+from pastalm.prompts import Prompt
+from tests.test_models import BYTE_LEVEL, small_model
+
+PROMPTS = [Prompt(id=str(i), text=f"What of {i}?", category="ab"[i % 2]) for i in range(4)]
+FORKED = "".join(f'<promise topic="{t}" tokens="10"/><async>{t}{t}{t}</async>' for t in "ab") + "<sync/>end"
+ANSWER = Answer(
+    id="1",
+    prompt="p",
+    annotated=FORKED,
+    tokens=40,
+    critical_path=20,
+    steps=18,
+    finish_reason="stop",
+    seconds=2.0,
+    first_seconds=0.5,
+    matched_seconds=3.0,
+)
+PLAIN = replace(ANSWER, annotated="plain", tokens=50, critical_path=50, seconds=5.0, matched_seconds=5.0)
+
+
+class Lengths:
+    """Longer is better; on one prompt it cannot tell."""
+
+    name = "pmi"
+
+    def compare(self, candidates: list[Candidate]) -> list[Verdict]:
+        longer = [len(c.text) - len(c.baseline or "") for c in candidates]
+        return [
+            Verdict(why="no idea") if c.prompt.endswith("3?") else Verdict(difference=more)
+            for c, more in zip(candidates, longer, strict=True)
+        ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def load(folder: str) -> Callable[[str], LLM]:
+    return lambda _: LLM(folder, adapter=None, dtype="float32", max_num_seqs=4, max_model_len=1024)
+
+
+def test_speedups_are_those_of_the_definitions() -> None:
+    pair = Pair(ANSWER, PLAIN, text_tokens=30, baseline_text_tokens=49)
+    assert pair.speedups == {
+        "theoretical": 50 / 20,
+        "theoretical, matched": 30 / 20,
+        "theoretical, smaller": 30 / 20,
+        "realized": 5.0 / 2.0,
+        "realized, matched": 3.0 / 2.0,
+    }
+    bare = Pair(replace(ANSWER, seconds=None), PLAIN, 30, 49)
+    assert list(bare.speedups) == ["theoretical", "theoretical, matched", "theoretical, smaller"]
+
+
+def test_figures_are_means_over_prompts() -> None:
+    slow = replace(ANSWER, id="2", annotated="x", critical_path=40, seconds=8.0, finish_reason="length")
+    found = compare.pairs([ANSWER, slow, replace(ANSWER, id="odd")], [PLAIN, replace(PLAIN, id="2")], len)
+    assert [pair.answer.id for pair in found] == ["1", "2"]
+    table = compare.figures(found, {})
+    assert table["forks"].mean == 0.5 and table["cut off"].mean == 0.5 and table["chunks"].mean == 1
+    assert table["theoretical"].mean == pytest.approx(math.sqrt(50 / 20 * 50 / 40))
+    assert table["theoretical, arithmetic mean"].mean == pytest.approx((50 / 20 + 50 / 40) / 2)
+    assert table["theoretical, harmonic mean"].mean == pytest.approx(2 / (20 / 50 + 40 / 50))
+    assert table["realized"].low <= table["realized"].mean <= table["realized"].high
+    assert table["seconds to the first token"].mean == 0.5
+    assert all(value.n == 2 for value in table.values())
+    assert {key: value["theoretical"].n for key, value in compare.groups(found, lambda p: p.chunks).items()} == {
+        "0": 1,
+        "2": 1,
+    }
+    with pytest.raises(DataError, match="no prompt was answered by both"):
+        compare.pairs([ANSWER], [replace(PLAIN, id="9")], len)
+
+
+def test_prompts_that_are_numbers_stand_in_order() -> None:
+    many = [replace(ANSWER, id=i) for i in ("10", "b", "9", "a")]
+    assert [p.answer.id for p in compare.pairs(many, many, len)] == ["9", "10", "a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["arithmetic", "geometric", "harmonic"])
+def test_a_mean_lies_in_its_interval(kind: str) -> None:
+    found = mean([1.0, 2.0, 4.0, 8.0], kind)  # type: ignore[arg-type]
+    assert 1 <= found.low < found.mean < found.high <= 8
+    assert found.mean == pytest.approx({"arithmetic": 3.75, "geometric": 8**0.5, "harmonic": 32 / 15}[kind])
+    assert mean([3.0], kind).low == mean([3.0, 3.0], kind).high == pytest.approx(3)  # type: ignore[arg-type]
+
+
+def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Callable[[str], LLM], tmp_path: Path) -> None:
+    base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
+    systems = evaluate.build(["own=some", "off=some:off", "lookup", "sot"], base, load)
+    names = [system.name for system in systems]
+    assert names == ["baseline", "own", "off", "lookup", "sot"]
+
+    def stop(counts: measure.Counts, _: Answer) -> None:
+        if counts.written == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(systems, PROMPTS, tmp_path / "answers", matched=base, max_tokens=12, progress=stop)
+    counts = measure.measure(systems, PROMPTS, tmp_path / "answers", matched=base, max_tokens=12)
+    assert (counts.skipped, counts.written, counts.refused) == (7, 13, {})
+    texts = {}
+    for name in names:
+        found = answers.read(tmp_path / "answers" / f"{name}.jsonl")
+        assert sorted(a.id for a in found) == [p.id for p in PROMPTS]
+        assert all((a.seconds or 0) > 0 and (a.matched_seconds or 0) > 0 for a in found)
+        texts[name] = {a.id: a.text for a in found}
+    assert texts["off"] == texts["lookup"] == texts["baseline"]
+
+    references = tmp_path / "references.jsonl"
+    references.write_text("".join(json.dumps({"id": p.id, "prompt": p.text}) + "\n" for p in PROMPTS))
+    missing = evaluate.score_all(tmp_path, names, [Lengths()], len, references=references)
+    assert missing == {"pmi": {"no idea": 5}}
+    rows, units = evaluate.compare_all(tmp_path, names, {"pmi": None}, len)
+    assert units["pmi"] == scored.spread([s for n in names for s in scored.read(tmp_path / f"scored/{n}.pmi.jsonl")])
+    by = {row.system: row for row in rows}
+    assert by["baseline"].figures["quality, pmi"].mean == 0.5 and by["baseline"].figures["quality, pmi"].n == 3
+    assert by["off"].figures["theoretical"].mean == 1
+    assert by["lookup"].figures["theoretical, matched"].mean >= 1
+
+    table = compare.markdown(rows, units, "off")
+    assert "| score less off's | pmi, lambda 1 |" in table
+    assert "| own | " in table.split("score less")[1] and "| off | " not in table.split("score less")[1]
+    apart = compare.differences(by["baseline"], by["off"], units)["pmi, lambda 4"]
+    assert (apart.mean, apart.n) == (0, 3), "tags off is the baseline here"
+    page = report.write(tmp_path / "report", rows, table, baseline="baseline", told={"command": "pasta eval"})
+    shown = page.read_text()
+    assert "What of 2?" in shown and "pasta eval" in shown and "src=\"http" not in shown
+    kept = json.loads((tmp_path / "report" / "figures.json").read_text())
+    assert set(kept["systems"]) == set(names)
+    assert set(kept["systems"]["own"]["by category"]) == {"a", "b"}
+    assert len(kept["systems"]["own"]["prompts"]) == 4
+    assert (tmp_path / "report" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    public = report.write(tmp_path / "public", rows, table, baseline="baseline", told={}, public=True)
+    assert "What of" not in public.read_text() + (tmp_path / "public" / "figures.json").read_text()
+
+
+def test_under_load_the_answers_are_the_same(load: Callable[[str], LLM], tmp_path: Path) -> None:
+    systems = evaluate.build(["own=some"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load)
+    measure.measure(systems, PROMPTS, tmp_path / "one", max_tokens=12)
+    counts = measure.under_load(systems, PROMPTS, tmp_path / "many", max_tokens=12)
+    assert counts.written == 8
+    for name in ("baseline", "own"):
+        one, many = (answers.read(tmp_path / where / f"{name}.jsonl") for where in ("one", "many"))
+        assert {a.id: a.annotated for a in one} == {a.id: a.annotated for a in many}
+    lookup = evaluate.build(["lookup"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load)
+    with pytest.raises(RequestError, match="lookup answers one request at a time"):
+        measure.under_load(lookup[1:], PROMPTS, tmp_path / "many")
+
+
+def test_systems_that_cannot_be_built(load: Callable[[str], LLM]) -> None:
+    base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
+    for wanted, said in ((["nothing"], "unknown system"), (["a=x", "a=y"], "cannot name"), (["baseline=x"], "cannot")):
+        with pytest.raises(RequestError, match=said):
+            evaluate.build(wanted, base, load)
+
+
+def test_a_prompt_that_does_not_fit_is_counted(load: Callable[[str], LLM], tmp_path: Path) -> None:
+    systems = evaluate.build([], Decoding(evaluate.BASELINE, load(""), parallelism=0), load)
+    counts = measure.measure(systems, [*PROMPTS, Prompt(id="long", text="x" * 2000)], tmp_path, max_tokens=4)
+    assert counts.written == 4 and sum(counts.refused.values()) == 1

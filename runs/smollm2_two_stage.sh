@@ -15,7 +15,7 @@ device=${DEVICE:-cpu}
 arm_tokens=${ARM_TOKENS:-200000}
 stage1_tokens=${STAGE1_TOKENS:-600000} unlearn_tokens=${UNLEARN_TOKENS:-100000}
 own_prompts=${OWN_PROMPTS:-1800} n=${N:-10} round_prompts=${ROUND_PROMPTS:-300}
-lambdas=${LAMBDAS:-"1 2 4 8 inf"} rounds=${ROUNDS:-1}
+after_n=${AFTER_N:-2} lambdas=${LAMBDAS:-"1 2 4 8 inf"} rounds=${ROUNDS:-1}
 mkdir -p "${OUT:-$here/out/two_stage}" && cd "${OUT:-$here/out/two_stage}"
 
 whole() { # whole FILE COMMAND...: a file that is there only once it is whole
@@ -76,6 +76,15 @@ for ((round = 1; round <= rounds; round++)); do
     train prefer "lambda${lambda}_round$round" "$drawn.pmi.jsonl" --start "$start/adapter" \
       --lambda "$lambda" --length smaller --sigma "$sigma"
   done
+done
+
+# ... and what the last round's adapters answer to the same prompts
+for lambda in $lambdas; do
+  last="lambda${lambda}_round$rounds"
+  sample prompts_round.jsonl "samples_$last.jsonl" --adapter "$last/adapter" --n "$after_n" --temperature 0.8 --top-p 0.95 \
+    --max-tokens 512 --seed 4
+  "$pasta" score "samples_$last.jsonl" "samples_$last.pmi.jsonl" --baseline baseline_round.jsonl \
+    --adapter baseline/adapter --sigma "$sigma" > "samples_$last.pmi.json"
 done
 
 # 5. the table: greedy answers to the evaluation's prompts

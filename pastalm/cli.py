@@ -955,7 +955,10 @@ def evaluate(
         ),
     ],
     prompts: Annotated[
-        Path, typer.Option(help="JSON or JSONL in the form of AlpacaEval, MT-bench, Spec-Bench, or {id, prompt}.")
+        Path,
+        typer.Option(
+            help="JSON or JSONL in the form of AlpacaEval, MT-bench, Spec-Bench, or {id, prompt}; alpaca_eval: the hub's."
+        ),
     ],
     baseline: Annotated[str, typer.Option(help="Adapter of the sequential baseline; none: the model as it is.")],
     out: Annotated[Path, typer.Option(help="Folder of answers and scores; goes on where it is.")],
@@ -990,12 +993,14 @@ def evaluate(
 ) -> None:
     """Compare systems by speed and quality on the same prompts: a table, pictures, and a page to look through."""
     from pastalm import prompts as files
-    from pastalm.eval import measure
+    from pastalm.eval import alpaca, measure
     from pastalm.eval import report as pages
     from pastalm.eval.compare import markdown
     from pastalm.eval.evaluate import BASELINE, build, compare_all, score_all, win_rates
     from pastalm.eval.systems import Decoding
 
+    if str(prompts) == alpaca.NAME and not prompts.exists():
+        prompts = alpaca.fetch()
     asked = files.read(prompts, limit)
     units = _units(sigma or [], scorer or [])
     _quiet()

@@ -25,6 +25,19 @@ from pastalm.eval.compare import Pair
 
 WHOLE = 805
 """Prompts of AlpacaEval."""
+NAME = "alpaca_eval"
+"""What stands for the benchmark's own file on the hub."""
+
+
+def fetch() -> Path:
+    """The benchmark's prompts, 805, with the outputs of its reference model. Raises ModelError."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset"))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"cannot get AlpacaEval from the hub ({reason}): give --prompts a file") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("alpaca_eval")
 
 from pastalm.answers import Answer
-from pastalm.errors import DataError
+from pastalm.errors import DataError, ModelError
 from pastalm.eval import alpaca
 
 FIXTURE = Path(__file__).parents[1] / "data" / "alpaca_eval_lc.json.gz"
@@ -118,3 +118,19 @@ def test_outputs_have_the_benchmarks_form(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "model.json").read_text()) == [
         {"instruction": "Hi?", "output": "One. Two.", "generator": "pasta", "dataset": "koala"}
     ]
+
+
+def test_the_hubs_prompts_or_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "alpaca_eval.json"
+    file.write_text(json.dumps([{"instruction": "Hi?", "output": "Hello.", "dataset": "koala"}]))
+    asked: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
+    assert alpaca.fetch() == file
+    assert asked == [(("tatsu-lab/alpaca_eval", "alpaca_eval.json"), {"repo_type": "dataset"})]
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
+    with pytest.raises(ModelError, match=r"cannot get AlpacaEval from the hub \(no network\): give --prompts"):
+        alpaca.fetch()

@@ -913,7 +913,7 @@ def score(
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
     tokenizer: Annotated[str, typer.Option(help="The model whose tokens count.")] = EMBEDDED,
 ) -> None:
-    """Score sampled answers: speedup and quality against the baseline's; prints what they have in the mean."""
+    """Score sampled answers by speed and quality against the baseline's."""
     from pastalm import scored
     from pastalm.eval.score import Counts
     from pastalm.eval.score import score as run
@@ -957,7 +957,7 @@ def evaluate(
     prompts: Annotated[
         Path,
         typer.Option(
-            help="JSON or JSONL in the form of AlpacaEval, MT-bench, Spec-Bench, or {id, prompt}; alpaca_eval: the hub's."
+            help="JSON or JSONL as AlpacaEval's, MT-bench's, Spec-Bench's, or {id, prompt}; alpaca_eval: the hub's."
         ),
     ],
     baseline: Annotated[str, typer.Option(help="Adapter of the sequential baseline; none: the model as it is.")],
@@ -991,7 +991,7 @@ def evaluate(
     seed: Seed = 0,
     dtype: Dtype = "auto",
 ) -> None:
-    """Compare systems by speed and quality on the same prompts: a table, pictures, and a page to look through."""
+    """Compare systems by speed and quality: a table, pictures, a page."""
     from pastalm import prompts as files
     from pastalm.eval import alpaca, measure
     from pastalm.eval import report as pages

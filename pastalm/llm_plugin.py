@@ -1,0 +1,85 @@
+"""A plugin for `llm` (llm.datasette.io): `llm install pastalm`, then `llm -m pasta "…"`.
+
+The reader's text streams in document order. Token counts and the critical path are logged with the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import llm
+from pydantic import Field
+
+from pastalm.engine import SamplingParams
+from pastalm.errors import PastaError
+from pastalm.llm import LLM
+from pastalm.models import EMBEDDED
+
+
+@llm.hookimpl
+def register_models(register: Any) -> None:
+    """The embedded model, under its own name and as `pasta`; option `model` takes any other."""
+    register(Pasta(), aliases=("pasta",))
+
+
+class Pasta(llm.Model):  # type: ignore[misc]
+    """A model decoded asynchronously on this machine."""
+
+    model_id = f"pasta-{EMBEDDED}"
+    can_stream = True
+
+    class Options(llm.Options):  # type: ignore[misc]
+        """As `pasta generate` has them."""
+
+        model: str = Field(EMBEDDED, description="The embedded model, a hub name, a folder, or a GGUF file")
+        adapter: str = Field("auto", description="A folder, none, or auto: the one that ships")
+        temperature: float = Field(0.0, description="0 is greedy")
+        max_tokens: int = Field(1024, description="Bound on all decoded tokens, tags too")
+        parallelism: float = Field(1.0, description="Odds of forking; 0 is sequential")
+        seed: int | None = Field(None, description="Makes sampling repeatable")
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[str, str], LLM] = {}
+
+    def execute(self, prompt: Any, stream: bool, response: Any, conversation: Any) -> Iterator[str]:
+        """Yields the text as it becomes certain. Raises llm.ModelError."""
+        options = prompt.options
+        try:
+            params = SamplingParams(
+                temperature=options.temperature,
+                max_tokens=options.max_tokens,
+                parallelism=options.parallelism,
+                seed=options.seed,
+            )
+            decoding = self._llm(options.model, options.adapter).stream(_messages(prompt, conversation), params)
+            transcript = decoding.transcript
+            shown = 0
+            for _ in decoding:
+                text = transcript.certain()
+                if len(text) > shown:
+                    yield text[shown:]
+                    shown = len(text)
+        except PastaError as error:
+            raise llm.ModelError(str(error)) from None
+        response.set_usage(
+            input=len(decoding.prompt_token_ids),
+            output=transcript.tokens,
+            details={"critical_path": transcript.critical_path},
+        )
+        response.response_json = {"annotated": transcript.annotated, "finish_reason": transcript.finish_reason}
+
+    def _llm(self, model: str, adapter: str) -> LLM:
+        key = (model, adapter)
+        if key not in self._loaded:
+            self._loaded[key] = LLM(model, adapter=None if adapter == "none" else adapter, max_num_seqs=1)
+        return self._loaded[key]
+
+
+def _messages(prompt: Any, conversation: Any) -> list[dict[str, str]]:
+    """The conversation so far, the reader's text of its answers, and the prompt."""
+    messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    for response in conversation.responses if conversation is not None else ():
+        messages.append({"role": "user", "content": response.prompt.prompt})
+        messages.append({"role": "assistant", "content": response.text_or_raise()})
+    return [*messages, {"role": "user", "content": prompt.prompt}]

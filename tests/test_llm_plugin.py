@@ -1,0 +1,69 @@
+"""`llm -m pasta`: the plugin is found, streams, keeps a conversation, and says errors in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llm")
+
+import llm
+
+from pastalm import models
+from pastalm.llm_plugin import Pasta
+from tests.test_models import BYTE_LEVEL, small_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, path)
+    return str(path)
+
+
+def test_an_answer_streams_and_is_counted(folder: str) -> None:
+    response = Pasta().prompt("Hello?", model=folder, max_tokens=20)
+    pieces = list(response)
+    assert len(pieces) > 1 and "".join(pieces) == response.text() != ""
+    used = response.usage()
+    assert used.input > 0 and 0 < used.output <= 20
+    assert 0 < used.details["critical_path"] <= used.output
+    assert response.response_json["finish_reason"] in ("stop", "length")
+
+
+def test_a_conversation_goes_on(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    real = models.chat_prompt
+    monkeypatch.setattr(models, "chat_prompt", lambda *a, **k: seen.append(a[1]) or real(*a, **k))
+    talk = Pasta().conversation()
+    first = talk.prompt("Hello?", system="Be kind.", model=folder, max_tokens=8)
+    said = first.text()
+    talk.prompt("And?", model=folder, max_tokens=8).text()
+    assert [m["role"] for m in seen[0]] == ["system", "user"]
+    assert [m["content"] for m in seen[1]][-3:] == ["Hello?", said, "And?"]
+
+
+def test_what_cannot_be_done_is_a_line(folder: str) -> None:
+    for options, said in (({"model": "/nowhere"}, "no model folder"), ({"temperature": -1}, "temperature")):
+        with pytest.raises(llm.ModelError, match=said):
+            Pasta().prompt("Hello?", **{"model": folder} | options).text()
+
+
+def test_the_command_finds_it(folder: str, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("llm")), "-m", "pasta", "Hello?", "-o", "model", folder]
+    environment = os.environ | {"LLM_USER_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "-o", "max_tokens", "8"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 1, "a tiny model may say nothing but white space"
+    logged = subprocess.run(
+        [command[0], "logs", "--json"], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(logged.stdout)[0]["model"] == "pasta-smollm2-135m-instruct"

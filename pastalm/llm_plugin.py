@@ -23,13 +23,13 @@ def register_models(register: Any) -> None:
     register(Pasta(), aliases=("pasta",))
 
 
-class Pasta(llm.Model):  # type: ignore[misc]
+class Pasta(llm.Model):
     """A model decoded asynchronously on this machine."""
 
     model_id = f"pasta-{EMBEDDED}"
     can_stream = True
 
-    class Options(llm.Options):  # type: ignore[misc]
+    class Options(llm.Options):
         """As `pasta generate` has them."""
 
         model: str = Field(EMBEDDED, description="The embedded model, a hub name, a folder, or a GGUF file")

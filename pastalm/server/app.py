@@ -29,6 +29,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from opentelemetry.trace import Span
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
@@ -38,6 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pastalm.errors import CapabilityError, ModelError, PastaError, RequestError, complaint
 from pastalm.events import Event
 from pastalm.llm import LLM
+from pastalm.server import tracing
 from pastalm.server.metrics import Metrics
 from pastalm.server.protocol import (
     Answer,
@@ -195,13 +197,16 @@ class _Service:
             raise Refused("prompt is empty: give at least one", param="prompt")
         with self._places(len(asked.prompts) * asked.n):
             job = await self._job(asked)
-            self.worker.ask(job)
-            try:
-                under_way = _Asked(job, self, begun)
-                await under_way.taken()
-                yield under_way
-            finally:
-                self.worker.drop(job)
+            operation = "chat" if isinstance(asked, ChatRequest) else "text_completion"
+            with tracing.span(operation, self.settings.name, job.params) as span:
+                self.worker.ask(job)
+                try:
+                    under_way = _Asked(job, self, begun)
+                    await under_way.taken()
+                    yield under_way
+                    under_way.tell(span)
+                finally:
+                    self.worker.drop(job)
 
 
 class _Asked:
@@ -210,7 +215,7 @@ class _Asked:
     def __init__(self, job: Job, service: _Service, begun: float) -> None:
         stops, number = job.params.stop_strings, len(job.prompts) * job.params.n
         self.answers = [Answer(stops) for _ in range(number)]
-        self._prompt_tokens = sum(map(len, job.prompts))
+        self._prompt_tokens, self._model = sum(map(len, job.prompts)), service.settings.name
         self._job, self._begun, self._metrics = job, begun, service.metrics
         self._deadline = asyncio.get_running_loop().time() + service.settings.timeout
         self._first: tuple[int, list[Event]] | None = None
@@ -235,6 +240,10 @@ class _Asked:
     async def _next(self) -> tuple[int, list[Event]]:
         async with asyncio.timeout_at(self._deadline):
             return await self._job.next()
+
+    def tell(self, span: Span) -> None:
+        """What came of it."""
+        tracing.answered(span, self._model, self._prompt_tokens, self.answers)
 
     def usage(self) -> CompletionUsage:
         return usage(self._prompt_tokens, self.answers, self._job.params.parallelism)

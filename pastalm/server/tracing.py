@@ -1,0 +1,68 @@
+"""One OpenTelemetry span a request, with the attributes of its conventions for generative AI (`gen_ai.*`) and three of
+ours (`pasta.parallelism`, `pasta.critical_path`, `pasta.threads`). Without an SDK that somebody configures, spans cost
+nothing and go nowhere:
+
+    opentelemetry-instrument pasta serve MODEL
+
+What was asked and answered is not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind, StatusCode
+from opentelemetry.util.types import AttributeValue
+
+from pastalm.engine import SamplingParams
+from pastalm.server.protocol import Answer
+
+
+@contextmanager
+def span(operation: str, model: str, params: SamplingParams) -> Iterator[Span]:
+    """A request under way. operation: chat or text_completion. What ends it early is its status."""
+    asked: dict[str, AttributeValue] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "pastalm",
+        "gen_ai.request.model": model,
+        "gen_ai.request.choice.count": params.n,
+        "gen_ai.request.max_tokens": params.max_tokens,
+        "gen_ai.request.temperature": params.temperature,
+        "gen_ai.request.top_p": params.top_p,
+        "gen_ai.request.stop_sequences": params.stop_strings,
+        "pasta.parallelism": params.parallelism,
+    }
+    if params.seed is not None:
+        asked["gen_ai.request.seed"] = params.seed
+    tracer = trace.get_tracer("pastalm")
+    quiet = {"record_exception": False, "set_status_on_exception": False}
+    with tracer.start_as_current_span(
+        f"{operation} {model}", kind=SpanKind.SERVER, attributes=asked, **quiet
+    ) as found:
+        try:
+            yield found
+        except BaseException as error:
+            found.set_attribute("error.type", type(error).__name__)
+            found.set_status(StatusCode.ERROR)
+            raise
+
+
+def answered(found: Span, model: str, prompt_tokens: int, answers: Sequence[Answer]) -> None:
+    """Tells a span what came of its request; one whose answers are not finished (the client left, or was told of an
+    error in its stream) has failed."""
+    each = [answer.transcript for answer in answers]
+    if not all(t.finished for t in each):
+        found.set_attribute("error.type", "unfinished")
+        found.set_status(StatusCode.ERROR)
+    found.set_attributes(
+        {
+            "gen_ai.response.model": model,
+            "gen_ai.response.finish_reasons": [t.finish_reason or "abort" for t in each],
+            "gen_ai.usage.input_tokens": prompt_tokens,
+            "gen_ai.usage.output_tokens": sum(t.tokens for t in each),
+            "pasta.critical_path": max(t.critical_path for t in each),
+            "pasta.threads": sum(len(t.threads) for t in each),
+        }
+    )

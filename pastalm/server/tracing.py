@@ -37,9 +37,12 @@ def span(operation: str, model: str, params: SamplingParams) -> Iterator[Span]:
     if params.seed is not None:
         asked["gen_ai.request.seed"] = params.seed
     tracer = trace.get_tracer("pastalm")
-    quiet = {"record_exception": False, "set_status_on_exception": False}
     with tracer.start_as_current_span(
-        f"{operation} {model}", kind=SpanKind.SERVER, attributes=asked, **quiet
+        f"{operation} {model}",
+        kind=SpanKind.SERVER,
+        attributes=asked,
+        record_exception=False,
+        set_status_on_exception=False,
     ) as found:
         try:
             yield found

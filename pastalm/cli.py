@@ -1005,7 +1005,6 @@ def evaluate(
     units = _units(sigma or [], scorer or [])
     _quiet()
     _fetch(model)
-    count_tokens = _token_counter(model)
     at_once = max(requests, 10 if any(s.startswith("sot") for s in systems) else 1)
 
     def load(adapter: str) -> LLM:
@@ -1013,7 +1012,12 @@ def evaluate(
 
     by, remote = _scorers(list(units), model, baseline, judge, base_url, concurrency, price_in, price_out)
     base = Decoding(BASELINE, load(baseline), parallelism=0)
+    encode = base.llm.loaded.vocabulary.encode
     known = build(systems, base, load)
+
+    def count_tokens(text: str) -> int:
+        return len(encode(text))
+
     names = [system.name for system in known]
     if against is not None and against not in names:
         raise RequestError(f"--against names one of the systems, got {against!r}")

@@ -227,8 +227,7 @@ def lengths(rows: Sequence[Row]) -> bytes:
 
     def draw(axes: Any) -> bool:
         values = [[pair.text_tokens for pair in row.pairs] for row in rows]
-        base = [pair.baseline_text_tokens for pair in rows[0].pairs]
-        axes.hist([base, *values], bins=20, label=["baseline", *(row.system for row in rows)])
+        axes.hist(values, bins=20, label=[row.system for row in rows])
         axes.set_xlabel("tokens of the reader's text")
         axes.set_ylabel("answers")
         axes.legend(fontsize=8)

@@ -62,7 +62,7 @@ CLIENT_LEFT = 499
 
 PAGE = {
     "/": "index.html",
-    **{f"/{name}": name for name in ("page.css", "page.js", "trace.js")},
+    **{f"/{name}": name for name in ("page.css", "trace.js", "draw.js", "page.js")},
 }
 """The page's paths, and its files in static/. They know each other by relative names, so that the page can be opened
 as a file too."""

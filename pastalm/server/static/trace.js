@@ -1,5 +1,5 @@
-// Folds the events of one response as pastalm/transcript.py does; tests/server/test_page.py holds that both give the
-// same text and figures. Beside that it keeps when things happened, for the timeline and for Perfetto. No DOM.
+// Folds the events of one response as pastalm/transcript.py does (tests/server/test_page.py holds that text and figures
+// are the same), and keeps beside that when things happened, for the timeline and for Perfetto. No DOM.
 "use strict";
 
 const CHUNK_TAGS = 2; // what a chunk takes beside the tokens it was promised
@@ -18,55 +18,44 @@ class Transcript {
     for (const event of events) this.apply(event);
   }
 
-  // Takes one event into account; throws on what is none, or of a thread that never began.
+  // Takes one event into account; throws on what is none, or is of a thread that never began.
   apply(given) {
-    const event = { ...DEFAULTS, ...given };
-    if (!KINDS.includes(event.kind) || !Array.isArray(event.path)) throw new Error("not an event");
-    if (event.kind === "forked") this.begin(event);
+    const event = { ...DEFAULTS, ...given }, { kind, step } = event;
+    if (!KINDS.includes(kind)) throw new Error("no kind of event");
+    if (kind === "forked") this.begin(event);
     const thread = this.threads.get(nameOf(event.path));
-    if (!thread) throw new Error("an event of a thread that never began");
-    this.steps = Math.max(this.steps, event.step);
-    this.seconds = Math.max(this.seconds, event.time);
-    this.times[event.step] = this.seconds;
-    if (event.kind === "decoded") {
+    this.steps = Math.max(this.steps, step);
+    this.times[step] = this.seconds = Math.max(this.seconds, event.time);
+    if (kind === "decoded") {
       this.firstToken ??= event.time;
-      const { step, time, text, tag } = event;
-      thread.slices.push({ step, time, text, tag, tokens: 1 + event.forced.length });
-      this.count(thread, step);
-      thread.write(text);
-    } else if (event.kind === "blocked") {
+      thread.slices.push({ ...event, tokens: 1 + event.forced.length });
+    } else if (kind === "blocked") {
       thread.state = event.on === "thread" ? "queued" : "waiting";
-      thread.waits.push({ from: event.step, to: null, on: event.on });
-    } else if (event.kind === "joined") {
-      thread.state = "live";
-      this.endWait(thread, event.step);
-      if (event.children.length) this.join(thread, event);
-    }
-    for (const _ of event.forced) this.count(thread, event.step);
-    if (event.kind === "finished") {
-      thread.write(event.text);
-      this.cut = event.cut ?? this.cut;
-      this.endWait(thread, event.step);
-      Object.assign(thread, { state: "done", reason: event.reason, endStep: event.step });
-    }
+      thread.waits.push({ from: step, to: null, on: event.on });
+    } else if (kind !== "forked" && thread.waits.at(-1)?.to === null) thread.waits.at(-1).to = step;
+    if (kind === "joined") thread.state = "live";
+    if (event.children.length) this.join(thread, event);
+    const tokens = event.forced.length + (kind === "decoded");
+    thread.tokens.push(...Array(tokens).fill(step));
+    this.tokens += tokens;
+    this.criticalPath = Math.max(this.criticalPath, thread.depth += tokens);
+    if (event.text && typeof thread.parts.at(-1) === "string") thread.parts.push(thread.parts.pop() + event.text);
+    else if (event.text) thread.parts.push(event.text);
+    if (kind !== "finished") return;
+    this.cut = event.cut ?? this.cut;
+    Object.assign(thread, { state: "done", reason: event.reason, endStep: step });
   }
 
   begin({ path, topic, promised, step }) {
     const thread = {
       name: nameOf(path), parent: path.length ? nameOf(path.slice(0, -1)) : null, topic, promised,
-      startStep: step, endStep: null, state: "live", reason: null, depth: 0,
+      startStep: step, endStep: null, state: "live", reason: null, depth: 0, slices: [], waits: [],
       parts: [], // its own text, and { child } where a chunk stands
       tokens: [], // the step of each
       after: new Map(), // by token: the token of another thread that it had to wait for
-      slices: [], waits: [],
-      write(text) {
-        if (typeof this.parts.at(-1) === "string") this.parts.push(this.parts.pop() + text);
-        else if (text) this.parts.push(text);
-      },
     };
     if (path.length) {
       const parent = this.threads.get(thread.parent);
-      if (!parent) throw new Error("a chunk of a thread that never began");
       thread.depth = parent.depth;
       thread.after.set(0, [parent, parent.tokens.length - 1]);
       parent.parts.push({ child: thread.name });
@@ -81,112 +70,66 @@ class Transcript {
       thread.depth = last.depth;
       thread.after.set(thread.tokens.length, [last, last.tokens.length - 1]);
     }
-    thread.parts.push({ sync: true });
     this.joins.push({ name: thread.name, step, children: joined.map((child) => child.name) });
   }
 
-  count(thread, step) {
-    thread.tokens.push(step);
-    this.tokens += 1;
-    this.criticalPath = Math.max(this.criticalPath, ++thread.depth);
-  }
-
-  endWait(thread, step) {
-    const wait = thread.waits.at(-1);
-    if (wait && wait.to === null) wait.to = step;
-  }
-
-  *pieces(name = "main") {
-    for (const part of this.threads.get(name)?.parts ?? []) {
-      if (typeof part === "string") yield part;
-      else if (part.child) yield* this.pieces(part.child);
-    }
-  }
-
   get text() {
-    const text = [...this.pieces()].join("");
-    return this.cut === null ? text : characters(text).slice(0, this.cut).join("");
+    const of = (name) => this.threads.get(name).parts.map((part) => part.child ? of(part.child) : part).join("");
+    return this.threads.size ? characters(of("main")).slice(0, this.cut ?? Infinity).join("") : "";
   }
 
   get parallelism() { return this.criticalPath ? this.tokens / this.criticalPath : 1; }
 
-  get finished() { return this.threads.size > 0 && [...this.threads.values()].every((t) => t.state === "done"); }
-
-  get finishReason() {
-    if (!this.finished) return null;
-    const reasons = [...this.threads.values()].map((t) => t.reason);
-    return this.cut !== null ? "stop" : ["abort", "length"].find((r) => reasons.includes(r)) ?? "stop";
+  get finishReason() { // null while any thread goes on
+    const reasons = [...this.threads.values()].map((thread) => thread.reason);
+    const [worst] = [null, "abort", "length", "stop"].filter((reason) => reasons.includes(reason));
+    return worst && this.cut !== null ? "stop" : worst ?? null;
   }
 
   // The longest chain of tokens of which each had to wait for the one before: [{ name, from, to, tokens }], in steps.
   criticalSpans() {
-    let thread = [...this.threads.values()].find((t) => t.depth === this.criticalPath && t.tokens.length);
     const spans = [];
-    for (let to = thread?.tokens.length - 1; thread && to >= 0; ) {
+    let thread = [...this.threads.values()].find((t) => t.depth === this.criticalPath), to = thread?.tokens.length - 1;
+    while (to >= 0) {
       let first = to;
       while (first > 0 && !thread.after.has(first)) first -= 1;
-      const { name, tokens } = thread;
-      spans.unshift({ name, from: tokens[first], to: tokens[to], tokens: to - first + 1 });
-      [thread, to] = thread.after.get(first) ?? [null, 0];
+      spans.unshift({ name: thread.name, from: thread.tokens[first], to: thread.tokens[to], tokens: to - first + 1 });
+      [thread, to] = thread.after.get(first) ?? [null, -1];
     }
     return spans;
   }
 
   // Seconds at which a step was over; for one yet to come, as steps have gone so far.
   timeAt(step) {
-    const known = Math.max(0, Math.min(Math.floor(step), this.steps));
-    let at = known;
+    let at = Math.max(0, Math.min(step, this.steps));
     while (at > 0 && this.times[at] === undefined) at -= 1;
     const pace = this.steps > 1 ? (this.seconds - (this.times[1] ?? 0)) / (this.steps - 1) : 0;
     return (this.times[at] ?? 0) + Math.max(0, step - this.steps) * pace;
   }
 
+  // The step at which a thread would end if it kept its promise to the token.
   due(thread) { return thread.startStep + (thread.parent ? thread.promised + CHUNK_TAGS : 0); }
-}
-
-// The events of a trace file (JSON lines); throws an Error that names the line.
-function parseTrace(text) {
-  const events = [], transcript = new Transcript();
-  text.split("\n").forEach((line, i) => {
-    if (!line.trim()) return;
-    try {
-      const event = JSON.parse(line);
-      transcript.apply(event);
-      events.push(event);
-    } catch (error) {
-      throw new Error(`line ${i + 1}: ${error instanceof SyntaxError ? "not JSON" : error.message}`);
-    }
-  });
-  if (!events.length) throw new Error("it holds no events");
-  return events;
 }
 
 // Chrome's trace event format, which Perfetto opens: a slice for each step of a thread and each wait, arrows for forks
 // and joins. Times are in microseconds.
 function perfetto(transcript, title) {
   const threads = [...transcript.threads.values()], id = new Map(threads.map((t, i) => [t.name, i + 1]));
-  const us = (seconds) => Math.round(seconds * 1e6), at = (step) => us(transcript.timeAt(step));
-  const events = [{ ph: "M", name: "process_name", pid: 1, args: { name: title } }];
-  const slice = (tid, name, cat, ts, end, args) =>
-    events.push({ ph: "X", name, cat, pid: 1, tid, ts, dur: Math.max(1, end - ts), args });
-  let arrows = 0;
-  const arrow = (name, from, fromAt, to, toAt) => {
-    const common = { name, cat: "thread", pid: 1, id: ++arrows };
-    events.push({ ...common, ph: "s", tid: id.get(from), ts: Math.max(0, fromAt - 1) });
-    events.push({ ...common, ph: "f", bp: "e", tid: id.get(to), ts: toAt });
-  };
-  for (const thread of threads) {
-    const tid = id.get(thread.name);
-    const args = { name: [thread.name, thread.topic].filter(Boolean).join(" ") };
-    events.push({ ph: "M", name: "thread_name", pid: 1, tid, args });
-    events.push({ ph: "M", name: "thread_sort_index", pid: 1, tid, args: { sort_index: tid } });
-    for (const { step, time, text, tag, tokens } of thread.slices)
+  const us = (time) => Math.round(time * 1e6), at = (step) => us(transcript.timeAt(step)), traceEvents = [];
+  const add = (ph, name, tid, more) => traceEvents.push({ ph, name, pid: 1, tid, ...more });
+  const slice = (tid, name, cat, ts, end, args) => add("X", name, tid, { cat, ts, dur: Math.max(1, end - ts), args });
+  const arrow = (name, ...ends) => ends.forEach(([who, ts], i) =>
+    add("sf"[i], name, id.get(who), { cat: "thread", id: traceEvents.length - i, ts: ts - 1 + i, bp: "e" }));
+  add("M", "process_name", 0, { args: { name: title } });
+  for (const { name, topic, parent, startStep, slices, waits } of threads) {
+    const tid = id.get(name);
+    add("M", "thread_name", tid, { args: { name: topic ? `${name} ${topic}` : name } });
+    for (const { step, time, text, tag, tokens } of slices)
       slice(tid, tag ? "tag" : text || "…", "decode", at(step - 1), us(time), { step, tokens });
-    for (const { from, to, on } of thread.waits)
-      slice(tid, `waits for ${on === "thread" ? "a place" : "its chunks"}`, "wait", at(from), at(to ?? transcript.steps), {});
-    if (thread.parent) arrow("fork", thread.parent, at(thread.startStep), thread.name, at(thread.startStep));
+    for (const { from, to, on } of waits) slice(tid, `waits (${on})`, "wait", at(from), at(to ?? transcript.steps), {});
+    if (parent) arrow("fork", [parent, at(startStep)], [name, at(startStep)]);
   }
   for (const { name, step, children } of transcript.joins)
-    for (const child of children) arrow("join", child, at(transcript.threads.get(child).endStep), name, at(step));
-  return { traceEvents: events, displayTimeUnit: "ms" };
+    for (const child of children) arrow("join", [child, at(transcript.threads.get(child).endStep)], [name, at(step)]);
+  return { traceEvents, displayTimeUnit: "ms" };
 }

@@ -80,7 +80,7 @@ function drawTimeline({ run, race }) {
 }
 
 function slotOf(run, { name, topic }) {
-  const hint = Object.assign(make("span", "hint"), { ariaHidden: "true" });
+  const hint = Object.assign(make("span", "hint", topic), { ariaHidden: "true" });
   const slot = { tabIndex: 0, role: "group", ariaLabel: `chunk ${name}: ${topic}`, hint };
   return Object.assign(mark(make("span", "slot"), run, name), slot);
 }
@@ -116,7 +116,6 @@ function fill(element, run, thread, written) {
     slot.classList.toggle("open", open);
     slot.style.setProperty("--done", `${(child.tokens.length / (child.promised + CHUNK_TAGS)) * 100}%`);
     if (!open) continue;
-    slot.hint.textContent = slot.childNodes.length ? "" : `${child.topic} …`;
     slot.append(slot.hint);
     written.fresh ||= fresh;
   }
@@ -143,7 +142,7 @@ const FIGURES = {
 };
 
 function verdict(run, race) {
-  if (race.how !== "done") return race.how === "running" ? "" : "The sequential answer did not end: nothing to compare.";
+  if (race.how !== "done") return race.how === "running" ? "" : "The sequential answer broke off: nothing to compare.";
   const times = race.whole.seconds / run.whole.seconds, text = length(run.whole) / Math.max(1, length(race.whole));
   return `${times.toFixed(2)} times as fast as sequentially, with ${text.toFixed(2)} times the text` +
     `${text < 0.95 ? " (in part only a shorter answer)" : ""}: ${(times * text).toFixed(2)} times for each character.` +

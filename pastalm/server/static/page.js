@@ -50,7 +50,7 @@ function draw() {
   const steps = (which) => Math.max(...runs().map((run) => run[which].steps)), value = state.cursor ?? most;
   $("place").textContent = state.unit === "step" ? `step ${steps("shown")}` : seconds(value);
   const ariaValueText = `step ${steps("shown")} of ${steps("whole")}, ${seconds(value)}`;
-  Object.assign($("scrub"), { max: most, step: (most / Math.max(1, steps("whole"))) * (1 - 1e-9), value, ariaValueText });
+  Object.assign($("scrub"), { max: most, step: (most / (steps("whole") || 1)) * (1 - 1e-9), value, ariaValueText });
   $("play").textContent = state.playing ? "❚❚" : "▶";
   $("play").ariaLabel = state.playing ? "Pause" : "Play";
   light(state.hot);

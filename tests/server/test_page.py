@@ -22,7 +22,7 @@ from pastalm.engine import SampledToken
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.events import Event, Forked, from_json, to_json
 from pastalm.events import Path as ThreadPath
-from pastalm.lang import Async, Document, Promise, Text
+from pastalm.lang import Async, Document, Promise, Text, parse
 from pastalm.llm import Driver
 from pastalm.server.app import PAGE
 from pastalm.transcript import Transcript
@@ -110,8 +110,20 @@ def served() -> Iterator[Served]:
         assert here.becomes_idle()
 
 
+def drawn(page: Any) -> None:
+    """Waits until what is due is drawn."""
+    page.evaluate("() => new Promise(requestAnimationFrame)")
+
+
+def answer(page: Any) -> str:
+    """The text that is shown, without the slots' hints."""
+    drawn(page)
+    return str(page.evaluate(ANSWER))
+
+
 def figure(page: Any, name: str, column: int = 0) -> str:
     """What stands in the table of numbers."""
+    drawn(page)
     return str(page.locator(f"[data-figure={name}] td").nth(column).text_content())
 
 
@@ -150,7 +162,7 @@ def test_the_page_is_served_and_loads_nothing_from_elsewhere(served: Served) -> 
 def test_the_recorded_trace_is_folded_as_in_python(opened: Any) -> None:
     folded = opened.evaluate(f"({FIGURES})(state.run.whole)")
     assert folded == figures(WHOLE)
-    assert opened.evaluate(ANSWER) == WHOLE.text
+    assert answer(opened) == WHOLE.text
     shown = {name: figure(opened, name) for name in ("tokens", "steps", "critical", "parallelism", "seconds", "rate")}
     assert shown == {
         "tokens": str(WHOLE.tokens),
@@ -173,7 +185,7 @@ def test_every_beginning_of_it_too(opened: Any) -> None:
         transcript.apply(event)
 
 
-def trace_of(script: Document, stop: str, seed: int, max_threads: int, max_tokens: int) -> list[Event]:
+def trace_of(script: Document, stop: str, seed: int, limits: Limits, max_tokens: int) -> list[Event]:
     """The events of a script under a random schedule."""
     rng = random.Random(seed)
 
@@ -181,7 +193,7 @@ def trace_of(script: Document, stop: str, seed: int, max_threads: int, max_token
         return rng.sample(list(live), rng.randint(1, len(live))) if live else []
 
     engine = ScriptedEngine(VOCABULARY, [script], schedule=schedule)
-    driver = Driver(engine, VOCABULARY, limits=Limits(max_threads=max_threads))
+    driver = Driver(engine, VOCABULARY, limits=limits)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=(stop,) if stop else ())
     _, events = driver.submit([65], params)
     while driver.running:
@@ -189,15 +201,17 @@ def trace_of(script: Document, stop: str, seed: int, max_threads: int, max_token
     return events
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     documents(pieces=st.text("ab\n é🍝<", max_size=6)), st.sampled_from(("", "", "b", "🍝", "a\n")),
-    st.integers(0, 99), st.sampled_from((1, 2, 16)), st.sampled_from((20, 2000)), st.floats(0, 1),
+    st.integers(0, 99),
+    st.builds(Limits, max_threads=st.sampled_from((1, 16)), max_chunk_tokens=st.sampled_from((8, 99))),
+    st.sampled_from((20, 2000)), st.floats(0, 1),
 )  # fmt: skip
 def test_any_trace_is_folded_and_shown_as_in_python(
-    opened: Any, script: Document, stop: str, seed: int, max_threads: int, max_tokens: int, part: float
+    opened: Any, script: Document, stop: str, seed: int, limits: Limits, max_tokens: int, part: float
 ) -> None:
-    events = trace_of(script, stop, seed, max_threads, max_tokens)
+    events = trace_of(script, stop, seed, limits, max_tokens)
     for shown in (events[: max(1, int(part * len(events)))], events):
         told = opened.evaluate(
             f"""(events) => {{
@@ -214,6 +228,15 @@ def test_any_trace_is_folded_and_shown_as_in_python(
         assert answer == told["text"]
         assert sum(span["tokens"] for span in spans) == told["critical_path"]
         assert all(a["to"] <= b["from"] and a["name"] != b["name"] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_no_slot_stands_after_the_cut(opened: Any, tmp_path: Path) -> None:
+    events = trace_of(parse(TIPS), "eight", 0, Limits(), 2000)
+    (tmp_path / "cut").write_text("\n".join(map(to_json, events)))
+    opened.set_input_files("#file", tmp_path / "cut")
+    expect(opened.locator(".row")).to_have_count(3)
+    assert answer(opened) == TIPS_TEXT.partition("eight")[0]
+    expect(opened.locator(".slot")).to_have_count(1)
 
 
 # ------------------------------------------------------------------------------ live
@@ -233,7 +256,7 @@ def test_a_live_answer_and_its_race(page: Any) -> None:
         assert eventually(lambda: page.evaluate(at_once) >= 2, 5), "they fill at once"
         expect(page.locator(".row .promise")).to_have_count(3)
         expect(page.locator("#status")).to_have_text("done", timeout=60_000)
-        assert page.evaluate(ANSWER) == here.client.chat.completions.create(
+        assert answer(page) == here.client.chat.completions.create(
             model="played", messages=[{"role": "user", "content": "x"}], max_tokens=1000
         ).choices[0].message.content
         assert [body["pasta"].get("parallelism") for body in sent] == [None, 0]
@@ -244,7 +267,7 @@ def test_a_live_answer_and_its_race(page: Any) -> None:
             page.check(f"[value={which}]", force=True)
             told = Transcript(map(from_json, saved(page, "#save").splitlines()))
             kept.append(told)
-            assert told.finished and told.text == page.evaluate(ANSWER)
+            assert told.finished and told.text == answer(page)
             assert figure(page, "tokens", column) == str(told.tokens)
             assert figure(page, "critical", column) == str(told.critical_path)
             assert figure(page, "seconds", column) == f"{told.seconds:.2f} s"
@@ -264,17 +287,21 @@ def test_without_a_race(page: Any, served: Served) -> None:
     expect(page.locator("#status")).to_have_text("done")
     expect(page.locator(".row")).to_have_count(1)
     expect(page.locator(".raced:visible")).to_have_count(0)
-    assert page.evaluate(ANSWER) == TIPS_TEXT
+    assert answer(page) == TIPS_TEXT
 
 
-def test_cancelling_frees_the_server(page: Any) -> None:
+@pytest.mark.parametrize("how", ["key", "button"])
+def test_cancelling_frees_the_server(page: Any, how: str) -> None:
     with serving(playing(LONG, step_seconds=0.05)) as here:
         page.goto(here.url)
         page.fill("[name=max_tokens]", "1000")
         page.click("#send")
         expect(page.locator(".slot.open")).to_have_count(3)
         expect(page.locator("#send")).to_be_hidden()
-        page.keyboard.press("Escape")
+        if how == "key":
+            page.keyboard.press("Escape")
+        else:
+            page.get_by_role("button", name="Cancel").click()
         expect(page.locator("#status")).to_have_text("cancelled")
         assert here.becomes_idle(2)
         expect(page.locator("#error")).to_be_hidden()
@@ -288,7 +315,7 @@ def test_what_a_model_writes_is_text(page: Any) -> None:
     script = (Text(evil), Promise("<b>", 60), Async((Text(evil),)))
     with serving(playing(script)) as here:
         decoded(page, here.url)
-        assert page.evaluate(ANSWER) == evil * 2
+        assert answer(page) == evil * 2
     expect(page.locator(".topic").nth(1)).to_have_text("<b>")
     assert page.locator("main img, main b").count() == 0
     assert page.title() != "1"
@@ -308,7 +335,7 @@ def test_a_key_is_asked_for(page: Any) -> None:
         page.fill("[name=max_tokens]", "400")
         page.click("#send")
         expect(page.locator("#status")).to_have_text("done")
-        assert page.evaluate(ANSWER) == TIPS_TEXT
+        assert answer(page) == TIPS_TEXT
 
 
 class Failing(ScriptedEngine):
@@ -351,7 +378,7 @@ def test_a_file_that_is_no_trace(opened: Any, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         opened.set_input_files("#file", tmp_path / name)
         expect(opened.locator("#error")).to_contain_text(said)
-    assert opened.evaluate(ANSWER) == WHOLE.text, "what was shown stays"
+    assert answer(opened) == WHOLE.text, "what was shown stays"
 
 
 # ------------------------------------------------------------------------------ files
@@ -369,7 +396,7 @@ def test_a_trace_dropped_onto_the_served_page_is_shown(page: Any, served: Served
         TRACE.read_text(),
     )
     expect(page.locator("#model")).to_have_text("mine.jsonl")
-    assert page.evaluate(ANSWER) == WHOLE.text
+    assert answer(page) == WHOLE.text
     assert [from_json(line) for line in saved(page, "#save").splitlines()] == EVENTS
 
 
@@ -398,12 +425,16 @@ def test_scrubbing_by_key_shows_what_was_then(opened: Any) -> None:
     for _ in range(40):
         opened.keyboard.press("ArrowRight")
     expect(opened.locator("#over .now")).to_have_count(1)
+    on_the_dot = EVENTS[50].time
+    opened.evaluate("(time) => later(state.cursor = time)", on_the_dot)
+    assert figure(opened, "tokens") == str(Transcript(e for e in EVENTS if e.time <= on_the_dot).tokens)
+    opened.keyboard.press("ArrowRight")
     moment = opened.evaluate("state.cursor")
     then = Transcript(event for event in EVENTS if event.time <= moment)
-    assert 30 < then.steps < 50 < WHOLE.steps
+    assert on_the_dot < moment and then.steps < WHOLE.steps
     expect(opened.locator("#place")).to_have_text(f"step {then.steps}")
     assert figure(opened, "tokens") == str(then.tokens)
-    assert opened.evaluate(ANSWER) == then.text
+    assert answer(opened) == then.text
     opened.keyboard.press("End")
     expect(opened.locator("#over .now")).to_have_count(0)
     assert figure(opened, "tokens") == str(WHOLE.tokens)
@@ -422,6 +453,7 @@ def test_playing_again(opened: Any) -> None:
 
 def test_the_axis_is_steps_or_seconds(opened: Any) -> None:
     def ends() -> list[float]:
+        drawn(opened)
         return [float(x) for x in opened.evaluate(
             "() => [...document.querySelectorAll('.lane')].map((l) => parseFloat(l.lastChild.style.left) +"
             " parseFloat(l.lastChild.style.width))"

@@ -32,6 +32,8 @@ demo: $(STAMP) ## one prompt decoded asynchronously, then sequentially, with bot
 	$(BIN)/pasta demo
 
 test: lint $(LLAMA) ## lint, types, imports, and every test
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	  || echo "no Chromium on PATH: the tests of the server's page are skipped (Debian: apt-get install chromium)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 lint: $(STAMP) ## ruff, mypy, import-linter

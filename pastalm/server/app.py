@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's paths over one model.
+"""The HTTP side: OpenAI's paths over one model, and a page at `/` that asks them.
 
 The life of a request: `_Gate` (key, size of the body) -> a checked request (protocol.py) -> a place among the
 answers that may wait -> token ids -> the engine's thread (worker.py) -> events -> deltas in document order -> one
@@ -16,16 +16,17 @@ import random
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -60,6 +61,20 @@ log = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """The status, nginx's, of a reply that nobody waits for; it stands in the metrics only."""
+
+PAGE = {
+    "/": "index.html",
+    **{f"/{name}": name for name in ("page.css", "trace.js", "draw.js", "page.js")},
+}
+"""The page's paths, and its files in static/. They know each other by relative names, so that the page can be opened
+as a file too."""
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    # the browser itself holds that the page loads nothing from elsewhere and runs no script but its own
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -488,9 +503,21 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
         """Counts and times for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    for path, name in PAGE.items():
+        app.add_api_route(path, _file(name), methods=["GET"], include_in_schema=False)
+
     paths = frozenset(str(getattr(route, "path", "")) for route in app.routes)
     app.add_middleware(_Gate, service=service, paths=paths)
     return app
+
+
+def _file(name: str) -> Callable[[], Awaitable[Response]]:
+    """What answers with a file of the page."""
+
+    async def file() -> Response:
+        return FileResponse(Path(__file__).parent / "static" / name, headers=_PAGE_HEADERS)
+
+    return file
 
 
 # ------------------------------------------------------------------------------ running it

@@ -80,15 +80,12 @@ class Vocabulary:
 
 
 
-_APART = r"[0-9]|[^0-9<>]*>"
-
-
 class Pieces:
     """An open vocabulary, for a server that says text and no token ids: every piece of text that comes gets an
     id of its own, so that a token is what the server sent at once.
 
-    0 is the end, 1..6 are the six tags if `prepared`. Digits are pieces by themselves, as promised lengths are
-    read one at a time; and every `>` ends a piece, so that nothing stands behind a tag of the XML in its piece.
+    0 is the end. If `prepared`, 1..6 are the six tags, and digits are pieces by themselves, as promised lengths are
+    read one at a time; else every `>` ends a piece, so that nothing stands behind a tag of the XML in its piece.
     """
 
     EOS = 0
@@ -99,7 +96,8 @@ class Pieces:
         self._ids: dict[str, int] = {}
         spelled = dict(zip(TAG_TOKENS.values(), range(1, 7), strict=True)) if prepared else {}
         self._spelled = spelled
-        self._split = re.compile("|".join([_APART, *map(re.escape, spelled)]))
+        self._apart = re.compile("[0-9]" if prepared else "[^>]*>")
+        self._split = re.compile("|".join([self._apart.pattern, *map(re.escape, spelled)]))
         self.vocabulary = Vocabulary(
             size=sys.maxsize,
             eos=frozenset({self.EOS}),
@@ -110,7 +108,7 @@ class Pieces:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: a tag's spelling is text."""
-        return [self._id(part) for part in self._parts(text, re.compile(_APART))]
+        return [self._id(part) for part in self._parts(text, self._apart)]
 
     def read(self, text: str) -> list[int]:
         """Ids of what a server said: a tag's spelling is that tag."""

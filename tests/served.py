@@ -131,7 +131,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def llama_cpp_server(model: Path, *, context: int = 4096) -> Iterator[str]:
+def llama_cpp_server(model: Path, *, context: int = 4096, options: tuple[str, ...] = ()) -> Iterator[str]:
     """The base URL of llama-cpp-python's own server of a GGUF file. Raises AssertionError with its last words if it
     ends by itself."""
     port = free_port()
@@ -139,7 +139,7 @@ def llama_cpp_server(model: Path, *, context: int = 4096) -> Iterator[str]:
     log = model.with_suffix(".log")
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--n_ctx", str(context), "--n_threads", "1"], stdout=file, stderr=file
+            [*command, "--n_ctx", str(context), "--n_threads", "1", *options], stdout=file, stderr=file
         )
     url = f"http://127.0.0.1:{port}/v1"
 

@@ -388,19 +388,20 @@ class _Response:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What differs between servers. sampling: whether it knows top_k, min_p and ignore_eos; penalty: how it calls
-    the repetition penalty (empty: it has none)."""
+    """What differs between servers. known: whether it knows more than OpenAI's API does: top_k, min_p, ignore_eos and
+    a repetition penalty, which it calls `penalty`. every: its top_k for all tokens."""
 
     shares: Shares = "running"
-    sampling: bool = False
-    penalty: str = ""
+    known: bool = False
+    penalty: str = "repetition_penalty"
+    every: int = -1
 
 
 SERVERS = {
-    "vllm": Server(sampling=True, penalty="repetition_penalty"),
-    "sglang": Server("finished", sampling=True, penalty="repetition_penalty"),
-    "llamacpp": Server(sampling=True, penalty="repeat_penalty"),
-    "me": Server(sampling=True, penalty="repeat_penalty"),
+    "vllm": Server(known=True),
+    "sglang": Server("finished", known=True),
+    "llamacpp": Server(known=True, penalty="repeat_penalty", every=0),
+    "me": Server(known=True, penalty="repeat_penalty", every=0),
 }
 """By what a server calls the owner of its models; "me" is llama-cpp-python's."""
 
@@ -460,16 +461,15 @@ class OpenAIEngine:
         )
         if said := complaint(checks):
             raise RequestError(said)
-        plain = params.top_k <= 0 and params.min_p == 0 and not params.ignore_eos
+        plain = params.top_k <= 0 and params.min_p == 0 and params.repetition_penalty == 1 and not params.ignore_eos
         offers = (
             (
                 isinstance(self.wire, Ids) or dict(request.logit_bias) == dict(params.logit_bias or {}),
                 "tells no token ids: parallelism can only be 0 or 1",
             ),
-            (plain or self.server.sampling, "is of an unknown kind: leave out top_k, min_p and ignore_eos"),
             (
-                params.repetition_penalty == 1 or bool(self.server.penalty),
-                "is of an unknown kind: leave out repetition_penalty",
+                plain or self.server.known,
+                "is of an unknown kind: leave out top_k, min_p, repetition_penalty and ignore_eos",
             ),
         )
         if said := complaint(offers):
@@ -670,24 +670,20 @@ class OpenAIEngine:
             "prompt": self.wire.prompt(row),
             "max_tokens": max(1, left),
             "temperature": params.temperature,
+            "top_p": params.top_p,
         }
         extra = self.wire.options(request, self.server.shares)
         if not params.greedy:
             body["seed"] = _seed(request, thread)
-        if params.top_p != 1:
-            body["top_p"] = params.top_p
         if params.logprobs is not None:
             body["logprobs"] = params.logprobs
         if bias := self._bias(request, thread):
             body["logit_bias"] = bias
-        if params.top_k > 0:
-            extra["top_k"] = params.top_k
-        if params.min_p > 0:
+        if self.server.known:  # all of them: a server's own defaults, or the model's there, are others
+            extra["top_k"] = params.top_k if params.top_k > 0 else self.server.every
             extra["min_p"] = params.min_p
-        if params.repetition_penalty != 1:
             extra[self.server.penalty] = params.repetition_penalty
-        if params.ignore_eos:
-            extra["ignore_eos"] = True
+            extra["ignore_eos"] = params.ignore_eos
         return body | {"extra_body": extra}
 
     def _row(self, response: _Response, thread: _Thread) -> list[int]:

@@ -7,15 +7,20 @@ does not begin one of them.
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Inner
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("openai")
 
@@ -25,16 +30,17 @@ from hypothesis import strategies as st
 from pastalm.engine import SamplingParams
 from pastalm.engines.openai import OpenAIEngine, connect
 from pastalm.engines.scripted import EOS, byte_vocabulary
-from pastalm.errors import CapabilityError, RemoteError, RequestError
-from pastalm.events import Event, Finished
+from pastalm.errors import CapabilityError, ModelError, RemoteError, RequestError
+from pastalm.events import Decoded, Event, Finished, Forked, Joined
 from pastalm.interpreter import Limits
 from pastalm.lang import Async, Document, Node, Sync, normalize, parse, strip
 from pastalm.layout import SerialLayout, pack_serial, unroll
-from pastalm.llm import Driver, Running
+from pastalm.llm import LLM, Driver, Running
+from pastalm.models import TEACHING, Loaded, vocabulary_of
 from pastalm.vocabulary import TAG_TOKENS, Pieces, Vocabulary
 from tests.laws.test_replay import PLENTY, ROOM, roomy
 from tests.play import PIECES
-from tests.served import Parts, Reply, streaming
+from tests.served import Parts, Reply, llama_cpp_server, streaming
 
 PREPARED = byte_vocabulary()
 TAGS = PREPARED.tags
@@ -376,6 +382,23 @@ def test_what_is_sent() -> None:
         assert sorted(body["seed"] for body in played.asked) == sorted(again), "a seed repeats an answer"
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("vllm", {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "ignore_eos": False}),
+        ("me", {"top_k": 0, "min_p": 0, "repeat_penalty": 1, "ignore_eos": False}),
+        ("somebody", {}),
+    ],
+)
+def test_no_default_of_the_server_is_left_to_it(kind: str, told: dict[str, Any]) -> None:
+    """llama-cpp-python's server penalises repetitions unless told not to, vLLM takes the model's own defaults."""
+    played = Played({1: TIPS})
+    with engine_over(played, VLLM | {"owned_by": kind}) as engine:
+        answered(engine)
+    names = {"top_p", "top_k", "min_p", "repetition_penalty", "repeat_penalty", "ignore_eos"}
+    assert {k: v for k, v in played.asked[0].items() if k in names} == told | {"top_p": 1}
+
+
 def test_without_tags_they_are_forbidden_from_first_to_last() -> None:
     plain = Played({1: normalize(parse("Two plain tips."))})
     with engine_over(plain) as engine:
@@ -687,7 +710,195 @@ def test_pieces_keep_the_text(parts: list[str]) -> None:
         tags = set(pieces.vocabulary.tags.ids if pieces.vocabulary.tags else ())
         assert tags.isdisjoint(pieces.encode(text)), "what a user types is no tag"
         parted = [pieces.text([i]) for i in pieces.read(text)]
-        assert all(">" not in part[:-1] for part in parted), "nothing stands behind a tag in its piece"
+        assert prepared or all(">" not in part[:-1] for part in parted), "nothing stands behind a tag in its piece"
         spelled = sum(text.count(t) for t in TAG_TOKENS.values()) if prepared else 0
         assert sum(token in tags for token in pieces.read(text)) == spelled
-        assert pieces.encode("120") == [pieces.encode(digit)[0] for digit in "120"]
+    pieces = Pieces(prepared=True)
+    assert pieces.encode("120") == [pieces.encode(digit)[0] for digit in "120"]
+
+
+# ------------------------------------------------------------------------------ the whole way, and a real server
+
+
+def test_the_command_over_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """generate, raw and taught, chat, and what goes wrong: the answer on stdout, one line on stderr."""
+    from typer.testing import CliRunner
+
+    from pastalm.cli import app
+
+    asked: list[str] = []
+    answer = writes_xml(random.Random(0), asked)
+    with streaming(answer, [VLLM]) as url:
+
+        def command(*words: str, stdin: str | None = None) -> Any:
+            return CliRunner().invoke(app, [*words, "--base-url", url, "--model", "m"], input=stdin)
+
+        monkeypatch.setattr("pastalm.models.load_tokenizer", no_tokenizer)
+        done = command("generate", "--raw", "Q: ", "--json")
+        assert json.loads(done.stdout)["annotated"] == XML
+        assert done.exit_code == 0
+        assert asked[0] == "Q: "
+        done = command("generate", "Q: ")
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "no chat template" in done.stderr
+        done = command("generate", "--raw", "unknown", "--sequential")
+        assert done.exit_code == 1
+        assert "a part of the answer is missing" in done.stderr
+        done = command("generate", "x", "--dtype", "float32")
+        assert "leave out --adapter, --dtype" in done.stderr
+    done = CliRunner().invoke(app, ["generate", "x", "--prompted"])
+    assert (done.exit_code, "go with --base-url" in done.stderr) == (2, True)
+    done = CliRunner().invoke(app, ["generate", "x", "--base-url", url, "--model", "m"])
+    assert done.exit_code == 1
+    assert f"cannot reach {url}" in done.stderr
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes in GPT-2's alphabet are tokens 0..255, then the end, the six tags and one pair, which no letters are."""
+    specials = ["<|end|>", *TAG_TOKENS.values()]
+    words = {word: i for i, word in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *specials])}
+    inner = Inner(models.BPE(vocab=words | {"[1": 263}, merges=[("[", "1")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(t, special=True) for t in specials])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
+    made.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    )
+    return made
+
+
+def no_tokenizer(name: str, *, prompted: bool = False) -> Loaded:
+    raise ModelError("none here")
+
+
+def test_a_model_that_was_not_finetuned_is_taught_unless_it_is_to_write_sequentially(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = tokenizer()
+    plain = replace(vocabulary_of(words, eos={256}, size=300), tags=None)
+    made = Loaded("m", None, words, plain, False, None, 4096, TEACHING)
+    monkeypatch.setattr("pastalm.models.load_tokenizer", lambda name, *, prompted: made)
+    asked: list[dict[str, Any]] = []
+
+    def answer(body: dict[str, Any]) -> Reply | Parts:
+        asked.append(body)
+        return iter_of(text_chunk("Yes.", "stop")) if body.get("stream") else (200, {}, text_chunk("a", "length"))
+
+    question = [{"role": "user", "content": "Is a tag <|end|> or <promise/>?"}]
+    with streaming(answer, [VLLM]) as url:
+        llm = LLM.remote(url, prompted=True, retries=0)
+        for parallelism in (1.0, 0.0):
+            out = llm.chat(question, SamplingParams(max_tokens=50, temperature=0, parallelism=parallelism))
+            assert out[0].outputs[0].text == "Yes."
+    taught, sequential = (body["prompt"] for body in asked[-2:])
+    assert TEACHING in taught
+    assert "promise topic" not in sequential
+    assert sequential == "user: Is a tag <|end|> or <promise/>?\nassistant:"
+
+
+REAL = ("--interrupt_requests", "false", "--type_k", "0", "--type_v", "0", "--flash_attn", "false")
+"""It decodes one request after another, whole, with a cache in float32."""
+
+
+class Shared:
+    """The tiny model behind a real server: tags of the XML are tokens of its own, favoured by a bias."""
+
+    xml = ('<promise topic="a" tokens="20"/>', '<promise topic="b" tokens="10"/>', "<sync/>", "</async>", "<async>")
+    first = 264
+
+    @classmethod
+    def bias(cls) -> dict[int, float]:
+        """Printable letters only, so that text is tokens; tags are likely; the end is not."""
+        letters = {
+            i for i, w in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if w.isascii() and w.isalpha()
+        }
+        banned = {i: -100.0 for i in range(300) if i not in letters}
+        likely = dict(zip(range(cls.first, cls.first + 4), (5.0, 5.0, 6.0, 5.0), strict=True))
+        return banned | likely
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any, Any]]:
+    """URL, model and tokenizer of a llama.cpp server of a tiny random model in float32."""
+    pytest.importorskip("llama_cpp")
+    for needed in ("uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"):
+        pytest.importorskip(needed)
+    from pastalm import gguf_files
+    from tests.laws.tiny import tiny_model
+
+    words = tokenizer()
+    words.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in Shared.xml])
+    assert words.convert_tokens_to_ids(Shared.xml[0]) == Shared.first
+    model = tiny_model("llama", dtype=torch.float32, layers=3)
+    vocabulary = vocabulary_of(words, eos={256}, size=300)
+    path = tmp_path_factory.mktemp("served") / "tiny.gguf"
+    gguf_files.export(Loaded("tiny", model, words, vocabulary, True, None, 4096), path, "F32")
+    with llama_cpp_server(path, context=1024, options=REAL) as url:
+        yield url, model, words
+
+
+def test_a_real_server_writes_what_the_model_says(real: tuple[str, Any, Any]) -> None:
+    """Greedy, by replay: each token of each stretch has, in one plain forward pass over its row, the largest logit
+    or one within 1e-2 of it (llama.cpp with weights in float32)."""
+    url, model, words = real
+    bias = Shared.bias()
+    added = torch.tensor([bias.get(i, 0.0) for i in range(300)])
+    engine = connect(url, retries=1, timeout=60)
+    rows: list[str] = []
+    forks = joins = 0
+    try:
+        begun = engine.connection.open
+
+        def spying(body: dict[str, Any], wire: Any) -> Any:
+            rows.append(body["prompt"])
+            return begun(body, wire)
+
+        engine.connection.open = spying  # type: ignore[method-assign]
+        driver = Driver(engine, engine.wire.vocabulary)
+        for prompt in ("hello", "abc", "Zebra"):
+            params = SamplingParams(temperature=0, max_tokens=250, logit_bias=bias)
+            running, events = driver.submit(engine.wire.vocabulary.encode(prompt), params, positions="serial")
+            end = time.monotonic() + 120
+            while driver.running:
+                events += [event for _, event in driver.step()]
+                assert time.monotonic() < end
+            transcript = running.transcript
+            check_ended(running, events, 250)
+            assert transcript.why == ""
+            forks += len(transcript.threads) - 1
+            joins += sum(isinstance(e, Joined) and len(e.children) > 1 for e in events)
+            replayed = 0
+            for context, own in stretches(engine.wire.vocabulary, prompt, events):
+                assert context in rows
+                given, whole = words(context)["input_ids"], words(context + own)["input_ids"]
+                assert whole[: len(given)] == given
+                with torch.inference_mode():
+                    logits = model(torch.tensor([whole])).logits[0] + added
+                for i in range(len(given), len(whole)):
+                    assert logits[i - 1].max() - logits[i - 1, whole[i]] < 1e-2
+                    replayed += 1
+            assert replayed > 20
+    finally:
+        engine.close()
+    assert forks > 2 and joins > 0, (forks, joins)
+
+
+def stretches(vocabulary: Vocabulary, prompt: str, events: list[Event]) -> Iterator[tuple[str, str]]:
+    """Context and own text of each stretch that was decoded, from the trace alone."""
+    layout = SerialLayout(vocabulary.encode(prompt))
+    begun: dict[Any, list[int]] = {}
+    own: dict[Any, list[int]] = {}
+    def text(ids: list[int]) -> str:
+        return b"".join(map(vocabulary.piece, ids)).decode()
+
+    for event in events:
+        if isinstance(event, Joined) and event.path in begun:
+            yield text(begun[event.path]), text(own[event.path])
+        layout.apply(event)
+        if isinstance(event, Forked | Joined) and event.forced or isinstance(event, Forked) and not event.path:
+            begun[event.path], own[event.path] = layout.row(event.path), []
+        elif isinstance(event, Decoded):
+            own[event.path].append(event.token)
+    for path, context in begun.items():
+        yield text(context), text(own[path])

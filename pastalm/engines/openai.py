@@ -329,6 +329,8 @@ def _ending(choice: Any, said: list[Said], wire: Wire) -> Ended | None:
         return None
     if reason == "length":
         return Ended()
+    if reason not in ("stop", "repetition"):
+        return Ended(why=f"the server ended it: {str(reason)[:60]}", final=reason == "content_filter")
     stopped = getattr(choice, "stop_reason", None) or getattr(choice, "matched_stop", None)
     vocabulary = wire.vocabulary
     last = said[-1].token if said else None

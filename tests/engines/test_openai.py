@@ -247,6 +247,8 @@ def test_failures_on_the_way_do_not_change_the_answer(document: Document, seed: 
             iter_of(ids_chunk([*some, -5])),
             iter_of(text_chunk("text without ids")),
             iter_of(ids_chunk(some)),
+            iter_of(ids_chunk(some, "abort")),
+            iter_of(ids_chunk(some, "length")),
         ]
         return rng.choice(ways)
 

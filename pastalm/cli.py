@@ -288,15 +288,12 @@ def _decode(stream: Stream, output: Output, trace: TextIO | None = None) -> bool
 
     try:
         with _CtrlC() as ctrl_c:
-            stopped = False
+            stream.interrupted = lambda: ctrl_c.pressed
             for event in stream:
                 if trace is not None:
                     trace.write(to_json(event) + "\n")
                     trace.flush()
                 output.apply(event)
-                if ctrl_c.pressed and not stopped:
-                    stopped = True
-                    stream.cancel()
     finally:
         stream.cancel()
     output.close()

@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -192,10 +192,14 @@ class RequestOutput:
 
 
 class Stream:
-    """One answer as it is decoded: iterate over its events; `transcript` has what is known so far."""
+    """One answer as it is decoded: iterate over its events; `transcript` has what is known so far.
+
+    interrupted: asked before every step; the answer is cancelled once it says yes, also where nothing comes.
+    """
 
     def __init__(self, driver: Driver, running: Running, first: list[Event]) -> None:
         self._driver, self._running, self._held = driver, running, first
+        self.interrupted: Callable[[], bool] = lambda: False
 
     @property
     def transcript(self) -> Transcript:
@@ -211,6 +215,9 @@ class Stream:
             yield from held
             if self.transcript.finished and not self._held:
                 return
+            if self.interrupted():
+                self.cancel()
+                continue
             self._held += [e for r, e in self._driver.step() if r is self._running]
 
     def cancel(self) -> list[Event]:

@@ -35,7 +35,7 @@ from pastalm.events import Decoded, Event, Finished, Forked, Joined
 from pastalm.interpreter import Limits
 from pastalm.lang import Async, Document, Node, Sync, normalize, parse, strip
 from pastalm.layout import SerialLayout, pack_serial, unroll
-from pastalm.llm import LLM, Driver, Running
+from pastalm.llm import LLM, Driver, Running, Stream
 from pastalm.models import TEACHING, Loaded, vocabulary_of
 from pastalm.vocabulary import TAG_TOKENS, Pieces, Vocabulary
 from tests.laws.test_replay import PLENTY, ROOM, roomy
@@ -601,6 +601,26 @@ def test_a_step_returns_where_nothing_comes() -> None:
         assert driver.step() == []
         driver.cancel(running)
         assert not engine.has_unfinished()
+
+
+def test_a_stream_of_a_silent_server_can_be_interrupted() -> None:
+    released, spoke_again = threading.Event(), threading.Event()
+
+    def silent(body: dict[str, Any], rest: list[int]) -> Parts:
+        yield ids_chunk(rest[:4])
+        if not released.wait(20):
+            spoke_again.set()
+
+    with engine_over(Played({1: TIPS}, before=silent), timeout=60) as engine:
+        driver = Driver(engine, PREPARED, limits=ROOM)
+        params = SamplingParams(max_tokens=50, temperature=0)
+        stream = Stream(driver, *driver.submit(PROMPT, params, positions="serial"))
+        stream.interrupted = lambda: stream.transcript.tokens >= 4
+        events = list(stream)
+        assert not spoke_again.is_set()
+        released.set()
+    assert isinstance(events[-1], Finished)
+    assert (stream.transcript.text, stream.transcript.finish_reason) == (TIPS_TEXT[:4], "abort")
 
 
 def test_requests_beyond_the_most_wait() -> None:

@@ -86,6 +86,12 @@ NoLive = Annotated[bool, typer.Option("--no-live", help="Plain text on a termina
 BaseUrl = Annotated[
     str | None, typer.Option(help="Of an OpenAI-compatible server, with /v1; OPENAI_API_KEY is its key.")
 ]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="With --base-url: a hub name or folder with the model's tokenizer, if not --model's.")
+]
+Prompted = Annotated[
+    bool, typer.Option("--prompted", help="With --base-url: the model was not finetuned; teach it the tags.")
+]
 Concurrency = Annotated[int, typer.Option(help="Questions to the server at once.")]
 PriceIn = Annotated[float, typer.Option(help="Dollars for a million tokens in, to count the cost.")]
 PriceOut = Annotated[float, typer.Option(help="Dollars for a million tokens out.")]
@@ -211,15 +217,33 @@ def _load(
     max_num_seqs: int = 1,
     max_model_len: int | None = None,
     device: str = "cpu",
+    base_url: str | None = None,
+    tokenizer: str | None = None,
+    prompted: bool = False,
 ) -> LLM:
     from pastalm import LLM, Limits
     from pastalm.layout import POLICIES
 
     if positions is not None and positions not in POLICIES:
-        raise RequestError(f"unknown positions {positions!r}: promised or overlap")
+        raise RequestError(f"unknown positions {positions!r}: {', '.join(POLICIES)}")
     limits = Limits(max_threads=max_threads)
     chosen = None if adapter == "none" else adapter
     policy: Policy | None = positions
+    if base_url is not None:
+        if (adapter, dtype, device) != ("auto", "auto", "cpu"):
+            raise RequestError("the server has its weights: leave out --adapter, --dtype and --device")
+        with _busy(f"asking {base_url}"):
+            return LLM.remote(
+                base_url,
+                None if model == EMBEDDED else model,
+                tokenizer=tokenizer,
+                prompted=prompted,
+                positions=policy,
+                limits=limits,
+                **({"max_num_seqs": max_num_seqs} if max_num_seqs > 1 else {}),
+            )
+    if tokenizer is not None or prompted:
+        raise RequestError("--tokenizer and --prompted go with --base-url")
     with _busy(f"loading {model}"):
         return LLM(
             model,
@@ -264,22 +288,21 @@ def _decode(stream: Stream, output: Output, trace: TextIO | None = None) -> bool
 
     try:
         with _CtrlC() as ctrl_c:
-            stopped = False
+            stream.interrupted = lambda: ctrl_c.pressed
             for event in stream:
                 if trace is not None:
                     trace.write(to_json(event) + "\n")
                     trace.flush()
                 output.apply(event)
-                if ctrl_c.pressed and not stopped:
-                    stopped = True
-                    stream.cancel()
     finally:
         stream.cancel()
     output.close()
     return ctrl_c.pressed
 
 
-def _conclude(transcript: Any, *, as_json: bool, live: bool, interrupted: bool = False) -> None:
+def _conclude(
+    transcript: Any, *, as_json: bool, live: bool, interrupted: bool = False, last: bool = True
+) -> None:
     """What follows the answer: JSON on stdout, or the figures on stderr; then exit 130 if need be."""
     from pastalm.view import figures
 
@@ -290,6 +313,10 @@ def _conclude(transcript: Any, *, as_json: bool, live: bool, interrupted: bool =
         print(figures(transcript), file=sys.stderr)
     if interrupted:
         _fail("interrupted: this is what was there", INTERRUPTED)
+    if transcript.why and last:
+        _fail(f"a part of the answer is missing: {transcript.why}", FAILED)
+    if transcript.why:
+        _say(f"a part of the answer is missing: {transcript.why}")
 
 
 # ------------------------------------------------------------------------------ answers
@@ -325,6 +352,9 @@ def generate(
         Path | None, typer.Option(help="Write the events to this file (JSONL).")
     ] = None,
     no_live: NoLive = False,
+    base_url: BaseUrl = None,
+    tokenizer: Tokenizer = None,
+    prompted: Prompted = False,
 ) -> None:
     """Answer a prompt, its independent parts at the same time."""
     text = _read("-") if prompt == "-" else prompt
@@ -347,7 +377,9 @@ def generate(
         file = _open_trace(trace)
         if file is not None:
             stack.enter_context(file)
-        llm = _load(model, adapter, dtype, positions, max_threads)
+        llm = _load(
+            model, adapter, dtype, positions, max_threads, base_url=base_url, tokenizer=tokenizer, prompted=prompted
+        )
         stream = llm.stream(text if raw else _messages(text, system), params)
         title = f"{model} · {'asynchronous' if params.parallelism else 'sequential'}"
         output = _shown(stack, as_json=as_json, live=live, title=title, stops=params.stop_strings)
@@ -367,6 +399,9 @@ def replay(
     speed: Annotated[float, typer.Option(help="Times as fast as it was.")] = 1.0,
     as_json: AsJson = False,
     no_live: NoLive = False,
+    base_url: BaseUrl = None,
+    tokenizer: Tokenizer = None,
+    prompted: Prompted = False,
 ) -> None:
     """Show a trace again, without a model."""
     from pastalm.view import Silent, paced
@@ -425,6 +460,9 @@ def chat(
     system: System = None,
     dtype: Dtype = "auto",
     no_live: NoLive = False,
+    base_url: BaseUrl = None,
+    tokenizer: Tokenizer = None,
+    prompted: Prompted = False,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends, Ctrl-C stops an answer."""
     params = SamplingParams(
@@ -434,7 +472,9 @@ def chat(
         parallelism=0.0 if sequential else parallelism,
     )
     _quiet()
-    llm = _load(model, adapter, dtype, positions, max_threads)
+    llm = _load(
+        model, adapter, dtype, positions, max_threads, base_url=base_url, tokenizer=tokenizer, prompted=prompted
+    )
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     live = _live() and not no_live
     while (line := _ask()) is not None:
@@ -443,7 +483,7 @@ def chat(
             stream = llm.stream(history, params)
             output = _shown(stack, as_json=False, live=live, title=model)
             _decode(stream, output)
-        _conclude(stream.transcript, as_json=False, live=live)
+        _conclude(stream.transcript, as_json=False, live=live, last=False)
         history.append({"role": "assistant", "content": stream.transcript.text})
 
 
@@ -534,6 +574,9 @@ def serve(
     max_threads: Annotated[int, typer.Option(help="Threads of an answer at once; others wait.")] = 16,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    base_url: BaseUrl = None,
+    tokenizer: Tokenizer = None,
+    prompted: Prompted = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does; SIGTERM or Ctrl-C finishes what runs."""
     from pastalm.server.app import Settings, listen
@@ -553,7 +596,8 @@ def serve(
     )
     _quiet()
     with listen(host, port) as listening:
-        _fetch(model)
+        if base_url is None:
+            _fetch(model)
         llm = _load(
             model,
             adapter,
@@ -563,6 +607,9 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             device=device,
+            base_url=base_url,
+            tokenizer=tokenizer,
+            prompted=prompted,
         )
         where = f"[{host}]" if ":" in host else host
         _say(f"{settings.name} on http://{where}:{listening.getsockname()[1]}/v1")
@@ -691,7 +738,7 @@ def _bfloat16() -> str:
         return "unknown: torch is not installed"
 
 
-_ENGINES = {"scripted": "", "transformers": "transformers", "llama_cpp": "llama-cpp"}
+_ENGINES = {"scripted": "", "transformers": "transformers", "llama_cpp": "llama-cpp", "openai": "remote"}
 """Modules of engines, and the extra of the package that brings what each needs."""
 
 

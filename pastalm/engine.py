@@ -105,7 +105,9 @@ class Capabilities:
     """What it runs, for people."""
     positions: tuple[Policy, ...]
     masks: bool = True
-    """Whether `allowed` is honoured."""
+    """Whether `allowed` is honoured. Where it is not, the interpreter puts right what is sampled."""
+    untagged: bool = False
+    """Whether tags can be kept out of a whole response where `allowed` is not honoured."""
     logprobs: bool = True
     exact: bool = False
     """Whether float64 laws hold on it."""
@@ -124,7 +126,10 @@ class Capabilities:
                 f"offers positions {' and '.join(self.positions)}, not {request.positions!r}",
             ),
             (self.logprobs or params.logprobs is None, "gives no log-probabilities"),
-            (self.masks or params.parallelism > 0, "cannot forbid tags: parallelism 0 is not possible"),
+            (
+                self.masks or self.untagged or params.parallelism > 0,
+                "cannot forbid tags: parallelism 0 is not possible",
+            ),
         )
         if said := complaint(checks):
             raise CapabilityError(f"the {self.name} engine {said}")
@@ -159,8 +164,9 @@ class Engine(Protocol):
         When every thread of a request is finished its slots are free."""
 
     def step(self) -> list[SampledToken]:
-        """One forward pass over all that is to be fed; the tokens sampled after it (none if the
-        pass only fed the ends of threads)."""
+        """One forward pass over all that is to be fed; the tokens sampled after it, one a thread at most (none
+        if the pass only fed the ends of threads). Where the forward passes are a server's, a step is a round:
+        what has come of each thread, after waiting a moment for the first."""
 
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""

@@ -46,13 +46,15 @@ class TokenSet:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
     """A thread's next token as the engine sampled it. logprob: raw log-softmax (before bias, penalty,
-    temperature and masks), None unless asked for."""
+    temperature and masks), None unless asked for. lost: why the thread can get no token any more, one line
+    for people (a server that failed it for good); `token` means nothing then."""
 
     request_id: str
     path: Path
     token: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    lost: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +119,14 @@ class Finished(_Event):
     """Thread `path` ended: `stop` by its own end token or a stop string, `length` by a budget, or `abort`.
 
     text: reader's text that was held back as a possible tag and is released by the end. cut: the whole
-    answer is cut before this character (there a stop string was found).
+    answer is cut before this character (there a stop string was found). why: of an `abort` that the engine
+    was the cause of, one line for people.
     """
 
     reason: FinishReason = "stop"
     text: str = ""
     cut: int | None = None
+    why: str = ""
     kind: Literal["finished"] = "finished"
 
 

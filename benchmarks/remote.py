@@ -21,10 +21,10 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
+from pastalm.eval.speed import read_prompts
 from prometheus_client.parser import text_string_to_metric_families
 
 from pastalm import LLM, SamplingParams
-from pastalm.eval.speed import read_prompts
 from pastalm.transcript import Transcript
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 from openai import OpenAI
-
 from pastalm.eval.speed import read_prompts
+
 from pastalm.models import EMBEDDED
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}

@@ -1043,12 +1043,13 @@ def evaluate(
     from pastalm.eval import alpaca, measure
     from pastalm.eval import report as pages
     from pastalm.eval.compare import markdown
-    from pastalm.eval.evaluate import BASELINE, build, compare_all, score_all, win_rates
+    from pastalm.eval.evaluate import BASELINE, build, check, compare_all, score_all, win_rates
     from pastalm.eval.systems import Decoding
 
     if str(prompts) == alpaca.NAME and not prompts.exists():
         prompts = alpaca.fetch()
     asked = files.read(prompts, limit)
+    names = check(systems)
     units = _units(sigma or [], scorer or [])
     _quiet()
     _fetch(model)
@@ -1060,18 +1061,16 @@ def evaluate(
     by, remote = _scorers(list(units), model, baseline, judge, base_url, concurrency, price_in, price_out)
     base = Decoding(BASELINE, load(baseline), parallelism=0)
     encode = base.llm.loaded.vocabulary.encode
-    known = build(systems, base, load)
 
     def count_tokens(text: str) -> int:
         return len(encode(text))
 
-    names = [system.name for system in known]
     if against is not None and against not in names:
         raise RequestError(f"--against names one of the systems, got {against!r}")
     with _busy(f"answering {prompts.name}") as say:
         if requests > 1:
             counts = measure.under_load(
-                known,
+                build(systems, base, load),
                 asked,
                 out / "answers",
                 max_tokens=max_tokens,
@@ -1079,7 +1078,7 @@ def evaluate(
             )
         else:
             counts = measure.measure(
-                known,
+                list(build(systems, base, load)),
                 asked,
                 out / "answers",
                 matched=base if matched else None,

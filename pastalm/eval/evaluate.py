@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pastalm import answers, scored
@@ -34,25 +34,32 @@ METHODS: dict[str, Callable[[str, LLM], System]] = {
 """Methods that need no model of their own: they run on the baseline's."""
 
 
-def build(wanted: Iterable[str], baseline: Decoding, load: Callable[[str], LLM]) -> list[System]:
-    """The systems of a command line, the baseline first: a method by its name, or NAME=ADAPTER; NAME=ADAPTER:off is
-    that adapter with its tags off. Raises RequestError for what is neither."""
-    found: dict[str, System] = {BASELINE: baseline}
-    models: dict[str, LLM] = {}
+def check(wanted: Sequence[str]) -> list[str]:
+    """The names of the systems of a command line, the baseline's first: a method, or NAME=ADAPTER; NAME=ADAPTER:off is
+    that adapter with its tags off. Raises RequestError for what is neither, or named twice."""
+    names = [BASELINE]
     for entry in wanted:
-        name, given, adapter = entry.partition("=")
+        name, given, _ = entry.partition("=")
         if not given and name not in METHODS:
             raise RequestError(f"unknown system {entry!r}: use NAME=ADAPTER, {', '.join(METHODS)}")
-        if name in found or not name or "/" in name:
+        if name in names or not name or "/" in name:
             raise RequestError(f"{name!r} cannot name a system: use a name of its own, without a slash")
-        if not given:
-            found[name] = METHODS[name](name, baseline.llm)
-            continue
-        path, off = adapter.removesuffix(":off"), adapter.endswith(":off")
-        if path not in models:
-            models[path] = load(path)
-        found[name] = Decoding(name, models[path], parallelism=0 if off else 1)
-    return list(found.values())
+        names.append(name)
+    return names
+
+
+def build(wanted: Sequence[str], baseline: Decoding, load: Callable[[str], LLM]) -> Iterator[System]:
+    """Those systems, each loaded when it is its turn, so that one at a time need fit into memory. Raises as `check`,
+    and what `load` raises."""
+    check(wanted)
+    yield baseline
+    for entry in wanted:
+        name, given, adapter = entry.partition("=")
+        if given:
+            odds = 0.0 if adapter.endswith(":off") else 1.0
+            yield Decoding(name, load(adapter.removesuffix(":off")), parallelism=odds)
+        else:
+            yield METHODS[name](name, baseline.llm)
 
 
 def score_all(

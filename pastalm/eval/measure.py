@@ -10,7 +10,7 @@ shorter is no speedup; SPEC "Figures").
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,7 +87,7 @@ def _forced(system: Decoding, found: Answer) -> float | None:
 
 
 def under_load(
-    systems: Sequence[System],
+    systems: Iterable[System],
     prompts: Sequence[Prompt],
     folder: Path,
     *,
@@ -106,4 +106,5 @@ def under_load(
         counts.skipped += done.skipped
         if done.refused:
             counts.refused["longer than the context"] = done.refused
+        del system  # before the next is loaded
     return counts

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,9 +113,10 @@ def test_a_mean_lies_in_its_interval(kind: str) -> None:
 
 def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Callable[[str], LLM], tmp_path: Path) -> None:
     base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
-    systems = evaluate.build(["own=some", "off=some:off", "lookup", "sot"], base, load)
+    wanted = ["own=some", "off=some:off", "lookup", "sot"]
+    systems = list(evaluate.build(wanted, base, load))
     names = [system.name for system in systems]
-    assert names == ["baseline", "own", "off", "lookup", "sot"]
+    assert names == evaluate.check(wanted) == ["baseline", "own", "off", "lookup", "sot"]
 
     def stop(counts: measure.Counts, _: Answer) -> None:
         if counts.written == 7:
@@ -160,14 +163,14 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Callable[[str],
 
 
 def test_under_load_the_answers_are_the_same(load: Callable[[str], LLM], tmp_path: Path) -> None:
-    systems = evaluate.build(["own=some"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load)
+    systems = list(evaluate.build(["own=some"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load))
     measure.measure(systems, PROMPTS, tmp_path / "one", max_tokens=12)
     counts = measure.under_load(systems, PROMPTS, tmp_path / "many", max_tokens=12)
     assert counts.written == 8
     for name in ("baseline", "own"):
         one, many = (answers.read(tmp_path / where / f"{name}.jsonl") for where in ("one", "many"))
         assert {a.id: a.annotated for a in one} == {a.id: a.annotated for a in many}
-    lookup = evaluate.build(["lookup"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load)
+    lookup = list(evaluate.build(["lookup"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load))
     with pytest.raises(RequestError, match="lookup answers one request at a time"):
         measure.under_load(lookup[1:], PROMPTS, tmp_path / "many")
 
@@ -176,10 +179,24 @@ def test_systems_that_cannot_be_built(load: Callable[[str], LLM]) -> None:
     base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
     for wanted, said in ((["nothing"], "unknown system"), (["a=x", "a=y"], "cannot name"), (["baseline=x"], "cannot")):
         with pytest.raises(RequestError, match=said):
-            evaluate.build(wanted, base, load)
+            list(evaluate.build(wanted, base, load))
+
+
+def test_only_the_system_whose_turn_it_is_is_in_memory(load: Callable[[str], LLM], tmp_path: Path) -> None:
+    living: list[weakref.ref[LLM]] = []
+
+    def watched(adapter: str) -> LLM:
+        gc.collect()
+        assert not any(ref() for ref in living), "the system before is still there"
+        living.append(weakref.ref(found := load(adapter)))
+        return found
+
+    base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
+    measure.under_load(evaluate.build(["a=x", "b=y", "c=z"], base, watched), PROMPTS[:1], tmp_path, max_tokens=4)
+    assert len(living) == 3
 
 
 def test_a_prompt_that_does_not_fit_is_counted(load: Callable[[str], LLM], tmp_path: Path) -> None:
-    systems = evaluate.build([], Decoding(evaluate.BASELINE, load(""), parallelism=0), load)
+    systems = [Decoding(evaluate.BASELINE, load(""), parallelism=0)]
     counts = measure.measure(systems, [*PROMPTS, Prompt(id="long", text="x" * 2000)], tmp_path, max_tokens=4)
     assert counts.written == 4 and sum(counts.refused.values()) == 1

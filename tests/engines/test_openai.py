@@ -480,17 +480,25 @@ def _last(ids: list[int], token: int) -> int:
 def test_a_chunk_that_fails_in_company_is_written_alone() -> None:
     """While others are under way the chunk b fails always; it is written once nothing else is."""
     under_way: set[int] = set()
+    begun, tried = threading.Event(), threading.Semaphore(0)
 
     def before(body: dict[str, Any], rest: list[int]) -> Reply | Parts | None:
-        if in_chunk(body, "b") and under_way:
+        if not in_chunk(body, "b"):
+            return counted(body, rest)
+        assert begun.wait(20)
+        if under_way:
+            tried.release()
             return refusal(500)
-        return counted(body, rest) if not in_chunk(body, "b") else None
+        return None
 
     def counted(body: dict[str, Any], rest: list[int]) -> Parts:
         under_way.add(id(body))
         try:
+            if in_chunk(body, "a"):  # keeps b company until both its tries have failed
+                begun.set()
+                for _ in range(2):
+                    tried.acquire(timeout=20)
             for token in rest:
-                time.sleep(0.1 if in_chunk(body, "a") else 0)
                 yield ids_chunk([token])
         finally:
             under_way.discard(id(body))

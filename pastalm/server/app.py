@@ -542,4 +542,5 @@ def serve(llm: LLM, settings: Settings, listening: socket.socket) -> None:
     )
     # uvicorn raises the signal once more when all is done; that it was SIGTERM is no failure
     signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it in the background ignores it
     uvicorn.Server(config).run(sockets=[listening])

@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from pastalm.engine import Capabilities, Schedule
 from pastalm.engines import packing
 from pastalm.engines.batching import Batch, BatchingEngine, Bools, Ints, Response, common_prefix
+from pastalm.engines.graphs import Graphs, Inputs
 from pastalm.errors import CapabilityError, EngineError, RequestError, complaint
 
 CAPABILITIES = Capabilities(
@@ -302,6 +303,17 @@ def _filled(sight: _Sight, queries: int) -> _Sight:
     )
 
 
+def _laid(sights: Sequence[_Sight], rows: range, queries: int, flat: Ints, before: int) -> Ints:
+    """Which token each query of some rows is [rows, queries]; writes into `flat` [tokens] which query each token
+    is, `before` of them standing before these rows."""
+    lay = np.zeros((len(rows), queries), dtype=np.int64)
+    for sight in sights:
+        row, n = sight.slot - rows[0], len(sight.tokens)
+        lay[row, :n] = sight.tokens
+        flat[sight.tokens] = before + row * queries + np.arange(n)
+    return lay
+
+
 def _visible(sights: Sequence[_Sight], queries: int, width: int, window: int | None) -> Bools:
     """[rows, queries, width] from the first to the last of some rows; a query that stands for no token
     sees nothing, and what comes out for it is never read."""
@@ -402,6 +414,34 @@ class _Compiled:
             return self._forward(**inputs)
 
 
+# ------------------------------------------------------------------------------ captured steps
+
+ALONE = (1, 2, 4, 8, 16, 32)
+"""Tokens of a captured step of one response."""
+SHARES = (0.25, 1, 2, 4)
+"""Tokens of a captured step of several, for each row of the pool."""
+QUERIES = (4, 16)
+"""Tokens of one response in a captured step of several."""
+NARROWEST = 256
+"""Captured steps read the pool up to this, or twice, four times … as far."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """The shape of a captured step: tokens in all, slots that are read, and the one row that it reads, or
+    (row None) how many tokens of each."""
+
+    tokens: int
+    width: int
+    row: int | None
+    queries: int
+
+
+def _bucket(n: float, sizes: Sequence[float]) -> int | None:
+    """The least of some sizes, ascending, that holds n."""
+    return next((int(size) for size in sizes if size >= n), None)
+
+
 # ------------------------------------------------------------------------------ the engine
 
 
@@ -429,6 +469,7 @@ class TransformersEngine(BatchingEngine):
         prefill_chunk: int = 512,
         pack: bool = False,
         compiled: bool = False,
+        graphs: bool | None = None,
     ) -> None:
         if min(max_num_seqs, max_model_len, prefill_chunk) < 1:
             raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
@@ -437,7 +478,7 @@ class TransformersEngine(BatchingEngine):
         self._model.to(device or model.device).eval()
         self._device = model.device
         if compiled and self._device.type != "cpu":
-            raise CapabilityError("compiled=True was only ever tried on a CPU: leave it out")
+            raise CapabilityError("compiled=True is for CPUs: leave it out, CUDA graphs are used here")
         if pack and not compiled and packing.can_pack(model):
             packing.pack(model)
         capacity = min(max_model_len, self._shape.max_positions or max_model_len)
@@ -453,8 +494,10 @@ class TransformersEngine(BatchingEngine):
         )
         self._chunk = prefill_chunk
         self._compiled = _Compiled(model) if compiled else None
+        fixed = self._device.type == "cuda" if graphs is None else graphs
+        self._graphs = Graphs(self._captured, self._device) if fixed else None
         # one slot more: what fills a bucket up is written there, and nothing sees it
-        self._pool = _Pool(self._shape.layers, max_num_seqs, capacity + (1 if compiled else 0))
+        self._pool = _Pool(self._shape.layers, max_num_seqs, capacity + (compiled or fixed))
         self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
         self._free = set(range(max_num_seqs))
 
@@ -559,24 +602,38 @@ class TransformersEngine(BatchingEngine):
         wanted = len(keep)
         alone = len(seen) == 1 and len(seen[0]) == 1
         n, model = len(ids), self._model
+        if self._graphs is not None and decoding:
+            shape = self._fixed([sight for together_ in seen for sight in together_], n)
+            if shape is not None:
+                return self._replayed(shape, (ids, positions, rows, slots), seen, keep)
         if self._compiled is not None and alone and decoding and n <= BUCKETS[-1]:
             model = self._compiled
             bucket = next(size for size in BUCKETS if size >= n)
             seen = [[_filled(seen[0][0], bucket)]]
-            ids, positions, rows, slots = (
-                np.pad(x, (0, bucket - n), constant_values=fill)
-                for x, fill in ((ids, 0), (positions, 0), (rows, rows[0]), (slots, self._capacity))
-            )
+            ids, positions, rows, slots = self._padded((ids, positions, rows, slots), bucket)
             keep = keep + [n - 1] * (bucket - len(keep))
-        cache = self._pool.row(seen[0][0].slot) if alone else self._pool
         plan, masks = self._row_planned(rows, slots, seen[0][0]) if alone else self._planned(rows, slots, seen)
         ids_, positions_, kept = self._tensors(ids, positions, np.array(keep, dtype=np.int64))
+        cache = self._pool.row(seen[0][0].slot) if alone else self._pool
+        return self._fed(model, ids_, positions_, masks, cache, plan, kept)[:wanted]
+
+    def _fed(
+        self,
+        model: Any,
+        ids: Tensor,
+        positions: Tensor,
+        masks: dict[str, Tensor],
+        cache: _Planned,
+        plan: _Plan,
+        kept: Tensor | int,
+    ) -> Tensor:
+        """Logits [kept, vocabulary] of the model's forward; kept 0: of all tokens."""
         cache.plan = plan
         try:
             with _attending(self._model.config):
                 out = model(
-                    input_ids=ids_[None],
-                    position_ids=positions_[None],
+                    input_ids=ids[None],
+                    position_ids=positions[None],
                     attention_mask=masks if self._shape.by_type else masks.popitem()[1],
                     past_key_values=cache,
                     use_cache=True,
@@ -585,8 +642,16 @@ class TransformersEngine(BatchingEngine):
                 )
         finally:
             cache.plan = None
-        logits: Tensor = out.logits[0, :wanted]
+        logits: Tensor = out.logits[0]
         return logits
+
+    def _padded(self, packed: Sequence[Ints], n: int) -> Ints:
+        """ids, positions, rows and slots of n tokens [4, n]: those that are missing are written where nothing
+        sees them."""
+        padded = np.zeros((4, n), dtype=np.int64)
+        padded[2:] = [[packed[2][0]], [self._capacity]]
+        padded[:, : len(packed[0])] = packed
+        return padded
 
     def _row_planned(
         self, rows: Ints, slots: Ints, sight: _Sight
@@ -594,7 +659,7 @@ class TransformersEngine(BatchingEngine):
         """The plan of a forward that reads one row, and the mask of each layer type."""
         queries, width = sight.visible.shape
         masks = {
-            kind: self._mask(_visible([sight], queries, width, window)).view(1, 1, -1, width)
+            kind: self._mask(*self._tensors(~_visible([sight], queries, width, window))).view(1, 1, -1, width)
             for kind, window in self._shape.windows.items()
         }
         rows_, slots_ = self._tensors(rows, slots)
@@ -611,13 +676,9 @@ class TransformersEngine(BatchingEngine):
             first, last = together_[0].slot, together_[-1].slot + 1
             longest = max(len(sight.tokens) for sight in together_)
             width = max(sight.visible.shape[1] for sight in together_)
-            lay = np.zeros((last - first, longest), dtype=np.int64)
-            for sight in together_:
-                r, q = sight.slot - first, len(sight.tokens)
-                lay[r, :q] = sight.tokens
-                flat[sight.tokens] = queries_before + r * longest + np.arange(q)
+            lay = _laid(together_, range(first, last), longest, flat, queries_before)
             for kind, window in self._shape.windows.items():
-                masks[kind].append(self._mask(_visible(together_, longest, width, window)))
+                masks[kind] += map(self._mask, self._tensors(~_visible(together_, longest, width, window)))
             parts.append(_Part(first, last, width, longest, self._tensors(lay)[0], start))
             start += (last - first) * self._shape.groups * longest * width
             queries_before += (last - first) * longest
@@ -628,12 +689,53 @@ class TransformersEngine(BatchingEngine):
             for kind, m in masks.items()
         }
 
-    def _mask(self, visible: Bools) -> Tensor:
-        """[rows * groups * queries * width] of visible [rows, queries, width]: 0 where visible and
-        -inf elsewhere, once for each query head of a group."""
-        hidden = torch.from_numpy(~visible).to(self._device)[:, None]
-        mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=self._device)
-        return mask.masked_fill_(hidden, -torch.inf).repeat(1, self._shape.groups, 1, 1).view(-1)
+    # ------------------------------------------------------------------ captured steps
+
+    def _fixed(self, sights: Sequence[_Sight], n: int) -> _Fixed | None:
+        """The least shape that holds n tokens of some responses; None if there is none."""
+        used = max(sight.visible.shape[1] for sight in sights)
+        width = min(self._capacity, max(NARROWEST, 1 << (used - 1).bit_length()))
+        if len(sights) == 1:
+            tokens = _bucket(n, ALONE)
+            return None if tokens is None else _Fixed(tokens, width, sights[0].slot, tokens)
+        tokens = _bucket(n, [math.ceil(share * self._pool.rows) for share in SHARES])
+        queries = _bucket(max(len(sight.tokens) for sight in sights), QUERIES)
+        return None if tokens is None or queries is None else _Fixed(tokens, width, None, queries)
+
+    def _replayed(self, shape: _Fixed, packed: Sequence[Ints], seen: list[list[_Sight]], keep: list[int]) -> Tensor:
+        """Logits [len(keep), vocabulary] of the packed tokens (ids, positions, rows, slots), by a captured step."""
+        assert self._graphs is not None
+        sights = [sight for together_ in seen for sight in together_]
+        rows = range(self._pool.rows) if shape.row is None else range(shape.row, shape.row + 1)
+        flat = np.zeros(shape.tokens, dtype=np.int64)
+        lay = _laid(sights, rows, shape.queries, flat, 0)
+        given = {"tokens": np.concatenate([self._padded(packed, shape.tokens), flat[None]]), "lay": lay}
+        for kind, window in self._shape.windows.items():
+            hidden = np.ones((len(rows), shape.queries, shape.width), dtype=np.bool_)
+            visible = _visible(sights, shape.queries, shape.width, window)
+            hidden[sights[0].slot - rows[0] :][: len(visible)] = ~visible
+            given[kind] = hidden
+        return self._graphs(shape, given)[keep]  # a copy: the next replay overwrites what this one gave
+
+    def _captured(self, shape: _Fixed, inputs: Inputs) -> Tensor:
+        """Logits [tokens, vocabulary]: what a graph holds, from masks on."""
+        ids, positions, rows, slots, flat = inputs["tokens"].unbind()
+        masks = {kind: self._mask(inputs[kind])[None, None, None] for kind in self._shape.windows}
+        if shape.row is not None:
+            masks = {kind: mask.view(1, 1, -1, shape.width) for kind, mask in masks.items()}
+            plan = _Plan(rows, slots, shape.width)
+            return self._fed(self._model, ids, positions, masks, self._pool.row(shape.row), plan, 0)
+        part = _Part(0, self._pool.rows, shape.width, shape.queries, inputs["lay"], 0)
+        plan = _Plan(rows, slots, shape.width, (part,), flat)
+        return self._fed(self._model, ids, positions, masks, self._pool, plan, 0)
+
+    # ------------------------------------------------------------------ to the device
+
+    def _mask(self, hidden: Tensor) -> Tensor:
+        """[rows * groups * queries * width] of hidden [rows, queries, width]: -inf where hidden and 0
+        elsewhere, once for each query head of a group."""
+        mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=self._device)[:, None]
+        return mask.masked_fill_(hidden[:, None], -torch.inf).repeat(1, self._shape.groups, 1, 1).view(-1)
 
     def _tensors(self, *arrays: NDArray[Any]) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(array).to(self._device) for array in arrays)

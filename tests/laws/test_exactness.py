@@ -68,11 +68,12 @@ SCHEDULES: dict[str, Callable[[], Schedule | None]] = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_one_response(model: PreTrainedModel, policy: Policy, schedule: str) -> None:
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "fixed shapes"])
+def test_one_response(model: PreTrainedModel, policy: Policy, schedule: str, graphs: bool) -> None:
     chosen = SCHEDULES[schedule]()
     for seed in (1, 2, 3):
         engine = TransformersEngine(
-            model, max_num_seqs=1, max_model_len=256, schedule=chosen, prefill_chunk=11
+            model, max_num_seqs=1, max_model_len=256, schedule=chosen, prefill_chunk=11, graphs=graphs
         )
         (script,) = random_scripts(seed, policy, 1)
         play(engine, [script])
@@ -93,6 +94,24 @@ def test_many_responses(
     play(engine, scripts)
     for script in scripts:
         assert error(model, script) < EXACTLY
+
+
+@pytest.mark.parametrize("schedule", ["all", "uneven"])
+def test_many_responses_in_fixed_shapes(
+    model: PreTrainedModel, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA graphs are fed, on any device: rows that are full, short or empty, and steps too large for a shape."""
+    monkeypatch.setattr("pastalm.engines.transformers.NARROWEST", 32)
+    engine = TransformersEngine(
+        model, max_num_seqs=4, max_model_len=256, schedule=SCHEDULES[schedule](), graphs=True
+    )
+    scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", 3)
+    for i, script in enumerate(scripts):
+        script.id = str(i)
+    play(engine, scripts)
+    for script in scripts:
+        assert error(model, script) < EXACTLY
+    assert engine._graphs is not None and len(engine._graphs) > 2
 
 
 def test_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:

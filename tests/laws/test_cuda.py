@@ -1,0 +1,70 @@
+"""What holds on a CPU holds on a GPU: packed decoding through CUDA graphs, and the loss of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pastalm.engine import SamplingParams
+from pastalm.engines.transformers import TransformersEngine
+from pastalm.interpreter import Limits
+from pastalm.lang import Text, parse
+from pastalm.layout import pack
+from pastalm.llm import Driver
+from pastalm.train.dataset import collate
+from pastalm.train.loss import log_probs
+from tests.laws.script import play, random_scripts
+from tests.laws.test_exactness import error
+from tests.laws.tiny import ARCHITECTURES, EOS, tiny_model, tiny_vocabulary
+
+DOCUMENT = """Two tips.
+<promise topic="sleep" tokens="20"/><async>1. Sleep eight hours.
+</async><promise topic="food" tokens="30"/><async>2. Eat what you like.
+</async><sync/>Both take practice."""
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_many_responses(name: str, graphs: bool) -> None:
+    """In float64: each token of each thread as one masked forward on the CPU has it."""
+    model = tiny_model(name)
+    engine = TransformersEngine(
+        tiny_model(name), max_num_seqs=3, max_model_len=256, device="cuda", graphs=graphs
+    )
+    scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", 2)
+    for i, script in enumerate(scripts):
+        script.id = str(i)
+    play(engine, scripts)
+    for script in scripts:
+        assert error(model, script) < 1e-6  # norms and softmax are in float32
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_same_answers(temperature: float) -> None:
+    """Graphs, eager steps and the CPU write the same tokens, and a graph is captured once a shape."""
+    params = SamplingParams(temperature=temperature, max_tokens=80, seed=3)
+    found = []
+    for device, graphs in (("cpu", False), ("cuda", False), ("cuda", True)):
+        engine = TransformersEngine(
+            tiny_model("llama"), max_num_seqs=4, max_model_len=256, device=device, graphs=graphs
+        )
+        driver = Driver(engine, tiny_vocabulary(), limits=Limits())
+        running = [driver.submit(range(20, 40 + i), params, seed=i)[0] for i in range(6)]
+        while driver.running:
+            driver.step()
+        found.append([tuple(r.transcript.linear_tokens()) for r in running])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_the_loss_of_training(attention: str) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    documents = [parse(DOCUMENT), (Text("short"),)]
+    inputs = collate([pack(range(20, 60), one, tiny_vocabulary(), "promised", eos=EOS) for one in documents])
+    expected = log_probs(model, inputs)
+    model.cuda()
+    model.set_attn_implementation(attention)
+    found = log_probs(model, {name: x.cuda() for name, x in inputs.items()})
+    assert torch.allclose(found.cpu(), expected, atol=1e-3), (found, expected)

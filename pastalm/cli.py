@@ -69,6 +69,7 @@ Adapter = Annotated[
     str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Positions = Annotated[
     str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that GGUF has).")
 ]
@@ -347,6 +348,7 @@ def generate(
         bool, typer.Option("--raw", help="Complete the prompt, no chat template.")
     ] = False,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: AsJson = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write the events to this file (JSONL).")
@@ -378,7 +380,15 @@ def generate(
         if file is not None:
             stack.enter_context(file)
         llm = _load(
-            model, adapter, dtype, positions, max_threads, base_url=base_url, tokenizer=tokenizer, prompted=prompted
+            model,
+            adapter,
+            dtype,
+            positions,
+            max_threads,
+            device=device,
+            base_url=base_url,
+            tokenizer=tokenizer,
+            prompted=prompted,
         )
         stream = llm.stream(text if raw else _messages(text, system), params)
         title = f"{model} · {'asynchronous' if params.parallelism else 'sequential'}"
@@ -459,6 +469,7 @@ def chat(
     max_threads: MaxThreads = 16,
     system: System = None,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     no_live: NoLive = False,
     base_url: BaseUrl = None,
     tokenizer: Tokenizer = None,
@@ -473,7 +484,15 @@ def chat(
     )
     _quiet()
     llm = _load(
-        model, adapter, dtype, positions, max_threads, base_url=base_url, tokenizer=tokenizer, prompted=prompted
+        model,
+        adapter,
+        dtype,
+        positions,
+        max_threads,
+        device=device,
+        base_url=base_url,
+        tokenizer=tokenizer,
+        prompted=prompted,
     )
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     live = _live() and not no_live
@@ -503,13 +522,14 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What to answer.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 1024,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     no_live: NoLive = False,
 ) -> None:
     """One prompt asynchronously, then sequentially, and the time of each."""
     params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p) for p in (1, 0)]
     _quiet()
     _fetch(model)
-    llm = _load(model, adapter, dtype)
+    llm = _load(model, adapter, dtype, device=device)
     # the first steps of a process are slower than all later ones; neither answer should pay for that
     llm.chat(_messages(prompt, None), SamplingParams(max_tokens=8, temperature=0))
     live = _live() and not no_live
@@ -573,7 +593,7 @@ def serve(
     positions: Positions = None,
     max_threads: Annotated[int, typer.Option(help="Threads of an answer at once; others wait.")] = 16,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     base_url: BaseUrl = None,
     tokenizer: Tokenizer = None,
     prompted: Prompted = False,
@@ -897,6 +917,7 @@ def sample(
     max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.")] = 32,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Let a model answer many prompts at once, as data to finetune on."""
     from pastalm import prompts
@@ -913,7 +934,7 @@ def sample(
     )
     _quiet()
     _fetch(model)
-    llm = _load(model, adapter, dtype, max_num_seqs=max_num_seqs)
+    llm = _load(model, adapter, dtype, max_num_seqs=max_num_seqs, device=device)
     from pastalm.sample import Sampled
     from pastalm.sample import sample as run
 
@@ -959,6 +980,7 @@ def score(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
     tokenizer: Annotated[str, typer.Option(help="The model whose tokens count.")] = EMBEDDED,
+    device: Device = "cpu",
 ) -> None:
     """Score sampled answers by speed and quality against the baseline's."""
     from pastalm import scored
@@ -972,7 +994,7 @@ def score(
     count_tokens = _token_counter(tokenizer)
     if scorer == "reference" and references is None:
         raise RequestError("scoring by reference needs --references")
-    (by,), remote = _scorers([scorer], model, adapter, model, base_url, concurrency, price_in, price_out)
+    (by,), remote = _scorers([scorer], model, adapter, model, device, base_url, concurrency, price_in, price_out)
     with _busy(f"scoring {samples.name}") as say:
 
         def progress(counts: Counts) -> None:
@@ -1037,6 +1059,7 @@ def evaluate(
     public: Annotated[bool, typer.Option("--public", help="Leave prompts and answers out of the page.")] = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Compare systems by speed and quality: a table, pictures, a page."""
     from pastalm import prompts as files
@@ -1056,9 +1079,9 @@ def evaluate(
     at_once = max(requests, 10 if any(s.startswith("sot") for s in systems) else 1)
 
     def load(adapter: str) -> LLM:
-        return _load(model, adapter, dtype, max_num_seqs=at_once)
+        return _load(model, adapter, dtype, max_num_seqs=at_once, device=device)
 
-    by, remote = _scorers(list(units), model, baseline, judge, base_url, concurrency, price_in, price_out)
+    by, remote = _scorers(list(units), model, baseline, judge, device, base_url, concurrency, price_in, price_out)
     base = Decoding(BASELINE, load(baseline), parallelism=0)
     encode = base.llm.loaded.vocabulary.encode
 
@@ -1140,6 +1163,7 @@ def _scorers(
     model: str,
     adapter: str,
     judge: str | None,
+    device: str,
     base_url: str | None,
     concurrency: int,
     price_in: float,
@@ -1154,7 +1178,8 @@ def _scorers(
         if name == "pmi":
             from pastalm import models
 
-            found.append(PmiScorer(models.load(model, adapter=None if adapter == "none" else adapter)))
+            chosen = None if adapter == "none" else adapter
+            found.append(PmiScorer(models.load(model, adapter=chosen, device=device)))
         elif name == "reference":
             found.append(ReferenceScorer())
         elif name == "judge":
@@ -1174,6 +1199,7 @@ Full = Annotated[bool, typer.Option("--full", help="Train all weights, and save 
 GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
 ]
+Flex = Annotated[bool, typer.Option("--flex", help="FlexAttention, compiled for each shape: for long rows on CUDA.")]
 
 
 def _policies(text: str) -> dict[Policy, float]:
@@ -1228,8 +1254,9 @@ def sft(
     save_steps: SaveSteps = 40,
     full: Full = False,
     gradient_checkpointing: GradientCheckpointing = False,
+    flex: Flex = False,
     resume: Resume = True,
-    device: str = "cpu",
+    device: Device = "cpu",
     seed: int = 0,
 ) -> None:
     """Stage 1: finetune a model (LoRA and six tag tokens) on annotated answers."""
@@ -1271,6 +1298,7 @@ def sft(
         save_steps=save_steps,
         full=full,
         gradient_checkpointing=gradient_checkpointing,
+        flex=flex,
         resume=resume,
         device=device,
         seed=seed,
@@ -1304,8 +1332,9 @@ def prefer(
     save_steps: SaveSteps = 40,
     full: Full = False,
     gradient_checkpointing: GradientCheckpointing = False,
+    flex: Flex = False,
     resume: Resume = True,
-    device: str = "cpu",
+    device: Device = "cpu",
     seed: int = 0,
 ) -> None:
     """Stage 2: prefer the best of N scored answers to the worst (BoNBoN); one round."""
@@ -1336,6 +1365,7 @@ def prefer(
         save_steps=save_steps,
         full=full,
         gradient_checkpointing=gradient_checkpointing,
+        flex=flex,
         resume=resume,
         device=device,
         seed=seed,

@@ -27,13 +27,16 @@ from pastalm import models
 from pastalm.errors import DataError, ModelError
 from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
 
+WORKERS = 2
+"""Processes that make batches beside a GPU."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """What every run has. start: an adapter to go on from. learning_rate: 1e-5, the paper's, does not move LoRA;
     row_learning_rate: of the six new rows, which have far to go. batch_tokens: padded tokens a step (of each
     process). full: all weights are trained, and a whole model is saved. gradient_checkpointing: less memory, each
-    forward pass twice."""
+    forward pass twice. flex: FlexAttention instead of a dense mask."""
 
     data: Path
     out: Path
@@ -47,6 +50,7 @@ class RunConfig:
     lora_rank: int = 16
     full: bool = False
     gradient_checkpointing: bool = False
+    flex: bool = False
     save_steps: int = 40
     resume: bool = True
     device: str = "cpu"
@@ -134,11 +138,12 @@ def go(trainer: Any, config: RunConfig) -> None:
 
 
 def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
-    """The model (on CUDA with FlexAttention) with a trainable adapter: LoRA on all linear layers and the six tag
-    rows; with `full`, the model itself. Raises ModelError if `start` cannot be read or is of another base model."""
+    """The model on its device with a trainable adapter: LoRA on all linear layers and the six tag rows; with `full`,
+    the model itself. Raises ModelError if `start` cannot be read or is of another base model."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if config.device.startswith("cuda"):
+    model = model.to(config.device)
+    if config.flex:
         model.set_attn_implementation("flex_attention")
     if config.full:
         whole = models.load_adapter(model, config.start) if config.start is not None else model
@@ -171,7 +176,8 @@ def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:
         {"params": others, "lr": config.learning_rate},
         {"params": rows, "lr": config.row_learning_rate},
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+    fused = config.device != "cpu"
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
 
 
 def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "seed": config.seed,
         "max_length": None,
         "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
+        "dataloader_num_workers": 0 if config.device == "cpu" else WORKERS,  # masks are made while a GPU computes
     }
 
 

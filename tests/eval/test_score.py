@@ -50,14 +50,14 @@ def test_a_judge_that_fails_half_the_time_costs_no_verdict(files: tuple[Path, Pa
         if sick and number % 6 == 1:
             return 500, {}, {"error": {"message": "overloaded"}}
         if sick and number % 6 == 3:
-            time.sleep(1)
+            time.sleep(5)
         if sick and number % 6 == 5:
             return completion("As a language model")
         return completion("M" if "gold" in text.split("# Answer M")[1] else "m")
 
     samples, baseline, target = files
     with replaying(answer) as url:
-        judge = Judge(Remote(url, "m", retries=0, timeout=0.5, patience=60, concurrency=8))
+        judge = Judge(Remote(url, "m", retries=0, timeout=2.5, patience=60, concurrency=16))
         counts = score(samples, baseline, target, judge, words)
         assert {row.id for row in scored.read(target)} == {str(i) for i in range(0, PROMPTS, 2)}
         assert counts.written == PROMPTS / 2

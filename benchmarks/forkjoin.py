@@ -4,12 +4,14 @@
     python benchmarks/forkjoin.py --gguf answer-q8_0.gguf  # and llama.cpp with that file
     python benchmarks/forkjoin.py --compiled               # and our engine with torch.compile
     python benchmarks/forkjoin.py --openai http://127.0.0.1:8000/v1   # and a vLLM server of the same model
+    python benchmarks/forkjoin.py --device cuda --shape gemma-7b      # random weights of that shape on a GPU
 
 The plan: a prefix of 512 tokens, k branches of 128 tokens each, a join, 32 tokens after it; token ids
 are given, ends are ignored, so what a model would say does not matter. Systems that cannot join stop
 after the branches. Every round runs all systems at one k, one after the other; figures are medians
 over rounds with the smallest and the largest. `forward` is the model's forward alone, on the inputs
-of our engine's last step: the limit for a step.
+of our engine's last step (on CUDA the replay of its graph): the limit for a step. `of theory`: our whole
+plan against as many tokens decoded one by one, over what the plan's critical path would allow.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from urllib.request import Request as Request_
 from urllib.request import urlopen
 
 import numpy as np
+import random_llama
 
 from pastalm import models
 from pastalm.engine import Engine, Request, SamplingParams
@@ -60,11 +63,12 @@ class Plan:
 class Timing:
     """Seconds: of each step of the branches, and of the plan after its prefix (None: it cannot join).
     one number where a system does not step from outside: the mean. cache: bytes of keys and values
-    that the branches hold at their end, where that can be read."""
+    that the branches hold at their end, where that can be read. steps: of the whole plan."""
 
     branches: list[float]
     whole: float | None
     cache: int | None = None
+    steps: int = 0
 
 
 class System(Protocol):
@@ -112,7 +116,26 @@ class Ours:
                 engine.apply(name, Decoded(path=(), token=plan.token(done)))
         whole = time.perf_counter() - begun
         engine.apply(name, Finished(path=()))
-        return Timing(steps[2:], whole, cache)
+        return Timing(steps[2:], whole, cache, len(steps) + plan.after)
+
+    def in_turn(self, plan: Plan, tokens: int) -> float:
+        """Seconds to decode as many tokens one by one after the prefix."""
+        engine, name = self.engine, "in turn"
+        positions = engine.capabilities.positions[0]
+        params = SamplingParams(temperature=0, max_tokens=tokens + 8)
+        engine.add(
+            Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions)
+        )
+        engine.apply(name, Forked(path=()))
+        engine.step()
+        engine.apply(name, Decoded(path=(), token=plan.token(0)))
+        begun = time.perf_counter()
+        for i in range(1, tokens + 1):
+            engine.step()
+            engine.apply(name, Decoded(path=(), token=plan.token(i)))
+        seconds = time.perf_counter() - begun
+        engine.apply(name, Finished(path=()))
+        return seconds
 
     def _held(self, name: str) -> int | None:
         pool, running = getattr(self.engine, "_pool", None), self.engine._running[name]  # type: ignore
@@ -148,6 +171,31 @@ class Forward:
         return Timing(steps[2:], None)
 
 
+class Replay:
+    """The captured step alone that our engine last replayed for as many tokens."""
+
+    name = "forward"
+
+    def __init__(self, engine: Any) -> None:
+        self._graphs = engine._graphs
+
+    def run(self, plan: Plan, threads: int) -> Timing:
+        import torch
+
+        fitting = [shape for shape in self._graphs._steps if shape.tokens >= threads]
+        tokens = min(shape.tokens for shape in fitting)
+        widest = max((shape for shape in fitting if shape.tokens == tokens), key=lambda shape: shape.width)
+        steps = []
+        with torch.inference_mode():
+            for _ in range(40):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                self._graphs._steps[widest].run()
+                torch.cuda.synchronize()
+                steps.append(time.perf_counter() - start)
+        return Timing(steps[2:], None)
+
+
 class _Recorder:
     """A model that keeps the inputs of its last forward for each number of tokens."""
 
@@ -176,7 +224,7 @@ class Generate:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
-        prompt = torch.tensor([plan.prompt()])
+        prompt = torch.tensor([plan.prompt()], device=self._model.device)
         with torch.inference_mode():
             self._model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
             if threads > 1:
@@ -184,13 +232,13 @@ class Generate:
             start = time.perf_counter()
             self._model.generate(
                 input_ids=prompt.repeat(threads, 1),
-                attention_mask=torch.ones(threads, plan.prefix, dtype=torch.long),
+                attention_mask=torch.ones_like(prompt).repeat(threads, 1),
                 past_key_values=cache,
                 do_sample=False,
                 max_new_tokens=plan.branch,
                 min_new_tokens=plan.branch,
                 pad_token_id=0,
-            )
+            ).tolist()  # a GPU is waited for
             seconds = time.perf_counter() - start
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         return Timing([seconds / plan.branch], None, held)
@@ -327,7 +375,8 @@ class Completions:
 @dataclass(frozen=True)
 class Row:
     """A system at one k. ms: a branch step, median over rounds of each round's median, smallest,
-    largest. whole: tokens/s of branches and tail. cache_mb: keys and values held after the branches."""
+    largest. whole: tokens/s of branches and tail. cache_mb: keys and values held after the branches. of_theory:
+    realized over theoretical speedup of the whole plan."""
 
     system: str
     threads: int
@@ -338,26 +387,31 @@ class Row:
     ratio: float
     whole_tokens_per_second: float | None
     cache_mb: float | None
+    of_theory: float | None = None
 
 
 def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, ...]) -> Iterator[Row]:
     """Rows as they are known; ratio: branch tokens/s over the same system's at the first k."""
     first: dict[str, float] = {}
     for k in threads:
-        able = [s for s in systems if k <= getattr(s, "most", k)]
+        able = [s for s in systems if k <= getattr(s, "most", k) and k in getattr(s, "only", threads)]
         found: dict[str, list[Timing]] = {s.name: [] for s in able}
         for turn in range(rounds):
             order = able if turn % 2 == 0 else able[::-1]
             for system in sorted(order, key=lambda s: s.name == "forward"):
                 found[system.name].append(system.run(plan, k))
+        tokens = k * plan.branch + plan.after
         for system in able:
             medians = [statistics.median(t.branches) for t in found[system.name]]
             wholes = [t.whole for t in found[system.name] if t.whole is not None]
             ms = 1e3 * statistics.median(medians)
             speed = 1e3 * k / ms
             first.setdefault(system.name, speed)
-            whole = (k * plan.branch + plan.after) / statistics.median(wholes) if wholes else None
-            held = found[system.name][-1].cache
+            whole = statistics.median(wholes) if wholes else None
+            last = found[system.name][-1]
+            of_theory = None
+            if isinstance(system, Ours) and whole is not None and k > 1:
+                of_theory = system.in_turn(plan, tokens) / whole / (tokens / last.steps)
             yield Row(
                 system=system.name,
                 threads=k,
@@ -366,15 +420,38 @@ def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, 
                 high=1e3 * max(medians),
                 branch_tokens_per_second=speed,
                 ratio=speed / first[system.name],
-                whole_tokens_per_second=whole,
-                cache_mb=None if held is None else held / 2**20,
+                whole_tokens_per_second=None if whole is None else tokens / whole,
+                cache_mb=None if last.cache is None else last.cache / 2**20,
+                of_theory=of_theory,
             )
+
+
+def on_gpu(chosen: argparse.Namespace, length: int) -> list[System]:
+    """Our engine with graphs and its replay alone; at the first and the last k also without, and `generate`."""
+    from pastalm.engines.transformers import TransformersEngine
+
+    if chosen.shape:
+        model = random_llama.make(chosen.shape, chosen.device)
+    else:
+        model = models.load(chosen.model, dtype=chosen.dtype, device=chosen.device).model
+    engine = TransformersEngine(model, max_num_seqs=1, max_model_len=length)
+    found: list[System] = [Ours("ours, CUDA graphs", engine), Replay(engine)]
+    if not chosen.shape:
+        eager = Ours("ours, eager", TransformersEngine(model, max_num_seqs=1, max_model_len=length, graphs=False))
+        found += [eager, Generate(model)]
+        for system in found[2:]:
+            system.only = (chosen.threads[0], chosen.threads[-1])  # type: ignore[attr-defined]
+    for k in chosen.threads:  # captures
+        found[0].run(Plan(), k)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=models.EMBEDDED)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=random_llama.SHAPES, help="random weights instead of --model")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--only-gguf", action="store_true")
     parser.add_argument("--compiled", action="store_true", help="and our engine compiled (minutes)")
@@ -385,7 +462,9 @@ def main() -> None:
     chosen = parser.parse_args()
     plan, systems = Plan(), list[System]()
     length = plan.prefix + max(chosen.threads) * plan.branch + plan.after + 128
-    if not chosen.only_gguf:
+    if chosen.device != "cpu":
+        systems += on_gpu(chosen, length)
+    elif not chosen.only_gguf:
         from pastalm.engines.transformers import TransformersEngine
 
         loaded = models.load(chosen.model, dtype=chosen.dtype)
@@ -407,7 +486,7 @@ def main() -> None:
         systems.append(LlamaCppGenerate(chosen.gguf, length))
     if chosen.openai:
         systems.append(Completions(chosen.openai))
-    head = "system", "k", "ms a step (range)", "tokens/s, branches", "over k = 1", "whole plan", "KV, MB"
+    head = "system", "k", "ms a step (range)", "tokens/s, branches", "over k = 1", "whole plan", "KV, MB", "of theory"
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     rows = []
     for row in measure(systems, plan, chosen.rounds, tuple(chosen.threads)):
@@ -415,11 +494,17 @@ def main() -> None:
         whole, held = (
             "" if x is None else f"{x:.0f}" for x in (row.whole_tokens_per_second, row.cache_mb)
         )
+        of_theory = "" if row.of_theory is None else f"{row.of_theory:.2f}"
         print(
             f"| {row.system} | {row.threads} | {row.ms:.1f} ({row.low:.1f} to {row.high:.1f}) "
-            f"| {row.branch_tokens_per_second:.0f} | {row.ratio:.2f} | {whole} | {held} |",
+            f"| {row.branch_tokens_per_second:.0f} | {row.ratio:.2f} | {whole} | {held} | {of_theory} |",
             flush=True,
         )
+    if chosen.device != "cpu":
+        import torch
+
+        held = torch.cuda.max_memory_allocated() / 1e9
+        print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, peak {held:.1f} GB of its memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n{platform.processor() or platform.machine()}, peak memory {peak:.0f} MB")
     if chosen.json:

@@ -10,11 +10,44 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
 from pastalm import models
+
+SHAPES = ("llama-1b", "gemma-7b")
+
+
+def make(shape: str, device: str = "cpu", *, layers: int = 16, vocabulary: int = 49152, **how: Any) -> Any:
+    """A model of some shape (`SHAPES`), random weights in bfloat16."""
+    if shape == "gemma-7b":
+        config: Any = GemmaConfig(
+            vocab_size=256000,
+            hidden_size=3072,
+            intermediate_size=24576,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=256,
+            max_position_embeddings=8192,
+        )
+    else:
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            **how,
+        )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -23,21 +56,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     chosen = parser.parse_args()
     _, tokenizer = models.load_base(models.pull())
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=chosen.layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
+    model = make(
+        "llama-1b",
+        layers=chosen.layers,
+        vocabulary=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
     models.save(model, tokenizer, chosen.folder)
     print(f"{chosen.folder}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion weights")
 

@@ -69,6 +69,9 @@ Adapter = Annotated[
     str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together; else the model's, 4096 at most.", min=2)
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Positions = Annotated[
     str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that GGUF has).")
@@ -574,9 +577,7 @@ def serve(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.", min=1)] = 8,
     max_queue: Annotated[int, typer.Option(help="Answers that may wait beside; more get 429.")] = 64,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer together; else the model's, 4096 at most.", min=2)
-    ] = None,
+    max_model_len: MaxModelLen = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of one prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Of a chat request that gives none.")] = 1024,
     max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 1 << 20,
@@ -915,6 +916,7 @@ def sample(
     sequential: Sequential = False,
     limit: Annotated[int | None, typer.Option(help="Prompts of SOURCE to answer.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.")] = 32,
+    max_model_len: MaxModelLen = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -934,7 +936,9 @@ def sample(
     )
     _quiet()
     _fetch(model)
-    llm = _load(model, adapter, dtype, max_num_seqs=max_num_seqs, device=device)
+    llm = _load(
+        model, adapter, dtype, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device
+    )
     from pastalm.sample import Sampled
     from pastalm.sample import sample as run
 

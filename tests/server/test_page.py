@@ -385,7 +385,10 @@ def test_a_file_that_is_no_trace(opened: Any, tmp_path: Path) -> None:
 
 
 def test_a_trace_dropped_onto_the_served_page_is_shown(page: Any, served: Served) -> None:
-    page.goto(served.url)
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    with page.expect_request("**/v1/models"):
+        page.goto(served.url)
     page.evaluate(
         """(text) => {
           const held = new DataTransfer();
@@ -396,6 +399,9 @@ def test_a_trace_dropped_onto_the_served_page_is_shown(page: Any, served: Served
         TRACE.read_text(),
     )
     expect(page.locator("#model")).to_have_text("mine.jsonl")
+    held[0].continue_()
+    assert eventually(lambda: page.evaluate("state.model") == "played")
+    assert page.locator("#model").text_content() == "mine.jsonl", "a late answer leaves it"
     assert answer(page) == WHOLE.text
     assert [from_json(line) for line in saved(page, "#save").splitlines()] == EVENTS
 

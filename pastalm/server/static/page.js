@@ -96,8 +96,8 @@ async function asked(path, options) {
 }
 
 const model = async () => state.model ??= (await (await asked("v1/models")).json()).data[0].id;
-const greet = () =>
-  model().then((name) => complain("", $("model").textContent = name), ({ message }) => complain(message));
+const greet = () => model().then( // or its error; either may come when something else is shown already
+  (name) => state.run || ($("model").textContent = name), ({ message }) => state.model || complain(message));
 
 // Decodes the prompt, and feeds the events to a run as they come. Throws what went wrong, or that it was cancelled.
 async function stream(run, signal, odds) {
@@ -173,7 +173,7 @@ on($("cancel"), "click", () => state.abort.abort());
 on($("prompt"), "keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) $("ask").requestSubmit(event.preventDefault());
 });
-on($("key"), "change", greet);
+on($("key"), "change", () => greet(complain()));
 on($("file"), "change", () => { if ($("file").files.length) load($("file").files[0]); $("file").value = ""; });
 on($("save"), "click", () => save("trace.jsonl", drawn().events.map((event) => `${JSON.stringify(event)}\n`).join("")));
 on($("perfetto"), "click", () =>

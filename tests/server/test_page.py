@@ -406,6 +406,49 @@ def test_a_trace_dropped_onto_the_served_page_is_shown(page: Any, served: Served
     assert [from_json(line) for line in saved(page, "#save").splitlines()] == EVENTS
 
 
+def test_a_trace_opened_before_the_server_answers_stays(page: Any, served: Served) -> None:
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.goto(served.url)
+    page.click("#send")
+    expect(page.locator("#cancel")).to_be_visible()
+    page.set_input_files("#file", TRACE)
+    expect(page.locator("#status")).to_have_text("cancelled")
+    held[0].continue_()
+    assert eventually(lambda: page.evaluate("state.model") == "played")
+    assert answer(page) == WHOLE.text
+    expect(page.locator("#error")).to_be_hidden()
+
+
+def test_a_trace_opened_as_the_answer_ends_is_not_raced(page: Any, served: Served) -> None:
+    page.goto(served.url)
+    page.fill("[name=max_tokens]", "400")
+    page.evaluate("""() => {
+      const { end } = Run.prototype;
+      Run.prototype.end = function (how) {
+        end.call(this, how);
+        if (how === "done") show(this, "mine", state.abort.abort());
+      };
+    }""")
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("cancelled")
+    assert page.evaluate("state.race") is None
+
+
+def test_of_two_files_the_last_is_shown(opened: Any) -> None:
+    opened.evaluate(
+        """(text) => {
+          load({ name: "slow", text: () => new Promise((done) => { window.read = () => done(text); }) });
+          load({ name: "quick", text: async () => text });
+        }""",
+        TRACE.read_text(),
+    )
+    expect(opened.locator("#model")).to_have_text("quick")
+    opened.evaluate("window.read()")
+    drawn(opened)
+    assert opened.locator("#model").text_content() == "quick"
+
+
 def test_the_trace_for_perfetto(opened: Any) -> None:
     events = json.loads(saved(opened, "#perfetto"))["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}

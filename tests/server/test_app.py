@@ -95,6 +95,18 @@ def test_several_choices_and_prompts() -> None:
         assert sorted(ends) == [0, 1]
 
 
+def test_stream_options_that_ask_for_nothing_are_taken(served: Served) -> None:
+    url = f"{served.url}/v1/chat/completions"
+    assert curl(url, {**CHAT, "stream": False, "stream_options": {"include_usage": False}})[0] == 200
+
+
+def test_the_document_asks_for_a_key_if_the_server_does(served: Served) -> None:
+    with serving(playing(), api_key="secret") as locked:
+        for here, wanted in ((served, None), (locked, [{"HTTPBearer": []}])):
+            document = curl(f"{here.url}/openapi.json")[2]
+            assert document["paths"]["/v1/models"]["get"].get("security") == wanted
+
+
 def test_max_tokens_is_the_reason(served: Served) -> None:
     reply = served.client.chat.completions.create(**{**CHAT, "max_tokens": 5})
     assert reply.choices[0].finish_reason == "length"

@@ -1,9 +1,9 @@
 # A server of the embedded model: docker build -t pastalm . && docker run -p 8000:8000 pastalm
-# Another model: docker run -p 8000:8000 -v weights:/cache pastalm serve NAME --host 0.0.0.0
+# Another model, its weights kept: docker run -p 8000:8000 -v weights:/cache pastalm serve NAME --host 0.0.0.0
 # Without gigabytes for GPUs: --build-arg TORCH_INDEX=an index of torch's builds for CPUs
 FROM python:3.11-slim
 ARG TORCH_INDEX=
-ENV PASTALM_CACHE=/cache PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PASTALM_CACHE=/cache HF_HOME=/cache/huggingface PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY constraints.txt ./
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0

@@ -683,6 +683,10 @@ def pull(
 def _fetch(name: str) -> Path:
     from pastalm import models
 
+    if (file := Path(name)).suffix == ".gguf":
+        if not file.is_file():
+            raise ModelError(f"no GGUF file at {name}")
+        return file
     _quiet()
     with _busy(f"looking for {name}") as say:
         return models.pull(name, progress=say)

@@ -81,6 +81,7 @@ def test_bad_options_of_the_server(tmp_path: Path) -> None:
     complains(pasta("serve", "--timeout", 0), 2, "timeouts")
     complains(pasta("serve", "--host", "nowhere.invalid"), 2, "cannot listen", "--host")
     complains(pasta("serve", tmp_path / "nowhere", "--port", 0), 2, "no model folder")
+    complains(pasta("serve", tmp_path / "nowhere.gguf", "--port", 0), 2, "no GGUF file")
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -473,14 +473,19 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
     app = FastAPI(title="pastalm", lifespan=running, responses=errors)
     for kind in (PastaError, TimeoutError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _error)
-    key = [Depends(HTTPBearer(auto_error=False, description="The key of --api-key, if there is one."))]
+    key = [Depends(HTTPBearer(auto_error=False, description="The key of --api-key."))] if settings.api_key else []
+    data = {"type": "string", "description": "With stream: a chunk, an error, or [DONE]"}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    chunks = {"text/event-stream": {"schema": event}}
 
-    @app.post("/v1/chat/completions", dependencies=key, responses={200: {"model": ChatCompletion}})
+    @app.post(
+        "/v1/chat/completions", dependencies=key, responses={200: {"model": ChatCompletion, "content": chunks}}
+    )
     async def chat(asked: ChatRequest) -> Response:
         """Answers a conversation."""
         return (_Chunks if asked.stream else _Whole)(service, asked)
 
-    @app.post("/v1/completions", dependencies=key, responses={200: {"model": Completion}})
+    @app.post("/v1/completions", dependencies=key, responses={200: {"model": Completion, "content": chunks}})
     async def complete(asked: CompletionRequest) -> Response:
         """Completes raw prompts."""
         return (_Chunks if asked.stream else _Whole)(service, asked)

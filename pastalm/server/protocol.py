@@ -143,8 +143,8 @@ class _Sampled(_Checked):
             raise ValueError("the keys of logit_bias must be token ids")
         if not all(-100 <= value <= 100 for value in bias.values()):
             raise ValueError("the values of logit_bias must be in -100..100")
-        if not self.stream and (self.pasta.events or "stream_options" in self.model_fields_set):
-            raise ValueError("stream_options and pasta.events need stream: true")
+        if not self.stream and (self.pasta.events or self.stream_options.include_usage):
+            raise ValueError("stream_options.include_usage and pasta.events need stream: true")
         return self
 
     @property

@@ -6,13 +6,16 @@ request alone. No test asserts speed.
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event as Flag
 from typing import Any
@@ -23,6 +26,8 @@ from pastalm import LLM, EngineError, SamplingParams, models
 from pastalm.engine import Request as EngineRequest
 from pastalm.engine import SampledToken
 from pastalm.engines.scripted import ScriptedEngine
+from pastalm.events import from_json
+from pastalm.transcript import Transcript
 from tests.server.serving import (
     HELLO,
     TIPS,
@@ -278,23 +283,33 @@ def test_a_request_that_the_engine_does_not_take_fails_alone() -> None:
 # ------------------------------------------------------------------------------ the command
 
 
+@contextmanager
+def commanded(model: Path, *options: str) -> Iterator[tuple[Any, str]]:
+    """`pasta serve`, up: the process, and the URL with /v1."""
+    command = [sys.executable, "-m", "pastalm.cli", "serve", str(model), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert said.startswith(f"{model.name} on http://127.0.0.1:"), said
+        url = said.split()[-1]
+        assert eventually(lambda: _up(url))
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(
     ("number", "code", "last_words"), [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "pasta: interrupted\n")]
 )
 def test_a_signal_finishes_what_runs(tmp_path: Path, number: int, code: int, last_words: str) -> None:
     model, tokenizer = tiny_parts()
     models.save(model, tokenizer, tmp_path / "played")
-    command = [sys.executable, "-m", "pastalm.cli", "serve", str(tmp_path / "played"), "--port", "0"]
-    command += ["--dtype", "float64", "--max-num-seqs", "3", "--max-model-len", "512"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None and process.stdout is not None
-        said = process.stderr.readline()
-        assert said.startswith("played on http://127.0.0.1:"), said
-        url = said.split()[-1]
-        bias = {"1": -100.0}
-        body = {"model": "played", "messages": HELLO, "max_tokens": 250, "temperature": 0, "logit_bias": bias}
-        assert eventually(lambda: _up(url))
+    bias = {"1": -100.0}
+    body = {"model": "played", "messages": HELLO, "max_tokens": 250, "temperature": 0, "logit_bias": bias}
+    options = ("--dtype", "float64", "--max-num-seqs", "3", "--max-model-len", "512")
+    with commanded(tmp_path / "played", *options) as (process, url):
         with ThreadPoolExecutor(4) as clients:
             waiting = [clients.submit(curl, f"{url}/chat/completions", body) for _ in range(4)]
             with open_stream(f"{url}/chat/completions", body) as stream:
@@ -308,9 +323,30 @@ def test_a_signal_finishes_what_runs(tmp_path: Path, number: int, code: int, las
         assert process.wait(60) == code
         assert not _up(url)
         assert (process.stdout.read(), process.stderr.read()) == ("", last_words)
-    finally:
-        process.kill()
-        process.wait()
+
+
+def test_a_gguf_file_is_served(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    import torch
+
+    from pastalm import gguf_files
+    from tests.engines.test_llama_cpp import loaded
+    from tests.laws.tiny import tiny_model
+
+    made = loaded(tiny_model("llama", dtype=torch.float32, layers=3))
+    tags = made.vocabulary.tags
+    assert tags is not None
+    bias = {str(tags.promise): 8.0, str(tags.tokens): 8.0, str(tags.async_close): 5.0}
+    body = {"model": "tiny.gguf", "messages": HELLO, "max_tokens": 200, "temperature": 0, "logit_bias": bias}
+    with commanded(gguf_files.export(made, tmp_path / "tiny.gguf", "F32"), "--max-model-len", "512") as (_, url):
+        status, _, whole = curl(f"{url}/chat/completions", body)
+        assert status == 200 and whole["choices"][0]["message"]["content"]
+        assert whole["usage"]["pasta"]["choices"][0]["threads"] > 1
+        asked = {**body, "stream": True, "pasta": {"events": True}}
+        chunks = events_of(curl(f"{url}/chat/completions", asked)[2])
+        told = Transcript(from_json(json.dumps(e)) for c in chunks for e in c.get("pasta", {}).get("events", []))
+        assert told.finished and len(told.threads) > 1
+        assert joined(chunks) == told.text != ""
 
 
 def _up(url: str) -> bool:

@@ -1,4 +1,5 @@
-"""Requests made from the server's own OpenAPI document, valid and not: none of them is the server's fault."""
+"""Requests made from the server's own OpenAPI document, valid and not: none of them is the server's fault,
+and what it replies is documented."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.server.serving import Served, playing, serving
 
 schemathesis = pytest.importorskip("schemathesis")
+checks = pytest.importorskip("schemathesis.specs.openapi.checks")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,7 @@ def test_no_request_is_a_server_error(served: Served, path: str) -> None:
         response = case.call()
         statuses.add(response.status_code)
         assert response.status_code < 500, (case.body, response.text)
+        case.validate_response(response, checks=[checks.content_type_conformance, checks.response_schema_conformance])
         if response.status_code >= 400:
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 

@@ -56,7 +56,7 @@ def test_a_request_is_a_span(spans: InMemorySpanExporter, stream: bool) -> None:
 
 
 def test_a_client_that_leaves_is_in_the_status(spans: InMemorySpanExporter) -> None:
-    with serving(playing("word " * 1500)) as served:
+    with serving(playing("word " * 1500, step_seconds=0.01)) as served:
         stream = served.client.chat.completions.create(model="played", messages=HELLO, stream=True, max_tokens=1800)
         next(iter(stream))
         stream.close()

@@ -4,7 +4,7 @@
 const state = {
   run: null, race: null, which: "run", // the answer, the sequential one beside it, and whose text is shown
   cursor: null, playing: null, // shown up to so many seconds (null: all there is); since when it moves on
-  unit: "step", hot: null, frame: 0, model: null, abort: null,
+  unit: "step", hot: null, frame: 0, model: null, abort: null, wanted: null, // the run that was asked for last
 };
 const runs = () => [state.run, state.race].filter(Boolean);
 const longest = () => Math.max(...runs().map((run) => run.whole.seconds));
@@ -95,9 +95,9 @@ async function asked(path, options) {
   throw new Error((await reply.json().catch(() => null))?.error?.message ?? `the server answered ${reply.status}`);
 }
 
-const model = async () => state.model ??= (await (await asked("v1/models")).json()).data[0].id;
-const greet = () =>
-  model().then((name) => complain("", $("model").textContent = name), ({ message }) => complain(message));
+const model = async (options) => state.model ??= (await (await asked("v1/models", options)).json()).data[0].id;
+const greet = () => model().then( // or its error; either may come when something else is shown already
+  (name) => state.run || ($("model").textContent = name), ({ message }) => state.model || complain(message));
 
 // Decodes the prompt, and feeds the events to a run as they come. Throws what went wrong, or that it was cancelled.
 async function stream(run, signal, odds) {
@@ -123,14 +123,14 @@ async function stream(run, signal, odds) {
 
 async function decode() {
   const { signal } = state.abort = new AbortController(), racing = $("race").checked;
-  let run = new Run("running");
+  let run = state.wanted = new Run("running");
   complain();
   document.body.classList.add("busy");
   $("status").textContent = "decoding …";
   try {
-    show(run, await model());
+    show(run, await model({ signal }));
     await stream(run, signal, $("odds").value ? Number($("odds").value) : null);
-    if (!racing) return;
+    if (!racing || signal.aborted) return;
     $("status").textContent = "decoding it once more, sequentially …";
     state.race = run = new Run("running");
     await stream(run, signal, 0);
@@ -152,17 +152,18 @@ function save(name, text) {
 
 // Opens a trace file: an event of one answer on each line.
 async function load(file) {
-  const run = new Run("done");
+  const run = state.wanted = new Run("done");
   let number = 0;
   try {
-    for (const line of (await file.text()).split("\n")) if (++number && line.trim()) run.take(JSON.parse(line));
+    const text = await file.text();
+    if (state.wanted !== run) return;
+    for (const line of text.split("\n")) if (++number && line.trim()) run.take(JSON.parse(line));
   } catch {
     return complain(`${file.name}, line ${number}: not an event of this answer`);
   }
   if (!run.events.length) return complain(`${file.name} holds no events`);
   state.abort?.abort();
-  complain();
-  show(run, file.name);
+  complain(show(run, file.name));
 }
 
 const on = (target, kinds, act) => kinds.split(" ").forEach((kind) => target.addEventListener(kind, act));
@@ -173,7 +174,7 @@ on($("cancel"), "click", () => state.abort.abort());
 on($("prompt"), "keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) $("ask").requestSubmit(event.preventDefault());
 });
-on($("key"), "change", greet);
+on($("key"), "change", () => greet(complain()));
 on($("file"), "change", () => { if ($("file").files.length) load($("file").files[0]); $("file").value = ""; });
 on($("save"), "click", () => save("trace.jsonl", drawn().events.map((event) => `${JSON.stringify(event)}\n`).join("")));
 on($("perfetto"), "click", () =>

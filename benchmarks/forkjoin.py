@@ -182,15 +182,15 @@ class Replay:
     def run(self, plan: Plan, threads: int) -> Timing:
         import torch
 
-        fitting = [shape for shape in self._graphs._steps if shape.tokens >= threads]
-        tokens = min(shape.tokens for shape in fitting)
-        widest = max((shape for shape in fitting if shape.tokens == tokens), key=lambda shape: shape.width)
+        read = plan.prefix + threads * plan.branch
+        fitting = [shape for shape in self._graphs._steps if shape.tokens >= threads and shape.width >= read]
+        last = min(fitting, key=lambda shape: (shape.tokens, shape.width))
         steps = []
         with torch.inference_mode():
             for _ in range(40):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                self._graphs._steps[widest].run()
+                self._graphs._steps[last].run()
                 torch.cuda.synchronize()
                 steps.append(time.perf_counter() - start)
         return Timing(steps[2:], None)

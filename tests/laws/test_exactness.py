@@ -33,7 +33,7 @@ def error(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> flo
     want = reference_logits(model, linear.tokens, linear.positions, visible)
     assert len(script.logits) > 10
     return max(
-        float((logits - want[linear.place[path, index]]).abs().max())
+        float((logits.cpu() - want[linear.place[path, index]]).abs().max())
         for (path, index), logits in script.logits.items()
     )
 

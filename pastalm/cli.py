@@ -72,6 +72,9 @@ Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or fl
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer together; else the model's, 4096 at most.", min=2)
 ]
+Counted = Annotated[
+    str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched, smaller or parallelism.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Positions = Annotated[
     str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that GGUF has).")
@@ -986,6 +989,7 @@ def score(
     sigma: Annotated[
         float | None, typer.Option(help="Unit of differences (that of the stage-1 samples); else theirs.")
     ] = None,
+    length: Counted = "theoretical",
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
     tokenizer: Annotated[str, typer.Option(help="The model whose tokens count.")] = EMBEDDED,
     device: Device = "cpu",
@@ -995,6 +999,7 @@ def score(
     from pastalm.eval.score import Counts
     from pastalm.eval.score import score as run
 
+    counted = scored.check_length(length)
     for path in (samples, baseline, references):
         if path is not None and not path.is_file():
             raise DataError(f"no file {path}")
@@ -1019,7 +1024,7 @@ def score(
     )
     rows = scored.read(target)
     unit = scored.spread(rows) if sigma is None else sigma
-    _print_json({"sigma": unit, **scored.summary(rows, (1, 2, 4, 8), unit)})
+    _print_json({"sigma": unit, **scored.summary(rows, (1, 2, 4, 8, float("inf")), unit, counted)})
 
 
 @app.command("eval")
@@ -1061,6 +1066,7 @@ def evaluate(
     matched: Annotated[
         bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
     ] = True,
+    length: Counted = "theoretical",
     against: Annotated[
         str | None, typer.Option(help="One of the systems: how much higher the others' scores are than its.")
     ] = None,
@@ -1076,7 +1082,9 @@ def evaluate(
     from pastalm.eval.compare import markdown
     from pastalm.eval.evaluate import BASELINE, build, check, compare_all, score_all, win_rates
     from pastalm.eval.systems import Decoding
+    from pastalm.scored import check_length
 
+    counted = check_length(length)
     if str(prompts) == alpaca.NAME and not prompts.exists():
         prompts = alpaca.fetch()
     asked = files.read(prompts, limit)
@@ -1131,7 +1139,7 @@ def evaluate(
     for name, reasons in missing.items():
         for why, many in reasons.items():
             print(f"{many} answers without a verdict by {name}: {why}; start again to ask again", file=sys.stderr)
-    rows, sigmas = compare_all(out, names, units, count_tokens)
+    rows, sigmas = compare_all(out, names, units, count_tokens, counted)
     wins = win_rates(out, rows, gamed)
     told = {
         "command": " ".join(["pasta", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
@@ -1143,7 +1151,7 @@ def evaluate(
         "without a verdict": missing,
         "win rates": {name: won.to_dict() for name, won in wins.items()},
     }
-    table = markdown(rows, sigmas, against)
+    table = markdown(rows, sigmas, against, counted)
     page = pages.write(report or out / "report", rows, table, baseline=BASELINE, told=told, public=public)
     print(table, end="")
     for name, won in wins.items():
@@ -1329,9 +1337,7 @@ def prefer(
     sigma: Annotated[
         float | None, typer.Option(help="Unit of the scorer's differences: of the stage-1 samples.")
     ] = None,
-    length: Annotated[
-        str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched, smaller or parallelism.")
-    ] = "theoretical",
+    length: Counted = "theoretical",
     positions: Policies = MIX,
     epochs: float = 1.0,
     learning_rate: float = 1e-4,

@@ -100,20 +100,22 @@ def check_length(length: str) -> Length:
     return names[length]
 
 
-def summary(rows: Sequence[Scored], lambdas: Sequence[float], sigma: float) -> dict[str, float]:
+def summary(
+    rows: Sequence[Scored], lambdas: Sequence[float], sigma: float, length: Length = "theoretical"
+) -> dict[str, float]:
     """Means over the answers that were scored: speedups (geometric), quality, repetition, and the score at each
     lambda."""
     scored = [row for row in rows if row.quality(sigma) is not None]
     if not scored:
         return {"answers": 0.0}
     table: dict[str, float] = {"answers": float(len(scored))}
-    for length in get_args(Length):
-        logs = [math.log(max(row.speedup(length), 1e-3)) for row in scored]
-        table[f"speedup, {length}"] = math.exp(float(np.mean(logs)))
+    for counted in get_args(Length):
+        logs = [math.log(max(row.speedup(counted), 1e-3)) for row in scored]
+        table[f"speedup, {counted}"] = math.exp(float(np.mean(logs)))
     table["quality"] = float(np.mean([row.quality(sigma) for row in scored]))
     table["repetition"] = float(np.mean([row.repetition for row in scored]))
     table["cut off"] = float(np.mean([row.finish_reason == "length" for row in scored]))
     for lambda_ in lambdas:
-        values = [row.score(lambda_, sigma) for row in scored]
+        values = [row.score(lambda_, sigma, length) for row in scored]
         table[f"score, lambda {lambda_:g}"] = float(np.mean([v for v in values if v is not None]))
     return table

@@ -5,13 +5,13 @@
 #     runs/smollm2_two_stage.sh ANSWERS.jsonl EVAL.jsonl
 #
 # ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
-# On a GPU: DEVICE=cuda, and larger numbers below.
+# On a GPU: DEVICE=cuda SEQS=96 BATCH_TOKENS=4096, and larger budgets.
 set -euo pipefail
 answers=$(realpath "$1") eval=$(realpath "$2")
 here=$(realpath "$(dirname "$0")")
 pasta=$(realpath "${PASTA:-$here/../.venv/bin/pasta}")
 python=$(dirname "$pasta")/python
-device=${DEVICE:-cpu}
+device=${DEVICE:-cpu} seqs=${SEQS:-64} batch_tokens=${BATCH_TOKENS:-2048} length=${LENGTH:-matched}
 arm_tokens=${ARM_TOKENS:-200000}
 stage1_tokens=${STAGE1_TOKENS:-600000} unlearn_tokens=${UNLEARN_TOKENS:-100000}
 own_prompts=${OWN_PROMPTS:-1800} n=${N:-10} round_prompts=${ROUND_PROMPTS:-300}
@@ -26,7 +26,7 @@ train() { # train KIND OUT ARGUMENTS...
   local kind=$1 out=$2; shift 2
   [ -s "$out/adapter/README.md" ] || "$pasta" train "$kind" "$@" --out "$out" --device "$device"
 }
-sample() { "$pasta" sample "$@" --max-num-seqs 64; }
+sample() { "$pasta" sample "$@" --max-num-seqs "$seqs" --device "$device"; }
 
 # 1. prompts: of our own making, and those of rows under Apache-2.0; the model's own answers to them
 whole prompts_own.jsonl "$python" "$here/prompts.py" "$own_prompts"
@@ -49,7 +49,7 @@ done
 whole prompts_loops.jsonl "$python" "$here/rows.py" "$answers" --draw 160 --seed 77
 finetune() { # finetune NAME DATA SAMPLING ARGUMENTS...
   local name=$1 data=$2 forking=$3; shift 3
-  train sft "${name}_first" "$data" --token-budget "$stage1_tokens" --seed 5 "$@"
+  train sft "${name}_first" "$data" --token-budget "$stage1_tokens" --batch-tokens "$batch_tokens" --seed 5 "$@"
   sample prompts_loops.jsonl "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384 --sequential
   [ "$forking" = no ] || sample prompts_loops.jsonl "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384
   train sft "$name" "$data" --start "${name}_first/adapter" --repeats "loops_$name.jsonl" \
@@ -71,10 +71,10 @@ for ((round = 1; round <= rounds; round++)); do
     sample prompts_round.jsonl "$drawn.jsonl" --adapter "$start/adapter" --n "$n" --temperature 0.8 --top-p 0.95 \
       --max-tokens 512 --seed 3
     "$pasta" score "$drawn.jsonl" "$drawn.pmi.jsonl" --baseline baseline_round.jsonl \
-      --adapter baseline/adapter ${sigma:+--sigma "$sigma"} > "$drawn.pmi.json"
+      --adapter baseline/adapter --device "$device" ${sigma:+--sigma "$sigma"} > "$drawn.pmi.json"
     sigma=${sigma:-$("$python" -c 'import json,sys; print(json.load(open(sys.argv[1]))["sigma"])' "$drawn.pmi.json")}
     train prefer "lambda${lambda}_round$round" "$drawn.pmi.jsonl" --start "$start/adapter" \
-      --lambda "$lambda" --length smaller --sigma "$sigma"
+      --lambda "$lambda" --length "$length" --sigma "$sigma"
   done
 done
 
@@ -84,7 +84,7 @@ for lambda in $lambdas; do
   sample prompts_round.jsonl "samples_$last.jsonl" --adapter "$last/adapter" --n "$after_n" --temperature 0.8 --top-p 0.95 \
     --max-tokens 512 --seed 4
   "$pasta" score "samples_$last.jsonl" "samples_$last.pmi.jsonl" --baseline baseline_round.jsonl \
-    --adapter baseline/adapter --sigma "$sigma" > "samples_$last.pmi.json"
+    --adapter baseline/adapter --device "$device" --sigma "$sigma" > "samples_$last.pmi.json"
 done
 
 # 5. the table: greedy answers to the evaluation's prompts
@@ -93,4 +93,4 @@ for adapter in arm_own arm_given arm_promised arm_overlap arm_serial stage1_own 
   [ ! -d "$adapter/adapter" ] || systems+=("$adapter=$adapter/adapter")
 done
 "$pasta" eval "${systems[@]}" --prompts "$eval" --baseline baseline/adapter --scorer pmi --scorer reference \
-  --sigma "pmi=$sigma" --against stage1 --requests 64 --no-matched --max-tokens 768 --public --out eval
+  --sigma "pmi=$sigma" --against stage1 --requests "$seqs" --no-matched --max-tokens 768 --public --device "$device" --out eval

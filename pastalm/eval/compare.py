@@ -21,8 +21,6 @@ from pastalm.wording import repetition
 CountTokens = Callable[[str], int]
 
 LAMBDAS = (1.0, 2.0, 4.0, 8.0, math.inf)
-LENGTH: Length = "smaller"
-"""Whose tokens a score's speedup counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +98,9 @@ def _text_tokens(answer: Answer, count_tokens: CountTokens) -> int:
     return max(1, count_tokens(answer.text) + (answer.finish_reason == "stop"))
 
 
-def figures(found: Sequence[Pair], sigmas: Mapping[str, float]) -> dict[str, Mean]:
-    """All figures of some pairs. sigmas: the unit of each scorer's differences; names of the scorers to report."""
+def figures(found: Sequence[Pair], sigmas: Mapping[str, float], length: Length = "theoretical") -> dict[str, Mean]:
+    """All figures of some pairs. sigmas: the unit of each scorer's differences; names of the scorers to report.
+    length: whose tokens a score's speedup counts."""
     own = [pair.answer for pair in found]
     table = {
         "forks": mean([pair.chunks >= 2 for pair in found]),
@@ -132,7 +131,7 @@ def figures(found: Sequence[Pair], sigmas: Mapping[str, float]) -> dict[str, Mea
         if qualities:
             table[f"quality, {name}"] = mean(qualities)
         for lambda_ in LAMBDAS:
-            scores = [s for row in rows if (s := row.score(lambda_, sigma, LENGTH)) is not None]
+            scores = [s for row in rows if (s := row.score(lambda_, sigma, length)) is not None]
             if scores:
                 table[f"score, {name}, lambda {lambda_:g}"] = mean(scores)
     table["repetition"] = mean([repetition(a.text) for a in own])
@@ -141,7 +140,9 @@ def figures(found: Sequence[Pair], sigmas: Mapping[str, float]) -> dict[str, Mea
     return table
 
 
-def differences(row: Row, other: Row, sigmas: Mapping[str, float]) -> dict[str, Mean]:
+def differences(
+    row: Row, other: Row, sigmas: Mapping[str, float], length: Length = "theoretical"
+) -> dict[str, Mean]:
     """Scores of one system less another's, on the prompts that both answered, by scorer and lambda."""
     theirs = {pair.answer.id: pair.scored for pair in other.pairs}
     table = {}
@@ -152,7 +153,7 @@ def differences(row: Row, other: Row, sigmas: Mapping[str, float]) -> dict[str, 
             if name in pair.scored and name in theirs.get(pair.answer.id, {})
         ]
         for lambda_ in LAMBDAS:
-            scores = [(a.score(lambda_, sigma, LENGTH), b.score(lambda_, sigma, LENGTH)) for a, b in both]
+            scores = [(a.score(lambda_, sigma, length), b.score(lambda_, sigma, length)) for a, b in both]
             values = [a - b for a, b in scores if a is not None and b is not None]
             if values:
                 table[f"{name}, lambda {lambda_:g}"] = mean(values)
@@ -186,7 +187,12 @@ COLUMNS = (
 )
 
 
-def markdown(rows: Sequence[Row], sigmas: Mapping[str, float] | None = None, against: str | None = None) -> str:
+def markdown(
+    rows: Sequence[Row],
+    sigmas: Mapping[str, float] | None = None,
+    against: str | None = None,
+    length: Length = "theoretical",
+) -> str:
     """The table for people: means with intervals, a line a system; and how much higher their scores are than those of
     the system `against`, if one is named."""
     shown = [name for name in COLUMNS if any(name in row.figures for row in rows)]
@@ -198,9 +204,9 @@ def markdown(rows: Sequence[Row], sigmas: Mapping[str, float] | None = None, aga
         lines.append(f"| {row.system} | {len(row.pairs)} | {' | '.join(cells)} |")
     other = next((row for row in rows if row.system == against), None)
     if other is not None:
-        tables = {row.system: differences(row, other, sigmas or {}) for row in rows if row is not other}
+        tables = {row.system: differences(row, other, sigmas or {}, length) for row in rows if row is not other}
         names = list(dict.fromkeys(name for table in tables.values() for name in table))
-        lines += ["", f"| score less {against}'s | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+        lines += ["", f"| score ({length}) less {against}'s | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
         for system, table in tables.items():
             cells = [f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in table.values()]
             lines.append(f"| {system} | {' | '.join(cells)} |")

@@ -22,6 +22,7 @@ from pastalm.eval.quality import Scorer
 from pastalm.eval.score import Counts, score
 from pastalm.eval.systems import Decoding, System
 from pastalm.llm import LLM
+from pastalm.scored import Length
 
 BASELINE = "baseline"
 
@@ -90,7 +91,11 @@ def score_all(
 
 
 def compare_all(
-    folder: Path, names: Sequence[str], sigmas: Mapping[str, float | None], count_tokens: CountTokens
+    folder: Path,
+    names: Sequence[str],
+    sigmas: Mapping[str, float | None],
+    count_tokens: CountTokens,
+    length: Length = "theoretical",
 ) -> tuple[list[Row], dict[str, float]]:
     """A row for each system, and the unit of each scorer's differences: as given, else their standard deviation over
     all systems' answers. Raises DataError."""
@@ -110,7 +115,7 @@ def compare_all(
     rows = []
     for name in names:
         found = pairs(answers.read(folder / "answers" / f"{name}.jsonl"), base, count_tokens, judged[name])
-        rows.append(Row(name, found, figures(found, units)))
+        rows.append(Row(name, found, figures(found, units, length)))
     return rows, units
 
 

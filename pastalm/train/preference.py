@@ -183,7 +183,7 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     rows = scored.read(config.data)
     base = run.begin(config, progress)
     sigma = scored.spread(rows) if config.sigma is None else config.sigma
-    before = scored.summary(rows, [config.lambda_], sigma)
+    before = scored.summary(rows, [config.lambda_], sigma, config.length)
     progress(f"{config.data.name}, sigma {sigma:.4g}: {json.dumps({k: round(v, 4) for k, v in before.items()})}")
     chosen = list(pairs(rows, base.tokenizer, base.vocabulary, config, eos=base.eos))
     if not chosen:

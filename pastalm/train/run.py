@@ -309,12 +309,17 @@ def save(trainer: Any, config: RunConfig, made: Made) -> Path:
         "steps": made.steps,
         "seconds_this_run": round(made.seconds),
         "final": made.final,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {config.device}",
+        "machine": _machine(config),
         "torch": torch.__version__,
     }
     (folder / "train.json").write_text(json.dumps(record, indent=2) + "\n")
     (folder / "README.md").write_text(card(record, made.losses))  # PEFT's own is an empty form
     return folder
+
+
+def _machine(config: RunConfig) -> str:
+    gpu = config.device.startswith("cuda")
+    return torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _save_adapter(model: Any, weights: Mapping[str, Any], config: RunConfig, folder: Path) -> None:

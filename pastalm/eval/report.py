@@ -138,11 +138,13 @@ def frontier(rows: Sequence[Row]) -> bytes:
         name = next((n for start in QUALITIES for n in there if n.startswith(start)), None)
         if name is None:
             return False
-        shown = [row for row in rows if name in row.figures]
-        for row in shown:
+        shown = sorted((row for row in rows if name in row.figures), key=lambda row: row.figures[_measured(row)].mean)
+        for i, row in enumerate(shown):
             x, y = row.figures[_measured(row)], row.figures[name]
             axes.errorbar(x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt="o", capsize=3)
-            axes.annotate(f"{row.system} (n={x.n})", (x.mean, y.mean), xytext=(6, 6), textcoords="offset points")
+            beside = (6, -14 if i % 2 else 6)  # neighbours' names above and below their points
+            axes.annotate(f"{row.system} (n={x.n})", (x.mean, y.mean), xytext=beside, textcoords="offset points")
+        axes.margins(x=0.15)
         axes.axvline(1, color="grey", linewidth=0.8)
         even = 50 if name.startswith("win rate") else 0.5
         axes.axhline(even, color="grey", linewidth=0.8)

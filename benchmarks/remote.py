@@ -21,10 +21,9 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
-from pastalm.eval.speed import read_prompts
 from prometheus_client.parser import text_string_to_metric_families
 
-from pastalm import LLM, SamplingParams
+from pastalm import LLM, SamplingParams, prompts
 from pastalm.transcript import Transcript
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
@@ -143,10 +142,10 @@ def main() -> None:
     )
     print(llm.driver.engine.capabilities, flush=True)
     rows: list[Timed] = []
-    for number, (identity, prompt) in enumerate(read_prompts(chosen.prompts)[: chosen.limit]):
+    for number, prompt in enumerate(prompts.read(chosen.prompts, chosen.limit)):
         for turn in range(chosen.rounds):
             for kind in list(KINDS)[:: 1 if (number + turn) % 2 == 0 else -1]:
-                rows.append(timed(llm, identity, prompt, kind, turn, chosen))
+                rows.append(timed(llm, prompt.id, prompt.text, kind, turn, chosen))
                 if chosen.out:
                     with chosen.out.open("a") as file:
                         file.write(json.dumps(asdict(rows[-1])) + "\n")

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from openai import OpenAI
-from pastalm.eval.speed import read_prompts
 
 from pastalm.models import EMBEDDED
+from pastalm.prompts import read
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    every = [prompt for _, prompt in read_prompts(chosen.prompts) if len(prompt) < 1000]
+    every = [prompt.text for prompt in read(chosen.prompts) if len(prompt.text) < 1000]
     random.Random(chosen.seed).shuffle(every)
     prompts = [every[i % len(every)] for i in range(chosen.requests)]
     client = OpenAI(base_url=chosen.url, timeout=3600, max_retries=20)  # the key is OPENAI_API_KEY's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -51,3 +52,22 @@ def test_the_languages_examples_run() -> None:
 
     shown = "".join(line.removeprefix("    ") for line in re.findall(r"^    .*\n", text, re.MULTILINE)[:4])
     assert render(parse(shown)) == shown and len(parse(shown)) == 7
+
+
+SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("runs/*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_scripts_ask_for_what_the_package_has(script: Path) -> None:
+    """No tool checks the types of these: what they import from here, also inside functions, must be there."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "pastalm":
+            try:
+                module = importlib.import_module(node.module or "")
+            except ImportError as error:
+                if (error.name or "").startswith("pastalm"):
+                    raise
+                pytest.skip(f"{error.name} is not installed")
+            for name in node.names:
+                found = hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}")
+                assert found, f"{script.name} imports {name.name} from {node.module}"

@@ -146,8 +146,9 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Callable[[str],
     assert by["lookup"].figures["theoretical, matched"].mean >= 1
 
     table = compare.markdown(rows, units, "off")
-    assert "| score less off's | pmi, lambda 1 |" in table
-    assert "| own | " in table.split("score less")[1] and "| off | " not in table.split("score less")[1]
+    assert "| score (theoretical) less off's | pmi, lambda 1 |" in table
+    gains = table.split("score (theoretical) less")[1]
+    assert "| own | " in gains and "| off | " not in gains
     apart = compare.differences(by["baseline"], by["off"], units)["pmi, lambda 4"]
     assert (apart.mean, apart.n) == (0, 3), "tags off is the baseline here"
     page = report.write(tmp_path / "report", rows, table, baseline="baseline", told={"command": "pasta eval"})

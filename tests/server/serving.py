@@ -61,9 +61,7 @@ class Served:
 
     def metrics(self) -> dict[str, float]:
         """Every value on the page, by name and labels."""
-        with urlopen(f"{self.url}/metrics", timeout=10) as reply:
-            lines = reply.read().decode().splitlines()
-        return {key: float(value) for key, _, value in (x.rpartition(" ") for x in lines if x[0] != "#")}
+        return metrics(self.url)
 
     def idle(self) -> bool:
         """Whether nothing is left of any request, in the server, the driver and the engine."""
@@ -73,6 +71,13 @@ class Served:
 
     def becomes_idle(self, seconds: float = 20) -> bool:
         return eventually(self.idle, seconds)
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Every value on a server's page of metrics, by name and labels."""
+    with urlopen(f"{url}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    return {key: float(value) for key, _, value in (x.rpartition(" ") for x in lines if x[0] != "#")}
 
 
 def eventually(holds: Any, seconds: float = 20) -> bool:

@@ -39,6 +39,7 @@ from tests.server.serving import (
     eventually,
     forking,
     joined,
+    metrics,
     open_stream,
     playing,
     serving,
@@ -312,6 +313,14 @@ def test_a_signal_finishes_what_runs(tmp_path: Path, number: int, code: int, las
     with commanded(tmp_path / "played", *options) as (process, url):
         with ThreadPoolExecutor(4) as clients:
             waiting = [clients.submit(curl, f"{url}/chat/completions", body) for _ in range(4)]
+
+            def taken() -> bool:
+                """Whether the server has all four, or has answered them."""
+                there = metrics(url.removesuffix("/v1"))
+                done = sum(n for key, n in there.items() if "pasta_requests_total{" in key and "completions" in key)
+                return done + there["pasta_unfinished_answers"] >= 4
+
+            assert eventually(taken, 60)
             with open_stream(f"{url}/chat/completions", body) as stream:
                 first = stream.readline()
                 process.send_signal(number)

@@ -360,7 +360,8 @@ class _Thread:
 
     number: of its completion (None: none is open, or what it said is all taken), future: what cancels it. got: tokens
     that it said. heard: of these, not taken yet, and its end. expected: forced tokens that it has yet to say itself.
-    said: what was sampled last. failures: since the last token. parked: waits until it is alone; alone: it had to.
+    said: what was sampled last. failures: since the last token. parked: waits until it is alone; alone: it was when
+    it was last asked for.
     """
 
     path: Path
@@ -624,9 +625,11 @@ class OpenAIEngine:
         thread.failures += 1
         if not end.final and not end.opening and thread.failures <= self.connection.retries:
             thread.not_before = time.monotonic() + self._backoff * 2 ** (thread.failures - 1)
+            self.traffic.again += 1
             return None
-        if not end.final and not thread.alone and self._company(response, thread):
+        if not end.final and not thread.alone:
             thread.parked, thread.failures = True, 0
+            self.traffic.again += 1
             return None
         if end.unreachable and not self._reading:
             raise RemoteError(end.why)
@@ -651,13 +654,13 @@ class OpenAIEngine:
         if thread.parked:
             if self._company(response, thread):
                 return False
-            thread.parked, thread.alone = False, True
+            thread.parked = False
         return time.monotonic() >= thread.not_before
 
     def _open(self, response: _Response, thread: _Thread) -> None:
         body = self._body(response, thread)
         self.traffic.completions += 1
-        self.traffic.again += thread.failures > 0 or thread.alone
+        thread.alone = not self._company(response, thread)
         thread.got = 0
         thread.number, thread.future = self.connection.open(body, self.wire)
         self._reading[thread.number] = thread

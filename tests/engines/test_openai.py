@@ -542,6 +542,31 @@ def test_a_chunk_that_always_fails_is_left_out_and_the_rest_stands(way: str) -> 
     assert "\n" not in transcript.why
 
 
+def test_a_chunk_that_failed_in_company_is_written_alone_once_the_others_have_gone() -> None:
+    """It is told of its failure only then."""
+    gone, refused = threading.Event(), 0
+
+    def before(body: dict[str, Any], rest: list[int]) -> Reply | Parts | None:
+        nonlocal refused
+        if in_chunk(body, "a"):
+            return followed(rest)
+        if in_chunk(body, "b") and refused < 2:
+            refused += 1
+            assert gone.wait(20)
+            time.sleep(0.3)  # what a said last is heard before
+            return refusal(500)
+        return None
+
+    def followed(rest: list[int]) -> Parts:
+        yield ids_chunk(rest)
+        gone.set()
+
+    played = Played({1: TIPS}, before=before)
+    with engine_over(played, retries=1) as engine:
+        transcript = answered(engine).transcript
+    assert (transcript.text, transcript.why, refused) == (TIPS_TEXT, "", 2)
+
+
 def test_a_main_thread_that_always_fails_ends_and_says_why() -> None:
     played = Played({1: TIPS}, before=lambda body, rest: refusal(500, "boom"))
     with engine_over(played, retries=0) as engine:

@@ -38,6 +38,15 @@ def error(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> flo
     )
 
 
+def worst(engine: TransformersEngine, model: PreTrainedModel, *, overlapping: int) -> float:
+    """Largest error over three `promised` responses and some `overlap` ones, decoded together."""
+    scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", overlapping)
+    for i, script in enumerate(scripts):
+        script.id = str(i)
+    play(engine, scripts)
+    return max(error(model, script) for script in scripts)
+
+
 def uneven(seed: int) -> Schedule:
     """Any threads at each step, sometimes none."""
     rng = random.Random(seed)
@@ -88,12 +97,7 @@ def test_many_responses(
     monkeypatch.setattr("pastalm.engines.transformers.CALL", call)
     chosen = SCHEDULES[schedule]()
     engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=chosen)
-    scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", 2)
-    for i, script in enumerate(scripts):
-        script.id = str(i)
-    play(engine, scripts)
-    for script in scripts:
-        assert error(model, script) < EXACTLY
+    assert worst(engine, model, overlapping=2) < EXACTLY
 
 
 @pytest.mark.parametrize("schedule", ["all", "uneven"])
@@ -105,12 +109,7 @@ def test_many_responses_in_fixed_shapes(
     engine = TransformersEngine(
         model, max_num_seqs=4, max_model_len=256, schedule=SCHEDULES[schedule](), graphs=True
     )
-    scripts = random_scripts(11, "promised", 3) + random_scripts(12, "overlap", 3)
-    for i, script in enumerate(scripts):
-        script.id = str(i)
-    play(engine, scripts)
-    for script in scripts:
-        assert error(model, script) < EXACTLY
+    assert worst(engine, model, overlapping=3) < EXACTLY
     assert engine._graphs is not None and len(engine._graphs) > 2
 
 

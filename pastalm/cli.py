@@ -1033,7 +1033,8 @@ def evaluate(
     systems: Annotated[
         list[str],
         typer.Argument(
-            help="NAME=ADAPTER each (NAME=ADAPTER:off with its tags off), or a method: sot, sot-routed, lookup, llma."
+            help="NAME=ADAPTER each (NAME=ADAPTER:off with its tags off; :promised or :overlap, those positions), or a"
+            " method: sot, sot-routed, lookup, llma."
         ),
     ],
     prompts: Annotated[
@@ -1063,6 +1064,9 @@ def evaluate(
     max_tokens: MaxTokens = 1024,
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
     requests: Annotated[int, typer.Option(help="Answers decoded at once: figures under load.")] = 1,
+    timed: Annotated[
+        int, typer.Option(help="With --requests: prompts answered one at a time instead, for the realized figures.")
+    ] = 0,
     matched: Annotated[
         bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
     ] = True,
@@ -1080,7 +1084,15 @@ def evaluate(
     from pastalm.eval import alpaca, measure
     from pastalm.eval import report as pages
     from pastalm.eval.compare import markdown
-    from pastalm.eval.evaluate import BASELINE, build, check, compare_all, score_all, win_rates
+    from pastalm.eval.evaluate import (
+        BASELINE,
+        METHODS,
+        build,
+        check,
+        compare_all,
+        score_all,
+        win_rates,
+    )
     from pastalm.eval.systems import Decoding
     from pastalm.scored import check_length
 
@@ -1089,13 +1101,17 @@ def evaluate(
         prompts = alpaca.fetch()
     asked = files.read(prompts, limit)
     names = check(systems)
+    if against is not None and against not in names:
+        raise RequestError(f"--against names one of the systems, got {against!r}")
+    if requests > 1 and not timed and (alone_only := [name for name in names if name in METHODS]):
+        raise RequestError(f"{', '.join(alone_only)} cannot answer under load: give --timed, or leave out --requests")
     units = _units(sigma or [], scorer or [])
     _quiet()
     _fetch(model)
     at_once = max(requests, 10 if any(s.startswith("sot") for s in systems) else 1)
 
-    def load(adapter: str) -> LLM:
-        return _load(model, adapter, dtype, max_num_seqs=at_once, device=device)
+    def load(adapter: str, positions: Policy | None = None) -> LLM:
+        return _load(model, adapter, dtype, positions, max_num_seqs=at_once, device=device)
 
     by, remote = _scorers(list(units), model, baseline, judge, device, base_url, concurrency, price_in, price_out)
     base = Decoding(BASELINE, load(baseline), parallelism=0)
@@ -1104,26 +1120,28 @@ def evaluate(
     def count_tokens(text: str) -> int:
         return len(encode(text))
 
-    if against is not None and against not in names:
-        raise RequestError(f"--against names one of the systems, got {against!r}")
     with _busy(f"answering {prompts.name}") as say:
-        if requests > 1:
-            counts = measure.under_load(
-                build(systems, base, load),
-                asked,
-                out / "answers",
-                max_tokens=max_tokens,
-                progress=lambda c: say(f"{c.written} answers, {c.tokens} tokens"),
-            )
-        else:
-            counts = measure.measure(
+        alone = asked if requests == 1 else measure.spread(asked, timed)
+        counts = measure.Counts()
+        if alone:
+            counts += measure.measure(
                 list(build(systems, base, load)),
-                asked,
+                alone,
                 out / "answers",
                 matched=base if matched else None,
                 max_tokens=max_tokens,
                 seed=seed or 0,
-                progress=lambda c, _: say(f"{c.prompts} of {len(asked)} prompts"),
+                progress=lambda c, _: say(f"{c.prompts} of {len(alone)} prompts"),
+            )
+        if requests > 1:
+            together = [system for system in systems if not alone or system not in METHODS]
+            counts += measure.under_load(
+                build(together, base, load),
+                [prompt for prompt in asked if prompt not in alone],
+                out / "answers",
+                max_tokens=max_tokens,
+                timed=not alone,
+                progress=lambda c: say(f"{c.written} answers, {c.tokens} tokens"),
             )
     refused = "".join(f"; {n} refused: {why}" for why, n in counts.refused.items())
     print(f"{counts.written} answers, {counts.skipped} were there{refused}", file=sys.stderr)
@@ -1146,6 +1164,7 @@ def evaluate(
         "model": Path(model).name,
         "prompts file": prompts.name,
         "requests at once": requests,
+        "prompts answered one at a time": len(alone),
         "most tokens": max_tokens,
         "sigmas": sigmas,
         "without a verdict": missing,

@@ -36,15 +36,17 @@ def sample(
     target: Path,
     params: SamplingParams,
     *,
+    timed: bool = True,
     progress: Callable[[Sampled], None] = lambda _: None,
 ) -> Sampled:
-    """`params.n` answers to each prompt, as many at once as the engine takes.
+    """`params.n` answers to each prompt, as many at once as the engine takes. timed: with the seconds each took.
 
     A seed makes each answer a matter of its prompt's place, its choice and the seed alone, in whatever
     company it is decoded. Raises DataError for files that cannot be read or written.
     """
     there = {answer.key for answer in answers.resume(target)}
-    counts = Sampled(skipped=len(there))
+    keys = {(prompt.id, choice, params.parallelism == 0) for prompt in asked for choice in range(params.n)}
+    counts = Sampled(skipped=len(keys & there))
     todo = _wanted(asked, params, there)
     most = llm.driver.engine.capabilities.max_num_seqs
     waiting: dict[str, _Wanted] = {}
@@ -59,6 +61,7 @@ def sample(
                 ended = {r.request.id: r for r, _ in llm.driver.step() if r.transcript.finished}
                 for identity, running in ended.items():
                     answer = _answer(running, waiting.pop(identity), params)
+                    answer = answer if timed else replace(answer, seconds=None)
                     file.write(answer.to_dict())
                     counts.written += 1
                     counts.tokens += answer.tokens

@@ -14,7 +14,7 @@ python=$(dirname "$pasta")/python
 device=${DEVICE:-cpu} seqs=${SEQS:-64} batch_tokens=${BATCH_TOKENS:-2048} length=${LENGTH:-matched}
 arm_tokens=${ARM_TOKENS:-200000}
 stage1_tokens=${STAGE1_TOKENS:-600000} unlearn_tokens=${UNLEARN_TOKENS:-100000}
-own_prompts=${OWN_PROMPTS:-1800} n=${N:-10} round_prompts=${ROUND_PROMPTS:-300}
+own_prompts=${OWN_PROMPTS:-1800} own_epochs=${OWN_EPOCHS:-2} n=${N:-10} round_prompts=${ROUND_PROMPTS:-300}
 after_n=${AFTER_N:-2} lambdas=${LAMBDAS:-"1 2 4 8 inf"} rounds=${ROUNDS:-1}
 mkdir -p "${OUT:-$here/out/two_stage}" && cd "${OUT:-$here/out/two_stage}"
 
@@ -37,27 +37,34 @@ sample prompts.jsonl own_answers.jsonl --adapter none --sequential \
 "$pasta" annotate own_answers.jsonl own.jsonl --max-repetition 0.1
 "$pasta" annotate "$answers" given.jsonl
 
-# 2. whose responses; which positions (arm_given: the default mix)
+# 2. whose responses; which positions (arm_given: the default mix). Every twentieth given answer is held out of the arms:
+# what they make of those stands in positions.md
+whole held.jsonl awk 'NR % 20 == 0' given.jsonl
+whole arms.jsonl awk 'NR % 20' given.jsonl
 train sft arm_own own.jsonl --token-budget "$arm_tokens" --seed 5
-train sft arm_given given.jsonl --token-budget "$arm_tokens" --seed 5
+train sft arm_given arms.jsonl --token-budget "$arm_tokens" --seed 5
 for policy in promised overlap serial; do
-  train sft "arm_$policy" given.jsonl --token-budget "$arm_tokens" --seed 5 --positions "$policy"
+  train sft "arm_$policy" arms.jsonl --token-budget "$arm_tokens" --seed 5 --positions "$policy"
 done
+whole positions.md "$python" "$here/positions.py" held.jsonl mix=arm_given/adapter:off mix=arm_given/adapter:promised \
+  mix=arm_given/adapter:overlap mix=arm_given/adapter:serial promised=arm_promised/adapter:promised \
+  overlap=arm_overlap/adapter:overlap serial=arm_serial/adapter:serial
 
 # 3. stage 1 on the given answers, the baseline on the same without tags, and an adapter that owes nothing to
 # anyone's terms; each then unlearns what its own greedy answers repeat until they are cut off
 whole prompts_loops.jsonl "$python" "$here/rows.py" "$answers" --draw 160 --seed 77
-finetune() { # finetune NAME DATA SAMPLING ARGUMENTS...
-  local name=$1 data=$2 forking=$3; shift 3
+whole prompts_loops_own.jsonl "$python" "$here/rows.py" prompts.jsonl --draw 160 --seed 77
+finetune() { # finetune NAME DATA PROMPTS SAMPLING ARGUMENTS...
+  local name=$1 data=$2 prompts=$3 forking=$4; shift 4
   train sft "${name}_first" "$data" --token-budget "$stage1_tokens" --batch-tokens "$batch_tokens" --seed 5 "$@"
-  sample prompts_loops.jsonl "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384 --sequential
-  [ "$forking" = no ] || sample prompts_loops.jsonl "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384
+  sample "$prompts" "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384 --sequential
+  [ "$forking" = no ] || sample "$prompts" "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384
   train sft "$name" "$data" --start "${name}_first/adapter" --repeats "loops_$name.jsonl" \
     --token-budget "$unlearn_tokens" --learning-rate 2e-4 --row-learning-rate 1e-3 --seed 6 "$@"
 }
-finetune baseline given.jsonl no --untagged
-finetune stage1 given.jsonl yes
-finetune stage1_own own.jsonl yes
+finetune baseline given.jsonl prompts_loops.jsonl no --untagged
+finetune stage1 given.jsonl prompts_loops.jsonl yes
+finetune stage1_own own.jsonl prompts_loops_own.jsonl yes --epochs "$own_epochs"
 
 # 4. stage 2, round after round: sample N answers to each prompt, score, prefer best to worst
 whole prompts_round.jsonl "$python" "$here/rows.py" "$answers" --draw "$round_prompts" --seed 9
@@ -89,8 +96,10 @@ done
 
 # 5. the table: greedy answers to the evaluation's prompts
 systems=()
-for adapter in arm_own arm_given arm_promised arm_overlap arm_serial stage1_own stage1 lambda*_round*; do
+for adapter in arm_own arm_given arm_promised stage1_own stage1 lambda*_round*; do
   [ ! -d "$adapter/adapter" ] || systems+=("$adapter=$adapter/adapter")
 done
+# `serial` wants a server; but for what follows a sync, `overlap` is the same
+systems+=("arm_overlap=arm_overlap/adapter:overlap" "arm_serial=arm_serial/adapter:overlap")
 "$pasta" eval "${systems[@]}" --prompts "$eval" --baseline baseline/adapter --scorer pmi --scorer reference \
   --sigma "pmi=$sigma" --against stage1 --requests "$seqs" --no-matched --max-tokens 768 --public --device "$device" --out eval

@@ -355,6 +355,24 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     complains(pasta("eval", "own=none", *options), 2, "cannot read")
 
 
+def test_some_prompts_are_timed_alone_and_the_others_answered_together(tiny: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", *({"index": i, "instruction": f"What of {i}?"} for i in range(5)))
+    out = tmp_path / "out"
+    options = ("--prompts", prompts, "--baseline", "none", "--model", tiny, "--out", out, "--max-tokens", "8")
+    complains(pasta("eval", "own=none", "lookup", *options, "--requests", "3"), 2, "lookup", "--timed")
+    assert not out.exists()
+    for written in (12, 0):
+        result = pasta("eval", "own=none:overlap", "lookup", *options, "--requests", "3", "--timed", "2")
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr.splitlines()[0] == f"{written} answers, {12 - written} were there"
+    systems = json.loads((out / "report" / "figures.json").read_text())["systems"]
+    counts = {name: found["figures"]["theoretical"]["n"] for name, found in systems.items()}
+    assert counts == {"baseline": 5, "own": 5, "lookup": 2}
+    assert systems["own"]["figures"]["realized, matched"]["n"] == 2
+    timed = [row["id"] for row in systems["own"]["prompts"] if row["seconds"] is not None]
+    assert timed == [row["id"] for row in systems["lookup"]["prompts"]] == ["0", "2"]
+
+
 def test_answers_are_scored_and_a_round_is_trained_on_them(tiny: Path, tmp_path: Path) -> None:
     """The way of stage 2 on a command line: sample is given; score, prefer; the adapter answers."""
     texts = ("It is a plain thing to say.", "Nothing nothing nothing nothing nothing nothing.", "No.")

@@ -21,6 +21,7 @@ from pastalm.eval.means import Mean, mean
 from pastalm.eval.quality import Scorer
 from pastalm.eval.score import Counts, score
 from pastalm.eval.systems import Decoding, System
+from pastalm.layout import POLICIES, Policy
 from pastalm.llm import LLM
 from pastalm.scored import Length
 
@@ -37,7 +38,8 @@ METHODS: dict[str, Callable[[str, LLM], System]] = {
 
 def check(wanted: Sequence[str]) -> list[str]:
     """The names of the systems of a command line, the baseline's first: a method, or NAME=ADAPTER; NAME=ADAPTER:off is
-    that adapter with its tags off. Raises RequestError for what is neither, or named twice."""
+    that adapter with its tags off, NAME=ADAPTER:POLICY with those positions. Raises RequestError for what is none of
+    these, or named twice."""
     names = [BASELINE]
     for entry in wanted:
         name, given, _ = entry.partition("=")
@@ -49,16 +51,18 @@ def check(wanted: Sequence[str]) -> list[str]:
     return names
 
 
-def build(wanted: Sequence[str], baseline: Decoding, load: Callable[[str], LLM]) -> Iterator[System]:
-    """Those systems, each loaded when it is its turn, so that one at a time need fit into memory. Raises as `check`,
-    and what `load` raises."""
+def build(wanted: Sequence[str], baseline: Decoding, load: Callable[[str, Policy | None], LLM]) -> Iterator[System]:
+    """Those systems, each loaded when it is its turn, so that one at a time need fit into memory. load: a model with
+    that adapter, and those positions (None: the engine's first). Raises as `check`, and what `load` raises."""
     check(wanted)
     yield baseline
     for entry in wanted:
         name, given, adapter = entry.partition("=")
         if given:
-            odds = 0.0 if adapter.endswith(":off") else 1.0
-            yield Decoding(name, load(adapter.removesuffix(":off")), parallelism=odds)
+            folder, _, how = adapter.rpartition(":")
+            policy = next((known for known in POLICIES if known == how), None)
+            folder = folder if policy or how == "off" else adapter
+            yield Decoding(name, load(folder, policy), parallelism=0.0 if how == "off" else 1.0)
         else:
             yield METHODS[name](name, baseline.llm)
 

@@ -10,6 +10,7 @@ shorter is no speedup; SPEC "Figures").
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,18 @@ class Counts:
     skipped: int = 0
     refused: dict[str, int] = field(default_factory=dict)
 
+    def __add__(self, other: Counts) -> Counts:
+        refused = dict(Counter(self.refused) + Counter(other.refused))
+        return Counts(
+            self.prompts + other.prompts, self.written + other.written, self.skipped + other.skipped, refused
+        )
+
+
+def spread(prompts: Sequence[Prompt], many: int) -> list[Prompt]:
+    """So many of the prompts, one at equal distances: files have their categories in a row."""
+    many = min(many, len(prompts))
+    return [prompts[i * len(prompts) // many] for i in range(many)]
+
 
 def measure(
     systems: Sequence[System],
@@ -51,7 +64,7 @@ def measure(
     """
     files = {system.name: folder / f"{system.name}.jsonl" for system in systems}
     there = {name: {found.id for found in answers.resume(path)} for name, path in files.items()}
-    counts = Counts(skipped=sum(map(len, there.values())))
+    counts = Counts()
     shuffled = random.Random(seed).sample(list(prompts), len(prompts))
     with ExitStack() as stack:
         writers = {name: stack.enter_context(jsonl.Appender(path)) for name, path in files.items()}
@@ -59,6 +72,7 @@ def measure(
             first = turn % len(systems)
             for system in [*systems[first:], *systems[:first]]:
                 if prompt.id in there[system.name]:
+                    counts.skipped += 1
                     continue
                 try:
                     found = system.answer(prompt, max_tokens)
@@ -92,16 +106,18 @@ def under_load(
     folder: Path,
     *,
     max_tokens: int = 1024,
+    timed: bool = True,
     progress: Callable[[Sampled], None] = lambda _: None,
 ) -> Counts:
-    """As `measure`, but system after system, each with as many requests at once as its engine takes; an answer's
-    seconds are those it took in that company. Raises RequestError for a system that answers one at a time only."""
+    """As `measure`, but system after system, each with as many requests at once as its engine takes. timed: an answer's
+    seconds are those it took in that company; else none are written. Raises RequestError for a system that answers one
+    at a time only."""
     counts = Counts(prompts=len(prompts))
     for system in systems:
         if not isinstance(system, Decoding):
             raise RequestError(f"{system.name} answers one request at a time: leave it out under load")
         params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=system.parallelism)
-        done = sample(system.llm, prompts, folder / f"{system.name}.jsonl", params, progress=progress)
+        done = sample(system.llm, prompts, folder / f"{system.name}.jsonl", params, timed=timed, progress=progress)
         counts.written += done.written
         counts.skipped += done.skipped
         if done.refused:

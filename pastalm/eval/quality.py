@@ -79,9 +79,10 @@ class PmiScorer:
     model: Loaded
     batch_tokens: int = 4096
     name: str = field(default="pmi", init=False)
+    _known: dict[Candidate, float] = field(default_factory=dict, init=False)
 
     def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
-        return _differences(self.score, candidates)
+        return _differences(self.score, candidates, self._known)
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """Nats. An empty answer belongs to no prompt: its information is 0."""
@@ -100,14 +101,15 @@ class PmiScorer:
 
 
 def _differences(
-    score: Callable[[Sequence[Candidate]], list[float]], candidates: Sequence[Candidate]
+    score: Callable[[Sequence[Candidate]], list[float]], candidates: Sequence[Candidate], known: dict[Candidate, float]
 ) -> list[Verdict]:
-    """Each answer's number less its baseline's, which is scored once for all answers to a prompt."""
-    baselines = list(dict.fromkeys(c.sequential() for c in candidates))
-    found = score([*candidates, *baselines])
-    at = dict(zip(baselines, found[len(candidates) :], strict=True))
-    own = found[: len(candidates)]
-    return [Verdict(difference=s - at[c.sequential()]) for c, s in zip(candidates, own, strict=True)]
+    """Each answer's number less its baseline's, which is scored once for all answers to a prompt, of all systems.
+    known: the baselines' numbers, kept from call to call."""
+    baselines = [c.sequential() for c in candidates]
+    wanted = [c for c in dict.fromkeys([*baselines, *candidates]) if c not in known]
+    found = known | dict(zip(wanted, score(wanted), strict=True))
+    known.update((c, found[c]) for c in baselines)
+    return [Verdict(difference=found[c] - found[b]) for c, b in zip(candidates, baselines, strict=True)]
 
 
 @dataclass(slots=True)
@@ -117,9 +119,10 @@ class ReferenceScorer:
 
     name: str = field(default="reference", init=False)
     _model: Any = field(default=None, init=False)
+    _known: dict[Candidate, float] = field(default_factory=dict, init=False)
 
     def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
-        return _differences(self.score, candidates)
+        return _differences(self.score, candidates, self._known)
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         if any(not c.reference for c in candidates):

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -20,6 +21,7 @@ from pastalm.eval.compare import Pair
 from pastalm.eval.means import mean
 from pastalm.eval.quality import Candidate, Verdict
 from pastalm.eval.systems import Decoding
+from pastalm.layout import Policy
 from pastalm.prompts import Prompt
 from tests.test_models import BYTE_LEVEL, small_model
 
@@ -60,9 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+Load: TypeAlias = Callable[[str, Policy | None], LLM]
+
+
 @pytest.fixture(scope="module")
-def load(folder: str) -> Callable[[str], LLM]:
-    return lambda _: LLM(folder, adapter=None, dtype="float32", max_num_seqs=4, max_model_len=1024)
+def load(folder: str) -> Load:
+    return lambda _, positions=None: LLM(
+        folder, adapter=None, dtype="float32", positions=positions, max_num_seqs=4, max_model_len=1024
+    )
 
 
 def test_speedups_are_those_of_the_definitions() -> None:
@@ -111,10 +118,11 @@ def test_a_mean_lies_in_its_interval(kind: str) -> None:
     assert mean([3.0], kind).low == mean([3.0, 3.0], kind).high == pytest.approx(3)  # type: ignore[arg-type]
 
 
-def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Callable[[str], LLM], tmp_path: Path) -> None:
-    base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
-    wanted = ["own=some", "off=some:off", "lookup", "sot"]
+def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path: Path) -> None:
+    base = Decoding(evaluate.BASELINE, load("", None), parallelism=0)
+    wanted = ["own=some:overlap", "off=some:off", "lookup", "sot"]
     systems = list(evaluate.build(wanted, base, load))
+    assert isinstance(systems[1], Decoding) and systems[1].llm.positions == "overlap" != base.llm.positions
     names = [system.name for system in systems]
     assert names == evaluate.check(wanted) == ["baseline", "own", "off", "lookup", "sot"]
 
@@ -163,41 +171,41 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Callable[[str],
     assert "What of" not in public.read_text() + (tmp_path / "public" / "figures.json").read_text()
 
 
-def test_under_load_the_answers_are_the_same(load: Callable[[str], LLM], tmp_path: Path) -> None:
-    systems = list(evaluate.build(["own=some"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load))
+def test_under_load_the_answers_are_the_same(load: Load, tmp_path: Path) -> None:
+    systems = list(evaluate.build(["own=some"], Decoding(evaluate.BASELINE, load("", None), parallelism=0), load))
     measure.measure(systems, PROMPTS, tmp_path / "one", max_tokens=12)
     counts = measure.under_load(systems, PROMPTS, tmp_path / "many", max_tokens=12)
     assert counts.written == 8
     for name in ("baseline", "own"):
         one, many = (answers.read(tmp_path / where / f"{name}.jsonl") for where in ("one", "many"))
         assert {a.id: a.annotated for a in one} == {a.id: a.annotated for a in many}
-    lookup = list(evaluate.build(["lookup"], Decoding(evaluate.BASELINE, load(""), parallelism=0), load))
+    lookup = list(evaluate.build(["lookup"], Decoding(evaluate.BASELINE, load("", None), parallelism=0), load))
     with pytest.raises(RequestError, match="lookup answers one request at a time"):
         measure.under_load(lookup[1:], PROMPTS, tmp_path / "many")
 
 
-def test_systems_that_cannot_be_built(load: Callable[[str], LLM]) -> None:
-    base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
+def test_systems_that_cannot_be_built(load: Load) -> None:
+    base = Decoding(evaluate.BASELINE, load("", None), parallelism=0)
     for wanted, said in ((["nothing"], "unknown system"), (["a=x", "a=y"], "cannot name"), (["baseline=x"], "cannot")):
         with pytest.raises(RequestError, match=said):
             list(evaluate.build(wanted, base, load))
 
 
-def test_only_the_system_whose_turn_it_is_is_in_memory(load: Callable[[str], LLM], tmp_path: Path) -> None:
+def test_only_the_system_whose_turn_it_is_is_in_memory(load: Load, tmp_path: Path) -> None:
     living: list[weakref.ref[LLM]] = []
 
-    def watched(adapter: str) -> LLM:
+    def watched(adapter: str, positions: Policy | None) -> LLM:
         gc.collect()
         assert not any(ref() for ref in living), "the system before is still there"
-        living.append(weakref.ref(found := load(adapter)))
+        living.append(weakref.ref(found := load(adapter, positions)))
         return found
 
-    base = Decoding(evaluate.BASELINE, load(""), parallelism=0)
+    base = Decoding(evaluate.BASELINE, load("", None), parallelism=0)
     measure.under_load(evaluate.build(["a=x", "b=y", "c=z"], base, watched), PROMPTS[:1], tmp_path, max_tokens=4)
     assert len(living) == 3
 
 
-def test_a_prompt_that_does_not_fit_is_counted(load: Callable[[str], LLM], tmp_path: Path) -> None:
-    systems = [Decoding(evaluate.BASELINE, load(""), parallelism=0)]
+def test_a_prompt_that_does_not_fit_is_counted(load: Load, tmp_path: Path) -> None:
+    systems = [Decoding(evaluate.BASELINE, load("", None), parallelism=0)]
     counts = measure.measure(systems, [*PROMPTS, Prompt(id="long", text="x" * 2000)], tmp_path, max_tokens=4)
     assert counts.written == 4 and sum(counts.refused.values()) == 1

@@ -104,6 +104,25 @@ def test_an_answer_belongs_to_its_own_prompt_more_than_to_anothers() -> None:
     assert scorer.score([Candidate("p", "")]) == [0.0]
 
 
+def test_a_baselines_answer_is_scored_once_for_all_systems() -> None:
+    asked: list[tuple[str, str]] = []
+    known = {"Bees.": 3.0, "Wax.": 5.0, "Hives.": 9.0}
+
+    class Told(PmiScorer):
+        def information(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+            asked.extend(pairs)
+            return [known[text] for _, text in pairs]
+
+    scorer = Told(models.load(adapter=None, dtype="float32"))
+    one, two = (Candidate("p", text, (), "Bees.") for text in ("Wax.", "Hives."))
+    first, again, own = scorer.compare([one, one, Candidate("p", "Bees.", (), "Bees.")])
+    (second,) = scorer.compare([two])
+    assert sorted(asked) == [("p", "Bees."), ("p", "Hives."), ("p", "Wax.")]
+    lengths = [penalty(c) for c in (one, two)]
+    assert first == again and first.difference == 5 - lengths[0] - 3
+    assert second.difference == 9 - lengths[1] - 3 and own.difference == 0
+
+
 def test_an_answer_near_its_reference_scores_higher() -> None:
     scorer = ReferenceScorer()
     reference = "Water boils at 100 degrees Celsius at sea level."

@@ -7,11 +7,10 @@ the annotator left alone is not shown: it would teach to write lists inline. All
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from pastalm import answers, jsonl
 from pastalm.errors import DataError, LanguageError, RequestError
 from pastalm.events import Path as ThreadPath
 from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, parse, strip
@@ -106,20 +106,13 @@ class Example:
 
 def read_annotated(path: Path) -> list[Source]:
     """The rows of an annotated file. Raises DataError with the line that cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    if lines == [""]:
-        raise DataError(f"{path} is empty: annotate some answers first (pasta annotate)")
     rows = []
-    for number, line in enumerate(lines, 1):
+    for where, row in jsonl.read(path):
         try:
-            row: dict[str, Any] = json.loads(line)
             rows.append(
                 Source(
                     id=str(row["id"]),
-                    prompt=row["prompt"],
+                    prompt=jsonl.string(row, "prompt", where),
                     document=parse(row["annotated"]),
                     tokens=int(row["tokens"]),
                     chunks=int(row["chunks"]),
@@ -128,7 +121,9 @@ def read_annotated(path: Path) -> list[Source]:
                 )
             )
         except (ValueError, KeyError, TypeError, LanguageError) as error:
-            raise DataError(f"{path} line {number}: {error}; annotate it again") from None
+            raise DataError(f"{where}: not an annotated answer ({error}); annotate it again") from None
+    if not rows:
+        raise DataError(f"{path} is empty: annotate some answers first (pasta annotate)")
     return rows
 
 
@@ -229,26 +224,14 @@ def read_repeats(
     """Of a model's own answers (`pasta sample`), those that were cut off, with the tokens labelled that
     repeat what their thread had said (Welleck et al., "Neural text generation with unlikelihood
     training", ICLR 2020, section 5.2). Raises DataError with the line that cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for answer in answers.read(path):
+        marker = SEQUENTIAL_MARKER if answer.sequential and not mix.untagged else None
+        ids = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": answer.prompt}], marker=marker)
+        if answer.finish_reason != "length" or len(ids) > mix.max_prompt_tokens:
             continue
-        try:
-            row = json.loads(line)
-            document, cut = parse(row["annotated"]), row["finish_reason"] == "length"
-            prompt, marked = row["prompt"], row["sequential"] and not mix.untagged
-        except (ValueError, KeyError, TypeError, LanguageError) as error:
-            raise DataError(f"{path} line {number}: {error}; sample it again") from None
-        marker = SEQUENTIAL_MARKER if marked else None
-        ids = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": prompt}], marker=marker)
-        if not cut or len(ids) > mix.max_prompt_tokens:
-            continue
-        packed = repeated(pack(ids, document, vocabulary, "promised", eos=eos), vocabulary)
+        packed = repeated(pack(ids, answer.document, vocabulary, "promised", eos=eos), vocabulary)
         if packed is not None and len(packed) <= mix.max_prompt_tokens + 2 * mix.max_tokens:
-            yield Example(packed, str(row["id"]), "repeat", "own answers", "the model's own")
+            yield Example(packed, answer.id, "repeat", "own answers", "the model's own")
 
 
 def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
@@ -335,13 +318,15 @@ def collate(
     }
 
 
-def provenance(chosen: Sequence[Example]) -> dict[str, Any]:
-    """Rows and tokens by kind, source and licence, for the card."""
+def provenance(packed: Iterable[Packed], rows: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Tokens of what is trained on, and its rows by (kind, source, licence), for the card."""
+    lengths = [(len(one), int((one.labels != IGNORED).sum())) for one in packed]
+    kinds, sources, licences = (dict(Counter(names)) for names in zip(*rows, strict=True))
     return {
-        "rows": len(chosen),
-        "tokens": sum(len(e.packed) for e in chosen),
-        "labelled_tokens": int(sum((e.packed.labels != IGNORED).sum() for e in chosen)),
-        "kinds": dict(Counter(e.kind for e in chosen)),
-        "sources": dict(Counter(e.source for e in chosen)),
-        "licences": dict(Counter(e.licence for e in chosen)),
+        "rows": len(rows),
+        "tokens": sum(length for length, _ in lengths),
+        "labelled_tokens": sum(labelled for _, labelled in lengths),
+        "kinds": kinds,
+        "sources": sources,
+        "licences": licences,
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -30,11 +29,11 @@ from trl import DPOConfig, DPOTrainer
 from pastalm import jsonl, models, scored
 from pastalm.errors import DataError, LanguageError, RequestError
 from pastalm.lang import Document, parse
-from pastalm.layout import IGNORED, MIXED, Packed, Policy, pack
+from pastalm.layout import MIXED, Packed, Policy, pack
 from pastalm.models import encode_chat
 from pastalm.scored import Length, Scored
 from pastalm.train import run
-from pastalm.train.dataset import collate
+from pastalm.train.dataset import collate, provenance
 from pastalm.train.loss import bonbon, log_probs
 from pastalm.vocabulary import Vocabulary
 
@@ -188,7 +187,9 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     chosen = list(pairs(rows, base.tokenizer, base.vocabulary, config, eos=base.eos))
     if not chosen:
         raise DataError(f"{config.data}: no two answers to one prompt differ in score; sample more to each")
-    data = _provenance(chosen) | {"sigma": sigma, "samples": before}
+    both = [one for pair in chosen for one in (pair.better, pair.worse)]
+    data = provenance(both, [("pairs", pair.source or "not stated", pair.licence) for pair in chosen])
+    data |= {"sigma": sigma, "samples": before}
     progress(f"training on {len(chosen)} pairs, {data['tokens']} packed tokens")
     adapted = run.adapted(config, base.model, base.tags)
     reference = _reference(config, adapted, chosen, progress)
@@ -228,18 +229,6 @@ def _check(config: PreferenceConfig) -> None:
         raise RequestError("lambda must be 0 or more, alpha in 0..1, beta and sigma above 0")
     if unknown := set(config.positions) - {"promised", "overlap"}:
         raise RequestError(f"unknown positions {sorted(unknown)}: use promised, overlap")
-
-
-def _provenance(chosen: Sequence[Pair]) -> dict[str, Any]:
-    both = [one for pair in chosen for one in (pair.better, pair.worse)]
-    return {
-        "rows": len(chosen),
-        "tokens": sum(map(len, both)),
-        "labelled_tokens": int(sum((one.labels != IGNORED).sum() for one in both)),
-        "kinds": {"pairs": len(chosen)},
-        "sources": dict(Counter(pair.source or "not stated" for pair in chosen)),
-        "licences": dict(Counter(pair.licence for pair in chosen)),
-    }
 
 
 def _reference(

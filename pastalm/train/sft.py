@@ -87,7 +87,7 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
             config.repeats, base.tokenizer, base.vocabulary, config.mix, eos=base.eos
         )
         random.Random(config.seed).shuffle(chosen)
-    data = provenance(chosen)
+    data = provenance([e.packed for e in chosen], [(e.kind, e.source, e.licence) for e in chosen])
     progress(f"training on {json.dumps(data)}")
     plan = batches(chosen, config.batch_tokens, seed=config.seed)
     trainer = _trainer(config, base, chosen, plan)

@@ -362,6 +362,7 @@ def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_pat
     vocabulary = models.vocabulary_of(tokenizer, eos=[1])
     path = tmp_path / "own.jsonl"
     said = {"id": "1", "choice": 0, "prompt": "Say it.", "sequential": True, "annotated": "one two three. " * 9}
+    said |= {"tokens": 40, "critical_path": 40}
     rows = [{**said, "finish_reason": r} for r in ("length", "stop")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (only,) = read_repeats(path, tokenizer, vocabulary, config.mix, eos=1)
@@ -374,7 +375,7 @@ def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_pat
     assert record["data"]["kinds"]["repeat"] == 1
     assert record["config"]["repeats"] == "own.jsonl"
     path.write_text('{"id": 1}\n')
-    with pytest.raises(DataError, match=r"line 1.*sample it again"):
+    with pytest.raises(DataError, match=r"line 1: not an answer"):
         list(read_repeats(path, tokenizer, vocabulary, config.mix, eos=1))
 
 

@@ -121,9 +121,12 @@ def _drawn(draw: Callable[[Any], bool]) -> bytes:
         pyplot.close(figure)
 
 
+THEORETICAL = "theoretical, matched"
+
+
 def _measured(row: Row) -> str:
     """Which speedup stands for a system: what was measured, if it was."""
-    return next(name for name in ("realized, matched", "theoretical, matched") if name in row.figures)
+    return next(name for name in ("realized, matched", THEORETICAL) if name in row.figures)
 
 
 QUALITIES = ("win rate, length", "win rate", "quality")
@@ -132,23 +135,35 @@ QUALITIES = ("win rate, length", "win rate", "quality")
 
 def frontier(rows: Sequence[Row]) -> bytes:
     """Quality against speedup, with intervals both ways."""
+    return _frontier(rows, _measured)
 
+
+def frontier_theoretical(rows: Sequence[Row]) -> bytes:
+    """The same by theory, of all prompts, where the other is by the clock."""
+    if all(_measured(row) == THEORETICAL for row in rows):
+        return b""
+    return _frontier(rows, lambda _: THEORETICAL)
+
+
+def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
     def draw(axes: Any) -> bool:
         there = dict.fromkeys(n for row in rows for n in row.figures)
         name = next((n for start in QUALITIES for n in there if n.startswith(start)), None)
         if name is None:
             return False
-        shown = sorted((row for row in rows if name in row.figures), key=lambda row: row.figures[_measured(row)].mean)
+        shown = sorted((row for row in rows if name in row.figures), key=lambda row: row.figures[speedup(row)].mean)
         for i, row in enumerate(shown):
-            x, y = row.figures[_measured(row)], row.figures[name]
+            x, y = row.figures[speedup(row)], row.figures[name]
             axes.errorbar(x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt="o", capsize=3)
             beside = (6, -14 if i % 2 else 6)  # neighbours' names above and below their points
-            axes.annotate(f"{row.system} (n={x.n})", (x.mean, y.mean), xytext=beside, textcoords="offset points")
+            many = f"n={x.n}" if x.n == y.n else f"n={x.n}, {y.n}"
+            axes.annotate(f"{row.system} ({many})", (x.mean, y.mean), xytext=beside, textcoords="offset points")
         axes.margins(x=0.15)
         axes.axvline(1, color="grey", linewidth=0.8)
         even = 50 if name.startswith("win rate") else 0.5
         axes.axhline(even, color="grey", linewidth=0.8)
-        axes.set_xlabel(f"speedup ({_measured(shown[0])}), geometric mean, 95 % interval")
+        names = " or ".join(dict.fromkeys(speedup(row) for row in shown))
+        axes.set_xlabel(f"speedup ({names}), geometric mean, 95 % interval")
         axes.set_ylabel(f"{name} (baseline: {even})")
         return True
 
@@ -240,6 +255,7 @@ def lengths(rows: Sequence[Row]) -> bytes:
 
 PICTURES: dict[str, Callable[[Sequence[Row]], bytes]] = {
     "frontier": frontier,
+    "frontier-theoretical": frontier_theoretical,
     "by-category": by_category,
     "by-chunks": by_chunks,
     "realized-theoretical": realized_theoretical,

@@ -28,6 +28,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from opentelemetry.trace import Span
@@ -470,7 +471,7 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
     errors: dict[int | str, dict[str, Any]] = {
         code: {"model": ErrorReply, "description": "An error"} for code in ("4XX", "5XX")
     }
-    app = FastAPI(title="pastalm", lifespan=running, responses=errors)
+    app = FastAPIOffline(title="pastalm", lifespan=running, responses=errors)
     for kind in (PastaError, TimeoutError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _error)
     key = [Depends(HTTPBearer(auto_error=False, description="The key of --api-key."))] if settings.api_key else []

@@ -166,7 +166,8 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path:
     assert set(kept["systems"]) == set(names)
     assert set(kept["systems"]["own"]["by category"]) == {"a", "b"}
     assert len(kept["systems"]["own"]["prompts"]) == 4
-    assert (tmp_path / "report" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("frontier", "frontier-theoretical"):
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     public = report.write(tmp_path / "public", rows, table, baseline="baseline", told={}, public=True)
     assert "What of" not in public.read_text() + (tmp_path / "public" / "figures.json").read_text()
 

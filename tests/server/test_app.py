@@ -6,6 +6,7 @@ Over scripts, so that what comes is known: the tokenizer is real, the weights ar
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -402,7 +403,10 @@ def test_one_who_leaves_frees_the_slots_within_a_step() -> None:
 def test_models_health_docs_and_metrics(served: Served) -> None:
     assert [model.id for model in served.client.models.list()] == ["played"]
     assert curl(f"{served.url}/health")[2] == {"status": "ok"}
-    assert "swagger" in curl(f"{served.url}/docs")[2].lower()
+    page = curl(f"{served.url}/docs")[2]
+    asked = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(asked) >= 3 and not any("//" in path for path in asked), "another host is asked"
+    assert all(curl(f"{served.url}{path}")[0] == 200 for path in asked if path.endswith(("js", "css")))
     before = served.metrics()
     served.client.chat.completions.create(**CHAT)
     curl(f"{served.url}/v1/completions", {})

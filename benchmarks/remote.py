@@ -8,6 +8,11 @@ cache before it is timed. `realized` is seconds sequential / asynchronous; `a ch
 the reader gets, so that a shorter answer is no speedup; `theoretical` is tokens sequential / critical path. Where the
 server is vLLM, its /metrics say how many of the tokens of prompts were found in the prefix cache. `dropped` is the
 share of tokens that came and were not used, since a completion runs ahead of what follows from its tokens.
+
+    python benchmarks/remote.py PROMPTS.jsonl --url … --model … --tokenizer FOLDER --check
+
+times nothing: it replays each answer through plain transformers with the weights in FOLDER, in float32, one forward
+pass a stretch of a thread, and says how far each token that the server chose lies below the largest logit.
 """
 
 from __future__ import annotations
@@ -21,9 +26,12 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from pastalm import LLM, SamplingParams, prompts
+from pastalm import LLM, SamplingParams, models, prompts
+from pastalm.events import Joined
+from pastalm.layout import decoded_rows
 from pastalm.transcript import Transcript
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
@@ -90,6 +98,32 @@ def timed(llm: LLM, identity: str, prompt: str, kind: str, turn: int, chosen: ar
     )
 
 
+def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: int) -> str:
+    """Every token of every answer, replayed."""
+    model = models.load(folder, adapter=None, dtype="float32").model
+    gaps: list[float] = []
+    threads = syncs = forced = 0
+    for prompt in asked:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        stream = llm.stream([{"role": "user", "content": prompt.text}], params)
+        events = list(stream)
+        threads += len(stream.transcript.threads)
+        syncs += sum(isinstance(event, Joined) and bool(event.children) for event in events)
+        for context, own in decoded_rows(stream.prompt_token_ids, events):
+            row = torch.tensor([[*context, *(token for token, _ in own)]])
+            with torch.inference_mode():
+                logits = model(row, use_cache=False).logits[0, len(context) - 1 : -1]
+            for (token, chosen), there in zip(own, logits, strict=True):
+                forced += not chosen
+                if chosen:
+                    gaps.append(float(there.max() - there[token]))
+    parts = [f"{np.mean(np.array(gaps) <= limit):.4%} within {limit:g}" for limit in (0, 1e-3, 0.5)]
+    return (
+        f"{len(asked)} answers, {threads} threads, {syncs} joins, {len(gaps)} tokens replayed, {forced} not chosen by "
+        f"the model: {', '.join(parts)}; largest distance from the largest logit {max(gaps, default=0):.4g}"
+    )
+
+
 def ratios(rows: Sequence[Timed]) -> dict[str, list[float]]:
     """Of each prompt, the medians over its rounds against each other."""
     found: dict[str, list[float]] = {"theoretical": [], "realized": [], "a character": []}
@@ -135,14 +169,19 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="one answer a line, JSONL")
+    parser.add_argument("--check", action="store_true", help="replay the answers through transformers")
     chosen = parser.parse_args()
     chosen.metrics = chosen.metrics or chosen.url.rstrip("/").removesuffix("/v1") + "/metrics"
     llm = LLM.remote(
         chosen.url, chosen.model, tokenizer=chosen.tokenizer, prompted=chosen.prompted, shares=chosen.shares
     )
     print(llm.driver.engine.capabilities, flush=True)
+    asked = prompts.read(chosen.prompts, chosen.limit)
+    if chosen.check:
+        print(check(llm, chosen.tokenizer, asked, chosen.max_tokens))
+        return
     rows: list[Timed] = []
-    for number, prompt in enumerate(prompts.read(chosen.prompts, chosen.limit)):
+    for number, prompt in enumerate(asked):
         for turn in range(chosen.rounds):
             for kind in list(KINDS)[:: 1 if (number + turn) % 2 == 0 else -1]:
                 rows.append(timed(llm, prompt.id, prompt.text, kind, turn, chosen))

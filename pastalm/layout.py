@@ -21,7 +21,7 @@ Source: PASTA section 4 (interpreter, positions "Pred-10X").
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
@@ -147,6 +147,28 @@ class SerialLayout:
                 yield item
             elif item in thread.joined:
                 yield from self._expanded(item)
+
+
+def decoded_rows(
+    prompt: Sequence[int], events: Iterable[Event]
+) -> Iterator[tuple[list[int], list[tuple[int, bool]]]]:
+    """Of a decoded response under `serial`, what each stretch of a thread between syncs read before it began, and the
+    tokens that were decoded in it, each with whether the model chose it (not the grammar): what a plain causal model
+    must be asked to replay it."""
+    layout = SerialLayout(prompt)
+    begun: dict[Path, tuple[list[int], list[tuple[int, bool]]]] = {}
+    for event in events:
+        if isinstance(event, Joined) and event.path in begun:
+            yield begun.pop(event.path)
+        layout.apply(event)
+        if isinstance(event, Forked | Joined) and event.forced or isinstance(event, Forked) and not event.path:
+            begun[event.path] = (layout.row(event.path), [])
+        elif isinstance(event, Decoded | Finished):
+            own = begun[event.path][1]
+            if isinstance(event, Decoded):
+                own.append((event.token, not event.replaced))
+            own += [(token, False) for token in event.forced]
+    yield from begun.values()
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pastalm.errors import CapabilityError
 from pastalm.events import Decoded, Forked, Path
 from pastalm.lang import LENGTHS, Async, Document, Promise, Sync, Text, normalize
-from pastalm.layout import IGNORED, Layout, Packed, Policy, pack, pack_serial, unroll
+from pastalm.layout import IGNORED, Layout, Packed, Policy, decoded_rows, pack, pack_serial, unroll
 from tests.laws.oracle import Fed, Fork, Linear, Record
 from tests.laws.tiny import EOS, TAGS, tiny_vocabulary
 
@@ -146,6 +146,12 @@ def test_serial_rows_are_what_a_stretch_may_see_then_the_stretch(document: Docum
     want = _serial_rows(line)
     got = sorted((r.input_ids.tolist(), r.labels.tolist()) for r in rows)
     assert got == sorted(want)
+    decoded = decoded_rows(PROMPT, unroll(document, VOCABULARY, eos=EOS))
+    replayed = [([*context, *(token for token, _ in own)], len(context)) for context, own in decoded]
+    packed = [(ids, labels.count(IGNORED)) for ids, labels in got]
+    synced = [(ids[:-1], n) if ids[-1] == TAGS.sync else (ids, n) for ids, n in packed]
+    # a stretch without a token of its own has no row to train on, and nothing to replay
+    assert sorted(r for r in replayed if len(r[0]) > r[1]) == sorted(r for r in synced if len(r[0]) > r[1])
     for row in rows:
         n = len(row)
         np.testing.assert_array_equal(row.position_ids, np.arange(n))

@@ -31,10 +31,10 @@ from pastalm.engine import SamplingParams
 from pastalm.engines.openai import OpenAIEngine, connect
 from pastalm.engines.scripted import EOS, byte_vocabulary
 from pastalm.errors import CapabilityError, ModelError, RemoteError, RequestError
-from pastalm.events import Decoded, Event, Finished, Forked, Joined
+from pastalm.events import Event, Finished, Joined
 from pastalm.interpreter import Limits
 from pastalm.lang import Async, Document, Node, Sync, normalize, parse, strip
-from pastalm.layout import SerialLayout, pack_serial, unroll
+from pastalm.layout import SerialLayout, decoded_rows, pack_serial, unroll
 from pastalm.llm import LLM, Driver, Running, Stream
 from pastalm.models import TEACHING, Loaded, vocabulary_of
 from pastalm.vocabulary import TAG_TOKENS, Pieces, Vocabulary
@@ -924,7 +924,11 @@ def test_a_real_server_writes_what_the_model_says(real: tuple[str, Any, Any]) ->
             forks += len(transcript.threads) - 1
             joins += sum(isinstance(e, Joined) and len(e.children) > 1 for e in events)
             replayed = 0
-            for context, own in stretches(engine.wire.vocabulary, prompt, events):
+            vocabulary = engine.wire.vocabulary
+            for read, decoded in decoded_rows(vocabulary.encode(prompt), events):
+                context, own = (
+                    b"".join(map(vocabulary.piece, ids)).decode() for ids in (read, [token for token, _ in decoded])
+                )
                 assert context in rows
                 given, whole = words(context)["input_ids"], words(context + own)["input_ids"]
                 assert whole[: len(given)] == given
@@ -937,23 +941,3 @@ def test_a_real_server_writes_what_the_model_says(real: tuple[str, Any, Any]) ->
     finally:
         engine.close()
     assert forks > 2 and joins > 0, (forks, joins)
-
-
-def stretches(vocabulary: Vocabulary, prompt: str, events: list[Event]) -> Iterator[tuple[str, str]]:
-    """Context and own text of each stretch that was decoded, from the trace alone."""
-    layout = SerialLayout(vocabulary.encode(prompt))
-    begun: dict[Any, list[int]] = {}
-    own: dict[Any, list[int]] = {}
-    def text(ids: list[int]) -> str:
-        return b"".join(map(vocabulary.piece, ids)).decode()
-
-    for event in events:
-        if isinstance(event, Joined) and event.path in begun:
-            yield text(begun[event.path]), text(own[event.path])
-        layout.apply(event)
-        if isinstance(event, Forked | Joined) and event.forced or isinstance(event, Forked) and not event.path:
-            begun[event.path], own[event.path] = layout.row(event.path), []
-        elif isinstance(event, Decoded):
-            own[event.path].append(event.token)
-    for path, context in begun.items():
-        yield text(context), text(own[path])

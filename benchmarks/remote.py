@@ -113,9 +113,10 @@ def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: in
             row = torch.tensor([[*context, *(token for token, _ in own)]])
             with torch.inference_mode():
                 logits = model(row, use_cache=False).logits[0, len(context) - 1 : -1]
-            for (token, chosen), there in zip(own, logits, strict=True):
-                forced += not chosen
-                if chosen:
+            for (token, event), there in zip(own, logits, strict=True):
+                if event is None or event.replaced:
+                    forced += 1
+                else:
                     gaps.append(float(there.max() - there[token]))
     parts = [f"{np.mean(np.array(gaps) <= limit):.4%} within {limit:g}" for limit in (0, 1e-3, 0.5)]
     return (

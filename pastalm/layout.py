@@ -151,12 +151,12 @@ class SerialLayout:
 
 def decoded_rows(
     prompt: Sequence[int], events: Iterable[Event]
-) -> Iterator[tuple[list[int], list[tuple[int, bool]]]]:
-    """Of a decoded response under `serial`, what each stretch of a thread between syncs read before it began, and the
-    tokens that were decoded in it, each with whether the model chose it (not the grammar): what a plain causal model
-    must be asked to replay it."""
+) -> Iterator[tuple[list[int], list[tuple[int, Decoded | None]]]]:
+    """Of a decoded response under `serial`, what each stretch of a thread between syncs read before it began, and its
+    own tokens, each with the event that decoded it (None: it was forced): what a plain causal model must be asked to
+    replay it."""
     layout = SerialLayout(prompt)
-    begun: dict[Path, tuple[list[int], list[tuple[int, bool]]]] = {}
+    begun: dict[Path, tuple[list[int], list[tuple[int, Decoded | None]]]] = {}
     for event in events:
         if isinstance(event, Joined) and event.path in begun:
             yield begun.pop(event.path)
@@ -166,8 +166,8 @@ def decoded_rows(
         elif isinstance(event, Decoded | Finished):
             own = begun[event.path][1]
             if isinstance(event, Decoded):
-                own.append((event.token, not event.replaced))
-            own += [(token, False) for token in event.forced]
+                own.append((event.token, event))
+            own += [(token, None) for token in event.forced]
     yield from begun.values()
 
 

@@ -926,9 +926,8 @@ def test_a_real_server_writes_what_the_model_says(real: tuple[str, Any, Any]) ->
             replayed = 0
             vocabulary = engine.wire.vocabulary
             for read, decoded in decoded_rows(vocabulary.encode(prompt), events):
-                context, own = (
-                    b"".join(map(vocabulary.piece, ids)).decode() for ids in (read, [token for token, _ in decoded])
-                )
+                said = [token for token, event in decoded if event]
+                context, own = (b"".join(map(vocabulary.piece, ids)).decode() for ids in (read, said))
                 assert context in rows
                 given, whole = words(context)["input_ids"], words(context + own)["input_ids"]
                 assert whole[: len(given)] == given

@@ -1214,7 +1214,8 @@ def _scorers(
             from pastalm import models
 
             chosen = None if adapter == "none" else adapter
-            found.append(PmiScorer(models.load(model, adapter=chosen, device=device)))
+            dtype = models.throughput_dtype(device)
+            found.append(PmiScorer(models.load(model, adapter=chosen, dtype=dtype, device=device)))
         elif name == "reference":
             found.append(ReferenceScorer())
         elif name == "judge":

@@ -108,7 +108,7 @@ def _drawn(draw: Callable[[Any], bool]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.6))
+    figure, axes = pyplot.subplots(figsize=(9, 4.8))
     try:
         if not draw(axes):
             return b""
@@ -154,20 +154,35 @@ def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
         shown = sorted((row for row in rows if name in row.figures), key=lambda row: row.figures[speedup(row)].mean)
         for i, row in enumerate(shown):
             x, y = row.figures[speedup(row)], row.figures[name]
-            axes.errorbar(x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt="o", capsize=3)
-            beside = (6, -14 if i % 2 else 6)  # neighbours' names above and below their points
-            many = f"n={x.n}" if x.n == y.n else f"n={x.n}, {y.n}"
-            axes.annotate(f"{row.system} ({many})", (x.mean, y.mean), xytext=beside, textcoords="offset points")
-        axes.margins(x=0.15)
+            many = f"n={x.n}" if x.n == y.n else f"n={x.n} and {y.n}"
+            axes.errorbar(
+                x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt=MARKERS[i % len(MARKERS)], capsize=3, elinewidth=0.8,
+                color=_colour(rows, row), label=f"{row.system} ({many})",
+            )
         axes.axvline(1, color="grey", linewidth=0.8)
         even = 50 if name.startswith("win rate") else 0.5
         axes.axhline(even, color="grey", linewidth=0.8)
         names = " or ".join(dict.fromkeys(speedup(row) for row in shown))
         axes.set_xlabel(f"speedup ({names}), geometric mean, 95 % interval")
         axes.set_ylabel(f"{name} (baseline: {even})")
+        _legend(axes)
         return True
 
     return _drawn(draw)
+
+
+MARKERS = "os^Dv<>P"
+
+
+def _colour(rows: Sequence[Row], row: Row) -> Any:
+    """The same for a system in every picture."""
+    import matplotlib
+
+    return matplotlib.colormaps["tab20"]([r.system for r in rows].index(row.system) % 20)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
 def _bars(value: Mean) -> list[list[float]]:
@@ -190,6 +205,7 @@ def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> 
                 width,
                 yerr=[[_bars(v)[side][0] for _, v in there] for side in (0, 1)],
                 capsize=2,
+                color=_colour(rows, row),
                 label=row.system,
             )
         counts = {n: max(v.n for t in tables.values() for v in t.get(n, {}).values()) for n in names}
@@ -198,7 +214,7 @@ def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> 
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set_xlabel(label)
         axes.set_ylabel("speedup, geometric mean")
-        axes.legend(fontsize=8)
+        _legend(axes)
         return True
 
     return _drawn(draw)
@@ -222,14 +238,15 @@ def realized_theoretical(rows: Sequence[Row]) -> bytes:
         for row in rows:
             points = [(s["theoretical, matched"], s["realized, matched"]) for s in _both(row)]
             if points:
-                axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, label=f"{row.system} (n={len(points)})")
+                named = f"{row.system} (n={len(points)})"
+                axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, color=_colour(rows, row), label=named)
                 most = max(most, *(max(point) for point in points))
         if not axes.collections:
             return False
         axes.plot([0, most], [0, most], color="grey", linewidth=0.8)
         axes.set_xlabel("theoretical speedup, length-matched")
         axes.set_ylabel("realized speedup, length-matched")
-        axes.legend(fontsize=8)
+        _legend(axes)
         return True
 
     return _drawn(draw)
@@ -243,11 +260,16 @@ def lengths(rows: Sequence[Row]) -> bytes:
     """How long the readers' texts are."""
 
     def draw(axes: Any) -> bool:
-        values = [[pair.text_tokens for pair in row.pairs] for row in rows]
-        axes.hist(values, bins=20, label=[row.system for row in rows])
+        most = max(pair.text_tokens for row in rows for pair in row.pairs)
+        for row in rows:
+            values = [pair.text_tokens for pair in row.pairs]
+            named = f"{row.system} (n={len(values)})"
+            axes.hist(
+                values, bins=20, range=(0, most), density=True, histtype="step", color=_colour(rows, row), label=named
+            )
         axes.set_xlabel("tokens of the reader's text")
-        axes.set_ylabel("answers")
-        axes.legend(fontsize=8)
+        axes.set_ylabel("share of answers, a token")
+        _legend(axes)
         return True
 
     return _drawn(draw)

@@ -154,8 +154,7 @@ def inputs_of(chosen: Sequence[Pair]) -> dict[str, Tensor]:
 class _Trainer(DPOTrainer):  # type: ignore[misc]
     """DPOTrainer with the loss above over our batches."""
 
-    alpha: float
-    margin: float
+    settings: PreferenceConfig
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
@@ -165,7 +164,9 @@ class _Trainer(DPOTrainer):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
         reference = inputs.pop("reference")
-        losses, margin = bonbon(log_probs(model, inputs).view(-1, 2), reference, self.alpha, self.beta)
+        with run.autocast(self.settings):
+            found = log_probs(model, inputs).view(-1, 2)
+        losses, margin = bonbon(found, reference, self.settings.alpha, self.settings.beta)
         mode = "train" if model.training else "eval"
         self._metrics[mode]["margin"].append(float(margin.detach().mean()))
         self._metrics[mode]["pairs_in_order"].append(float((margin > 0).float().mean()))
@@ -241,7 +242,7 @@ def _reference(
         path.unlink(missing_ok=True)
     todo = [pair for pair in chosen if pair.id not in there]
     model.eval()
-    with jsonl.Appender(path) as file, torch.no_grad(), _autocast(config):
+    with jsonl.Appender(path) as file, torch.no_grad(), run.autocast(config):
         for number, batch in enumerate(batches(todo, config.batch_tokens)):
             inputs = {k: v.to(model.device) for k, v in inputs_of([todo[i] for i in batch]).items()}
             for i, found in zip(batch, log_probs(model, inputs).view(-1, 2).tolist(), strict=True):
@@ -250,12 +251,6 @@ def _reference(
             if number % 20 == 0:
                 progress(f"log-probabilities of {len(there)}/{len(chosen)} pairs before training")
     return torch.tensor([there[pair.id] for pair in chosen])
-
-
-def _autocast(config: PreferenceConfig) -> Any:
-    """As the trainer computes."""
-    half = config.device != "cpu" or models.cpu_has_bfloat16()
-    return torch.autocast(config.device.partition(":")[0], dtype=torch.bfloat16, enabled=half)
 
 
 def _trainer(
@@ -280,7 +275,7 @@ def _trainer(
         data_collator=collated,
         processing_class=tokenizer,
     )
-    trainer.alpha = config.alpha
+    trainer.settings = config
     return trainer
 
 
@@ -291,7 +286,7 @@ def _margins(
     model = trainer.model
     model.eval()
     margins: list[float] = []
-    with torch.no_grad(), _autocast(config):
+    with torch.no_grad(), run.autocast(config):
         for batch in batches(chosen, config.batch_tokens):
             inputs = {k: v.to(model.device) for k, v in inputs_of([chosen[i] for i in batch]).items()}
             found = log_probs(model, inputs).view(-1, 2).cpu()

@@ -180,6 +180,13 @@ def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
 
 
+def autocast(config: RunConfig) -> Any:
+    """Products in bfloat16 where that is faster. The trainers would wrap the model's own forward pass in it, which the
+    losses here do not call."""
+    kind, half = config.device.partition(":")[0], models.throughput_dtype(config.device) == "bfloat16"
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
+
+
 def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
     """What TRL's configurations have in common here: our collator sees our columns, steps are batches of ours."""
     return {
@@ -192,7 +199,7 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing,  # TRL's default is to
         "weight_decay": 0.0,
-        "bf16": config.device != "cpu" or models.cpu_has_bfloat16(),
+        "bf16": models.throughput_dtype(config.device) == "bfloat16",
         "use_cpu": config.device == "cpu",
         "logging_steps": 5,
         "save_steps": config.save_steps,

@@ -56,8 +56,8 @@ class SftConfig(run.RunConfig):
 class _Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with the loss above."""
 
+    settings: SftConfig
     tags: Tags
-    tag_weight: float
 
     def compute_loss(
         self,
@@ -66,7 +66,8 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        loss, _, _ = weighted_loss(model, inputs, self.tags, self.tag_weight)
+        with run.autocast(self.settings):
+            loss, _, _ = weighted_loss(model, inputs, self.tags, self.settings.tag_weight)
         return (loss, None) if return_outputs else loss
 
 
@@ -130,7 +131,7 @@ def _trainer(
         ),
         processing_class=base.tokenizer,
     )
-    trainer.tags, trainer.tag_weight = base.tags, config.tag_weight
+    trainer.settings, trainer.tags = config, base.tags
     return trainer
 
 
@@ -139,11 +140,11 @@ def _collated(chosen: list[Example]) -> dict[str, Tensor]:
 
 
 def _validate(trainer: _Trainer, held: list[Example]) -> dict[str, float]:
-    """Mean loss over held-out answers: decision tokens and text apart. Under bfloat16 as trained."""
+    """Mean loss over held-out answers: decision tokens and text apart. Computed as in training."""
     model = trainer.model
     model.eval()
     sums = {"validation_tags": [0.0, 0], "validation_text": [0.0, 0]}
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), run.autocast(trainer.settings):
         for batch in batches(held, 2048):
             inputs = _collated([held[i] for i in batch])
             inputs = {k: v.to(model.device) for k, v in inputs.items()}

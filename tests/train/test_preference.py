@@ -273,6 +273,23 @@ def test_a_round_learns_to_prefer_and_says_how(config: PreferenceConfig) -> None
     assert any("0 log-prob" in line or "log-probabilities" in line for line in said)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_are_in_bfloat16_where_that_is_faster(
+    config: PreferenceConfig, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def spying(model: Any, inputs: Any) -> Any:
+        seen.append((model.training, torch.is_autocast_enabled("cpu")))
+        return log_probs(model, inputs)
+
+    monkeypatch.setattr("pastalm.models.throughput_dtype", lambda _: dtype)
+    monkeypatch.setattr("pastalm.train.preference.log_probs", spying)
+    train(replace(config, epochs=1), str)
+    assert {half for _, half in seen} == {dtype == "bfloat16"}
+    assert {training for training, _ in seen} == {True, False}
+
+
 def test_a_round_that_was_broken_off_ends_as_one_that_was_not(
     config: PreferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -379,6 +379,22 @@ def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_pat
         list(read_repeats(path, tokenizer, vocabulary, config.mix, eos=1))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_are_in_bfloat16_where_that_is_faster(
+    config: SftConfig, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def spying(*arguments: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return weighted_loss(*arguments)
+
+    monkeypatch.setattr("pastalm.models.throughput_dtype", lambda _: dtype)
+    monkeypatch.setattr("pastalm.train.sft.weighted_loss", spying)
+    train(config, str)
+    assert len(seen) > 2 and set(seen) == {dtype == "bfloat16"}
+
+
 def test_the_baseline_is_the_same_answers_without_tags(config: SftConfig) -> None:
     def drawn(untagged: bool) -> list[Example]:
         tokenizer, eos = BYTE_LEVEL, 1

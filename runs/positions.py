@@ -51,7 +51,7 @@ def main() -> None:
     for system in chosen.systems:
         name, _, rest = system.partition("=")
         adapter, _, policy = rest.rpartition(":")
-        loaded = models.load(adapter=adapter, dtype="bfloat16")
+        loaded = models.load(adapter=adapter, dtype=models.throughput_dtype("cpu"))
         packed = [(row, answer) for row in rows if (answer := _packed(loaded, row, policy))]
         seen = [_seen(loaded, answer) for _, answer in packed[: chosen.answers]]
         print(f"| {name} | {policy} | {len(seen)} | {' | '.join(_cells(seen))} |", flush=True)

@@ -2,10 +2,11 @@
 
     python runs/positions.py HELD.jsonl NAME=ADAPTER:POLICY…     # POLICY: of layout.py; off: without tags
 
-A line a system: loss on the answer's text and on decisions (tags, and what follows a promise), nats a token; the share
-of answers at whose every place the likeliest token is the tag that stands there, or none where none does (exact); of
-the tags that stand there, how many are the likeliest token (recall), and of those that are, how many stand there
-(precision). Means over answers with 95 % bootstrap intervals, recall and precision over tags.
+A line a system: loss on the answer's text and on decisions (tags, and what follows a promise), nats a token; of the
+promises that stand there, at how many places a promise is the likeliest token (recall), of the places where it is, at
+how many one stands (precision); the share of answers whose promises are so found, all of them and no other (exact); and
+the share of chunks whose end is the likeliest token where it stands. Losses and exact: means over answers with 95 %
+bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Seen:
     standing: int = 0
     foretold: int = 0
     right: int = 0
-    exact: bool = True
+    ends: int = 0
+    ended: int = 0
 
 
 def main() -> None:
@@ -46,8 +48,8 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=80)
     chosen = parser.parse_args()
     rows = [row for row in read_annotated(chosen.held) if row.chunks >= 2 and row.tokens <= LONGEST]
-    print("| system | positions | answers | loss on text | on decisions | exact | recall | precision |")
-    print("| --- " * 8 + "|", flush=True)
+    print("| system | positions | answers | loss on text | on decisions | exact | recall | precision | ends |")
+    print("| --- " * 9 + "|", flush=True)
     for system in chosen.systems:
         name, _, rest = system.partition("=")
         adapter, _, policy = rest.rpartition(":")
@@ -72,8 +74,8 @@ def _packed(loaded: Loaded, row: Source, policy: str) -> list[Packed]:
 
 
 def _seen(loaded: Loaded, answer: list[Packed]) -> Seen:
-    assert loaded.vocabulary.tags is not None
-    tags = torch.tensor(loaded.vocabulary.tags.ids)
+    tags = loaded.vocabulary.tags
+    assert tags is not None
     seen = Seen([], [])
     for part in answer:
         inputs = collate([part])
@@ -89,14 +91,17 @@ def _seen(loaded: Loaded, answer: list[Packed]) -> Seen:
         logits, wanted = logits.float(), labels[kept]
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         likeliest = logits.argmax(-1)
-        stands, said = torch.isin(wanted, tags), torch.isin(likeliest, tags)
-        after = inputs["input_ids"][:, :-1][kept] == loaded.vocabulary.tags.promise_end
-        seen.decisions += losses[stands | after].tolist()
-        seen.text += losses[~(stands | after)].tolist()
+        decided = torch.isin(wanted, torch.tensor(tags.ids))
+        decided |= inputs["input_ids"][:, :-1][kept] == tags.promise_end
+        seen.decisions += losses[decided].tolist()
+        seen.text += losses[~decided].tolist()
+        stands, said = wanted == tags.promise, likeliest == tags.promise
         seen.standing += int(stands.sum())
         seen.foretold += int(said.sum())
-        seen.right += int((stands & (likeliest == wanted)).sum())
-        seen.exact &= bool((likeliest == wanted)[stands | said].all())
+        seen.right += int((stands & said).sum())
+        ends = wanted == tags.async_close
+        seen.ends += int(ends.sum())
+        seen.ended += int((ends & (likeliest == tags.async_close)).sum())
     return seen
 
 
@@ -104,10 +109,11 @@ def _cells(seen: list[Seen]) -> list[str]:
     cells = [str(mean([sum(one.text) / len(one.text) for one in seen]))]
     standing, foretold, right = (sum(getattr(one, n) for one in seen) for n in ("standing", "foretold", "right"))
     if not standing:
-        return [*cells, "", "", "", ""]
+        return [*cells, "", "", "", "", ""]
     cells.append(str(mean([sum(one.decisions) / len(one.decisions) for one in seen])))
-    cells.append(str(mean([one.exact for one in seen])))
-    return [*cells, f"{right / standing:.2f}", f"{right / max(1, foretold):.2f}"]
+    cells.append(str(mean([one.right == one.standing == one.foretold for one in seen])))
+    ended = sum(one.ended for one in seen) / sum(one.ends for one in seen)
+    return [*cells, f"{right / standing:.2f}", f"{right / max(1, foretold):.2f}", f"{ended:.2f}"]
 
 
 if __name__ == "__main__":

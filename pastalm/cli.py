@@ -151,7 +151,9 @@ def _verb(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _quiet() -> None:
-    """Keeps the libraries' warnings and progress bars off the terminal."""
+    """Keeps the libraries' warnings and progress bars off the terminal, and from reporting what is done here (TRL's
+    trainers would)."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -83,3 +84,12 @@ def test_every_verb_explains_itself_without_torch() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_adapter_of_own_answers_owes_nothing_to_anyone() -> None:
+    record = json.loads((ROOT / "adapters" / "own" / "train.json").read_text())
+    runs = [record, record["before"]]
+    assert "before" not in runs[-1] and runs[-1]["config"]["start"] is None
+    for data in (run["data"] for run in runs):
+        assert set(data["licences"]) <= {"Apache-2.0", "the model's own"}
+        assert set(data["sources"]) <= {"pastalm prompts", "own answers"}

@@ -13,7 +13,7 @@ import json
 import math
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -319,6 +319,8 @@ def save(trainer: Any, config: RunConfig, made: Made) -> Path:
         "machine": _machine(config),
         "torch": torch.__version__,
     }
+    if config.start is not None and (before := config.start / "train.json").is_file():
+        record["before"] = json.loads(before.read_text())
     (folder / "train.json").write_text(json.dumps(record, indent=2) + "\n")
     (folder / "README.md").write_text(card(record, made.losses))  # PEFT's own is an empty form
     return folder
@@ -350,11 +352,24 @@ def _save_model(model: Any, weights: Mapping[str, Any], tokenizer: Any, folder: 
         tokenizer.save_pretrained(folder)
 
 
+def _terms(data: Mapping[str, Any]) -> str:
+    return "; ".join(f"{licence or 'not stated'} ({n})" for licence, n in sorted(data["licences"].items()))
+
+
+def _before(record: Mapping[str, Any]) -> Iterator[str]:
+    """What the runs that it goes on from were trained on, the latest first."""
+    while before := record.get("before"):
+        data = before["data"]
+        yield f"Goes on from {before['stage']}: {data['rows']} sequences, {data['tokens']} packed tokens."
+        yield f"Terms of that data (rows): {_terms(data)}."
+        yield ""
+        record = before
+
+
 def card(record: Mapping[str, Any], losses: Sequence[str]) -> str:
     """What an adapter's users should know of it, from its train.json."""
     config, data = record["config"], record["data"]
     rows = [f"| {source} | {n} |" for source, n in sorted(data["sources"].items())]
-    terms = "; ".join(f"{licence or 'not stated'} ({n})" for licence, n in sorted(data["licences"].items()))
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(data["kinds"].items()))
     lines = [
         f"# PASTA {'model from' if config['full'] else 'adapter for'} {config['model']} ({record['stage']})",
@@ -366,12 +381,13 @@ def card(record: Mapping[str, Any], losses: Sequence[str]) -> str:
         "## Data",
         "",
         f"{data['rows']} sequences ({kinds}), {data['tokens']} packed tokens, of them {data['labelled_tokens']}",
-        f"in the loss. Terms of the data (rows): {terms}.",
+        f"in the loss. Terms of the data (rows): {_terms(data)}.",
         "",
         "| source | rows |",
         "| --- | --- |",
         *rows,
         "",
+        *_before(record),
         "## Training",
         "",
         f"{record['steps']} steps in {record['seconds_this_run']} s on {record['machine']}, torch {record['torch']}.",

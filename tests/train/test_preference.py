@@ -267,7 +267,7 @@ def test_a_round_learns_to_prefer_and_says_how(config: PreferenceConfig) -> None
     assert loaded.prepared
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == []
     card = (folder / "README.md").read_text()
-    assert "lambda = 1" in card and "| made up | 24 |" in card
+    assert "lambda = 1" in card and "| made up | 24 |" in card and "Goes on from stage 1: " in card
     logged = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     assert any("margin" in entry for entry in logged)
     assert any("0 log-prob" in line or "log-probabilities" in line for line in said)

@@ -59,8 +59,8 @@ def test_a_difference_is_from_the_baselines_own_answer() -> None:
     candidates.append(Candidate("q", "xx", (), "", "r"))
     assert [v.difference for v in Lengths().compare(candidates)] == [-2, 0, 3, 2]
     (asked,) = seen
-    assert len(asked) == 6
-    assert asked[4] == Candidate("p", "y" * 5, (), "y" * 5, "r")
+    assert len(asked) == len(set(asked)) == 6
+    assert Candidate("p", "y" * 5, (), "y" * 5, "r") in asked
 
 
 def test_penalties_are_for_repetition_for_likeness_and_for_length() -> None:

@@ -161,7 +161,7 @@ def decoded_rows(
         if isinstance(event, Joined) and event.path in begun:
             yield begun.pop(event.path)
         layout.apply(event)
-        if isinstance(event, Forked | Joined) and event.forced or isinstance(event, Forked) and not event.path:
+        if isinstance(event, Forked | Joined):
             begun[event.path] = (layout.row(event.path), [])
         elif isinstance(event, Decoded | Finished):
             own = begun[event.path][1]

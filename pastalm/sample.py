@@ -45,9 +45,8 @@ def sample(
     company it is decoded. Raises DataError for files that cannot be read or written.
     """
     there = {answer.key for answer in answers.resume(target)}
-    keys = {(prompt.id, choice, params.parallelism == 0) for prompt in asked for choice in range(params.n)}
-    counts = Sampled(skipped=len(keys & there))
-    todo = _wanted(asked, params, there)
+    counts = Sampled()
+    todo = _wanted(asked, params, there, counts)
     most = llm.driver.engine.capabilities.max_num_seqs
     waiting: dict[str, _Wanted] = {}
     try:
@@ -106,10 +105,12 @@ def _answer(running: Running, wanted: _Wanted, params: SamplingParams) -> Answer
 
 
 def _wanted(
-    asked: Sequence[Prompt], params: SamplingParams, there: set[tuple[str, int, bool]]
+    asked: Sequence[Prompt], params: SamplingParams, there: set[tuple[str, int, bool]], counts: Sampled
 ) -> Iterator[_Wanted]:
+    """What is not there yet; what is, is counted."""
     for place, prompt in enumerate(asked):
         for choice in range(params.n):
-            present = (prompt.id, choice, params.parallelism == 0) in there
-            if prompt.text.strip() and not present:
+            if (prompt.id, choice, params.parallelism == 0) in there:
+                counts.skipped += 1
+            elif prompt.text.strip():
                 yield _Wanted(place, choice, prompt)

@@ -12,6 +12,7 @@ bootstrap intervals.
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pastalm.lang import Document, Text, strip
 from pastalm.layout import IGNORED, Packed, pack, pack_serial
 from pastalm.models import Loaded, encode_chat
 from pastalm.train.dataset import Source, collate, read_annotated
+from pastalm.train.loss import decisions
 
 LONGEST = 512
 """Tokens of an answer, and half of those of a prompt."""
@@ -54,8 +56,8 @@ def main() -> None:
         name, _, rest = system.partition("=")
         adapter, _, policy = rest.rpartition(":")
         loaded = models.load(adapter=adapter, dtype=models.throughput_dtype("cpu"))
-        packed = [(row, answer) for row in rows if (answer := _packed(loaded, row, policy))]
-        seen = [_seen(loaded, answer) for _, answer in packed[: chosen.answers]]
+        packed = (answer for row in rows if (answer := _packed(loaded, row, policy)))
+        seen = [_seen(loaded, answer) for answer in itertools.islice(packed, chosen.answers)]
         print(f"| {name} | {policy} | {len(seen)} | {' | '.join(_cells(seen))} |", flush=True)
 
 
@@ -70,7 +72,7 @@ def _packed(loaded: Loaded, row: Source, policy: str) -> list[Packed]:
     eos = min(loaded.vocabulary.eos)  # the one that training takes
     if policy == "serial":
         return pack_serial(prompt, document, loaded.vocabulary, eos=eos)
-    return [pack(prompt, document, loaded.vocabulary, "overlap" if policy == "overlap" else "promised", eos=eos)]
+    return [pack(prompt, document, loaded.vocabulary, "promised" if policy == "off" else policy, eos=eos)]
 
 
 def _seen(loaded: Loaded, answer: list[Packed]) -> Seen:
@@ -91,8 +93,7 @@ def _seen(loaded: Loaded, answer: list[Packed]) -> Seen:
         logits, wanted = logits.float(), labels[kept]
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         likeliest = logits.argmax(-1)
-        decided = torch.isin(wanted, torch.tensor(tags.ids))
-        decided |= inputs["input_ids"][:, :-1][kept] == tags.promise_end
+        decided = decisions(inputs, tags)
         seen.decisions += losses[decided].tolist()
         seen.text += losses[~decided].tolist()
         stands, said = wanted == tags.promise, likeliest == tags.promise

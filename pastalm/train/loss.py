@@ -64,12 +64,18 @@ def weighted_loss(
     inputs: as `collate` gives them."""
     each, rows = token_log_probs(model, inputs)
     losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -each)
+    decision = decisions(inputs, tags)
+    weights = torch.where(decision, tag_weight, 1.0)
+    return (losses * weights).sum() / weights.sum(), losses.detach(), decision
+
+
+def decisions(inputs: Mapping[str, Tensor], tags: Tags) -> Tensor:
+    """Whether each labelled token is a decision: a tag, or what follows a promise [m]. inputs: as `collate` gives
+    them."""
     labels = inputs["labels"][:, 1:]
     kept = labels != IGNORED
     ids = torch.tensor(tags.ids, device=labels.device)
-    decision = torch.isin(labels[kept], ids) | (inputs["input_ids"][:, :-1][kept] == tags.promise_end)
-    weights = torch.where(decision, tag_weight, 1.0)
-    return (losses * weights).sum() / weights.sum(), losses.detach(), decision
+    return torch.isin(labels[kept], ids) | (inputs["input_ids"][:, :-1][kept] == tags.promise_end)
 
 
 def unlikelihood(losses: Tensor) -> Tensor:

@@ -1088,7 +1088,6 @@ def evaluate(
     from pastalm.eval.compare import markdown
     from pastalm.eval.evaluate import (
         BASELINE,
-        METHODS,
         build,
         check,
         compare_all,
@@ -1105,8 +1104,6 @@ def evaluate(
     names = check(systems)
     if against is not None and against not in names:
         raise RequestError(f"--against names one of the systems, got {against!r}")
-    if requests > 1 and not timed and (alone_only := [name for name in names if name in METHODS]):
-        raise RequestError(f"{', '.join(alone_only)} cannot answer under load: give --timed, or leave out --requests")
     units = _units(sigma or [], scorer or [])
     _quiet()
     _fetch(model)
@@ -1136,14 +1133,13 @@ def evaluate(
                 progress=lambda c, _: say(f"{c.prompts} of {len(alone)} prompts"),
             )
         if requests > 1:
-            together = [system for system in systems if not alone or system not in METHODS]
             counts += measure.under_load(
-                build(together, base, load),
+                build(systems, base, load),
                 [prompt for prompt in asked if prompt not in alone],
                 out / "answers",
                 max_tokens=max_tokens,
                 timed=not alone,
-                progress=lambda c: say(f"{c.written} answers, {c.tokens} tokens"),
+                progress=lambda c, _: say(f"{c.written} answers, {c.skipped} were there"),
             )
     refused = "".join(f"; {n} refused: {why}" for why, n in counts.refused.items())
     print(f"{counts.written} answers, {counts.skipped} were there{refused}", file=sys.stderr)

@@ -10,10 +10,10 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.errors import CapabilityError, ModelError, RequestError
@@ -162,6 +162,39 @@ def _stopped(running: Running) -> int | None:
         return None
     text = running.transcript.settled
     return min((at for at in map(text.find, strings) if at >= 0), default=None)
+
+
+T = TypeVar("T")
+Task: TypeAlias = Generator[Sequence[Running], None, T]
+"""Submits responses, yields them, is resumed when all of them have ended, and so on; returns what it made of them."""
+
+
+def at_once(driver: Driver, tasks: Iterable[Task[T]], most: int) -> Generator[T | RequestError, None, None]:
+    """What tasks return, in the order in which they end, `most` of them under way at once; of a task that is refused,
+    its RequestError. What is still under way is cancelled when the iterator is closed. Raises as `Driver.step`."""
+    todo, waiting = iter(tasks), dict[Task[T], Sequence[Running]]()
+
+    def go_on(task: Task[T]) -> Iterator[T | RequestError]:
+        waiting.pop(task, None)
+        try:
+            waiting[task] = next(task)
+        except StopIteration as ended:
+            yield ended.value
+        except RequestError as error:
+            yield error
+
+    try:
+        while True:
+            while len(waiting) < most and (task := next(todo, None)) is not None:
+                yield from go_on(task)
+            if not waiting:
+                return
+            driver.step()
+            for task in [t for t, phase in waiting.items() if all(r.transcript.finished for r in phase)]:
+                yield from go_on(task)
+    finally:
+        for running in [r for phase in waiting.values() for r in phase]:
+            driver.cancel(running)
 
 
 # ------------------------------------------------------------------------------ what users call

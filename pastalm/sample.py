@@ -7,6 +7,7 @@ goes on where it was cut off.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pastalm import answers, jsonl
 from pastalm.answers import Answer
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
-from pastalm.llm import LLM, Running
+from pastalm.llm import LLM, Task, at_once
 from pastalm.prompts import Prompt
 
 
@@ -36,65 +37,40 @@ def sample(
     target: Path,
     params: SamplingParams,
     *,
-    timed: bool = True,
     progress: Callable[[Sampled], None] = lambda _: None,
 ) -> Sampled:
-    """`params.n` answers to each prompt, as many at once as the engine takes. timed: with the seconds each took.
+    """`params.n` answers to each prompt, as many at once as the engine takes.
 
     A seed makes each answer a matter of its prompt's place, its choice and the seed alone, in whatever
     company it is decoded. Raises DataError for files that cannot be read or written.
     """
     there = {answer.key for answer in answers.resume(target)}
     counts = Sampled()
-    todo = _wanted(asked, params, there, counts)
+    tasks = _missing(llm, asked, params, there, counts)
     most = llm.driver.engine.capabilities.max_num_seqs
-    waiting: dict[str, _Wanted] = {}
-    try:
-        with jsonl.Appender(target) as file:
-            while True:
-                while len(waiting) < most and (wanted := next(todo, None)) is not None:
-                    if running := _begin(llm, wanted, params, counts):
-                        waiting[running.request.id] = wanted
-                if not waiting:
-                    return counts
-                ended = {r.request.id: r for r, _ in llm.driver.step() if r.transcript.finished}
-                for identity, running in ended.items():
-                    answer = _answer(running, waiting.pop(identity), params)
-                    answer = answer if timed else replace(answer, seconds=None)
-                    file.write(answer.to_dict())
-                    counts.written += 1
-                    counts.tokens += answer.tokens
-                    counts.ended[answer.finish_reason] = counts.ended.get(answer.finish_reason, 0) + 1
-                    progress(counts)
-    finally:
-        for running in list(llm.driver.running.values()):
-            llm.driver.cancel(running)
+    with jsonl.Appender(target) as file, closing(at_once(llm.driver, tasks, most)) as ended:
+        for found in ended:
+            if isinstance(found, RequestError):  # longer than the context
+                counts.refused += 1
+                continue
+            file.write(found.to_dict())
+            counts.written += 1
+            counts.tokens += found.tokens
+            counts.ended[found.finish_reason] = counts.ended.get(found.finish_reason, 0) + 1
+            progress(counts)
+    return counts
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """An answer to be sampled: the place of its prompt among all, its choice, and the prompt."""
-
-    place: int
-    choice: int
-    prompt: Prompt
-
-
-def _begin(llm: LLM, wanted: _Wanted, params: SamplingParams, counts: Sampled) -> Running | None:
-    seed = None if params.seed is None else params.seed + wanted.place
-    messages = [{"role": "user", "content": wanted.prompt.text}]
-    try:
-        return llm.submit(messages, replace(params, n=1), choice=wanted.choice, seed=seed)[0]
-    except RequestError:  # longer than the context
-        counts.refused += 1
-        return None
-
-
-def _answer(running: Running, wanted: _Wanted, params: SamplingParams) -> Answer:
-    prompt = wanted.prompt
+def answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, choice: int = 0, place: int = 0) -> Task[Answer]:
+    """One answer to a prompt, its seed the parameters' and its prompt's place. Raises RequestError for a prompt longer
+    than the context."""
+    seed = None if params.seed is None else params.seed + place
+    messages = [{"role": "user", "content": prompt.text}]
+    running = llm.submit(messages, replace(params, n=1), choice=choice, seed=seed)[0]
+    yield [running]
     return Answer(
         id=prompt.id,
-        choice=wanted.choice,
+        choice=choice,
         prompt=prompt.text,
         sequential=params.parallelism == 0,
         category=prompt.category,
@@ -104,13 +80,13 @@ def _answer(running: Running, wanted: _Wanted, params: SamplingParams) -> Answer
     )
 
 
-def _wanted(
-    asked: Sequence[Prompt], params: SamplingParams, there: set[tuple[str, int, bool]], counts: Sampled
-) -> Iterator[_Wanted]:
-    """What is not there yet; what is, is counted."""
+def _missing(
+    llm: LLM, asked: Sequence[Prompt], params: SamplingParams, there: set[tuple[str, int, bool]], counts: Sampled
+) -> Iterator[Task[Answer]]:
+    """The answers that are not there yet; those that are, are counted."""
     for place, prompt in enumerate(asked):
         for choice in range(params.n):
             if (prompt.id, choice, params.parallelism == 0) in there:
                 counts.skipped += 1
             elif prompt.text.strip():
-                yield _Wanted(place, choice, prompt)
+                yield answer(llm, prompt, params, choice=choice, place=place)

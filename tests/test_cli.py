@@ -359,18 +359,16 @@ def test_some_prompts_are_timed_alone_and_the_others_answered_together(tiny: Pat
     prompts = write(tmp_path / "p.jsonl", *({"index": i, "instruction": f"What of {i}?"} for i in range(5)))
     out = tmp_path / "out"
     options = ("--prompts", prompts, "--baseline", "none", "--model", tiny, "--out", out, "--max-tokens", "8")
-    complains(pasta("eval", "own=none", "lookup", *options, "--requests", "3"), 2, "lookup", "--timed")
-    assert not out.exists()
-    for written in (12, 0):
+    for written in (15, 0):
         result = pasta("eval", "own=none:overlap", "lookup", *options, "--requests", "3", "--timed", "2")
         assert result.exit_code == 0, result.stderr
-        assert result.stderr.splitlines()[0] == f"{written} answers, {12 - written} were there"
+        assert result.stderr.splitlines()[0] == f"{written} answers, {15 - written} were there"
     systems = json.loads((out / "report" / "figures.json").read_text())["systems"]
     counts = {name: found["figures"]["theoretical"]["n"] for name, found in systems.items()}
-    assert counts == {"baseline": 5, "own": 5, "lookup": 2}
-    assert systems["own"]["figures"]["realized, matched"]["n"] == 2
-    timed = [row["id"] for row in systems["own"]["prompts"] if row["seconds"] is not None]
-    assert timed == [row["id"] for row in systems["lookup"]["prompts"]] == ["0", "2"]
+    assert counts == {"baseline": 5, "own": 5, "lookup": 5}
+    for system in ("own", "lookup"):
+        assert systems[system]["figures"]["realized, matched"]["n"] == 2
+        assert [row["id"] for row in systems[system]["prompts"] if row["seconds"] is not None] == ["0", "2"]
 
 
 def test_answers_are_scored_and_a_round_is_trained_on_them(tiny: Path, tmp_path: Path) -> None:

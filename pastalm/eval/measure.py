@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from pastalm.answers import Answer
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import Decoding, System, cold, force
+from pastalm.llm import at_once
 from pastalm.prompts import Prompt
-from pastalm.sample import Sampled, sample
 
 
 @dataclass(slots=True)
@@ -33,6 +33,9 @@ class Counts:
     written: int = 0
     skipped: int = 0
     refused: dict[str, int] = field(default_factory=dict)
+
+    def refuse(self, error: RequestError) -> None:
+        self.refused[str(error)] = self.refused.get(str(error), 0) + 1
 
     def __add__(self, other: Counts) -> Counts:
         refused = dict(Counter(self.refused) + Counter(other.refused))
@@ -77,7 +80,7 @@ def measure(
                 try:
                     found = system.answer(prompt, max_tokens)
                 except RequestError as error:
-                    counts.refused[str(error)] = counts.refused.get(str(error), 0) + 1
+                    counts.refuse(error)
                     continue
                 if matched is not None:
                     found = replace(found, matched_seconds=_forced(matched, found))
@@ -107,20 +110,26 @@ def under_load(
     *,
     max_tokens: int = 1024,
     timed: bool = True,
-    progress: Callable[[Sampled], None] = lambda _: None,
+    progress: Callable[[Counts, Answer], None] = lambda *_: None,
 ) -> Counts:
     """As `measure`, but system after system, each with as many requests at once as its engine takes. timed: an answer's
-    seconds are those it took in that company; else none are written. Raises RequestError for a system that answers one
-    at a time only."""
+    seconds are those it took in that company; else none are written."""
     counts = Counts(prompts=len(prompts))
     for system in systems:
-        if not isinstance(system, Decoding):
-            raise RequestError(f"{system.name} answers one request at a time: leave it out under load")
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=system.parallelism)
-        done = sample(system.llm, prompts, folder / f"{system.name}.jsonl", params, timed=timed, progress=progress)
-        counts.written += done.written
-        counts.skipped += done.skipped
-        if done.refused:
-            counts.refused["longer than the context"] = done.refused
-        del system  # before the next is loaded
+        path = folder / f"{system.name}.jsonl"
+        there = {found.id for found in answers.resume(path)}
+        tasks = [system.task(prompt, max_tokens) for prompt in prompts if prompt.id not in there]
+        counts.skipped += len(prompts) - len(tasks)
+        driver = system.llm.driver
+        most = driver.engine.capabilities.max_num_seqs
+        with jsonl.Appender(path) as file, closing(at_once(driver, tasks, most)) as ended:
+            for found in ended:
+                if isinstance(found, RequestError):
+                    counts.refuse(found)
+                    continue
+                found = found if timed else replace(found, seconds=None, first_seconds=None)
+                file.write(found.to_dict())
+                counts.written += 1
+                progress(counts, found)
+        del system, driver, tasks, ended  # before the next is loaded
     return counts

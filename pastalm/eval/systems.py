@@ -1,4 +1,4 @@
-"""What is evaluated: systems that answer a prompt, greedily and one at a time, and say what it took.
+"""What is evaluated: systems that answer prompts, greedily, one at a time or many at once, and say what it took.
 
 `Decoding` is a PASTA model, or the same model with its tags off; the methods that came before stand in baselines/.
 """
@@ -10,22 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pastalm import answers
+from pastalm import answers, sample
 from pastalm.answers import Answer
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.events import Decoded, Finished, Forked
-from pastalm.llm import LLM, Stream
+from pastalm.llm import LLM, Stream, Task
 from pastalm.prompts import Prompt
 
 
 class System(Protocol):
-    """name: of the row in the table, and of the file."""
+    """name: of the row in the table, and of the file. llm: the model that it runs on."""
 
     name: str
+    llm: LLM
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """Decodes one answer from a cold cache, and measures it. Raises RequestError for a prompt that does not
         fit."""
+        ...
+
+    def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
+        """The same answer, decoded in company (`at_once`)."""
         ...
 
 
@@ -38,7 +43,7 @@ class Decoding:
     parallelism: float = 1.0
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
+        params = self._params(max_tokens)
         cold(self.llm)
         stream = self.llm.stream([{"role": "user", "content": prompt.text}], params)
         first = play(stream)
@@ -49,6 +54,12 @@ class Decoding:
             threads=tuple(stream.transcript.to_dict()["threads"]),
             **answers.figures(stream.transcript),
         )
+
+    def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
+        return sample.answer(self.llm, prompt, self._params(max_tokens))
+
+    def _params(self, max_tokens: int) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
 
 
 def play(stream: Stream) -> float | None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pastalm import LLM, models
 from pastalm.eval.baselines import apar
-from pastalm.eval.baselines.copying import Copying, decode, lookup
+from pastalm.eval.baselines.copying import Copying, along, decode, lookup
 from pastalm.eval.baselines.skeleton import SkeletonOfThought, points_of
 from pastalm.eval.systems import Decoding
 from pastalm.lang import Promise, parse, render, strip
@@ -86,6 +86,7 @@ def test_any_draft_leaves_the_answer_as_it_is(llm: LLM, right: float) -> None:
 
     tokens, passes = run(propose)
     assert tokens == plain
+    assert along(prompt, plain, propose, max_tokens=30).passes == passes
     assert passes == {0.0: 30, 0.5: 9, 1.0: 6}[right]
 
 

@@ -173,16 +173,22 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path:
 
 
 def test_under_load_the_answers_are_the_same(load: Load, tmp_path: Path) -> None:
-    systems = list(evaluate.build(["own=some"], Decoding(evaluate.BASELINE, load("", None), parallelism=0), load))
-    measure.measure(systems, PROMPTS, tmp_path / "one", max_tokens=12)
-    counts = measure.under_load(systems, PROMPTS, tmp_path / "many", max_tokens=12)
-    assert counts.written == 8
-    for name in ("baseline", "own"):
+    names = ["baseline", "own", "sot", "sot-routed", "lookup", "llma"]
+    wanted = ["own=some", *names[2:]]
+    systems = list(evaluate.build(wanted, Decoding(evaluate.BASELINE, load("", None), parallelism=0), load))
+    prompts = [replace(prompt, references=(f"Of {prompt.id}",)) for prompt in PROMPTS]
+    measure.measure(systems, prompts, tmp_path / "one", max_tokens=12)
+    counts = measure.under_load(systems, prompts, tmp_path / "many", max_tokens=12, timed=False)
+    assert (counts.written, counts.skipped, counts.refused) == (24, 0, {})
+    for name in names:
         one, many = (answers.read(tmp_path / where / f"{name}.jsonl") for where in ("one", "many"))
-        assert {a.id: a.annotated for a in one} == {a.id: a.annotated for a in many}
-    lookup = list(evaluate.build(["lookup"], Decoding(evaluate.BASELINE, load("", None), parallelism=0), load))
-    with pytest.raises(RequestError, match="lookup answers one request at a time"):
-        measure.under_load(lookup[1:], PROMPTS, tmp_path / "many")
+        told = [{a.id: (a.annotated, a.tokens, a.critical_path) for a in found} for found in (one, many)]
+        assert told[0] == told[1], name
+        assert all(a.seconds is None and a.first_seconds is None for a in many)
+    assert measure.under_load(systems, prompts, tmp_path / "many", max_tokens=12).skipped == 24
+    long = [Prompt(id="long", text="x" * 2000)]
+    counts = measure.under_load(systems, [*prompts, *long], tmp_path / "long", max_tokens=12)
+    assert counts.written == 24 and sum(counts.refused.values()) == 6
 
 
 def test_systems_that_cannot_be_built(load: Load) -> None:

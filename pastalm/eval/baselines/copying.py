@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,8 +23,10 @@ from pastalm.engine import SamplingParams
 from pastalm.errors import CapabilityError
 from pastalm.eval.systems import answer
 from pastalm.lang import Text, render
-from pastalm.llm import LLM
+from pastalm.llm import LLM, Task
 from pastalm.prompts import Prompt
+
+SEQUENTIAL = SamplingParams(temperature=0, parallelism=0)
 
 Propose = Callable[[Sequence[int]], Sequence[int]]
 """Prompt and answer so far -> tokens that may come next."""
@@ -51,44 +53,64 @@ class Decoded:
     first: float
 
 
-@torch.inference_mode()
-def decode(
-    model: Any, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int], never: Sequence[int]
+Said = Callable[[int, Sequence[int]], Sequence[int]]
+"""How many tokens stand so far, prompt included, and those fed after them -> what greedy decoding says after each."""
+
+
+def verify(
+    said: Said, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]
 ) -> Decoded:
-    """Greedy decoding that verifies drafts. ends: tokens that end the answer. never: ids that are not said."""
-    from transformers import DynamicCache
-
+    """Greedy decoding that verifies drafts. ends: tokens that end the answer."""
     started = time.perf_counter()
-    cache = DynamicCache()
-    banned = torch.tensor(list(never), dtype=torch.long, device=model.device)
-
-    def said(fed: Sequence[int]) -> list[int]:
-        """What is likeliest after each of the last len(wanted) tokens fed."""
-        ids = torch.tensor([list(fed)], device=model.device)
-        position = torch.arange(cache.get_seq_length(), cache.get_seq_length() + len(fed), device=model.device)[None]
-        keep = 1 if not tokens else len(fed)
-        logits = model(
-            input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=keep
-        ).logits[0]
-        logits[:, banned] = -torch.inf
-        return logits.argmax(-1).tolist()
-
-    tokens: list[int] = []
-    tokens.append(said(prompt)[-1])
+    tokens = [said(0, prompt)[-1]]
     first, passes = time.perf_counter() - started, 1
     while tokens[-1] not in ends and len(tokens) < max_tokens:
         draft = list(propose([*prompt, *tokens]))[: max_tokens - len(tokens) - 1]
-        found = said([tokens[-1], *draft])
+        found = said(len(prompt) + len(tokens) - 1, [tokens[-1], *draft])
         passes += 1
         taken = next((i for i, token in enumerate(draft) if token != found[i]), len(draft))
         for token in found[: taken + 1]:
             tokens.append(token)
             if token in ends:
                 break
-        surplus = cache.get_seq_length() - (len(prompt) + len(tokens) - 1)
-        if surplus:
-            cache.crop(-surplus)
     return Decoded(tokens, passes, first)
+
+
+@torch.inference_mode()
+def decode(
+    model: Any, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int], never: Sequence[int]
+) -> Decoded:
+    """`verify` by a model's forward passes. never: ids that are not said."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    banned = torch.tensor(list(never), dtype=torch.long, device=model.device)
+
+    def said(stand: int, fed: Sequence[int]) -> list[int]:
+        if surplus := cache.get_seq_length() - stand:  # of a draft that was not taken
+            cache.crop(-surplus)
+        logits = model(
+            input_ids=torch.tensor([list(fed)], device=model.device),
+            position_ids=torch.arange(stand, stand + len(fed), device=model.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=len(fed) if stand else 1,
+        ).logits[0]
+        logits[:, banned] = -torch.inf
+        found: list[int] = logits.argmax(-1).tolist()
+        return found
+
+    return verify(said, prompt, propose, max_tokens=max_tokens, ends=ends)
+
+
+def along(prompt: Sequence[int], tokens: Sequence[int], propose: Propose, *, max_tokens: int) -> Decoded:
+    """`verify` where greedy decoding is known to say these tokens: the passes that it would take."""
+
+    def said(stand: int, fed: Sequence[int]) -> list[int]:
+        begin = max(0, stand + 1 - len(prompt))
+        return [*tokens[begin : begin + len(fed)], *[-1] * len(fed)][: len(fed)] if stand else [tokens[0]]
+
+    return verify(said, prompt, propose, max_tokens=min(max_tokens, len(tokens)), ends=frozenset())
 
 
 @dataclass(slots=True)
@@ -112,6 +134,19 @@ class Copying:
         started = time.perf_counter()
         found = self.decode(prompt, max_tokens)
         seconds = time.perf_counter() - started
+        return self._answer(prompt, found, first_seconds=round(found.first, 4), seconds=round(seconds, 4))
+
+    def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
+        """See `System`: the sequential answer, by the engine, and the passes that copying would have taken for it. No
+        seconds: it was not decoded so."""
+        running, _ = self.llm.driver.submit(
+            self.asked(prompt), replace(SEQUENTIAL, max_tokens=max_tokens), positions=self.llm.positions
+        )
+        yield [running]
+        tokens = [token for _, token in running.transcript.linear_tokens()]
+        return self._answer(prompt, along(self.asked(prompt), tokens, self._proposer(prompt), max_tokens=max_tokens))
+
+    def _answer(self, prompt: Prompt, found: Decoded, **seconds: float) -> Answer:
         vocabulary = self.llm.loaded.vocabulary
         ended = found.tokens[-1] in vocabulary.eos
         text = vocabulary.text(found.tokens[:-1] if ended else found.tokens)
@@ -123,14 +158,11 @@ class Copying:
             critical_path=found.passes,
             steps=found.passes,
             finish_reason="stop" if ended else "length",
-            first_seconds=round(found.first, 4),
-            seconds=round(seconds, 4),
+            **seconds,
         )
 
-    def decode(self, prompt: Prompt, max_tokens: int) -> Decoded:
-        """The answer's tokens, those of sequential greedy decoding."""
-        vocabulary = self.llm.loaded.vocabulary
-        references = [vocabulary.encode(text) for text in prompt.references]
+    def _proposer(self, prompt: Prompt) -> Propose:
+        references = [self.llm.loaded.vocabulary.encode(text) for text in prompt.references]
 
         def propose(known: Sequence[int]) -> Sequence[int]:
             for source in [known] if self.source == "prompt" else references:
@@ -139,10 +171,15 @@ class Copying:
                     return found
             return []
 
+        return propose
+
+    def decode(self, prompt: Prompt, max_tokens: int) -> Decoded:
+        """The answer's tokens, those of sequential greedy decoding."""
+        vocabulary = self.llm.loaded.vocabulary
         return decode(
             self.llm.loaded.model,
             self.asked(prompt),
-            propose,
+            self._proposer(prompt),
             max_tokens=max_tokens,
             ends=frozenset(vocabulary.eos),
             never=vocabulary.tags.ids if vocabulary.tags else (),
@@ -150,5 +187,4 @@ class Copying:
 
     def asked(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt, as its sequential decoding gets them."""
-        params = SamplingParams(temperature=0, parallelism=0)
-        return self.llm.encode([{"role": "user", "content": prompt.text}], params)
+        return self.llm.encode([{"role": "user", "content": prompt.text}], SEQUENTIAL)

@@ -15,9 +15,10 @@ from typing import Any
 
 from pastalm.answers import Answer
 from pastalm.engine import SamplingParams
+from pastalm.errors import RequestError
 from pastalm.eval.systems import answer, cold
 from pastalm.lang import Async, Node, Promise, Sync, Text, normalize, render
-from pastalm.llm import LLM, Running
+from pastalm.llm import LLM, Running, Task, at_once
 from pastalm.prompts import Prompt
 
 MOST_POINTS = 10
@@ -56,19 +57,26 @@ class SkeletonOfThought:
     max_point: int = 200
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
+        """See `System`."""
+        cold(self.llm)
+        (found,) = at_once(self.llm.driver, [self.task(prompt, max_tokens)], 1)
+        if isinstance(found, RequestError):
+            raise found
+        return found
+
+    def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
         """See `System`. Critical path: router, skeleton, longest point; where no skeleton comes of it, the
         sequential answer after them."""
-        cold(self.llm)
         started = time.perf_counter()
         spent = Spent()
-        if not self.routed or self._suits(prompt.text, spent):
+        if not self.routed or (yield from self._suits(prompt.text, spent)):
             asked = _SKELETON.format(question=prompt.text)
-            (skeleton,) = self._decode([(asked, "1.")], 200, spent, stop=f"\n{MOST_POINTS + 1}.")
+            (skeleton,) = yield from self._decode([(asked, "1.")], 200, spent, stop=f"\n{MOST_POINTS + 1}.")
             points = points_of("1." + skeleton.transcript.text)
             if len(points) >= 2:
                 first = time.perf_counter() - started
                 whole = "\n".join(f"{i}. {point}" for i, point in enumerate(points, 1))
-                parts = self._decode(
+                parts = yield from self._decode(
                     [(_expand(prompt.text, whole, i), f"{i}. {point}:") for i, point in enumerate(points, 1)],
                     self.max_point,
                     spent,
@@ -77,7 +85,7 @@ class SkeletonOfThought:
                 seconds = time.perf_counter() - started
                 reason = "length" if any(p.transcript.finish_reason == "length" for p in parts) else "stop"
                 return self._answer(prompt, render(assembled(points, texts, parts)), spent, reason, first, seconds)
-        (plain,) = self._decode([(prompt.text, "")], max_tokens, spent)
+        (plain,) = yield from self._decode([(prompt.text, "")], max_tokens, spent)
         seconds = time.perf_counter() - started
         text = render((Text(plain.transcript.text),)) if plain.transcript.text else ""
         first = seconds - plain.transcript.seconds
@@ -97,26 +105,30 @@ class SkeletonOfThought:
             seconds=round(seconds, 4),
         )
 
-    def _suits(self, question: str, spent: Spent) -> bool:
+    def _suits(self, question: str, spent: Spent) -> Task[bool]:
         """The router: whichever of the two words is likelier."""
         vocabulary = self.llm.loaded.vocabulary
         words = {word: vocabulary.encode(word)[0] for word in ("Yes", "No")}
         bias = dict.fromkeys(words.values(), 100.0)
-        (said,) = self._decode([(_ROUTE.format(question=question), "")], 1, spent, logit_bias=bias)
+        (said,) = yield from self._decode([(_ROUTE.format(question=question), "")], 1, spent, logit_bias=bias)
         return said.transcript.text == "Yes"
 
     def _decode(
         self, asked: Sequence[tuple[str, str]], max_tokens: int, spent: Spent, **params: Any
-    ) -> list[Running]:
+    ) -> Task[list[Running]]:
         """Answers to (question, how the answer begins), greedily, all at once."""
         chosen = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, **params)
-        running = []
-        for question, begun in asked:
-            ids = self.llm.encode([{"role": "user", "content": question}], chosen)
-            ids += self.llm.loaded.vocabulary.encode(begun)
-            running.append(self.llm.driver.submit(ids, chosen, positions=self.llm.positions)[0])
-        while any(not one.transcript.finished for one in running):
-            self.llm.driver.step()
+        running: list[Running] = []
+        try:
+            for question, begun in asked:
+                ids = self.llm.encode([{"role": "user", "content": question}], chosen)
+                ids += self.llm.loaded.vocabulary.encode(begun)
+                running.append(self.llm.driver.submit(ids, chosen, positions=self.llm.positions)[0])
+        except RequestError:
+            for one in running:
+                self.llm.driver.cancel(one)
+            raise
+        yield running
         spent.add(running)
         return running
 

@@ -26,12 +26,11 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from pastalm import LLM, SamplingParams, models, prompts
+from pastalm.eval.replay import replay, told
 from pastalm.events import Joined
-from pastalm.layout import decoded_rows
 from pastalm.transcript import Transcript
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
@@ -102,27 +101,15 @@ def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: in
     """Every token of every answer, replayed."""
     model = models.load(folder, adapter=None, dtype="float32").model
     gaps: list[float] = []
-    threads = syncs = forced = 0
+    threads = syncs = 0
     for prompt in asked:
         params = SamplingParams(temperature=0, max_tokens=max_tokens)
         stream = llm.stream([{"role": "user", "content": prompt.text}], params)
         events = list(stream)
         threads += len(stream.transcript.threads)
         syncs += sum(isinstance(event, Joined) and bool(event.children) for event in events)
-        for context, own in decoded_rows(stream.prompt_token_ids, events):
-            row = torch.tensor([[*context, *(token for token, _ in own)]])
-            with torch.inference_mode():
-                logits = model(row, use_cache=False).logits[0, len(context) - 1 : -1]
-            for (token, event), there in zip(own, logits, strict=True):
-                if event is None or event.replaced:
-                    forced += 1
-                else:
-                    gaps.append(float(there.max() - there[token]))
-    parts = [f"{np.mean(np.array(gaps) <= limit):.4%} within {limit:g}" for limit in (0, 1e-3, 0.5)]
-    return (
-        f"{len(asked)} answers, {threads} threads, {syncs} joins, {len(gaps)} tokens replayed, {forced} not chosen by "
-        f"the model: {', '.join(parts)}; largest distance from the largest logit {max(gaps, default=0):.4g}"
-    )
+        gaps += replay(model, stream.prompt_token_ids, events, "serial")
+    return f"{len(asked)} answers, {threads} threads, {syncs} joins: {told(gaps)}"
 
 
 def ratios(rows: Sequence[Timed]) -> dict[str, list[float]]:

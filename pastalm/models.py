@@ -201,9 +201,9 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
         ids: list[int] = text_only.encode(text, add_special_tokens=False).ids
         return ids
 
-    return Vocabulary(
-        size=size or len(tokenizer), eos=frozenset(eos), encode=encode, piece=piece, tags=tags
-    )
+    eos = frozenset(eos)
+    ends = frozenset(text for text in map(tokenizer.convert_ids_to_tokens, eos) if text)
+    return Vocabulary(size=size or len(tokenizer), eos=eos, encode=encode, piece=piece, tags=tags, ends=ends)
 
 
 def _byte_reader(tokenizer: Any) -> Callable[[int], bytes]:

@@ -45,13 +45,15 @@ class Tags:
 @dataclass(frozen=True)
 class Vocabulary:
     """encode: base vocabulary only, no special token ever. piece: bytes a token adds to the text
-    (empty for special tokens). eos: ids that end a response. size: number of ids."""
+    (empty for special tokens). eos: ids that end a response. size: number of ids. ends: how the tokens of eos are
+    spelled, for servers that say them."""
 
     size: int
     eos: frozenset[int]
     encode: Callable[[str], Sequence[int]]
     piece: Callable[[int], bytes]
     tags: Tags | None = None
+    ends: frozenset[str] = frozenset()
 
     @cached_property
     def numbers(self) -> dict[tuple[int, ...], int]:
@@ -85,19 +87,20 @@ class Pieces:
     id of its own, so that a token is what the server sent at once.
 
     0 is the end. If `prepared`, 1..6 are the six tags, and digits are pieces by themselves, as promised lengths are
-    read one at a time; else every `>` ends a piece, so that nothing stands behind a tag of the XML in its piece.
+    read one at a time; the server spells the tags, and may so spell the end too (`ends`). Else every `>` ends a piece,
+    so that nothing stands behind a tag of the XML in its piece.
     """
 
     EOS = 0
 
-    def __init__(self, *, prepared: bool = False) -> None:
+    def __init__(self, *, prepared: bool = False, ends: Iterable[str] = ()) -> None:
         tags = Tags(*range(1, 7)) if prepared else None
         self._texts = ["", *TAG_TOKENS.values()]
         self._ids: dict[str, int] = {}
         spelled = dict(zip(TAG_TOKENS.values(), range(1, 7), strict=True)) if prepared else {}
-        self._spelled = spelled
+        self._spelled = spelled | dict.fromkeys(ends, self.EOS)
         self._apart = re.compile("[0-9]" if prepared else "[^>]*>")
-        self._split = re.compile("|".join([self._apart.pattern, *map(re.escape, spelled)]))
+        self._split = re.compile("|".join([*map(re.escape, self._spelled), self._apart.pattern]))
         self.vocabulary = Vocabulary(
             size=sys.maxsize,
             eos=frozenset({self.EOS}),
@@ -111,8 +114,9 @@ class Pieces:
         return [self._id(part) for part in self._parts(text, self._apart)]
 
     def read(self, text: str) -> list[int]:
-        """Ids of what a server said: a tag's spelling is that tag."""
-        return [self._spelled.get(part) or self._id(part) for part in self._parts(text, self._split)]
+        """Ids of what a server said: a tag's spelling is that tag, the end's is the end."""
+        parts = self._parts(text, self._split)
+        return [self._spelled[part] if part in self._spelled else self._id(part) for part in parts]
 
     def piece(self, token: int) -> bytes:
         return self._texts[token].encode() if token > 6 else b""

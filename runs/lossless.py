@@ -12,23 +12,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from pastalm import LLM, SamplingParams, prompts
 from pastalm.eval.baselines.copying import Copying
+from pastalm.eval.replay import Chosen, Row, gaps
+from pastalm.events import TokenSet
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
-
-
-@torch.inference_mode()
-def gap(model: object, prompt: list[int], tokens: list[int], never: list[int]) -> float:
-    """The largest distance of a token's logit from the largest there, of those that may be said."""
-    ids = torch.tensor([[*prompt, *tokens]])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # type: ignore[operator]
-    logits[:, never] = -torch.inf
-    said = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    return float((logits.max(-1).values - said).max())
 
 
 def main(
@@ -40,8 +31,6 @@ def main(
 ) -> None:
     """Prints a line for each method; exits with 1 if a token lies outside the tolerance."""
     llm = LLM(adapter=None if adapter == "none" else adapter, dtype=dtype, max_num_seqs=1)
-    tags = llm.loaded.vocabulary.tags
-    never = list(tags.ids) if tags else []
     asked = prompts.read(source, limit)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0)
     own = {p.id: llm.chat([{"role": "user", "content": p.text}], params)[0].outputs[0].token_ids for p in asked}
@@ -49,16 +38,23 @@ def main(
     worst = 0.0
     for method in methods:
         found = {p.id: method.decode(p, max_tokens) for p in asked}
-        gaps = [gap(llm.loaded.model, method.asked(p), found[p.id].tokens, never) for p in asked]
+        far = [max(_gaps(llm, method.asked(p), found[p.id].tokens)) for p in asked]
         same = sum(tuple(found[p.id].tokens) == tuple(own[p.id]) for p in asked)
         tokens, passes = (sum(n) for n in zip(*((len(f.tokens), f.passes) for f in found.values()), strict=True))
         print(
             f"{method.name}: {len(asked)} answers, {tokens} tokens in {passes} passes ({tokens / passes:.2f} a pass); "
-            f"worst gap {max(gaps):.2g} (tolerance {TOLERANCE[dtype]}); {same} as the engine's own, token for token",
+            f"worst gap {max(far):.2g} (tolerance {TOLERANCE[dtype]}); {same} as the engine's own, token for token",
             flush=True,
         )
-        worst = max(worst, *gaps)
+        worst = max(worst, *far)
     raise typer.Exit(worst > TOLERANCE[dtype])
+
+
+def _gaps(llm: LLM, prompt: list[int], tokens: list[int]) -> list[float]:
+    tags = llm.loaded.vocabulary.tags
+    allowed = TokenSet.all_but(*tags.ids) if tags else None
+    chosen = [Chosen(len(prompt) + i - 1, token, allowed) for i, token in enumerate(tokens)]
+    return gaps(llm.loaded.model, Row([*prompt, *tokens], chosen))
 
 
 if __name__ == "__main__":

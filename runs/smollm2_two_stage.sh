@@ -37,12 +37,15 @@ sample prompts.jsonl own_answers.jsonl --adapter none --sequential \
 "$pasta" annotate own_answers.jsonl own.jsonl --max-repetition 0.1
 "$pasta" annotate "$answers" given.jsonl
 
-# 2. whose responses; which positions (arm_given: the default mix). Every twentieth given answer is held out of the arms:
-# what they make of those stands in positions.md
+# 2. whose responses; whose annotation (APAR's: by form alone); which positions (arm_given: the default mix). Every
+# twentieth given answer is held out of the arms: what they make of those stands in positions.md
 whole held.jsonl awk 'NR % 20 == 0' given.jsonl
 whole arms.jsonl awk 'NR % 20' given.jsonl
 train sft arm_own own.jsonl --token-budget "$arm_tokens" --seed 5
 train sft arm_given arms.jsonl --token-budget "$arm_tokens" --seed 5
+"$pasta" annotate "$answers" apar_all.jsonl --annotator apar
+whole apar.jsonl awk 'NR % 20' apar_all.jsonl
+train sft arm_apar apar.jsonl --token-budget "$arm_tokens" --seed 5
 for policy in promised overlap serial; do
   train sft "arm_$policy" arms.jsonl --token-budget "$arm_tokens" --seed 5 --positions "$policy"
 done
@@ -51,20 +54,27 @@ whole positions.md "$python" "$here/positions.py" held.jsonl mix=arm_given/adapt
   overlap=arm_overlap/adapter:overlap serial=arm_serial/adapter:serial
 
 # 3. stage 1 on the given answers, the baseline on the same without tags, and an adapter that owes nothing to
-# anyone's terms; each then unlearns what its own greedy answers repeat until they are cut off
+# anyone's terms; each then unlearns what its own greedy answers repeat until they are cut off, and so do APAR's arm and
+# ours of the same budget
 whole prompts_loops.jsonl "$python" "$here/rows.py" "$answers" --draw 160 --seed 77
 whole prompts_loops_own.jsonl "$python" "$here/rows.py" prompts.jsonl --draw 160 --seed 77
-finetune() { # finetune NAME DATA PROMPTS SAMPLING ARGUMENTS...
+unlearn() { # unlearn NAME DATA PROMPTS FORKING FIRST ARGUMENTS...
+  local name=$1 data=$2 prompts=$3 forking=$4 first=$5; shift 5
+  sample "$prompts" "loops_$name.jsonl" --adapter "$first/adapter" --max-tokens 384 --sequential
+  [ "$forking" = no ] || sample "$prompts" "loops_$name.jsonl" --adapter "$first/adapter" --max-tokens 384
+  train sft "$name" "$data" --start "$first/adapter" --repeats "loops_$name.jsonl" \
+    --token-budget "$unlearn_tokens" --learning-rate 2e-4 --row-learning-rate 1e-3 --seed 6 "$@"
+}
+finetune() { # finetune NAME DATA PROMPTS FORKING ARGUMENTS...
   local name=$1 data=$2 prompts=$3 forking=$4; shift 4
   train sft "${name}_first" "$data" --token-budget "$stage1_tokens" --batch-tokens "$batch_tokens" --seed 5 "$@"
-  sample "$prompts" "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384 --sequential
-  [ "$forking" = no ] || sample "$prompts" "loops_$name.jsonl" --adapter "${name}_first/adapter" --max-tokens 384
-  train sft "$name" "$data" --start "${name}_first/adapter" --repeats "loops_$name.jsonl" \
-    --token-budget "$unlearn_tokens" --learning-rate 2e-4 --row-learning-rate 1e-3 --seed 6 "$@"
+  unlearn "$name" "$data" "$prompts" "$forking" "${name}_first" "$@"
 }
 finetune baseline given.jsonl prompts_loops.jsonl no --untagged
 finetune stage1 given.jsonl prompts_loops.jsonl yes
 finetune stage1_own own.jsonl prompts_loops_own.jsonl yes --epochs "$own_epochs"
+unlearn pasta_small arms.jsonl prompts_loops.jsonl yes arm_given
+unlearn apar_small apar.jsonl prompts_loops.jsonl yes arm_apar
 
 # 4. stage 2, round after round: sample N answers to each prompt, score, prefer best to worst
 whole prompts_round.jsonl "$python" "$here/rows.py" "$answers" --draw "$round_prompts" --seed 9
@@ -96,7 +106,7 @@ done
 
 # 5. the table: greedy answers to the evaluation's prompts
 systems=()
-for adapter in arm_own arm_given arm_promised stage1_own stage1 lambda*_round*; do
+for adapter in arm_own arm_given arm_promised apar_small pasta_small stage1_own stage1 lambda*_round*; do
   [ ! -d "$adapter/adapter" ] || systems+=("$adapter=$adapter/adapter")
 done
 # `serial` wants a server; but for what follows a sync, `overlap` is the same

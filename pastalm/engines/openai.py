@@ -802,7 +802,8 @@ def _wire(
             return ids, said.logprob is not None
         if chosen == "ids":
             raise RemoteError(f"{connection.base_url} does not tell token ids: leave out wire='ids'")
-    texts = Texts(Pieces(prepared=vocabulary is not None and vocabulary.tags is not None))
+    prepared = vocabulary is not None and vocabulary.tags is not None
+    texts = Texts(Pieces(prepared=prepared, ends=vocabulary.ends if vocabulary and prepared else ()))
     choice = _tried(connection, "Hello", logprobs=1)
     if choice is not None and _scores(choice):
         return texts, True

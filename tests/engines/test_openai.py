@@ -707,6 +707,24 @@ def test_a_server_that_knows_no_ids_is_asked_in_text() -> None:
         assert not engine.capabilities.untagged
 
 
+def test_the_end_is_no_text_where_a_server_says_it() -> None:
+    """llama.cpp's server with `special`, which a prepared model needs there, says the end token too."""
+
+    def answer(body: dict[str, Any]) -> Reply | Parts:
+        if not body.get("stream"):
+            return (200, {}, text_chunk("a", "length")) if isinstance(body["prompt"], str) else refusal(422)
+        return iter([text_chunk("Yes"), text_chunk(".<|end|>"), text_chunk("", "stop")])
+
+    with engine_over(answer, vocabulary=replace(PREPARED, ends=frozenset({"<|end|>"}))) as engine:
+        driver = Driver(engine, engine.wire.vocabulary)
+        prompt = engine.wire.vocabulary.encode("What of <|end|>?")
+        assert engine.wire.prompt(prompt) == "What of <|end|>?"  # type: ignore[arg-type]
+        running, _ = driver.submit(prompt, SamplingParams(temperature=0, max_tokens=50), positions="serial")
+        run(driver)
+    assert (running.transcript.text, running.transcript.finish_reason) == ("Yes.", "stop")
+    assert running.transcript.tokens == 3
+
+
 # ------------------------------------------------------------------------------ text
 
 XML = (
@@ -768,7 +786,8 @@ def test_pieces_keep_the_text(parts: list[str]) -> None:
         assert prepared or all(">" not in part[:-1] for part in parted), "nothing stands behind a tag in its piece"
         spelled = sum(text.count(t) for t in TAG_TOKENS.values()) if prepared else 0
         assert sum(token in tags for token in pieces.read(text)) == spelled
-    pieces = Pieces(prepared=True)
+    pieces = Pieces(prepared=True, ends=["<|"])
+    assert pieces.read("a<|b1") == [pieces.encode("a")[0], pieces.EOS, *pieces.encode("b1")]
     assert pieces.encode("120") == [pieces.encode(digit)[0] for digit in "120"]
 
 

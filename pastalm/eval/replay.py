@@ -1,0 +1,113 @@
+"""How far each token of a decoded answer lies from what the model says in one plain forward pass (SPEC "equal").
+
+The proof of any schedule, engine or server: whatever decoded the answer, 0 where every token is the likeliest of those
+that were allowed there. The tolerance is 1e-3 in float32, 0.5 in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pastalm.events import Decoded, Event, Path, TokenSet
+from pastalm.layout import Layout, Policy, decoded_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A token that a model chose: after which place of its row, and among which ids (None: any)."""
+
+    after: int
+    token: int
+    allowed: TokenSet | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One forward pass. ids, positions: [n]; visible: [n, n], row sees column (None: causal)."""
+
+    ids: list[int]
+    chosen: list[Chosen]
+    positions: list[int] | None = None
+    visible: NDArray[np.bool_] | None = None
+
+
+def replay(model: Any, prompt: Sequence[int], events: Iterable[Event], policy: Policy = "promised") -> list[float]:
+    """Of each token of a greedily decoded response that was the model's choice, the distance of its logit from the
+    largest that was allowed. model: of transformers, not laid out for decoding. `serial` takes a pass a stretch, the
+    others one in all."""
+    events = list(events)
+    rows = _stretches(prompt, events) if policy == "serial" else [_whole(prompt, events, policy)]
+    return [gap for row in rows for gap in gaps(model, row)]
+
+
+@torch.inference_mode()
+def gaps(model: Any, row: Row) -> list[float]:
+    """Of each token chosen in a row, in their order, the distance of its logit from the largest that was allowed."""
+    positions = None if row.positions is None else torch.tensor([row.positions])
+    mask = None if row.visible is None else torch.from_numpy(row.visible)[None, None]
+    logits = model(
+        input_ids=torch.tensor([row.ids]), position_ids=positions, attention_mask=mask, use_cache=False
+    ).logits[0]
+    return [_gap(logits[chosen.after].float(), chosen) for chosen in row.chosen]
+
+
+def told(gaps: Sequence[float]) -> str:
+    """One line about many gaps."""
+    parts = [f"{np.mean(np.array(gaps) <= limit):.4%} within {limit:g}" for limit in (0, 1e-3, 0.5)]
+    return f"{len(gaps)} tokens replayed, {', '.join(parts)}; largest distance from the largest logit {max(gaps):.4g}"
+
+
+def _gap(logits: torch.Tensor, chosen: Chosen) -> float:
+    admitted = logits
+    if chosen.allowed is not None:
+        inside = torch.zeros(len(logits), dtype=torch.bool)
+        inside[list(chosen.allowed.ids)] = True
+        admitted = logits[~inside if chosen.allowed.inverted else inside]
+    return float(admitted.max() - logits[chosen.token])
+
+
+def _whole(prompt: Sequence[int], events: Sequence[Event], policy: Policy) -> Row:
+    length = len(prompt) + sum(isinstance(e, Decoded) + len(getattr(e, "forced", ())) for e in events)
+    layout = Layout(len(prompt), length, policy)
+    ids, positions = list(prompt), list(range(len(prompt)))
+    rows = [np.arange(length) <= i for i in range(len(prompt))]
+    last: dict[Path, int] = {(): len(prompt) - 1}
+    chosen = []
+    allowed = _allowed(events)
+    for i, event in enumerate(events):
+        if isinstance(event, Decoded) and not event.replaced:
+            chosen.append(Chosen(last[event.path], event.token, allowed[i]))
+        for placed in layout.apply(event):
+            ids.append(placed.token)
+            positions.append(placed.position)
+            rows.append(placed.row)
+            last[placed.path] = len(ids) - 1
+    n = len(ids)
+    return Row(ids, chosen, positions, np.stack(rows)[:, :n])
+
+
+def _stretches(prompt: Sequence[int], events: Sequence[Event]) -> Iterator[Row]:
+    allowed = {id(event): mask for event, mask in zip(events, _allowed(events), strict=True)}
+    for context, own in decoded_rows(prompt, events):
+        chosen = [
+            Chosen(len(context) + i - 1, token, allowed[id(event)])
+            for i, (token, event) in enumerate(own)
+            if event is not None and not event.replaced
+        ]
+        yield Row([*context, *(token for token, _ in own)], chosen)
+
+
+def _allowed(events: Sequence[Event]) -> list[TokenSet | None]:
+    """Of each event, what its thread might say next before it."""
+    now: dict[Path, TokenSet | None] = {}
+    before = []
+    for event in events:
+        before.append(now.get(event.path))
+        now[event.path] = event.allowed
+    return before

@@ -61,9 +61,11 @@ def sample(
     return counts
 
 
-def answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, choice: int = 0, place: int = 0) -> Task[Answer]:
-    """One answer to a prompt, its seed the parameters' and its prompt's place. Raises RequestError for a prompt longer
-    than the context."""
+def answer(
+    llm: LLM, prompt: Prompt, params: SamplingParams, *, choice: int = 0, place: int = 0, threads: bool = False
+) -> Task[Answer]:
+    """One answer to a prompt, its seed the parameters' and its prompt's place. threads: keep what its timeline is drawn
+    from. Raises RequestError for a prompt longer than the context."""
     seed = None if params.seed is None else params.seed + place
     messages = [{"role": "user", "content": prompt.text}]
     running = llm.submit(messages, replace(params, n=1), choice=choice, seed=seed)[0]
@@ -76,6 +78,7 @@ def answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, choice: int = 0,
         category=prompt.category,
         source=prompt.source,
         licence=prompt.licence,
+        threads=tuple(running.transcript.to_dict()["threads"]) if threads else (),
         **answers.figures(running.transcript),
     )
 

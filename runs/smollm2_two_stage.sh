@@ -73,8 +73,8 @@ finetune() { # finetune NAME DATA PROMPTS FORKING ARGUMENTS...
 finetune baseline given.jsonl prompts_loops.jsonl no --untagged
 finetune stage1 given.jsonl prompts_loops.jsonl yes
 finetune stage1_own own.jsonl prompts_loops_own.jsonl yes --epochs "$own_epochs"
-unlearn pasta_small arms.jsonl prompts_loops.jsonl yes arm_given
-unlearn apar_small apar.jsonl prompts_loops.jsonl yes arm_apar
+unlearn pasta_small arms.jsonl prompts_loops.jsonl no arm_given
+unlearn apar_small apar.jsonl prompts_loops.jsonl no arm_apar
 
 # 4. stage 2, round after round: sample N answers to each prompt, score, prefer best to worst
 whole prompts_round.jsonl "$python" "$here/rows.py" "$answers" --draw "$round_prompts" --seed 9

@@ -56,7 +56,7 @@ class Decoding:
         )
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        return sample.answer(self.llm, prompt, self._params(max_tokens))
+        return sample.answer(self.llm, prompt, self._params(max_tokens), threads=True)
 
     def _params(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)

@@ -182,7 +182,7 @@ def test_under_load_the_answers_are_the_same(load: Load, tmp_path: Path) -> None
     assert (counts.written, counts.skipped, counts.refused) == (24, 0, {})
     for name in names:
         one, many = (answers.read(tmp_path / where / f"{name}.jsonl") for where in ("one", "many"))
-        told = [{a.id: (a.annotated, a.tokens, a.critical_path, len(a.threads)) for a in found} for found in (one, many)]
+        told = [{a.id: (a.annotated, a.tokens, a.critical_path, len(a.threads)) for a in file} for file in (one, many)]
         assert told[0] == told[1], name
         assert all(a.seconds is None and a.first_seconds is None for a in many)
     assert measure.under_load(systems, prompts, tmp_path / "many", max_tokens=12).skipped == 24

@@ -10,6 +10,7 @@ from typing import Any
 from pastalm import jsonl
 from pastalm.errors import DataError, LanguageError
 from pastalm.lang import Async, Document, parse, strip
+from pastalm.prompts import Prompt
 from pastalm.transcript import Transcript
 
 
@@ -66,6 +67,18 @@ def _chunks(document: Document) -> Iterator[str]:
         if isinstance(node, Async):
             yield strip(node.body)
             yield from _chunks(node.body)
+
+
+def to(prompt: Prompt, **measured: Any) -> Answer:
+    """An answer to a prompt, with all that is known of that."""
+    return Answer(
+        id=prompt.id,
+        prompt=prompt.text,
+        category=prompt.category,
+        source=prompt.source,
+        licence=prompt.licence,
+        **measured,
+    )
 
 
 def figures(transcript: Transcript) -> dict[str, Any]:

@@ -70,14 +70,10 @@ def answer(
     messages = [{"role": "user", "content": prompt.text}]
     running = llm.submit(messages, replace(params, n=1), choice=choice, seed=seed)[0]
     yield [running]
-    return Answer(
-        id=prompt.id,
+    return answers.to(
+        prompt,
         choice=choice,
-        prompt=prompt.text,
         sequential=params.parallelism == 0,
-        category=prompt.category,
-        source=prompt.source,
-        licence=prompt.licence,
         threads=tuple(running.transcript.to_dict()["threads"]) if threads else (),
         **answers.figures(running.transcript),
     )

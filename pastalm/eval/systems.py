@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from pastalm import answers, sample
 from pastalm.answers import Answer
@@ -47,7 +47,7 @@ class Decoding:
         cold(self.llm)
         stream = self.llm.stream([{"role": "user", "content": prompt.text}], params)
         first = play(stream)
-        return answer(
+        return answers.to(
             prompt,
             sequential=self.parallelism == 0,
             first_seconds=first,
@@ -69,18 +69,6 @@ def play(stream: Stream) -> float | None:
         if first is None and stream.transcript.settled:
             first = stream.transcript.seconds
     return first
-
-
-def answer(prompt: Prompt, **measured: Any) -> Answer:
-    """An answer to a prompt with all that is known of that."""
-    return Answer(
-        id=prompt.id,
-        prompt=prompt.text,
-        category=prompt.category,
-        source=prompt.source,
-        licence=prompt.licence,
-        **measured,
-    )
 
 
 def cold(llm: LLM) -> None:

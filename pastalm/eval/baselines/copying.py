@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import torch
 
+from pastalm import answers
 from pastalm.answers import Answer
 from pastalm.engine import SamplingParams
 from pastalm.errors import CapabilityError
-from pastalm.eval.systems import answer
 from pastalm.lang import Text, render
 from pastalm.llm import LLM, Task
 from pastalm.prompts import Prompt
@@ -150,7 +150,7 @@ class Copying:
         vocabulary = self.llm.loaded.vocabulary
         ended = found.tokens[-1] in vocabulary.eos
         text = vocabulary.text(found.tokens[:-1] if ended else found.tokens)
-        return answer(
+        return answers.to(
             prompt,
             sequential=True,
             annotated=render((Text(text),)) if text else "",

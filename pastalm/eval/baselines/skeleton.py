@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pastalm import answers
 from pastalm.answers import Answer
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
-from pastalm.eval.systems import answer, cold
+from pastalm.eval.systems import cold
 from pastalm.lang import Async, Node, Promise, Sync, Text, normalize, render
 from pastalm.llm import LLM, Running, Task, at_once
 from pastalm.prompts import Prompt
@@ -94,7 +95,7 @@ class SkeletonOfThought:
     def _answer(
         self, prompt: Prompt, annotated: str, spent: Spent, reason: str, first: float, seconds: float
     ) -> Answer:
-        return answer(
+        return answers.to(
             prompt,
             annotated=annotated,
             tokens=spent.tokens,

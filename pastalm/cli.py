@@ -1107,13 +1107,15 @@ def evaluate(
     units = _units(sigma or [], scorer or [])
     _quiet()
     _fetch(model)
-    at_once = max(requests, 10 if any(s.startswith("sot") for s in systems) else 1)
+    few = 10 if any(s.startswith("sot") for s in systems) else 1  # the parts of one answer
 
-    def load(adapter: str, positions: Policy | None = None) -> LLM:
-        return _load(model, adapter, dtype, positions, max_num_seqs=at_once, device=device)
+    def loader(at_once: int) -> Callable[[str, Policy | None], LLM]:
+        return lambda adapter, positions: _load(
+            model, adapter, dtype, positions, max_num_seqs=at_once, device=device
+        )
 
     by, remote = _scorers(list(units), model, baseline, judge, device, base_url, concurrency, price_in, price_out)
-    base = Decoding(BASELINE, load(baseline), parallelism=0)
+    base = Decoding(BASELINE, loader(few)(baseline, None), parallelism=0)
     encode = base.llm.loaded.vocabulary.encode
 
     def count_tokens(text: str) -> int:
@@ -1124,7 +1126,7 @@ def evaluate(
         counts = measure.Counts()
         if alone:
             counts += measure.measure(
-                list(build(systems, base, load)),
+                list(build(systems, base, loader(few))),
                 alone,
                 out / "answers",
                 matched=base if matched else None,
@@ -1133,8 +1135,9 @@ def evaluate(
                 progress=lambda c, _: say(f"{c.prompts} of {len(alone)} prompts"),
             )
         if requests > 1:
+            load = loader(max(requests, few))
             counts += measure.under_load(
-                build(systems, base, load),
+                build(systems, Decoding(BASELINE, load(baseline, None), parallelism=0), load),
                 [prompt for prompt in asked if prompt not in alone],
                 out / "answers",
                 max_tokens=max_tokens,

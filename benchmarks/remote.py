@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -29,8 +29,9 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from pastalm import LLM, SamplingParams, models, prompts
+from pastalm.engines.openai import Texts
 from pastalm.eval.replay import replay, told
-from pastalm.events import Joined
+from pastalm.events import Decoded, Event, Joined
 from pastalm.transcript import Transcript
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
@@ -99,7 +100,7 @@ def timed(llm: LLM, identity: str, prompt: str, kind: str, turn: int, chosen: ar
 
 def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: int) -> str:
     """Every token of every answer, replayed."""
-    model = models.load(folder, adapter=None, dtype="float32").model
+    loaded = models.load(folder, adapter=None, dtype="float32")
     gaps: list[float] = []
     threads = syncs = 0
     for prompt in asked:
@@ -108,8 +109,30 @@ def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: in
         events = list(stream)
         threads += len(stream.transcript.threads)
         syncs += sum(isinstance(event, Joined) and bool(event.children) for event in events)
-        gaps += replay(model, stream.prompt_token_ids, events, "serial")
+        ids: Sequence[int] = stream.prompt_token_ids
+        if isinstance(llm.driver.engine.wire, Texts):  # type: ignore[attr-defined]
+            ids = models.chat_prompt(loaded, [{"role": "user", "content": prompt.text}])
+            events = list(tokens_of(events, llm.driver.engine.wire, loaded))  # type: ignore[attr-defined]
+        gaps += replay(loaded.model, ids, events, "serial")
     return f"{len(asked)} answers, {threads} threads, {syncs} joins: {told(gaps)}"
+
+
+def tokens_of(events: Sequence[Event], wire: Texts, loaded: models.Loaded) -> Iterator[Event]:
+    """Events of a server that is asked in text, in the ids of the model's tokenizer; what was allowed is left out."""
+    here, there = wire.vocabulary.tags, loaded.vocabulary.tags
+    assert here is not None and there is not None
+    special = dict(zip(here.ids, there.ids, strict=True)) | {min(wire.vocabulary.eos): loaded.tokenizer.eos_token_id}
+
+    def ids(piece: int) -> list[int]:
+        return [special[piece]] if piece in special else list(loaded.vocabulary.encode(wire.prompt([piece])))
+
+    for event in events:
+        forced = tuple(token for piece in event.forced for token in ids(piece))
+        if isinstance(event, Decoded):
+            *before, last = ids(event.token)
+            yield from (replace(event, token=token, forced=(), allowed=None) for token in before)
+            event = replace(event, token=last)
+        yield replace(event, forced=forced, allowed=None)
 
 
 def ratios(rows: Sequence[Timed]) -> dict[str, list[float]]:

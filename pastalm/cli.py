@@ -1069,6 +1069,9 @@ def evaluate(
     timed: Annotated[
         int, typer.Option(help="With --requests: prompts answered one at a time instead, for the realized figures.")
     ] = 0,
+    decode: Annotated[
+        bool, typer.Option("--decode/--no-decode", help="Decode what is missing, or only score and draw what is there.")
+    ] = True,
     matched: Annotated[
         bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
     ] = True,
@@ -1124,7 +1127,7 @@ def evaluate(
     with _busy(f"answering {prompts.name}") as say:
         alone = asked if requests == 1 else measure.spread(asked, timed)
         counts = measure.Counts()
-        if alone:
+        if decode and alone:
             counts += measure.measure(
                 list(build(systems, base, loader(few))),
                 alone,
@@ -1134,7 +1137,7 @@ def evaluate(
                 seed=seed or 0,
                 progress=lambda c, _: say(f"{c.prompts} of {len(alone)} prompts"),
             )
-        if requests > 1:
+        if decode and requests > 1:
             load = loader(max(requests, few))
             counts += measure.under_load(
                 build(systems, Decoding(BASELINE, load(baseline, None), parallelism=0), load),

@@ -121,12 +121,12 @@ def _drawn(draw: Callable[[Any], bool]) -> bytes:
         pyplot.close(figure)
 
 
-THEORETICAL = "theoretical, matched"
+MEASURED, THEORETICAL = "realized, matched", "theoretical, matched"
 
 
 def _measured(row: Row) -> str:
     """Which speedup stands for a system: what was measured, if it was."""
-    return next(name for name in ("realized, matched", THEORETICAL) if name in row.figures)
+    return next(name for name in (MEASURED, THEORETICAL) if name in row.figures)
 
 
 QUALITIES = ("win rate, length", "win rate", "quality")
@@ -190,6 +190,10 @@ def _bars(value: Mean) -> list[list[float]]:
 
 
 def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> bytes:
+    """What was measured, if it was for every prompt; else theory."""
+    whole = all((found := row.figures.get(MEASURED)) and found.n == len(row.pairs) for row in rows)
+    speedup = MEASURED if whole else THEORETICAL
+
     def draw(axes: Any) -> bool:
         tables = {row.system: compare.groups(row.pairs, key) for row in rows}
         names = sorted({value for table in tables.values() for value in table})
@@ -197,7 +201,7 @@ def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> 
             return False
         width = 0.8 / len(rows)
         for i, row in enumerate(rows):
-            table, speedup = tables[row.system], _measured(row)
+            table = tables[row.system]
             there = [(j, table[n][speedup]) for j, n in enumerate(names) if speedup in table.get(n, {})]
             axes.bar(
                 [j + i * width for j, _ in there],
@@ -208,12 +212,12 @@ def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> 
                 color=_colour(rows, row),
                 label=row.system,
             )
-        counts = {n: max(v.n for t in tables.values() for v in t.get(n, {}).values()) for n in names}
+        counts = {n: max(t[n][speedup].n for t in tables.values() if n in t) for n in names}
         axes.set_xticks([j + 0.4 - width / 2 for j in range(len(names))])
         axes.set_xticklabels([f"{n or 'none'}\nn≤{counts[n]}" for n in names], fontsize=8)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set_xlabel(label)
-        axes.set_ylabel("speedup, geometric mean")
+        axes.set_ylabel(f"speedup ({speedup}), geometric mean")
         _legend(axes)
         return True
 
@@ -236,7 +240,7 @@ def realized_theoretical(rows: Sequence[Row]) -> bytes:
     def draw(axes: Any) -> bool:
         most = 1.0
         for row in rows:
-            points = [(s["theoretical, matched"], s["realized, matched"]) for s in _both(row)]
+            points = [(s[THEORETICAL], s[MEASURED]) for s in _both(row)]
             if points:
                 named = f"{row.system} (n={len(points)})"
                 axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, color=_colour(rows, row), label=named)
@@ -253,23 +257,25 @@ def realized_theoretical(rows: Sequence[Row]) -> bytes:
 
 
 def _both(row: Row) -> list[dict[str, float]]:
-    return [s for pair in row.pairs if "realized, matched" in (s := pair.speedups)]
+    return [s for pair in row.pairs if MEASURED in (s := pair.speedups)]
 
 
 def lengths(rows: Sequence[Row]) -> bytes:
-    """How long the readers' texts are."""
+    """How long the readers' texts are: a histogram a system, one above the other, with its median."""
 
     def draw(axes: Any) -> bool:
+        import numpy as np
+
         most = max(pair.text_tokens for row in rows for pair in row.pairs)
-        for row in rows:
+        for place, row in enumerate(reversed(rows)):
             values = [pair.text_tokens for pair in row.pairs]
-            named = f"{row.system} (n={len(values)})"
-            axes.hist(
-                values, bins=20, range=(0, most), density=True, histtype="step", color=_colour(rows, row), label=named
-            )
-        axes.set_xlabel("tokens of the reader's text")
-        axes.set_ylabel("share of answers, a token")
-        _legend(axes)
+            shares, edges = np.histogram(values, bins=40, range=(0, most))
+            axes.stairs(place + 0.9 * shares / shares.max(), edges, baseline=place, fill=True, color=_colour(rows, row))
+            axes.vlines(np.median(values), place, place + 0.9, color="black", linewidth=1)
+        named = [f"{row.system} (n={len(row.pairs)})" for row in reversed(rows)]
+        axes.set_yticks([place + 0.4 for place in range(len(rows))], named, fontsize=8)
+        axes.set_ylim(-0.2, len(rows) + 0.2)
+        axes.set_xlabel("tokens of the reader's text; line: median")
         return True
 
     return _drawn(draw)

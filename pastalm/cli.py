@@ -1069,9 +1069,9 @@ def evaluate(
     timed: Annotated[
         int, typer.Option(help="With --requests: prompts answered one at a time instead, for the realized figures.")
     ] = 0,
-    decode: Annotated[
-        bool, typer.Option("--decode/--no-decode", help="Decode what is missing, or only score and draw what is there.")
-    ] = True,
+    begin: Annotated[
+        str, typer.Option("--from", help="decode, score or report: what is missing of the steps before is left out.")
+    ] = "decode",
     matched: Annotated[
         bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
     ] = True,
@@ -1105,6 +1105,8 @@ def evaluate(
         prompts = alpaca.fetch()
     asked = files.read(prompts, limit)
     names = check(systems)
+    if begin not in ("decode", "score", "report"):
+        raise RequestError(f"--from takes decode, score or report, got {begin!r}")
     if against is not None and against not in names:
         raise RequestError(f"--against names one of the systems, got {against!r}")
     units = _units(sigma or [], scorer or [])
@@ -1127,7 +1129,7 @@ def evaluate(
     with _busy(f"answering {prompts.name}") as say:
         alone = asked if requests == 1 else measure.spread(asked, timed)
         counts = measure.Counts()
-        if decode and alone:
+        if begin == "decode" and alone:
             counts += measure.measure(
                 list(build(systems, base, loader(few))),
                 alone,
@@ -1137,7 +1139,7 @@ def evaluate(
                 seed=seed or 0,
                 progress=lambda c, _: say(f"{c.prompts} of {len(alone)} prompts"),
             )
-        if decode and requests > 1:
+        if begin == "decode" and requests > 1:
             load = loader(max(requests, few))
             counts += measure.under_load(
                 build(systems, Decoding(BASELINE, load(baseline, None), parallelism=0), load),
@@ -1152,7 +1154,7 @@ def evaluate(
     with _busy("scoring") as say:
         missing = score_all(
             out,
-            names,
+            names if begin != "report" else [],
             by,
             count_tokens,
             references=prompts,

@@ -351,6 +351,12 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     complains(pasta("eval", "own=none", *options, "--scorer", "best"), 2, "unknown scorer")
     complains(pasta("eval", "own=none", *options, "--scorer", "judge"), 2, "--base-url", "--judge")
     complains(pasta("eval", "own=none", *options, "--sigma", "pmi=small"), 2, "SCORER=UNIT")
+    complains(pasta("eval", "own=none", *options, "--from", "here"), 2, "decode, score or report")
+    (out / "scored" / "own.pmi.jsonl").unlink()
+    again = pasta("eval", "own=none", "lookup", *options, "--scorer", "pmi", "--from", "report")
+    assert again.exit_code == 0, again.stderr
+    systems = json.loads((page.parent / "figures.json").read_text())["systems"]
+    assert [name for name, told in systems.items() if "quality, pmi" in told["figures"]] == ["baseline", "lookup"]
     options = ("--prompts", tmp_path / "none", *options[2:])
     complains(pasta("eval", "own=none", *options), 2, "cannot read")
 
@@ -366,7 +372,7 @@ def test_some_prompts_are_timed_alone_and_the_others_answered_together(tiny: Pat
     answers = out / "answers" / "lookup.jsonl"
     kept = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(kept[:4]))
-    result = pasta("eval", "own=none:overlap", "lookup", *options, "--requests", "3", "--timed", "2", "--no-decode")
+    result = pasta("eval", "own=none:overlap", "lookup", *options, "--requests", "3", "--timed", "2", "--from", "score")
     assert result.exit_code == 0, result.stderr
     systems = json.loads((out / "report" / "figures.json").read_text())["systems"]
     counts = {name: found["figures"]["theoretical"]["n"] for name, found in systems.items()}

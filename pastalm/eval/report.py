@@ -152,11 +152,11 @@ def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
         if name is None:
             return False
         shown = sorted((row for row in rows if name in row.figures), key=lambda row: row.figures[speedup(row)].mean)
-        for i, row in enumerate(shown):
+        for row in shown:
             x, y = row.figures[speedup(row)], row.figures[name]
             many = f"n={x.n}" if x.n == y.n else f"n={x.n} and {y.n}"
             axes.errorbar(
-                x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt=MARKERS[i % len(MARKERS)], capsize=3, elinewidth=0.8,
+                x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt=_marker(rows, row), capsize=3, elinewidth=0.8,
                 color=_colour(rows, row), label=f"{row.system} ({many})",
             )
         axes.axvline(1, color="grey", linewidth=0.8)
@@ -174,8 +174,12 @@ def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
 MARKERS = "os^Dv<>P"
 
 
+def _marker(rows: Sequence[Row], row: Row) -> str:
+    """The same for a system in every picture, as its colour is."""
+    return MARKERS[[r.system for r in rows].index(row.system) % len(MARKERS)]
+
+
 def _colour(rows: Sequence[Row], row: Row) -> Any:
-    """The same for a system in every picture."""
     import matplotlib
 
     return matplotlib.colormaps["tab20"]([r.system for r in rows].index(row.system) % 20)

@@ -224,6 +224,7 @@ def main() -> None:
     process = psutil.Process(chosen.pid) if chosen.pid else None
     clients = Clients(chosen.url, chosen.model, events=chosen.check)
     clients.ask(Request(every[0], 16), 1.0)
+    reference = LLM(chosen.model, adapter=chosen.adapter, dtype="float32", max_num_seqs=1) if chosen.check else None
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     said = Counter[str]()
     for turn in range(1 if chosen.check else chosen.rounds):
@@ -233,8 +234,7 @@ def main() -> None:
             if process is not None:
                 figures["resident MiB"] = process.memory_info().rss / 2**20
             said.update(t.lost for t in each if t.lost)
-            if chosen.check:
-                reference = LLM(chosen.model, adapter=chosen.adapter, dtype="float32", max_num_seqs=1)
+            if reference is not None:
                 print(f"{kind}: {check(each, reference, kind)}", flush=True)
     names = list(next(iter(found.values()))[0])
     print(f"| decoding | characters/s (range) | {' | '.join(names[1:])} |")

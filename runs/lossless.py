@@ -16,7 +16,7 @@ import typer
 
 from pastalm import LLM, SamplingParams, prompts
 from pastalm.eval.baselines.copying import Copying
-from pastalm.eval.replay import Chosen, Row, gaps
+from pastalm.eval.replay import Row, gaps
 from pastalm.events import TokenSet
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -53,8 +53,7 @@ def main(
 def _gaps(llm: LLM, prompt: list[int], tokens: list[int]) -> list[float]:
     tags = llm.loaded.vocabulary.tags
     allowed = TokenSet.all_but(*tags.ids) if tags else None
-    chosen = [Chosen(len(prompt) + i - 1, token, allowed) for i, token in enumerate(tokens)]
-    return gaps(llm.loaded.model, Row([*prompt, *tokens], chosen))
+    return gaps(llm.loaded.model, Row.plain(prompt, tokens, allowed))
 
 
 if __name__ == "__main__":

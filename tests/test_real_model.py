@@ -15,7 +15,7 @@ import torch
 
 from pastalm import LLM, SamplingParams, models
 from pastalm.eval.baselines.copying import Copying
-from pastalm.eval.replay import Chosen, Row, gaps, replay
+from pastalm.eval.replay import Row, gaps, replay
 from pastalm.events import Event, Path, TokenSet
 from pastalm.prompts import Prompt
 from pastalm.vocabulary import TAG_TOKENS
@@ -165,5 +165,4 @@ def test_copied_spans_change_no_token(llm: LLM, source: str) -> None:
     assert found.passes < len(found.tokens), "nothing was copied: the test sees nothing"
     assert llm.loaded.vocabulary.tags is not None
     allowed = TokenSet.all_but(*llm.loaded.vocabulary.tags.ids)
-    chosen = [Chosen(len(asked) + i - 1, token, allowed) for i, token in enumerate(found.tokens)]
-    assert max(gaps(llm.loaded.model, Row([*asked, *found.tokens], chosen))) < 1e-3
+    assert max(gaps(llm.loaded.model, Row.plain(asked, found.tokens, allowed))) < 1e-3

@@ -36,6 +36,11 @@ class Row:
     positions: list[int] | None = None
     visible: NDArray[np.bool_] | None = None
 
+    @classmethod
+    def plain(cls, prompt: Sequence[int], tokens: Sequence[int], allowed: TokenSet | None = None) -> Row:
+        """Tokens that were chosen one after another, each among the same ids."""
+        return cls([*prompt, *tokens], [Chosen(len(prompt) + i - 1, token, allowed) for i, token in enumerate(tokens)])
+
 
 def replay(model: Any, prompt: Sequence[int], events: Iterable[Event], policy: Policy = "promised") -> list[float]:
     """Of each token of a greedily decoded response that was the model's choice, the distance of its logit from the

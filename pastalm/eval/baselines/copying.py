@@ -139,12 +139,11 @@ class Copying:
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
         """See `System`: the sequential answer, by the engine, and the passes that copying would have taken for it. No
         seconds: it was not decoded so."""
-        running, _ = self.llm.driver.submit(
-            self.asked(prompt), replace(SEQUENTIAL, max_tokens=max_tokens), positions=self.llm.positions
-        )
+        asked, params = self.asked(prompt), replace(SEQUENTIAL, max_tokens=max_tokens)
+        running, _ = self.llm.driver.submit(asked, params, positions=self.llm.positions)
         yield [running]
         tokens = [token for _, token in running.transcript.linear_tokens()]
-        return self._answer(prompt, along(self.asked(prompt), tokens, self._proposer(prompt), max_tokens=max_tokens))
+        return self._answer(prompt, along(asked, tokens, self._proposer(prompt), max_tokens=max_tokens))
 
     def _answer(self, prompt: Prompt, found: Decoded, **seconds: float) -> Answer:
         vocabulary = self.llm.loaded.vocabulary

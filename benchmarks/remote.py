@@ -5,14 +5,14 @@
 
 One request at a time, greedy, both kinds by turns for each prompt, repeated; the prompt of each is in the server's
 cache before it is timed. `realized` is seconds sequential / asynchronous; `a character` is the same per character that
-the reader gets, so that a shorter answer is no speedup; `theoretical` is tokens sequential / critical path. Where the
-server is vLLM, its /metrics say how many of the tokens of prompts were found in the prefix cache. `dropped` is the
-share of tokens that came and were not used, since a completion runs ahead of what follows from its tokens.
+the reader gets, so that a shorter answer is no speedup; `theoretical` is tokens sequential / critical path. vLLM and
+llama.cpp's server (--metrics there) say how many of the tokens of prompts were found in the prefix cache. `dropped` is
+the share of tokens that came and were not used, since a completion runs ahead of what follows from its tokens.
 
     python benchmarks/remote.py PROMPTS.jsonl --url … --model … --tokenizer FOLDER --check
 
-times nothing: it replays each answer through plain transformers with the weights in FOLDER, in float32, one forward
-pass a stretch of a thread, and says how far each token that the server chose lies below the largest logit.
+times nothing: it replays both kinds of answers through plain transformers with the weights in FOLDER, in float32, one
+forward pass a completion, and says how far each token that the server chose lies below the largest logit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -29,13 +31,15 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from pastalm import LLM, SamplingParams, models, prompts
-from pastalm.engines.openai import Texts
-from pastalm.eval.replay import replay, told
-from pastalm.events import Decoded, Event, Joined
+from pastalm.engines.openai import Ids, OpenAIEngine
+from pastalm.eval.replay import Chosen, Row, gaps, told
+from pastalm.events import Decoded, Event, Path, TokenSet
 from pastalm.transcript import Transcript
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
-COUNTERS = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
+HITS = ("vllm:prefix_cache_hits_total", "llamacpp:prompt_tokens_cached_total")
+QUERIES = ("vllm:prefix_cache_queries_total", *HITS[1:], "llamacpp:prompt_tokens_total")
+"""What is summed of a server's /metrics: tokens of prompts found in its prefix cache, and those looked up."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,13 @@ class Timed:
 
 
 def counters(url: str) -> list[float]:
-    """The server's own count of tokens found in its prefix cache, and of those looked up."""
+    """The server's own count of tokens found in its prefix cache, and of those looked up; zeros where it tells none."""
     try:
         with urlopen(url, timeout=10) as reply:
             families = list(text_string_to_metric_families(reply.read().decode()))
     except (URLError, ValueError):
         return [0.0, 0.0]
-    return [sum(s.value for f in families for s in f.samples if s.name == name) for name in COUNTERS]
+    return [sum(s.value for f in families for s in f.samples if s.name in names) for names in (HITS, QUERIES)]
 
 
 def answer(llm: LLM, prompt: str, kind: str, max_tokens: int) -> Transcript:
@@ -98,41 +102,62 @@ def timed(llm: LLM, identity: str, prompt: str, kind: str, turn: int, chosen: ar
     )
 
 
-def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: int) -> str:
-    """Every token of every answer, replayed."""
+def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: int) -> Iterator[str]:
+    """Of each kind, every token of every answer, replayed after what its completion was asked."""
     loaded = models.load(folder, adapter=None, dtype="float32")
-    gaps: list[float] = []
-    threads = syncs = 0
-    for prompt in asked:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens)
-        stream = llm.stream([{"role": "user", "content": prompt.text}], params)
-        events = list(stream)
-        threads += len(stream.transcript.threads)
-        syncs += sum(isinstance(event, Joined) and bool(event.children) for event in events)
-        ids: Sequence[int] = stream.prompt_token_ids
-        if isinstance(llm.driver.engine.wire, Texts):  # type: ignore[attr-defined]
-            ids = models.chat_prompt(loaded, [{"role": "user", "content": prompt.text}])
-            events = list(tokens_of(events, llm.driver.engine.wire, loaded))  # type: ignore[attr-defined]
-        gaps += replay(loaded.model, ids, events, "serial")
-    return f"{len(asked)} answers, {threads} threads, {syncs} joins: {told(gaps)}"
+    tags = loaded.vocabulary.tags if llm.loaded.prepared else None
+    untagged = TokenSet(frozenset(tags.ids), inverted=True) if tags else None
+    for kind, admitted in zip(KINDS, (None, untagged), strict=True):
+        with used(llm, loaded, admitted) as rows:
+            answers = [answer(llm, prompt.text, kind, max_tokens) for prompt in asked]
+        found = [gap for row in rows for gap in gaps(loaded.model, row)]
+        threads = sum(len(transcript.threads) for transcript in answers)
+        why = [f"; {transcript.why}" for transcript in answers if transcript.why]
+        yield f"{kind}: {len(asked)} answers, {threads} threads, {len(rows)} completions: {told(found)}{''.join(why)}"
 
 
-def tokens_of(events: Sequence[Event], wire: Texts, loaded: models.Loaded) -> Iterator[Event]:
-    """Events of a server that is asked in text, in the ids of the model's tokenizer; what was allowed is left out."""
-    here, there = wire.vocabulary.tags, loaded.vocabulary.tags
-    assert here is not None and there is not None
-    special = dict(zip(here.ids, there.ids, strict=True)) | {min(wire.vocabulary.eos): loaded.tokenizer.eos_token_id}
+@contextmanager
+def used(llm: LLM, loaded: models.Loaded, admitted: TokenSet | None) -> Iterator[list[Row]]:
+    """What each completion was asked, and what was used of it, in ids of the model's tokenizer: what is asked in text
+    is read anew each time, and need not be the tokens that were once said. admitted: the ids that were not forbidden.
+    """
+    engine = llm.driver.engine
+    assert isinstance(engine, OpenAIEngine)
+    body, apply, wire, tokenizer = engine._body, engine.apply, engine.wire, loaded.tokenizer
+    rows: list[Row] = []
+    now: dict[tuple[str, Path], Row] = {}
 
-    def ids(piece: int) -> list[int]:
-        return [special[piece]] if piece in special else list(loaded.vocabulary.encode(wire.prompt([piece])))
+    def ids(token: int) -> list[int]:
+        if isinstance(wire, Ids):
+            return [token]
+        if token in wire.vocabulary.eos:
+            return [tokenizer.eos_token_id]
+        return list(tokenizer(wire.prompt([token]), add_special_tokens=False)["input_ids"])
 
-    for event in events:
-        forced = tuple(token for piece in event.forced for token in ids(piece))
+    def asking(response: Any, thread: Any) -> dict[str, Any]:
+        asked = body(response, thread)
+        row = list(asked["prompt"] if isinstance(wire, Ids) else tokenizer(asked["prompt"])["input_ids"])
+        rows.append(Row(row, []))
+        now[response.request.id, thread.path] = rows[-1]
+        return asked
+
+    def applied(request_id: str, event: Event) -> None:
+        apply(request_id, event)
+        row = now.get((request_id, event.path))
+        if row is None:
+            return
         if isinstance(event, Decoded):
-            *before, last = ids(event.token)
-            yield from (replace(event, token=token, forced=(), allowed=None) for token in before)
-            event = replace(event, token=last)
-        yield replace(event, forced=forced, allowed=None)
+            for token in ids(event.token):
+                if not event.replaced:
+                    row.chosen.append(Chosen(len(row.ids) - 1, token, admitted))
+                row.ids.append(token)
+        row.ids.extend(token for piece in event.forced for token in ids(piece))
+
+    engine._body, engine.apply = asking, applied  # type: ignore[method-assign]
+    try:
+        yield rows
+    finally:
+        engine._body, engine.apply = body, apply  # type: ignore[method-assign]
 
 
 def ratios(rows: Sequence[Timed]) -> dict[str, list[float]]:
@@ -169,7 +194,7 @@ def report(rows: Sequence[Timed]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("prompts", type=Path, help="JSONL with `instruction`")
+    parser.add_argument("prompts", type=File, help="JSONL with `instruction`")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--metrics", help="vLLM's; else /metrics beside --url")
     parser.add_argument("--model")
@@ -179,7 +204,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="one answer a line, JSONL")
+    parser.add_argument("--out", type=File, help="one answer a line, JSONL")
     parser.add_argument("--check", action="store_true", help="replay the answers through transformers")
     chosen = parser.parse_args()
     chosen.metrics = chosen.metrics or chosen.url.rstrip("/").removesuffix("/v1") + "/metrics"
@@ -189,7 +214,8 @@ def main() -> None:
     print(llm.driver.engine.capabilities, flush=True)
     asked = prompts.read(chosen.prompts, chosen.limit)
     if chosen.check:
-        print(check(llm, chosen.tokenizer, asked, chosen.max_tokens))
+        for line in check(llm, chosen.tokenizer, asked, chosen.max_tokens):
+            print(line, flush=True)
         return
     rows: list[Timed] = []
     for number, prompt in enumerate(asked):

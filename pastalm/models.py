@@ -321,13 +321,15 @@ def in_pieces(loaded: Loaded, vocabulary: Vocabulary) -> Loaded:
 
 
 class TextTokenizer:
-    """A chat template without a tokenizer, as far as prompts need one: what it renders stays text. The server puts
-    in the token that begins a text, so the template's own is left out."""
+    """A chat template without a tokenizer, as far as prompts need one: what it renders stays text. Where the
+    tokenizer puts in a token that begins a text, so does the server, and the template's own is left out."""
 
     def __init__(self, inner: Any | None, encode: Callable[[str], Sequence[int]]) -> None:
         self._inner, self._encode = inner, encode
         self.chat_template = getattr(inner, "chat_template", None)
         self.added_tokens_decoder = getattr(inner, "added_tokens_decoder", {})
+        first = inner("")["input_ids"][:1] if inner is not None else []
+        self._added: str = inner.bos_token if inner is not None and first == [inner.bos_token_id] else ""
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Sequence[int]]:
         return {"input_ids": self._encode(text)}
@@ -335,7 +337,7 @@ class TextTokenizer:
     def apply_chat_template(self, messages: Any, **options: Any) -> str:
         assert self._inner is not None
         text: str = self._inner.apply_chat_template(messages, **options)
-        return text.removeprefix(getattr(self._inner, "bos_token", None) or "")
+        return text.removeprefix(self._added)
 
 
 def load(

@@ -39,7 +39,7 @@ from pastalm.engine import Capabilities, Request, SampledToken
 from pastalm.errors import CapabilityError, EngineError, RemoteError, RequestError, complaint
 from pastalm.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import SerialLayout
-from pastalm.vocabulary import Pieces, Vocabulary
+from pastalm.vocabulary import Pieces, Tags, Vocabulary
 
 CAPABILITIES = Capabilities(
     name="openai",
@@ -109,6 +109,9 @@ class Wire(Protocol):
     def said(self, choice: Any) -> list[Said]:
         """The tokens of a chunk. Raises ValueError for what is no answer."""
 
+    def there(self, tag: int) -> int:
+        """The server's id of a tag."""
+
 
 class Ids:
     """Token ids both ways. Raises RequestError for a vocabulary that has no end."""
@@ -145,6 +148,9 @@ class Ids:
             return [Said(i) for i in ids]
         return [Said(i, lp, self._ids(top)) for i, (_, lp, top) in zip(ids, scores, strict=True)]
 
+    def there(self, tag: int) -> int:
+        return tag
+
     @staticmethod
     def _ids(top: dict[str, float]) -> tuple[tuple[int, float], ...]:
         numbers = ((name.removeprefix("token_id:"), lp) for name, lp in top.items())
@@ -152,13 +158,16 @@ class Ids:
 
 
 class Texts:
-    """Text both ways; a token is a piece of text as the server cut it."""
+    """Text both ways; a token is a piece of text as the server cut it. tags: the ids of the model's own, if it has
+    any: a bias is by ids whatever the prompt is."""
 
     name = "text"
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, tags: Tags | None = None) -> None:
         self._pieces = pieces
         self.vocabulary = pieces.vocabulary
+        here = self.vocabulary.tags
+        self._there = dict(zip(here.ids, tags.ids, strict=True)) if here and tags else {}
 
     def prompt(self, row: list[int]) -> str:
         return self._pieces.text(row)
@@ -186,6 +195,9 @@ class Texts:
                 # the server's token may be several of ours (a tag and digits): the first stands for it
                 found.append(Said(token) if logprob is None else Said(token, 0.0) if i else Said(token, logprob, alone))
         return found
+
+    def there(self, tag: int) -> int:
+        return self._there[tag]
 
 
 def _scores(choice: Any) -> list[tuple[str, float | None, dict[str, float]]]:
@@ -434,7 +446,6 @@ class OpenAIEngine:
             CAPABILITIES,
             weights=f"{connection.model} at {connection.base_url}, asked in {wire.name}",
             logprobs=logprobs,
-            untagged=isinstance(wire, Ids) or wire.vocabulary.tags is None,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len or UNKNOWN,
         )
@@ -704,8 +715,8 @@ class OpenAIEngine:
         """The request's, and of a response without tags also what never changes: that they are forbidden."""
         bias = {str(token): float(value) for token, value in request.logit_bias.items()}
         allowed = thread.allowed
-        if request.params.parallelism == 0 and isinstance(self.wire, Ids) and allowed and allowed.inverted:
-            bias |= {str(token): FORBIDDEN for token in allowed.ids}
+        if request.params.parallelism == 0 and allowed and allowed.inverted:
+            bias |= {str(self.wire.there(token)): FORBIDDEN for token in allowed.ids}
         return bias
 
 
@@ -802,8 +813,10 @@ def _wire(
             return ids, said.logprob is not None
         if chosen == "ids":
             raise RemoteError(f"{connection.base_url} does not tell token ids: leave out wire='ids'")
-    prepared = vocabulary is not None and vocabulary.tags is not None
-    texts = Texts(Pieces(prepared=prepared, ends=vocabulary.ends if vocabulary and prepared else ()))
+    if vocabulary is not None and vocabulary.tags is not None:
+        texts = Texts(Pieces(prepared=True, ends=vocabulary.ends), vocabulary.tags)
+    else:
+        texts = Texts(Pieces())
     choice = _tried(connection, "Hello", logprobs=1)
     if choice is not None and _scores(choice):
         return texts, True

@@ -20,6 +20,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("openai")
@@ -36,7 +37,7 @@ from pastalm.interpreter import Limits
 from pastalm.lang import Async, Document, Node, Sync, normalize, parse, strip
 from pastalm.layout import SerialLayout, decoded_rows, pack_serial, unroll
 from pastalm.llm import LLM, Driver, Running, Stream
-from pastalm.models import TEACHING, Loaded, vocabulary_of
+from pastalm.models import TEACHING, Loaded, TextTokenizer, vocabulary_of
 from pastalm.vocabulary import TAG_TOKENS, Pieces, Vocabulary
 from tests.laws.test_replay import PLENTY, ROOM, roomy
 from tests.play import PIECES
@@ -704,7 +705,41 @@ def test_a_server_that_knows_no_ids_is_asked_in_text() -> None:
         assert engine.wire.name == "text"
         assert engine.wire.vocabulary.tags is not None
         assert not engine.capabilities.logprobs
-        assert not engine.capabilities.untagged
+
+
+def test_asked_in_text_the_tags_are_forbidden_by_the_ids_of_the_model() -> None:
+    biases: list[Any] = []
+
+    def answer(body: dict[str, Any]) -> Reply | Parts:
+        if not body.get("stream"):
+            return (200, {}, text_chunk("a", "length")) if isinstance(body["prompt"], str) else refusal(422)
+        biases.append(body.get("logit_bias"))
+        return iter([text_chunk("Two tips."), text_chunk("", "stop")])
+
+    with engine_over(answer) as engine:
+        driver = Driver(engine, engine.wire.vocabulary)
+        for parallelism in (0.0, 1.0):
+            params = SamplingParams(temperature=0, max_tokens=9, parallelism=parallelism)
+            running, _ = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
+            run(driver)
+            assert running.transcript.text == "Two tips."
+    assert biases == [{str(i): -100 for i in TAGS.ids}, None]
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_prompt_in_text_begins_as_the_model_is_used_to(added: bool) -> None:
+    """A server puts in what the model's tokenizer puts in. SmolLM2's names a beginning that it does not put in, for
+    its template does: left out, the model answers another prompt."""
+    words = tokenizer()
+    words.bos_token = "<|end|>"
+    words.chat_template = "<|end|>" + words.chat_template
+    if added:
+        words.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|end|> $A", special_tokens=[("<|end|>", 256)]
+        )
+    messages = [{"role": "user", "content": "Hi"}]
+    text = TextTokenizer(words, words.encode).apply_chat_template(messages, tokenize=False)
+    assert words(text).input_ids == words.apply_chat_template(messages)["input_ids"]
 
 
 def test_the_end_is_no_text_where_a_server_says_it() -> None:

@@ -594,7 +594,7 @@ def serve(
         float, typer.Option(help="Of requests that give none: multiplies the odds of forking; 0 turns it off.")
     ] = 1.0,
     thread_target: Annotated[
-        int, typer.Option(help="Above so many live threads new requests fork less (0: as much).")
+        int, typer.Option(help="Above so many live threads new requests do not fork (0: they always may).")
     ] = 32,
     positions: Positions = None,
     max_threads: Annotated[int, typer.Option(help="Threads of an answer at once; others wait.")] = 16,

@@ -83,8 +83,8 @@ class Settings:
     """How a server behaves. Raises RequestError for bad values.
 
     name: the model's, for clients. api_key: what they must bring (None: nothing). parallelism: of
-    requests that give none. thread_target: with more live threads than this, the odds of forking of a new
-    request that gives no parallelism are multiplied by thread_target / live threads (0: never).
+    requests that give none. thread_target: with more live threads than this, a new request that gives no
+    parallelism does not fork (0: it always may).
     max_queue: answers that may wait beside those decoding. max_tokens: of a chat request that gives none.
     max_prompt_tokens: of one prompt (None: what the engine takes). max_body: bytes. client_timeout: seconds
     that a client may take to send its body, or to take a chunk. timeout: of a request, waiting included.
@@ -162,12 +162,13 @@ class _Service:
             self.unfinished -= answers
 
     def _parallelism(self, asked: float | None) -> float:
-        """The odds of forking: as asked, else the server's own, lowered while more threads than its target live."""
+        """The odds of forking: as asked, else the server's own, and none while more threads than its target live.
+        Between the two lies nothing: a finetuned model is so sure of its tags that at a 256th of the odds it still forks.
+        """
         if asked is not None:
             return asked
         live = max(self.worker.live_threads, self.unfinished)
-        target = self.settings.thread_target
-        return self.settings.parallelism * (target / live if 0 < target < live else 1)
+        return 0.0 if 0 < self.settings.thread_target < live else self.settings.parallelism
 
     async def _job(self, asked: ChatRequest | CompletionRequest) -> Job:
         """The request in token ids. Raises Refused, RequestError, ModelError."""

@@ -329,17 +329,18 @@ def test_a_full_queue_answers_429() -> None:
             assert patient.chat.completions.create(**CHAT).choices[0].message.content == TIPS_TEXT
 
 
-def test_the_odds_of_forking_fall_as_threads_grow() -> None:
-    """parallelism x target / live threads, for requests that give none."""
+def test_no_more_forks_where_enough_threads_live() -> None:
+    """Of requests that give no parallelism, and until some of the threads have ended."""
     with serving(playing(TIPS, **SLOW), thread_target=2, parallelism=1.5) as here:
         url = f"{here.url}/v1/chat/completions"
         assert here.client.chat.completions.create(**CHAT).usage.pasta["fork_odds"] == 1.5
         with open_stream(url, CHAT), open_stream(url, CHAT), open_stream(url, CHAT):
             assert eventually(lambda: here.metrics()["pasta_live_threads"] >= 3)
-            assert 0 < here.client.chat.completions.create(**CHAT).usage.pasta["fork_odds"] < 1.5
+            assert here.client.chat.completions.create(**CHAT).usage.pasta["fork_odds"] == 0
             own = here.client.chat.completions.create(**CHAT, extra_body={"pasta": {"parallelism": 1}})
             assert own.usage.pasta["fork_odds"] == 1
         assert here.becomes_idle()
+        assert here.client.chat.completions.create(**CHAT).usage.pasta["fork_odds"] == 1.5
 
 
 @pytest.mark.parametrize("stream", [False, True])

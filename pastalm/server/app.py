@@ -163,7 +163,7 @@ class _Service:
 
     def _parallelism(self, asked: float | None) -> float:
         """The odds of forking: as asked, else the server's own, and none while more threads than its target live.
-        Between the two lies nothing: a finetuned model is so sure of its tags that at a 256th of the odds it still forks.
+        Nothing lies between: a finetuned model is so sure of its tags that it still forks at a 256th of the odds.
         """
         if asked is not None:
             return asked

@@ -26,7 +26,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -39,7 +39,7 @@ from pastalm.engine import Capabilities, Request, SampledToken
 from pastalm.errors import CapabilityError, EngineError, RemoteError, RequestError, complaint
 from pastalm.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import SerialLayout
-from pastalm.vocabulary import Pieces, Tags, Vocabulary
+from pastalm.vocabulary import Pieces, Vocabulary
 
 CAPABILITIES = Capabilities(
     name="openai",
@@ -109,8 +109,8 @@ class Wire(Protocol):
     def said(self, choice: Any) -> list[Said]:
         """The tokens of a chunk. Raises ValueError for what is no answer."""
 
-    def there(self, tag: int) -> int:
-        """The server's id of a tag."""
+    def there(self, token: int) -> Iterable[int]:
+        """The server's ids of a tag, or of the end."""
 
 
 class Ids:
@@ -148,8 +148,8 @@ class Ids:
             return [Said(i) for i in ids]
         return [Said(i, lp, self._ids(top)) for i, (_, lp, top) in zip(ids, scores, strict=True)]
 
-    def there(self, tag: int) -> int:
-        return tag
+    def there(self, token: int) -> Iterable[int]:
+        return (token,)
 
     @staticmethod
     def _ids(top: dict[str, float]) -> tuple[tuple[int, float], ...]:
@@ -158,16 +158,18 @@ class Ids:
 
 
 class Texts:
-    """Text both ways; a token is a piece of text as the server cut it. tags: the ids of the model's own, if it has
-    any: a bias is by ids whatever the prompt is."""
+    """Text both ways; a token is a piece of text as the server cut it. model: a prepared model's own vocabulary: a
+    bias is by its ids whatever the prompt is."""
 
     name = "text"
 
-    def __init__(self, pieces: Pieces, tags: Tags | None = None) -> None:
+    def __init__(self, pieces: Pieces, model: Vocabulary | None = None) -> None:
         self._pieces = pieces
         self.vocabulary = pieces.vocabulary
-        here = self.vocabulary.tags
-        self._there = dict(zip(here.ids, tags.ids, strict=True)) if here and tags else {}
+        self._there: dict[int, Iterable[int]] = {}
+        if model is not None and model.tags is not None and self.vocabulary.tags is not None:
+            tags = zip(self.vocabulary.tags.ids, model.tags.ids, strict=True)
+            self._there = {pieces.EOS: model.eos} | {here: (there,) for here, there in tags}
 
     def prompt(self, row: list[int]) -> str:
         return self._pieces.text(row)
@@ -196,8 +198,8 @@ class Texts:
                 found.append(Said(token) if logprob is None else Said(token, 0.0) if i else Said(token, logprob, alone))
         return found
 
-    def there(self, tag: int) -> int:
-        return self._there[tag]
+    def there(self, token: int) -> Iterable[int]:
+        return self._there[token]
 
 
 def _scores(choice: Any) -> list[tuple[str, float | None, dict[str, float]]]:
@@ -716,7 +718,7 @@ class OpenAIEngine:
         bias = {str(token): float(value) for token, value in request.logit_bias.items()}
         allowed = thread.allowed
         if request.params.parallelism == 0 and allowed and allowed.inverted:
-            bias |= {str(self.wire.there(token)): FORBIDDEN for token in allowed.ids}
+            bias |= {str(i): FORBIDDEN for token in allowed.ids for i in self.wire.there(token)}
         return bias
 
 
@@ -814,7 +816,7 @@ def _wire(
         if chosen == "ids":
             raise RemoteError(f"{connection.base_url} does not tell token ids: leave out wire='ids'")
     if vocabulary is not None and vocabulary.tags is not None:
-        texts = Texts(Pieces(prepared=True, ends=vocabulary.ends), vocabulary.tags)
+        texts = Texts(Pieces(prepared=True, ends=vocabulary.ends), vocabulary)
     else:
         texts = Texts(Pieces())
     choice = _tried(connection, "Hello", logprobs=1)

@@ -726,6 +726,24 @@ def test_asked_in_text_the_tags_are_forbidden_by_the_ids_of_the_model() -> None:
     assert biases == [{str(i): -100 for i in TAGS.ids}, None]
 
 
+def test_asked_in_text_the_end_is_forbidden_by_the_ids_of_the_model() -> None:
+    biases: list[Any] = []
+
+    def answer(body: dict[str, Any]) -> Reply | Parts:
+        if not body.get("stream"):
+            return (200, {}, text_chunk("a", "length")) if isinstance(body["prompt"], str) else refusal(422)
+        biases.append(body.get("logit_bias"))
+        return iter([text_chunk("a")] * 9 + [text_chunk("", "length")])
+
+    with engine_over(answer) as engine:
+        driver = Driver(engine, engine.wire.vocabulary)
+        params = SamplingParams(temperature=0, max_tokens=9, parallelism=0.0, ignore_eos=True)
+        running, _ = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
+        run(driver)
+    assert running.transcript.text == "a" * 9
+    assert biases == [{str(i): -100 for i in (*TAGS.ids, *PREPARED.eos)}]
+
+
 @pytest.mark.parametrize("added", [True, False])
 def test_a_prompt_in_text_begins_as_the_model_is_used_to(added: bool) -> None:
     """A server puts in what the model's tokenizer puts in. SmolLM2's names a beginning that it does not put in, for

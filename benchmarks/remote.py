@@ -106,7 +106,7 @@ def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: in
     """Of each kind, every token of every answer, replayed after what its completion was asked."""
     loaded = models.load(folder, adapter=None, dtype="float32")
     tags = loaded.vocabulary.tags if llm.loaded.prepared else None
-    untagged = TokenSet(frozenset(tags.ids), inverted=True) if tags else None
+    untagged = TokenSet.all_but(*tags.ids) if tags else None
     for kind, admitted in zip(KINDS, (None, untagged), strict=True):
         with used(llm, loaded, admitted) as rows:
             answers = [answer(llm, prompt.text, kind, max_tokens) for prompt in asked]

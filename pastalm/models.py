@@ -328,8 +328,9 @@ class TextTokenizer:
         self._inner, self._encode = inner, encode
         self.chat_template = getattr(inner, "chat_template", None)
         self.added_tokens_decoder = getattr(inner, "added_tokens_decoder", {})
-        first = inner("")["input_ids"][:1] if inner is not None else []
-        self._added: str = inner.bos_token if inner is not None and first == [inner.bos_token_id] else ""
+        self._added = ""
+        if inner is not None and inner("")["input_ids"][:1] == [inner.bos_token_id]:
+            self._added = inner.bos_token
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, Sequence[int]]:
         return {"input_ids": self._encode(text)}

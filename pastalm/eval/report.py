@@ -174,15 +174,19 @@ def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
 MARKERS = "os^Dv<>P"
 
 
+def _place(rows: Sequence[Row], row: Row) -> int:
+    """By which a system has the same marker and colour in every picture."""
+    return [r.system for r in rows].index(row.system)
+
+
 def _marker(rows: Sequence[Row], row: Row) -> str:
-    """The same for a system in every picture, as its colour is."""
-    return MARKERS[[r.system for r in rows].index(row.system) % len(MARKERS)]
+    return MARKERS[_place(rows, row) % len(MARKERS)]
 
 
 def _colour(rows: Sequence[Row], row: Row) -> Any:
     import matplotlib
 
-    return matplotlib.colormaps["tab20"]([r.system for r in rows].index(row.system) % 20)
+    return matplotlib.colormaps["tab20"](_place(rows, row) % 20)
 
 
 def _legend(axes: Any) -> None:

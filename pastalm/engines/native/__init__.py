@@ -1,0 +1,1 @@
+"""The engine of our own for CPUs: the C library (src/), what loads it, and the models it runs."""

@@ -45,7 +45,7 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "plain": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [f"-m{x}" for x in "avx512f avx512bw avx512vl avx512dq avx512vnni fma f16c".split()],
+        "avx512": [f"-m{x}" for x in ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c"]],
     },
     "aarch64": {"plain": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]},
 }

@@ -3,16 +3,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LLAMA := $(VENV)/.llama-cpp
+NATIVE := $(VENV)/.native
 # llama.cpp's kernels for AMX crash; built without them, it can lay 4-bit weights out for the CPU
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup native demo test sanitize lint bench clean
 
 help: ## these lines
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
-setup: $(STAMP) ## a virtual environment with everything in it (some minutes, once)
+setup: $(STAMP) $(NATIVE) ## a virtual environment with everything in it (some minutes, once)
 
 # torch by itself first: the plain release for CPUs where one is at hand, not gigabytes for GPUs
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +22,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train,eval,remote,server,dev]" -c constraints.txt
 	@touch $@
 
+# the native CPU engine, again where its sources changed; where it cannot be built everything else works
+$(NATIVE): $(STAMP) hatch_build.py $(wildcard pastalm/engines/native/src/*)
+	@$(PYTHON) hatch_build.py && touch $@ || echo "there is no native engine here: its tests are skipped"
+
+native: ## the native CPU engine alone, compiled where it lies; needs a C++ compiler
+	@$(PYTHON) hatch_build.py
+
 # llama.cpp is compiled from source, some minutes; its tests are skipped where that is not possible
 $(LLAMA): $(STAMP)
 	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" \
@@ -28,21 +36,25 @@ $(LLAMA): $(STAMP)
 	  || echo "llama.cpp cannot be built here: its tests are skipped"
 	@touch $@
 
-demo: $(STAMP) ## one prompt decoded asynchronously, then sequentially, with both times
+demo: $(STAMP) $(NATIVE) ## one prompt decoded asynchronously, then sequentially, with both times
 	$(BIN)/pasta demo
 
-test: lint $(LLAMA) ## lint, types, imports, and every test
+test: lint $(LLAMA) $(NATIVE) ## lint, types, imports, and every test
 	@command -v chromium chromium-browser google-chrome >/dev/null \
 	  || echo "no Chromium on PATH: the tests of the server's page are skipped (Debian: apt-get install chromium)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
+sanitize: $(STAMP) ## the native engine over random plans under the compiler's checks, and for other processors (minutes)
+	$(BIN)/python -m pytest -m sanitizers tests/engines
+
 lint: $(STAMP) ## ruff, mypy, import-linter
-	$(BIN)/ruff check pastalm tests runs benchmarks
+	$(BIN)/ruff check pastalm tests runs benchmarks hatch_build.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## what a thread costs, by number of threads (see benchmarks/)
+bench: $(STAMP) $(NATIVE) ## what a thread costs, by number of threads (see benchmarks/)
 	$(BIN)/python benchmarks/forkjoin.py --rounds 3
 
 clean: ## what make made
+	rm -rf build/native pastalm/engines/native/libpastalm.so pastalm/engines/native/not_built.txt
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

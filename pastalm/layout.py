@@ -6,7 +6,11 @@ decoding), a position id, and the set of places it sees. Engines drive it with e
 training drives it with the events of a finished document in linear order (`pack`). Visibility
 depends on that history only through what was joined when, so both give the same model.
 
-A fork copies the parent's row, decoding sets one bit, a join is an OR: keys and values never move.
+What a thread sees is one integer, bit p for place p: a fork shares the parent's, decoding sets one bit, a join is
+an OR. Keys and values never move.
+
+Places come in runs of `page`, each filled by one thread, so that an engine whose attention reads `page` slots
+together wastes little where threads decode side by side. Visibility is by bit: who fills a run decides speed alone.
 
 Positions, with p the position of the promise's last token and N its length:
 
@@ -30,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm.errors import CapabilityError
-from pastalm.events import Decoded, Event, Finished, Forked, Joined, Path
+from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
 from pastalm.lang import CHUNK_TAGS, AsyncClose, AsyncOpen, Document, Promise, Text, linearize
 from pastalm.vocabulary import Vocabulary
 
@@ -42,74 +46,118 @@ MIXED: Mapping[Policy, float] = MappingProxyType({"promised": 0.65, "overlap": 0
 Row: TypeAlias = NDArray[np.bool_]
 
 
+def seen_row(sees: int, places: int) -> Row:
+    """[places] bool: the first bits of what is seen, as an array."""
+    packed = np.frombuffer(sees.to_bytes(-(-max(places, sees.bit_length()) // 8), "little"), dtype=np.uint8)
+    return np.unpackbits(packed, count=places, bitorder="little").view(np.bool_)
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A token in its place. row: [capacity] bool, the places it sees, itself included."""
+    """A token in its place. sees: bit p says whether it sees place p; its own is set. capacity: the layout's."""
 
     path: Path
     token: int
     place: int
     position: int
-    row: Row
+    sees: int
+    capacity: int
     forced: bool = False
+
+    @property
+    def row(self) -> Row:
+        """[capacity] bool: the places that it sees, itself included."""
+        return seen_row(self.sees, self.capacity)
 
 
 class Layout:
     """The threads of one response over `capacity` places, the first `prompt_length` of them the prompt.
 
-    Raises CapabilityError for the policy `serial` (it is not one masked pass), IndexError when full.
+    used: all places that hold a token are below. page: places in a run. A thread whose run is full begins the next
+    fresh one; where none is left it takes over the rest of another thread's, so that whatever `capacity` holds with
+    page=1 it holds with any. The main thread goes on in the prompt's last run. Raises CapabilityError for the policy
+    `serial` (it is not one masked pass), IndexError when full.
     """
 
-    def __init__(self, prompt_length: int, capacity: int, policy: Policy = "promised") -> None:
+    def __init__(
+        self, prompt_length: int, capacity: int, policy: Policy = "promised", *, page: int = 1
+    ) -> None:
         if policy not in ("promised", "overlap"):
             raise CapabilityError(f"positions={policy!r} is not one masked pass; use promised or overlap")
         self.policy = policy
+        self.capacity = capacity
+        self.page = page
         self.used = prompt_length
         self.positions = np.zeros(capacity, dtype=np.int64)
         self.positions[:prompt_length] = np.arange(prompt_length)
-        row = np.zeros(capacity, dtype=np.bool_)
-        row[:prompt_length] = True
-        self._rows: dict[Path, Row] = {(): row}
+        self._sees: dict[Path, int] = {(): (1 << prompt_length) - 1}
         self._next: dict[Path, int] = {(): prompt_length}
+        self._open: dict[Path, int] = {}
+        """Of each thread whose run is not full, the first free place of that run."""
+        self._idle: dict[Path, int] = {}
+        """How little a thread would miss its run: 2 one that is finished, 1 one that waits."""
+        self._leave_open((), prompt_length)
 
     def fork(self, path: Path, promised: int) -> None:
         """Thread `path` begins where its parent stands now."""
         parent = path[:-1]
-        self._rows[path] = self._rows[parent].copy()
+        self._sees[path] = self._sees[parent]
         self._next[path] = self._next[parent]
         if self.policy == "promised":
             self._next[parent] += promised + CHUNK_TAGS
 
     def decode(self, path: Path, token: int, *, forced: bool = False) -> Placed:
         """The next token of thread `path`."""
-        place, position = self.used, self._next[path]
+        place, position = self._take(path), self._next[path]
         self.positions[place] = position
-        row = self._rows[path]
-        row[place] = True
+        sees = self._sees[path] = self._sees[path] | 1 << place
         self._next[path] = position + 1
-        self.used = place + 1
-        return Placed(path, token, place, position, row.copy(), forced)
+        return Placed(path, token, place, position, sees, self.capacity, forced)
 
     def join(self, path: Path, children: Sequence[Path]) -> None:
         """From now on thread `path` sees what each of `children` sees."""
-        row = self._rows[path]
         for child in children:
-            row |= self._rows[child]
-        if children and self.policy == "overlap":
-            self._next[path] = int(self.positions[row].max()) + 1
+            self._sees[path] |= self._sees[child]
+            if self.policy == "overlap":  # what a thread sees ends right before its next position
+                self._next[path] = max(self._next[path], self._next[child])
 
     def apply(self, event: Event) -> list[Placed]:
         """Does what an event means; the tokens it places, in order."""
-        if isinstance(event, Forked) and event.path:
-            self.fork(event.path, event.promised)
+        path = event.path
+        if isinstance(event, Forked) and path:
+            self.fork(path, event.promised)
         elif isinstance(event, Joined):
-            self.join(event.path, event.children)
-        placed = [self.decode(event.path, event.token)] if isinstance(event, Decoded) else []
-        return placed + [self.decode(event.path, token, forced=True) for token in event.forced]
+            self.join(path, event.children)
+            self._idle.pop(path, None)
+        elif isinstance(event, Blocked):
+            self._idle[path] = 1
+        placed = [self.decode(path, event.token)] if isinstance(event, Decoded) else []
+        placed += [self.decode(path, token, forced=True) for token in event.forced]
+        if isinstance(event, Finished):
+            self._idle[path] = 2
+        return placed
 
     def visible(self, path: Path) -> Row:
-        """[capacity] bool: the places that thread `path` sees now (a view)."""
-        return self._rows[path]
+        """[capacity] bool: the places that thread `path` sees now."""
+        return seen_row(self._sees[path], self.capacity)
+
+    def _take(self, path: Path) -> int:
+        """A free place: in the thread's own run, in a fresh one, in the rest of another thread's."""
+        place = self._open.pop(path, None)
+        if place is None:
+            place = -(-self.used // self.page) * self.page
+        if place >= self.capacity:
+            if not self._open:
+                raise IndexError(f"all {self.capacity} places are taken")
+            place = self._open.pop(max(self._open, key=lambda other: self._idle.get(other, 0)))
+        self._leave_open(path, place + 1)
+        self.used = max(self.used, place + 1)
+        return place
+
+    def _leave_open(self, path: Path, place: int) -> None:
+        """Notes that the thread's run goes on at `place`, if it does."""
+        if place % self.page and place < self.capacity:
+            self._open[path] = place
 
 
 class SerialLayout:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pastalm.errors import CapabilityError
-from pastalm.events import Decoded, Forked, Path
+from pastalm.events import Blocked, Decoded, Finished, Forked, Path
 from pastalm.lang import LENGTHS, Async, Document, Promise, Sync, Text, normalize
 from pastalm.layout import IGNORED, Layout, Packed, Policy, decoded_rows, pack, pack_serial, unroll
 from tests.laws.oracle import Fed, Fork, Linear, Record
@@ -92,29 +92,37 @@ def test_pack_labels_each_sampled_token_once_behind_its_predecessor(document: Do
 
 
 @pytest.mark.parametrize("policy", ["promised", "overlap"])
-@given(document=documents(3), rng=st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
-def test_order_of_decoding_changes_nothing(
-    policy: Policy, document: Document, rng: random.Random
+@given(
+    document=documents(3),
+    rng=st.randoms(use_true_random=False),
+    page=st.sampled_from([1, 2, 3, 16]),
+    spare=st.sampled_from([0, 0, 1, 7, 500]),
+)
+@settings(max_examples=100, deadline=None)
+def test_order_of_decoding_and_places_change_nothing(
+    policy: Policy, document: Document, rng: random.Random, page: int, spare: int
 ) -> None:
-    """Threads interleaved at random see and stand the same as in linear order."""
+    """Threads interleaved at random see and stand the same as in linear order, in runs of any length, and in no
+    more places than there are tokens."""
     line = linear(document, policy)
-    placed = _interleaved(line, rng)
+    layout = Layout(len(PROMPT), len(line.entries) + spare, policy, page=page)
+    placed = _interleaved(layout, line, rng)
     assert len(placed) == len(line.entries) - len(PROMPT)
+    assert not placed.keys() & set(range(len(PROMPT)))
     at = {place: line.place[key] for place, (key, _, _) in placed.items()}
     at |= {i: i for i in range(len(PROMPT))}
+    assert layout.used == max(at) + 1 <= layout.capacity
     for place, (key, position, row) in placed.items():
         i = line.place[key]
-        assert position == line.positions[i]
+        assert position == layout.positions[place] == line.positions[i]
         seen = {at[slot] for slot in np.flatnonzero(row).tolist()}
         assert seen == set(np.flatnonzero(line.visible[i])), (place, key)
 
 
 def _interleaved(
-    line: Linear, rng: random.Random
+    layout: Layout, line: Linear, rng: random.Random
 ) -> dict[int, tuple[tuple[Path, int], int, np.ndarray]]:
     """place -> ((thread, index), position, row), with the threads advanced at random."""
-    layout = Layout(len(PROMPT), len(line.entries), line.policy)
     todo = {path: list(items) for path, items in line.record.threads.items()}
     counts: dict[Path, int] = dict.fromkeys(todo, 0)
     born: set[Path] = {()}
@@ -129,9 +137,51 @@ def _interleaved(
             continue
         layout.join(path, item.joins)
         token = layout.decode(path, item.token)
+        assert token.place not in out
         out[token.place] = ((path, counts[path]), token.position, token.row)
         counts[path] += 1
+        if not todo[path] and rng.random() < 0.5:
+            layout.apply(Finished(path=path))
     return out
+
+
+@given(
+    prompt=st.integers(1, 40),
+    page=st.sampled_from([1, 2, 3, 16]),
+    turns=st.lists(st.integers(0, 5), max_size=120),
+)
+@settings(max_examples=100, deadline=None)
+def test_with_room_a_run_is_of_one_thread(prompt: int, page: int, turns: list[int]) -> None:
+    """The main thread goes on in the prompt's last run, every other thread begins and fills runs of its own."""
+    layout = Layout(prompt, prompt + page * (len(turns) + 1), page=page)
+    paths: list[Path] = [(), *((i,) for i in range(5))]
+    for path in paths[1:]:
+        layout.fork(path, 10)
+    owner: dict[int, Path] = {prompt // page: ()} if prompt % page else {}
+    filled: dict[Path, int] = {}
+    for turn in turns:
+        path = paths[turn]
+        place = layout.decode(path, 5).place
+        begins = place % page == 0
+        assert owner.setdefault(place // page, path) == path
+        assert begins or place == filled.get(path, prompt - 1) + 1
+        filled[path] = place
+    assert layout.used <= prompt + page * (len(turns) + 1)
+
+
+def test_a_full_layout_takes_over_the_runs_of_threads_that_need_them_least() -> None:
+    """Of two started runs that of the finished thread first, then that of the waiting one, then any."""
+    layout = Layout(4, 12, page=4)
+    for path in ((0,), (1,)):
+        layout.apply(Forked(path=path))
+    layout.apply(Decoded(path=(0,), token=5))  # 4..7
+    layout.apply(Decoded(path=(1,), token=5))  # 8..11
+    layout.apply(Blocked(path=(0,)))
+    layout.apply(Finished(path=(1,)))
+    places = [layout.apply(Decoded(path=(), token=5))[0].place for _ in range(6)]
+    assert places == [9, 10, 11, 5, 6, 7]
+    with pytest.raises(IndexError):
+        layout.decode((), 5)
 
 
 def _can_go(item: Fed | Fork, todo: dict[Path, list[Fed | Fork]]) -> bool:

@@ -1,0 +1,311 @@
+"""Weights as the native engine reads them: packed matrices, and what else a model is made of.
+
+`src/pastalm.h` documents the layouts. A packed matrix holds blocks of 16 outputs; `Q4_0` and `Q8_0` are quantised as
+GGML does it, bit by bit, or taken over from its blocks as they are. Big matrices are worked on in slices of rows.
+Arrays are [outputs, inputs]. Raises CapabilityError for shapes that no layout has. NumPy only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pastalm.errors import CapabilityError
+
+WeightType = Literal["Q4_0", "Q8_0", "BF16", "F32", "F16"]
+TYPES: tuple[WeightType, ...] = get_args(WeightType)
+ALIGNMENT = 64
+GROUP = 32
+"""Inputs that share a scale."""
+_BLOCK = 16
+"""Outputs of a block."""
+_GGML_BYTES = {"Q4_0": 18, "Q8_0": 34}
+_SLICE = 1 << 20
+"""Elements that are worked on at once."""
+
+Bytes: TypeAlias = NDArray[np.uint8]
+Floats: TypeAlias = NDArray[np.float32]
+
+
+class Rope(NamedTuple):
+    """Rotary positions: the angle of a pair of dimensions is position times inverse frequency; cosine and sine are
+    multiplied by factor."""
+
+    inverse_frequencies: tuple[float, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A decoder of the Llama kind, in numbers. layer_ropes: for each layer which of `ropes`, -1: none. windows: for
+    each layer how many positions it sees, 0: all. Softcaps of 0: none. Scales multiply."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    activation: Literal["silu", "gelu_tanh"]
+    epsilon: float
+    attention_scale: float
+    ropes: tuple[Rope, ...]
+    layer_ropes: tuple[int, ...]
+    windows: tuple[int, ...]
+    embedding_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    max_positions: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Architecture:
+        fields = json.loads(text)
+        fields["ropes"] = tuple(Rope(tuple(inverse), factor) for inverse, factor in fields["ropes"])
+        for name in ("layer_ropes", "windows"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """A packed matrix. data: flat, aligned to 64 bytes. outputs: without padding."""
+
+    data: Bytes
+    type: WeightType
+    outputs: int
+    inputs: int
+
+
+Tensors: TypeAlias = Mapping[str, "Matrix | Floats"]
+"""A model's tensors. Matrices: embedding, head (absent where it is the embedding) and for layer i "{i}.qkv",
+"{i}.attention_out", "{i}.gate_up", "{i}.down". Vectors: norm, "{i}.input_norm", "{i}.mlp_norm" and, where there are,
+"{i}.qkv_bias", "{i}.attention_out_bias", "{i}.q_norm", "{i}.k_norm", "{i}.attention_post_norm", "{i}.mlp_post_norm"."""
+
+
+# ------------------------------------------------------------------------------ whole matrices
+
+
+def pack(array: NDArray[Any], type: WeightType) -> Matrix:
+    """An array of floats, packed; quantised by GGML's rule."""
+    outputs, inputs = array.shape
+    matrix = empty(type, outputs, inputs)
+    for first, last in slices(outputs, inputs):
+        fill(matrix, first, array[first:last])
+    return matrix
+
+
+def from_blocks(type: WeightType, blocks: NDArray[Any], outputs: int, inputs: int) -> Matrix:
+    """GGML's own blocks of Q4_0 or Q8_0, row by row, packed as they are."""
+    rows = np.ascontiguousarray(blocks).view(np.uint8).reshape(outputs, -1)
+    matrix = empty(type, outputs, inputs)
+    for first, last in slices(outputs, inputs):
+        fill_blocks(matrix, first, rows[first:last])
+    return matrix
+
+
+def unpack(matrix: Matrix) -> Floats:
+    """The weights that a packed matrix stands for, float32 [outputs, inputs]."""
+    whole = np.empty((matrix.outputs, matrix.inputs), np.float32)
+    for first, last in slices(matrix.outputs, matrix.inputs):
+        whole[first:last] = _unpacked(_blocks(matrix, first, last), matrix)[: last - first]
+    return whole
+
+
+def gate_up(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
+    """The rows of both, 32 of `gate` and the 32 of `up` that belong to them by turns; rows of floats or of blocks."""
+    rows, width = gate.shape
+    if rows % GROUP or up.shape != gate.shape:
+        raise CapabilityError(
+            f"gate and up must have the same number of outputs, a multiple of {GROUP}, not {rows}"
+        )
+    pairs = np.empty((rows // GROUP, 2, GROUP, width), gate.dtype)
+    pairs[:, 0] = gate.reshape(-1, GROUP, width)
+    pairs[:, 1] = up.reshape(-1, GROUP, width)
+    return pairs.reshape(2 * rows, width)
+
+
+# ------------------------------------------------------------------------------ piece by piece
+
+
+def empty(type: WeightType, outputs: int, inputs: int) -> Matrix:
+    """A matrix of zeros, to be filled."""
+    matrix = Matrix(aligned(packed_bytes(type, outputs, inputs)), type, outputs, inputs)
+    return matrix
+
+
+def fill(matrix: Matrix, first: int, array: NDArray[Any]) -> None:
+    """Packs rows from row `first` on, a multiple of 16; as many as a multiple of 16, or all that are left."""
+    rows = np.asarray(array, np.float32)
+    if matrix.type in _GGML_BYTES:
+        groups = rows.reshape(len(rows), -1, GROUP)
+        quantised = _quantised_q4(groups) if matrix.type == "Q4_0" else _quantised_q8(groups)
+        _write_quantised(matrix, first, *quantised)
+        return
+    padded = _padded(_KEPT[matrix.type](rows))
+    together = 2 if matrix.type == "BF16" else 1
+    laid = padded.reshape(-1, _BLOCK, matrix.inputs // together, together).transpose(0, 2, 1, 3)
+    _blocks(matrix, first, first + len(rows))[:] = (
+        np.ascontiguousarray(laid).view(np.uint8).reshape(len(padded) // _BLOCK, -1)
+    )
+
+
+def fill_blocks(matrix: Matrix, first: int, blocks: Bytes) -> None:
+    """`fill` from GGML's own blocks of the same type, [rows, bytes of a row]."""
+    if matrix.type not in _GGML_BYTES:
+        raise CapabilityError(f"{matrix.type} is no type of blocks")
+    groups = np.ascontiguousarray(blocks).reshape(len(blocks), -1, _GGML_BYTES[matrix.type])
+    scales = np.ascontiguousarray(groups[..., :2]).view(np.float16)[..., 0]
+    _write_quantised(matrix, first, _without_sign(groups[..., 2:], matrix.type), scales)
+
+
+def _without_sign(values: Bytes, type: WeightType) -> Bytes:
+    """GGML's bytes of each group as one q a byte: its low halves are the first 16; its Q8_0 has a sign."""
+    if type == "Q4_0":
+        return np.concatenate([values & 15, values >> 4], axis=-1)
+    return values ^ np.uint8(128)
+
+
+def slices(outputs: int, inputs: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are worked on at once; each begins at a multiple of 64."""
+    rows = max(64, _SLICE // inputs // 64 * 64)
+    for first in range(0, outputs, rows):
+        yield first, min(first + rows, outputs)
+
+
+def packed_bytes(type: WeightType, outputs: int, inputs: int) -> int:
+    """What a packed matrix takes. Raises CapabilityError for a shape that cannot be packed."""
+    return -(-outputs // _BLOCK) * _block_bytes(type, inputs)
+
+
+def aligned(size: int) -> Bytes:
+    """Zeros at an address that is a multiple of 64."""
+    held = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -held.ctypes.data % ALIGNMENT
+    return held[start : start + size]
+
+
+# ------------------------------------------------------------------------------ layouts
+
+
+def _block_bytes(type: WeightType, inputs: int) -> int:
+    multiple = GROUP if type in _GGML_BYTES else 2
+    if inputs < multiple or inputs % multiple:
+        raise CapabilityError(
+            f"a matrix of {inputs} inputs cannot be {type}: they must be a multiple of {multiple}"
+        )
+    if type in _GGML_BYTES:
+        values = inputs // 2 if type == "Q4_0" else inputs
+        scales = inputs // GROUP * 2
+        return -(-(values + scales) * _BLOCK // ALIGNMENT) * ALIGNMENT
+    return _BLOCK * inputs * (4 if type == "F32" else 2)
+
+
+def _blocks(matrix: Matrix, first: int, last: int) -> Bytes:
+    """The blocks of some rows, [blocks, bytes of a block]."""
+    whole = matrix.data.reshape(-1, _block_bytes(matrix.type, matrix.inputs))
+    return whole[first // _BLOCK : -(-last // _BLOCK)]
+
+
+def _padded(rows: NDArray[Any]) -> NDArray[Any]:
+    missing = -len(rows) % _BLOCK
+    return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
+
+
+def _write_quantised(matrix: Matrix, first: int, q: Bytes, scales: NDArray[np.float16]) -> None:
+    """q: [rows, groups, 32] as bytes without sign; scales: [rows, groups]."""
+    target = _blocks(matrix, first, first + len(q))
+    groups = matrix.inputs // GROUP
+    q = _padded(q)
+    if matrix.type == "Q4_0":
+        halves = q.reshape(-1, _BLOCK, groups, 4, 2, 4)  # vector, half of the byte, i
+        values = halves[..., 0, :] | halves[..., 1, :] << np.uint8(4)
+    else:
+        values = q.reshape(-1, _BLOCK, groups, 8, 4)
+    blocks, end = len(target), values[0].size
+    target[:, :end] = values.transpose(0, 2, 3, 1, 4).reshape(blocks, end)
+    by_group = _padded(scales).reshape(-1, _BLOCK, groups).transpose(0, 2, 1)
+    target[:, end : end + 2 * _BLOCK * groups] = (
+        np.ascontiguousarray(by_group, np.float16).view(np.uint8).reshape(blocks, -1)
+    )
+
+
+def _unpacked(blocks: Bytes, matrix: Matrix) -> Floats:
+    count, inputs = len(blocks), matrix.inputs
+    if matrix.type in _GGML_BYTES:
+        return _unpacked_groups(blocks, matrix)
+    if matrix.type == "BF16":
+        halves = np.ascontiguousarray(blocks).view(np.uint16).reshape(count, inputs // 2, _BLOCK, 2)
+        rows = halves.transpose(0, 2, 1, 3).reshape(-1, inputs)
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    kept = np.float32 if matrix.type == "F32" else np.float16
+    values = np.ascontiguousarray(blocks).view(kept).reshape(count, inputs, _BLOCK)
+    return values.transpose(0, 2, 1).reshape(-1, inputs).astype(np.float32)
+
+
+def _unpacked_groups(blocks: Bytes, matrix: Matrix) -> Floats:
+    count, groups = len(blocks), matrix.inputs // GROUP
+    vectors, zero = (4, 8) if matrix.type == "Q4_0" else (8, 128)
+    end = groups * vectors * ALIGNMENT
+    values = blocks[:, :end].reshape(count, groups, vectors, _BLOCK, 4).transpose(0, 3, 1, 2, 4)
+    if matrix.type == "Q4_0":
+        values = np.stack([values & 15, values >> 4], axis=-2)
+    q = values.reshape(count, _BLOCK, groups, GROUP).astype(np.float32) - np.float32(zero)
+    held = np.ascontiguousarray(blocks[:, end : end + 2 * _BLOCK * groups]).view(np.float16)
+    scales = held.reshape(count, groups, _BLOCK).transpose(0, 2, 1).astype(np.float32)
+    return (q * scales[..., None]).reshape(-1, matrix.inputs)
+
+
+# ------------------------------------------------------------------------------ numbers
+
+
+def _quantised_q4(groups: Floats) -> tuple[Bytes, NDArray[np.float16]]:
+    """GGML's Q4_0: the largest value by magnitude becomes -8."""
+    at = np.abs(groups).argmax(axis=-1, keepdims=True)
+    scale = np.take_along_axis(groups, at, axis=-1) / np.float32(-8)
+    scaled = groups * _inverse(scale) + np.float32(8.5)
+    return np.clip(scaled, 0, 15).astype(np.uint8), _to_float16(scale[..., 0])
+
+
+def _quantised_q8(groups: Floats) -> tuple[Bytes, NDArray[np.float16]]:
+    """GGML's Q8_0: the largest magnitude becomes 127; halves are rounded away from zero."""
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+    scaled = groups * _inverse(scale)
+    whole = np.trunc(scaled)
+    rounded = whole + np.trunc(2 * (scaled - whole))
+    q = np.clip(rounded, -127, 127) + np.float32(128)
+    return q.astype(np.uint8), _to_float16(scale[..., 0])
+
+
+def _inverse(scale: Floats) -> Floats:
+    """1 / scale; 0 where that is no number, for groups so small that their scale is 0 too."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = 1 / scale
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
+
+
+def _to_float16(rows: Floats) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        return rows.astype(np.float16)
+
+
+def _to_bfloat16(rows: Floats) -> NDArray[np.uint16]:
+    """Rounded to the nearest, halves to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(rows).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(rows), np.uint16(0x7FC0), rounded)
+
+
+_KEPT: dict[str, Callable[[Floats], NDArray[Any]]] = {
+    "BF16": _to_bfloat16,
+    "F32": np.ascontiguousarray,
+    "F16": _to_float16,
+}

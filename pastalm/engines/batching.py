@@ -1,55 +1,63 @@
 """What engines that decode all live threads in one forward share: requests, threads, what is due, sampling.
 
 A subclass says how a request gets a place and gives it up, how its prompt is prefilled, and how a
-batch of due tokens becomes logits. Nothing here knows the language, nor how a cache is laid out.
+batch of due tokens becomes logits: rows of an array, NumPy's unless it gives a sampler for another kind.
+Nothing here knows the language, nor how a cache is laid out.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
-from pastalm.engines.sampling import Draw, Sampled, Sampler, noise_key
+from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key
+from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import Layout, Placed
 
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Rows: TypeAlias = Any
+"""Logits [rows, vocabulary]: an array of the kind that the engine's sampler takes."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Thread:
     """A thread as the engine knows it. live: neither blocked nor finished. last: place of its last
-    token (-1: none yet). count: its tokens so far. logits: of its next token, fed in an
+    token (-1: none yet). count: its tokens so far. logits: [vocabulary] of its next token, fed in an
     earlier step and not sampled yet."""
 
     path: Path
-    live: bool = True
+    live: bool = False
     finished: bool = False
     allowed: TokenSet | None = None
     last: int = -1
     count: int = 0
-    logits: Tensor | None = None
+    logits: Any = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Response:
     """A request, its threads and its tokens. tokens, readable: by place; readable: whether a
-    penalty counts it. pending: placed but not fed yet, in order. slot: what the engine gave it."""
+    penalty counts it. count: tokens, the prompt's included. live: the live threads by path. pending: placed
+    but not fed yet, in order. slot: what the engine gave it."""
 
     request: Request
     layout: Layout
     tokens: Ints
     readable: Bools
+    bias: Bias | None
+    count: int
     threads: dict[Path, Thread] = field(default_factory=dict)
+    live: list[Thread] = field(default_factory=list)
+    unfinished: int = 0
     pending: list[Placed] = field(default_factory=list)
     slot: int = -1
 
@@ -60,6 +68,16 @@ class Response:
     @property
     def main(self) -> Thread:
         return self.threads[()]
+
+    def wake(self, thread: Thread) -> None:
+        if not thread.live:
+            thread.live = True
+            insort(self.live, thread, key=_path)
+
+    def rest(self, thread: Thread) -> None:
+        if thread.live:
+            thread.live = False
+            self.live.remove(thread)
 
     def due(self, chosen: set[Path] | None) -> list[Placed]:
         """The pending tokens of the chosen threads, and those that they see (None: all)."""
@@ -72,6 +90,9 @@ class Response:
         return [token for token in self.pending if needed[token.place]]
 
     def fed(self, due: Sequence[Placed]) -> None:
+        if len(due) == len(self.pending):
+            self.pending = []
+            return
         places = {token.place for token in due}
         self.pending = [token for token in self.pending if token.place not in places]
 
@@ -81,7 +102,11 @@ class Response:
 
 
 Batch = list[tuple[Response, list[Placed]]]
-Fed = tuple[Tensor, list[Thread]]
+Fed = tuple[Rows, list[Thread]]
+
+
+def _path(thread: Thread) -> Path:
+    return thread.path
 
 
 def common_prefix(a: Ints, b: Ints) -> int:
@@ -95,19 +120,28 @@ class BatchingEngine(ABC):
     """Decodes all threads of all requests in one forward pass per step.
 
     capabilities: its own; vocabulary_size: ids that it takes. schedule: which live threads decode in
-    a step (all); tokens that a chosen thread needs to see are fed with it. `on_logits`, if set, is
-    called with the request's id, the path and the raw logits [vocabulary] of every token sampled.
+    a step (all); tokens that a chosen thread needs to see are fed with it. sampler: of the arrays that
+    `_forward` gives (NumPy's). `on_logits`, if set, is called with the request's id, the path and the raw
+    logits [vocabulary] of every token sampled, in that array's kind, valid until it returns.
     """
 
+    _page = 1
+    """Places that a thread takes at once."""
+
     def __init__(
-        self, capabilities: Capabilities, *, vocabulary_size: int, schedule: Schedule | None = None
+        self,
+        capabilities: Capabilities,
+        *,
+        vocabulary_size: int,
+        schedule: Schedule | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.capabilities = capabilities
-        self.on_logits: Callable[[str, Path, Tensor], None] | None = None
+        self.on_logits: Callable[[str, Path, Any], None] | None = None
         self._capacity = capabilities.max_model_len
         self._size = vocabulary_size
         self._schedule = schedule
-        self._sampler = Sampler(vocabulary_size)
+        self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
         self._waiting: dict[str, Response] = {}
         self._running: dict[str, Response] = {}
 
@@ -115,16 +149,24 @@ class BatchingEngine(ABC):
 
     @abstractmethod
     def _place(self, response: Response) -> bool:
-        """Gives a waiting response its place and prefills its prompt, with the logits of the main
-        thread's first token; False if there is no room yet."""
+        """Gives a waiting response its place and prefills its prompt; False if there is no room yet.
+
+        `response.main.logits` becomes the logits [vocabulary] of the main thread's first token, in memory
+        of their own, unless that token is forced (`main.last` is 0 or more).
+        """
 
     @abstractmethod
     def _leave(self, response: Response) -> None:
         """Takes a running response's place back."""
 
     @abstractmethod
-    def _forward(self, batch: Batch, keep: list[int]) -> Tensor:
-        """Feeds the due tokens; logits [len(keep), vocabulary] of those at `keep` of all of them."""
+    def _forward(self, batch: Batch, keep: list[int]) -> Rows:
+        """Feeds the due tokens; logits [len(keep), vocabulary] of those at `keep` of all of them. Their memory
+        may be written anew by the next call of this or of `_place`: what is kept longer is copied here."""
+
+    def _room(self, request: Request) -> int:
+        """How many places the request's tokens may lie among: at least as many as it may come to have tokens."""
+        return self._capacity
 
     def _feedable(self, response: Response, due: list[Placed]) -> list[Placed]:
         """Which of the due tokens can be fed in this step; a thread whose tokens wait samples nothing."""
@@ -139,12 +181,14 @@ class BatchingEngine(ABC):
     def add(self, request: Request) -> None:
         """Takes a request; it waits while there is no room. Raises RequestError if it can never fit."""
         self._check(request)
-        n = len(request.prompt_token_ids)
-        tokens = np.zeros(self._capacity, dtype=np.int64)
+        n, places = len(request.prompt_token_ids), self._room(request)
+        tokens = np.zeros(places, dtype=np.int64)
         tokens[:n] = request.prompt_token_ids
-        readable = np.arange(self._capacity) < n
-        layout = Layout(n, self._capacity, request.positions)
-        self._waiting[request.id] = Response(request, layout, tokens, readable)
+        readable = np.arange(places) < n
+        paged = {} if self._page == 1 else {"page": self._page}
+        layout = Layout(n, places, request.positions, **paged)
+        bias = Bias.of(request.logit_bias)
+        self._waiting[request.id] = Response(request, layout, tokens, readable, bias, n)
 
     def apply(self, request_id: str, event: Event) -> None:
         """Does what an event means. Raises RequestError for one that cannot follow."""
@@ -157,12 +201,13 @@ class BatchingEngine(ABC):
         self._lay(response, thread, event)
         thread.allowed = event.allowed
         if isinstance(event, (Blocked, Finished)):
-            thread.live = False
+            response.rest(thread)
         elif isinstance(event, Joined):
-            thread.live = True
-        if isinstance(event, Finished):
+            response.wake(thread)
+        if isinstance(event, Finished) and not thread.finished:
             thread.finished = True
-            if all(t.finished for t in response.threads.values()):
+            response.unfinished -= 1
+            if not response.unfinished:
                 self.cancel(request_id)
 
     def step(self) -> list[SampledToken]:
@@ -203,7 +248,7 @@ class BatchingEngine(ABC):
         odd = [t for t in (*request.prompt_token_ids, *request.logit_bias) if not 0 <= t < size]
         checks = (
             (
-                request.id not in self._waiting | self._running,
+                request.id not in self._waiting and request.id not in self._running,
                 f"request {request.id!r} is unfinished",
             ),
             (n > 0, "the prompt is empty: give at least one token"),
@@ -225,28 +270,35 @@ class BatchingEngine(ABC):
             raise RequestError(f"{name} of thread {path} cannot follow in {response.request.id!r}")
         if forked:
             threads[path] = Thread(path)
+            response.unfinished += 1
+            response.wake(threads[path])
         return threads[path]
 
     def _lay(self, response: Response, thread: Thread, event: Event) -> None:
         """Gives the event's tokens their places and queues them to be fed."""
+        tokens = (event.token, *event.forced) if isinstance(event, Decoded) else event.forced
+        for token in tokens:
+            if not 0 <= token < self._size:
+                raise RequestError(f"token id {token} is outside the model's vocabulary")
+        if response.count + len(tokens) > self._capacity:
+            raise self._overlong(response)
         try:
             placed = response.layout.apply(event)
         except IndexError:
-            raise RequestError(
-                f"request {response.request.id!r} is past max_model_len ({self._capacity})"
-            ) from None
-        for token in placed:
-            if not 0 <= token.token < self._size:
-                raise RequestError(f"token id {token.token} is outside the model's vocabulary")
-            response.tokens[token.place] = token.token
-            response.readable[token.place] = (
-                isinstance(event, Decoded) and not event.tag and not token.forced
-            )
-        if placed:
-            response.pending += placed
-            thread.count += len(placed)
-            thread.last = placed[-1].place
-            thread.logits = None
+            raise self._overlong(response) from None
+        if not placed:
+            return
+        response.count += len(placed)
+        for each in placed:
+            response.tokens[each.place] = each.token
+        response.readable[placed[0].place] = isinstance(event, Decoded) and not event.tag
+        response.pending += placed
+        thread.count += len(placed)
+        thread.last = placed[-1].place
+        thread.logits = None
+
+    def _overlong(self, response: Response) -> RequestError:
+        return RequestError(f"request {response.request.id!r} is past max_model_len ({self._capacity})")
 
     # ------------------------------------------------------------------ decoding
 
@@ -262,16 +314,10 @@ class BatchingEngine(ABC):
         if self._schedule is None:
             return None
         chosen: dict[str, set[Path]] = {}
-        for request_id, path in self._schedule([(s.request.id, t.path) for s, t in self._live()]):
+        live = [(r.request.id, t.path) for r in self._running.values() for t in r.live]
+        for request_id, path in self._schedule(live):
             chosen.setdefault(request_id, set()).add(path)
         return chosen
-
-    def _live(self) -> Iterator[tuple[Response, Thread]]:
-        """The live threads, by request, then by path."""
-        for response in self._running.values():
-            for path in sorted(response.threads):
-                if response.threads[path].live:
-                    yield response, response.threads[path]
 
     def _feed(self, chosen: dict[str, set[Path]] | None) -> Fed | None:
         """One forward over all due tokens, if there are any; the threads that are fed up, and their logits."""
@@ -282,51 +328,71 @@ class BatchingEngine(ABC):
                 batch.append((response, fed))
         if not batch:
             return None
-        tokens = [(response, token) for response, due in batch for token in due]
-        ready = [
-            (i, thread)
-            for i, (response, token) in enumerate(tokens)
-            if (thread := response.threads[token.path]).last == token.place and not thread.finished
-        ]
-        logits = self._forward(batch, [i for i, _ in ready])
+        keep: list[int] = []
+        ready: list[Thread] = []
+        n = 0
+        for response, due in batch:
+            for token in due:
+                thread = response.threads[token.path]
+                if thread.last == token.place and not thread.finished:
+                    keep.append(n)
+                    ready.append(thread)
+                n += 1
+        logits = self._forward(batch, keep)
         for response, due in batch:
             response.fed(due)
-        return logits, [thread for _, thread in ready]
+        return logits, ready
 
     # ------------------------------------------------------------------ sampling
 
     def _sample(self, chosen: dict[str, set[Path]] | None, fed: Fed | None) -> list[SampledToken]:
         """Samples every live, chosen thread."""
-        threads = [
-            (response, thread)
-            for response, thread in self._live()
-            if chosen is None or thread.path in chosen.get(response.request.id, ())
-        ]
-        if fed is not None and len(fed[1]) == len(threads) and all(
-            thread is ready for (_, thread), ready in zip(threads, fed[1], strict=True)
-        ):
-            matrix, sampling = fed[0], threads  # what the forward gave, uncopied
-        else:
-            for thread, row in zip(fed[1], fed[0].unbind(0), strict=True) if fed is not None else ():
+        owners, threads = self._deciding(chosen)
+        logits, ready = fed if fed is not None else ((), [])
+        apart = ready != threads  # else: what the forward gave, as it lies
+        if apart:
+            for thread, row in zip(ready, logits, strict=True):
                 thread.logits = row
-            sampling = [(r, t) for r, t in threads if t.logits is not None]
-            self._check_waiting(threads)
-            if not sampling:
-                return []
-            matrix = torch.stack([t.logits for _, t in sampling if t.logits is not None])
-        draws = [self._draw(response, thread) for response, thread in sampling]
-        sampled = self._sampler(matrix, draws)
+            self._check_waiting(owners, threads)
+            owners = [r for r, t in zip(owners, threads, strict=True) if t.logits is not None]
+            threads = [t for t in threads if t.logits is not None]
+            logits = self._sampler.stack([t.logits for t in threads]) if threads else ()
+        sampled = self._sampled(owners, threads, logits) if threads else []
+        if apart:
+            for thread in threads:
+                thread.logits = None
+            for thread in ready:
+                if thread.logits is not None:
+                    thread.logits = self._sampler.copy(thread.logits)
+        return sampled
+
+    def _deciding(self, chosen: dict[str, set[Path]] | None) -> tuple[list[Response], list[Thread]]:
+        """The live, chosen threads by request, then by path, each with its response."""
+        owners: list[Response] = []
+        threads: list[Thread] = []
+        for request_id, response in self._running.items():
+            live = response.live
+            if chosen is not None:
+                live = [t for t in live if t.path in chosen.get(request_id, ())]
+            owners += [response] * len(live)
+            threads += live
+        return owners, threads
+
+    def _sampled(
+        self, owners: list[Response], threads: list[Thread], logits: Rows
+    ) -> list[SampledToken]:
+        """A token for each thread, of the logits [threads, vocabulary]."""
+        draws = [self._draw(r, t) for r, t in zip(owners, threads, strict=True)]
+        sampled = self._sampler(logits, draws)
         if self.on_logits is not None:
-            for i, (response, thread) in enumerate(sampling):
-                self.on_logits(response.request.id, thread.path, matrix[i])
-        for _, thread in sampling:
-            thread.logits = None
-        return [_token(s, t, x) for (s, t), x in zip(sampling, sampled, strict=True)]
+            for response, thread, row in zip(owners, threads, logits, strict=True):
+                self.on_logits(response.request.id, thread.path, row)
+        return [_token(r, t, s) for r, t, s in zip(owners, threads, sampled, strict=True)]
 
     @staticmethod
-    def _check_waiting(threads: list[tuple[Response, Thread]]) -> None:
+    def _check_waiting(owners: list[Response], threads: list[Thread]) -> None:
         """Raises EngineError if a thread has neither logits nor a token that is to be fed."""
-        for response, thread in threads:
+        for response, thread in zip(owners, threads, strict=True):
             if thread.logits is None and all(token.path != thread.path for token in response.pending):
                 raise EngineError(
                     f"thread {thread.path} of {response.request.id!r} has no token to go on from: "
@@ -338,8 +404,8 @@ class BatchingEngine(ABC):
         key = 0
         if not params.greedy:
             key = noise_key(request.seed, request.choice, thread.path, thread.count)
-        seen = response.seen(thread.path) if params.repetition_penalty != 1 else response.tokens[:0]
-        return Draw(params, key, request.logit_bias, thread.allowed, seen)
+        seen = response.seen(thread.path) if params.repetition_penalty != 1 else None
+        return Draw(params, key, response.bias, thread.allowed, seen)
 
 
 def _token(response: Response, thread: Thread, sampled: Sampled) -> SampledToken:

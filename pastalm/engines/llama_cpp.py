@@ -23,8 +23,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from pastalm.engine import Capabilities, Schedule
 from pastalm.engines.batching import Batch, BatchingEngine, Ints, Response, common_prefix
@@ -45,6 +44,8 @@ CHILDREN = 16
 
 _FAILURES = {1: "the cache has no room", 2: "it was aborted", -1: "the batch is invalid"}
 
+
+Floats = NDArray[np.float32]
 
 _ERROR_LEVEL = 4
 _said: list[str] = []
@@ -202,7 +203,7 @@ class LlamaCppEngine(BatchingEngine):
                 "max_num_seqs or max_model_len"
             )
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, MAX_SEQUENCES)
-        self._seen: tuple[tuple[int, int], Tensor] = (0, 0), torch.empty(0)
+        self._seen: tuple[tuple[int, int], Floats] = (0, 0), np.empty((0, self._size), np.float32)
         self._cache = _Cache(self._context)
         self._places: dict[str, _Place] = {}
         self._remembered: OrderedDict[int, Ints] = OrderedDict()
@@ -254,7 +255,7 @@ class LlamaCppEngine(BatchingEngine):
         except EngineError:
             self._cache.give(own)
             raise
-        main.logits = logits[0].clone() if keep else None
+        main.logits = logits[0].copy() if keep else None
         self._places[response.request.id] = _Place({(): own})
         self._remember(prompt, own)
 
@@ -342,7 +343,7 @@ class LlamaCppEngine(BatchingEngine):
                 self._cache.give(place.sequences.pop(child))
                 del place.begins[child]
 
-    def _forward(self, batch: Batch, keep: list[int]) -> Tensor:
+    def _forward(self, batch: Batch, keep: list[int]) -> Floats:
         """Logits [len(keep), vocabulary] of one decode call over the due tokens of some requests."""
         tokens: list[int] = []
         positions: list[int] = []
@@ -361,8 +362,7 @@ class LlamaCppEngine(BatchingEngine):
                 tokens.append(token.token)
                 positions.append(token.position)
                 owners.append([place.sequences[token.path], *children])
-        logits = self._decode(tokens, positions, owners, keep)
-        return logits if self._schedule is None else logits.clone()  # some may be sampled later
+        return self._decode(tokens, positions, owners, keep)
 
     def _decode(
         self,
@@ -370,7 +370,7 @@ class LlamaCppEngine(BatchingEngine):
         positions: Sequence[int],
         owners: Sequence[Sequence[int]],
         keep: Sequence[int],
-    ) -> Tensor:
+    ) -> Floats:
         """Feeds tokens, each to its sequences; logits [len(keep), vocabulary] of those at `keep`,
         valid until the next call. Raises EngineError if llama.cpp fails."""
         found = []
@@ -381,16 +381,17 @@ class LlamaCppEngine(BatchingEngine):
             if kept:
                 found.append(self._logits(len(kept)))
             if found and stop < len(tokens):
-                found[-1] = found[-1].clone()
-        return torch.cat(found) if len(found) > 1 else found[0] if found else torch.empty(0, self._size)
+                found[-1] = found[-1].copy()
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else np.empty((0, self._size), np.float32)
 
-    def _logits(self, rows: int) -> Tensor:
-        """llama.cpp's own [rows, vocabulary] of the last call; seen as a tensor anew only where it moved."""
+    def _logits(self, rows: int) -> Floats:
+        """llama.cpp's own [rows, vocabulary] of the last call; seen as an array anew only where it moved."""
         where = (_logits_at(self._context), rows)
         if where != self._seen[0]:
             floats = (ctypes.c_float * (rows * self._size)).from_address(where[0])
-            array = np.ctypeslib.as_array(floats).reshape(rows, self._size)
-            self._seen = where, torch.from_numpy(array)
+            self._seen = where, np.ctypeslib.as_array(floats).reshape(rows, self._size)
         return self._seen[1]
 
     def _call(
@@ -421,7 +422,7 @@ _logits_at = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
 
 
 def _processors() -> int:
-    """As many as torch would take: llama.cpp's threads wait busily, and more of them than there are
+    """OMP_NUM_THREADS, else all: llama.cpp's threads wait busily, and more of them than there are
     processors slow each other by an order of magnitude."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     return int(chosen) if chosen.isdigit() and int(chosen) else os.cpu_count() or 1

@@ -1,47 +1,70 @@
-"""From logits to tokens for a whole step at once, in float32 (float64 for float64 logits).
+"""From logits to tokens for a whole step at once, by NumPy, in float32 (float64 for float64 logits).
 
 Order: raw log-probabilities, `logit_bias`, repetition penalty, `allowed`, temperature, top-k, top-p,
 min-p, then the Gumbel-max draw. The noise of a token id is a hash of (key, id), with the key a hash
 of (seed, choice, path, index of the token in its thread): it does not depend on who else is in the
-batch, nor on the device. Greedy rows take the largest logit after `allowed`.
+batch, nor on the device. Greedy rows take the largest logit after `allowed`; so do rows whose
+temperature is so near 0 that scaled logits are not finite. Of equal logits the smaller id comes first.
+Each row is sampled by itself: what it gets does not depend on the others.
+
+torch stands in `sampling_torch.py`, for engines whose logits are tensors.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pastalm.engine import SamplingParams
 from pastalm.errors import EngineError
 from pastalm.events import Path, TokenSet
 
 CANDIDATES = 1024
-"""Ids looked at first where top-p or min-p truncate: nearly always enough, and sorts far fewer."""
+"""Ids looked at first where top-p truncates: nearly always enough, and sorts far fewer."""
 MASKS = 64
-"""Masks kept on the device, one of [vocabulary] for each `allowed` seen last."""
+"""Sets of allowed ids kept as arrays: those seen last."""
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIXERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
-_NO_IDS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+Ints: TypeAlias = NDArray[np.int64]
+Row: TypeAlias = NDArray[Any]
+"""Logits [vocabulary], float32 or float64."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_NO_IDS: Ints = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """What is added to some logits. ids: int64; added: float64, one for each."""
+
+    ids: Ints
+    added: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, logit_bias: Mapping[int, float]) -> Bias | None:
+        """None if nothing is added."""
+        if not logit_bias:
+            return None
+        ids = np.fromiter(logit_bias.keys(), np.int64, len(logit_bias))
+        return cls(ids, np.fromiter(logit_bias.values(), np.float64, len(logit_bias)))
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row of logits is to be sampled with. key: from `noise_key`. seen: ids that the
+    """What one row of logits is to be sampled with. key: from `noise_key`. seen: distinct ids that the
     repetition penalty counts (only looked at if there is one)."""
 
     params: SamplingParams
     key: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bias: Bias | None = None
     allowed: TokenSet | None = None
-    seen: NDArray[np.int64] = field(default_factory=lambda: _NO_IDS)
+    seen: Ints | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,186 +76,172 @@ class Sampled:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class Sampler(Protocol):
+    """Samples the rows of one kind of array, NumPy's or torch's."""
+
+    def __call__(self, logits: Any, draws: Sequence[Draw]) -> list[Sampled]:
+        """A token for each row of logits [rows, vocabulary]; also takes what `stack` gives. Raises
+        EngineError if a row's `allowed` admits no id."""
+
+    def stack(self, rows: Sequence[Any]) -> Any:
+        """Rows that lie apart, as logits that are sampled together."""
+
+    def copy(self, row: Any) -> Any:
+        """A row that stays as it is when its memory is written anew."""
+
+
 def noise_key(seed: int, choice: int, path: Path, index: int) -> int:
     """A stable signed 64-bit key for token `index` of thread `path`."""
     text = f"{seed}/{choice}/{'.'.join(map(str, path))}/{index}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Gumbel noise, float64 [rows, ids], of keys [rows] and ids [1 or rows, ids], both int64.
-
-    splitmix64 of (key, id); torch's integers are signed, so a logical shift needs a mask.
-    """
-    x = keys[:, None] + (ids + 1) * _GOLDEN
+def gumbel(key: int, ids: Ints) -> NDArray[np.float64]:
+    """Gumbel noise of each id: -log(-log(u)), with u the upper 52 bits of splitmix64 of (key, id)."""
+    x = (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.uint64(key & (1 << 64) - 1)
     for shift, mixer in zip((30, 27), _MIXERS, strict=True):
-        x = (x ^ _shifted(x, shift)) * mixer
-    uniform = (_shifted(x ^ _shifted(x, 31), 12).double() + 0.5) * 2.0**-52
-    return -torch.log(-torch.log(uniform))
+        x = (x ^ (x >> np.uint64(shift))) * mixer
+    uniform = ((x ^ (x >> np.uint64(31))) >> np.uint64(12)).astype(np.float64)
+    return -np.log(-np.log((uniform + 0.5) * 2.0**-52))
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-class Sampler:
-    """Samples rows of logits over `vocabulary_size` ids, on the device where they lie."""
+class ArraySampler:
+    """Samples rows of NumPy arrays over `vocabulary_size` ids."""
 
     def __init__(self, vocabulary_size: int) -> None:
         self._size = vocabulary_size
-        self._masks: OrderedDict[tuple[TokenSet, torch.device], Tensor] = OrderedDict()
+        self._sets: OrderedDict[TokenSet, Ints] = OrderedDict()
 
-    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-        """A token for each row of logits [rows, vocabulary].
+    def stack(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return rows  # rows are looked at one by one: they need not lie together
 
-        Raises EngineError if a row's `allowed` admits no id.
-        """
-        raw = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        shaped = _penalised(_biased(raw, draws), draws)
-        tokens = [0] * len(draws)
-        if any(draw.params.greedy for draw in draws):
-            tokens = _largest(shaped)
-        # a greedy row's largest logit is nearly always allowed: masks are made for the others only
-        rest = [i for i, d in enumerate(draws) if not d.params.greedy or not _allows(d, tokens[i])]
-        if rest:
-            rows = shaped[torch.tensor(rest, device=raw.device)]
-            for i, token in zip(rest, self._chosen(rows, [draws[i] for i in rest]), strict=True):
-                tokens[i] = token
-        return _collected(raw, tokens, draws)
+    def copy(self, row: Row) -> Row:
+        return row.copy()
 
-    def _chosen(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-        """A token for each row, within what it is allowed."""
-        logits = self._masked(logits, draws)
-        tokens = _largest(logits)
-        hot = [i for i, draw in enumerate(draws) if not draw.params.greedy]
-        if hot:
-            rows = logits[torch.tensor(hot, device=logits.device)]
-            drawn = _drawn(rows, [draws[i] for i in hot]).tolist()
-            for i, token in zip(hot, drawn, strict=True):
-                tokens[i] = token
-        return tokens
+    def __call__(self, logits: Sequence[Row] | NDArray[Any], draws: Sequence[Draw]) -> list[Sampled]:
+        return [
+            _measured(row, self._token(shaped(row, draw), draw), draw)
+            for row, draw in zip(logits, draws, strict=True)
+        ]
 
-    def _masked(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-        if all(draw.allowed is None for draw in draws):
-            return logits
-        banned = torch.stack([self._banned(draw.allowed, logits.device) for draw in draws])
-        return logits.masked_fill(banned, -torch.inf)
+    def _token(self, row: Row, draw: Draw) -> int:
+        if draw.params.greedy:
+            # the largest logit is nearly always allowed: only where it is not, the others are hidden
+            token = int(row.argmax())
+            if draw.allowed is None or token in draw.allowed:
+                return token
+        values, ids = self._within(row, draw.allowed)
+        chosen = int(values.argmax()) if draw.params.greedy else _drawn(values, ids, draw)
+        return chosen if ids is None else int(ids[chosen])
 
-    def _banned(self, allowed: TokenSet | None, device: torch.device) -> Tensor:
-        """[vocabulary] bool: the ids outside `allowed`."""
-        allowed = allowed if allowed is not None else TokenSet.all_but()
-        mask = self._masks.get((allowed, device))
-        if mask is None:
-            inside = [token for token in allowed.ids if 0 <= token < self._size]
-            banned = np.full(self._size, not allowed.inverted)
-            banned[inside] = allowed.inverted
-            if banned.all():
+    def _within(self, row: Row, allowed: TokenSet | None) -> tuple[Row, Ints | None]:
+        """The logits of the allowed ids, and which those are (None: each at its own index, the others -inf)."""
+        if allowed is None:
+            return row, None
+        ids = self._ids(allowed)
+        if not allowed.inverted:
+            return row[ids], ids
+        row = row.copy()
+        row[ids] = -np.inf
+        return row, None
+
+    def _ids(self, allowed: TokenSet) -> Ints:
+        """The set's ids (inverted: those it leaves out) within the vocabulary, ascending."""
+        ids = self._sets.get(allowed)
+        if ids is None:
+            ids = np.array(sorted(i for i in allowed.ids if 0 <= i < self._size), dtype=np.int64)
+            if len(ids) == (self._size if allowed.inverted else 0):
                 raise EngineError("a thread is allowed no token of the vocabulary")
-            mask = self._masks[allowed, device] = torch.from_numpy(banned).to(device)
-            if len(self._masks) > MASKS:
-                self._masks.popitem(last=False)
-        self._masks.move_to_end((allowed, device))
-        return mask
+            self._sets[allowed] = ids
+            if len(self._sets) > MASKS:
+                self._sets.popitem(last=False)
+        self._sets.move_to_end(allowed)
+        return ids
 
 
-def _allows(draw: Draw, token: int) -> bool:
-    return draw.allowed is None or token in draw.allowed
+def shaped(row: Row, draw: Draw) -> Row:
+    """The row with bias and repetition penalty; itself if there are none. Seen ids' logits are divided (if
+    positive) or multiplied by the penalty."""
+    penalty, seen = row.dtype.type(draw.params.repetition_penalty), draw.seen
+    penalised = seen is not None and penalty != 1
+    if draw.bias is None and not penalised:
+        return row
+    row = row.copy()
+    if draw.bias is not None:
+        row[draw.bias.ids] += draw.bias.added.astype(row.dtype)
+    if penalised:
+        before = row[seen]
+        row[seen] = np.where(before > 0, before / penalty, before * penalty)
+    return row
 
 
-def _largest(logits: Tensor) -> list[int]:
-    """The index of each row's largest value. On a CPU by NumPy: one thread, no other pool of threads
-    woken beside the one that computes the model."""
-    if logits.device.type == "cpu":
-        return [int(i) for i in logits.numpy().argmax(-1)]
-    return [int(i) for i in logits.argmax(-1).tolist()]
+def _drawn(values: Row, ids: Ints | None, draw: Draw) -> int:
+    """An index into `values`, drawn by Gumbel-max from the truncated distribution."""
+    scaled = _scaled(values, draw.params.temperature)
+    if scaled is None:
+        return int(values.argmax())
+    kept = _truncated(scaled, draw.params)
+    if kept is not None:
+        scaled = scaled[kept]
+        ids = kept if ids is None else ids[kept]
+    noise = gumbel(draw.key, np.arange(len(values)) if ids is None else ids)
+    best = int((scaled + noise).argmax())
+    return best if kept is None else int(kept[best])
 
 
-def _biased(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    entries = [(i, t, b) for i, draw in enumerate(draws) for t, b in draw.logit_bias.items()]
-    if not entries:
-        return logits
-    rows, ids, biases = zip(*entries, strict=True)
-    where = torch.tensor([rows, ids], device=logits.device)
-    added = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
-    return logits.index_put((where[0], where[1]), added, accumulate=True)
+def _scaled(values: Row, temperature: float) -> Row | None:
+    """Logits by temperature; None where it is so small that the largest is not finite."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scaled: Row = values / values.dtype.type(temperature)
+    return scaled if np.isfinite(scaled.max()) else None
 
 
-def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Logits of seen ids divided (if positive) or multiplied by the row's repetition penalty."""
-    rows = [i for i, d in enumerate(draws) if d.params.repetition_penalty != 1 and len(d.seen)]
-    if not rows:
-        return logits
-    ids = torch.from_numpy(np.concatenate([draws[i].seen for i in rows])).to(logits.device)
-    lengths = [len(draws[i].seen) for i in rows]
-    owner = torch.from_numpy(np.repeat(rows, lengths)).to(logits.device)
-    penalties = np.repeat([draws[i].params.repetition_penalty for i in rows], lengths)
-    penalty = torch.from_numpy(penalties).to(logits.device, logits.dtype)
-    before = logits[owner, ids]
-    return logits.index_put(
-        (owner, ids), torch.where(before > 0, before / penalty, before * penalty)
-    )
+def _truncated(scaled: Row, params: SamplingParams) -> Ints | None:
+    """Indices that top-k, then top-p, then min-p leave; None if all."""
+    kept: Ints | None = None
+    if 0 < params.top_k < len(scaled):
+        kept = _largest(scaled, params.top_k)
+    if params.top_p < 1:
+        inner = _nucleus(scaled if kept is None else scaled[kept], params.top_p)
+        kept = inner if kept is None else kept[inner]
+    if params.min_p > 0:
+        values = (scaled if kept is None else scaled[kept]).astype(np.float64)
+        inner = np.flatnonzero(values - values.max() >= np.log(params.min_p))
+        kept = inner if kept is None else kept[inner]
+    return kept
 
 
-def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """One id for each row, drawn by Gumbel-max from the truncated distribution."""
-    scaled = logits / logits.new_tensor([d.params.temperature for d in draws])[:, None]
-    values, ids = _truncated(scaled, draws)
-    keys = torch.tensor([d.key for d in draws], device=logits.device)
-    best = (values.double() + gumbel(keys, ids)).argmax(-1, keepdim=True)
-    return ids.expand(len(draws), -1).gather(1, best)[:, 0]
+def _largest(values: Row, n: int) -> Ints:
+    """Indices of the n largest, ascending; of equal values the first."""
+    if n >= len(values):
+        return np.arange(len(values))
+    least = np.partition(values, len(values) - n)[len(values) - n]
+    above = np.flatnonzero(values > least)
+    equal = np.flatnonzero(values == least)[: n - len(above)]
+    return np.sort(np.concatenate([above, equal]))
 
 
-def _truncated(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """Candidates' logits [rows, n], -inf where top-k, top-p or min-p drop them, and their ids."""
-    size = logits.shape[-1]
-    tops = [min(d.params.top_k, size) if d.params.top_k > 0 else size for d in draws]
-    free = [
-        top == size and d.params.top_p == 1 and d.params.min_p == 0
-        for top, d in zip(tops, draws, strict=True)
-    ]
-    if all(free):
-        return logits, torch.arange(size, device=logits.device)[None]
-    width = size if any(free) else min(size, max(tops))
-    if width > CANDIDATES:
-        values, ids, complete = _nucleus(logits, draws, tops, CANDIDATES)
-        if not any(free) and bool(complete.all()):
-            return values, ids
-    return _nucleus(logits, draws, tops, width)[:2]
+def _nucleus(scaled: Row, share: float) -> Ints:
+    """Indices of the largest values that together have `share` of the probability, the last one whole."""
+    weights = np.exp((scaled - scaled.max()).astype(np.float64))
+    goal = share * weights.sum()
+    for width in (CANDIDATES, len(scaled)):
+        found = _largest(scaled, width)
+        found = found[np.argsort(-scaled[found], kind="stable")]
+        reached = np.cumsum(weights[found])
+        if reached[-1] >= goal:
+            break
+    return np.sort(found[: int(np.searchsorted(reached, goal)) + 1])
 
 
-def _nucleus(
-    logits: Tensor, draws: Sequence[Draw], tops: Sequence[int], width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_truncated` over the `width` largest logits; also, for each row, whether those suffice."""
-    top = torch.tensor(tops, device=logits.device)[:, None]
-    # 2: beyond what rounding can make of a sum of all probabilities
-    share = logits.new_tensor([d.params.top_p if d.params.top_p < 1 else 2.0 for d in draws])
-    floor = logits.new_tensor([d.params.min_p for d in draws]).log()
-    values, ids = logits.topk(width)
-    kept = values.masked_fill(torch.arange(width, device=logits.device) >= top, -torch.inf)
-    within = kept.logsumexp(-1, keepdim=True)
-    total = torch.where(top <= width, within, logits.logsumexp(-1, keepdim=True))
-    reached = (kept - total).exp().cumsum(-1)
-    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
-    least = kept[:, :1] + floor[:, None]
-    keep = (before < share[:, None]) & (kept >= least)
-    complete = (top[:, 0] <= width) | (reached[:, -1] >= share) | (values[:, -1] < least[:, 0])
-    return kept.masked_fill(~keep, -torch.inf), ids, complete
-
-
-def _collected(raw: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[Sampled]:
-    """The sampled tokens with the log-probabilities that were asked for."""
-    sampled = [Sampled(token) for token in tokens]
-    asked = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
-    if not asked:
-        return sampled
-    rows = torch.tensor(asked, device=raw.device)
-    logprobs = raw[rows].log_softmax(-1)
-    own_ids = torch.tensor([tokens[i] for i in asked], device=raw.device)
-    own = logprobs.gather(1, own_ids[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(max(draws[i].params.logprobs or 0 for i in asked))
-    for i, logprob, top_ids, top in zip(asked, own, ids.tolist(), values.tolist(), strict=True):
-        n = draws[i].params.logprobs
-        pairs = tuple(zip(top_ids[:n], top[:n], strict=True))
-        sampled[i] = Sampled(sampled[i].token, logprob, pairs)
-    return sampled
+def _measured(row: Row, token: int, draw: Draw) -> Sampled:
+    """The token with the raw log-probabilities that were asked for."""
+    n = draw.params.logprobs
+    if n is None:
+        return Sampled(token)
+    largest = row.max()
+    total = float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))
+    top = _largest(row, n) if n else _NO_IDS
+    top = top[np.argsort(-row[top], kind="stable")]
+    pairs = tuple((int(i), float(row[i]) - total) for i in top)
+    return Sampled(token, float(row[token]) - total, pairs)

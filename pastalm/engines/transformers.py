@@ -30,6 +30,7 @@ from pastalm.engine import Capabilities, Schedule
 from pastalm.engines import packing
 from pastalm.engines.batching import Batch, BatchingEngine, Bools, Ints, Response, common_prefix
 from pastalm.engines.graphs import Graphs, Inputs
+from pastalm.engines.sampling_torch import TensorSampler
 from pastalm.errors import CapabilityError, EngineError, RequestError, complaint
 
 CAPABILITIES = Capabilities(
@@ -491,6 +492,7 @@ class TransformersEngine(BatchingEngine):
             ),
             vocabulary_size=self._shape.vocabulary,
             schedule=schedule,
+            sampler=TensorSampler(self._shape.vocabulary),
         )
         self._chunk = prefill_chunk
         self._compiled = _Compiled(model) if compiled else None

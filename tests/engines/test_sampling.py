@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pastalm.engine import SamplingParams
 from pastalm.engines import sampling
-from pastalm.engines.sampling import Draw, Sampler, gumbel, noise_key
+from pastalm.engines.sampling import Bias, Draw, noise_key
+from pastalm.engines.sampling_torch import TensorSampler as Sampler
+from pastalm.engines.sampling_torch import _truncated, gumbel
 from pastalm.errors import EngineError
 from pastalm.events import TokenSet
 
@@ -63,7 +65,7 @@ def drawn_ids(row: Tensor, each: SamplingParams, draws: int = 400) -> set[int]:
 @settings(max_examples=60, deadline=None)
 def test_truncation_leaves_what_it_should(each: SamplingParams, seed: int) -> None:
     row = logits(1, seed)[0]
-    values, ids = sampling._truncated(row[None] / each.temperature, [Draw(each)])
+    values, ids = _truncated(row[None] / each.temperature, [Draw(each)])
     left = {int(i) for i, v in zip(ids[0], values[0], strict=True) if v > -torch.inf}
     assert left == kept(row, each)
 
@@ -146,12 +148,12 @@ def test_masks_kept_are_bounded() -> None:
     for i in range(3 * sampling.MASKS):
         draw = Draw(SamplingParams(temperature=0), allowed=TokenSet.of(i))
         assert sampler(logits(1, size=200), [draw])[0].token == i
-    assert len(sampler._masks) <= sampling.MASKS
+    assert len(sampler._arrays._sets) <= sampling.MASKS
 
 
 def greedy(row: Tensor, **how: Any) -> int:
     """The greedy token, with a row that asks for nothing beside it."""
-    fields = {k: how.pop(k) for k in ("logit_bias", "seen") if k in how}
+    fields = {k: how.pop(k) for k in ("bias", "seen") if k in how}
     draws = [
         Draw(SamplingParams(temperature=0)),
         Draw(SamplingParams(temperature=0, **how), **fields),
@@ -163,9 +165,9 @@ def greedy(row: Tensor, **how: Any) -> int:
 
 def test_logit_bias_is_added() -> None:
     row = torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64)
-    assert greedy(row, logit_bias={0: 2.1}) == 0
-    assert greedy(row, logit_bias={0: 1.9}) == 2
-    assert greedy(row, logit_bias={2: -5.0, 1: -5.0}) == 0
+    assert greedy(row, bias=Bias.of({0: 2.1})) == 0
+    assert greedy(row, bias=Bias.of({0: 1.9})) == 2
+    assert greedy(row, bias=Bias.of({2: -5.0, 1: -5.0})) == 0
 
 
 def test_repetition_penalty_shrinks_what_was_seen() -> None:
@@ -182,7 +184,7 @@ def test_logprobs_are_raw(dtype: torch.dtype) -> None:
     hot = SamplingParams(temperature=0.5, top_k=3, logprobs=4, repetition_penalty=2.0)
     few = SamplingParams(temperature=0, logprobs=0)
     draws = [
-        Draw(hot, key=5, logit_bias={1: 9.0}, allowed=TokenSet.all_but(0), seen=np.array([2])),
+        Draw(hot, key=5, bias=Bias.of({1: 9.0}), allowed=TokenSet.all_but(0), seen=np.array([2])),
         Draw(SamplingParams(temperature=0)),
         Draw(few),
     ]

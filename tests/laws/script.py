@@ -10,6 +10,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pastalm.engine import Request, SamplingParams
@@ -134,9 +136,9 @@ def play(engine: TransformersEngine, scripts: Sequence[Script], *, limit: int = 
     """Plays scripts to their ends, side by side as far as the engine admits them; the steps taken."""
     by_id = {script.id: script for script in scripts}
 
-    def keep(request_id: str, path: Path, logits: Tensor) -> None:
+    def keep(request_id: str, path: Path, logits: Tensor | np.ndarray) -> None:
         script = by_id[request_id]
-        script.logits[path, script.count(path) - 1] = logits.clone()
+        script.logits[path, script.count(path) - 1] = torch.as_tensor(logits).clone()
 
     def take(script: Script, events: list[Event]) -> None:
         for event in events:

@@ -1,0 +1,208 @@
+"""Samples logits that are torch tensors, on the device where they lie: the rules of `sampling.py`.
+
+On a CPU the rows are handed to `ArraySampler` as they lie. bfloat16 and float16 become float32 first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pastalm.engines import sampling
+from pastalm.engines.sampling import ArraySampler, Draw, Sampled
+from pastalm.errors import EngineError
+from pastalm.events import TokenSet
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIXERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise, float64 [rows, ids], of keys [rows] and ids [1 or rows, ids], both int64.
+
+    As `sampling.gumbel`; torch's integers are signed, so a logical shift needs a mask.
+    """
+    x = keys[:, None] + (ids + 1) * _GOLDEN
+    for shift, mixer in zip((30, 27), _MIXERS, strict=True):
+        x = (x ^ _shifted(x, shift)) * mixer
+    uniform = (_shifted(x ^ _shifted(x, 31), 12).double() + 0.5) * 2.0**-52
+    return -torch.log(-torch.log(uniform))
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class TensorSampler:
+    """Samples rows of logits over `vocabulary_size` ids, on the device where they lie."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        self._size = vocabulary_size
+        self._arrays = ArraySampler(vocabulary_size)
+        self._masks: OrderedDict[tuple[TokenSet, torch.device], Tensor] = OrderedDict()
+
+    def stack(self, rows: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(rows))
+
+    def copy(self, row: Tensor) -> Tensor:
+        return row.clone()
+
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        raw = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        if raw.device.type == "cpu":
+            return self._arrays(raw.detach().numpy(), draws)
+        return self.on_device(raw, draws)
+
+    def on_device(self, raw: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        """A token for each row, computed by torch."""
+        shaped = _penalised(_biased(raw, draws), draws)
+        tokens = [0] * len(draws)
+        if any(draw.params.greedy for draw in draws):
+            tokens = shaped.argmax(-1).tolist()
+        # a greedy row's largest logit is nearly always allowed: masks are made for the others only
+        rest = [i for i, d in enumerate(draws) if not d.params.greedy or not _allows(d, tokens[i])]
+        if rest:
+            rows = shaped[torch.tensor(rest, device=raw.device)]
+            for i, token in zip(rest, self._chosen(rows, [draws[i] for i in rest]), strict=True):
+                tokens[i] = token
+        return _collected(raw, tokens, draws)
+
+    def _chosen(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """A token for each row, within what it is allowed."""
+        logits = self._masked(logits, draws)
+        tokens: list[int] = logits.argmax(-1).tolist()
+        hot = [i for i, draw in enumerate(draws) if not draw.params.greedy]
+        if hot:
+            rows = logits[torch.tensor(hot, device=logits.device)]
+            drawn = _drawn(rows, [draws[i] for i in hot]).tolist()
+            for i, token in zip(hot, drawn, strict=True):
+                tokens[i] = token
+        return tokens
+
+    def _masked(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        if all(draw.allowed is None for draw in draws):
+            return logits
+        banned = torch.stack([self._banned(draw.allowed, logits.device) for draw in draws])
+        return logits.masked_fill(banned, -torch.inf)
+
+    def _banned(self, allowed: TokenSet | None, device: torch.device) -> Tensor:
+        """[vocabulary] bool: the ids outside `allowed`."""
+        allowed = allowed if allowed is not None else TokenSet.all_but()
+        mask = self._masks.get((allowed, device))
+        if mask is None:
+            inside = [token for token in allowed.ids if 0 <= token < self._size]
+            banned = np.full(self._size, not allowed.inverted)
+            banned[inside] = allowed.inverted
+            if banned.all():
+                raise EngineError("a thread is allowed no token of the vocabulary")
+            mask = self._masks[allowed, device] = torch.from_numpy(banned).to(device)
+            if len(self._masks) > sampling.MASKS:
+                self._masks.popitem(last=False)
+        self._masks.move_to_end((allowed, device))
+        return mask
+
+
+def _allows(draw: Draw, token: int) -> bool:
+    return draw.allowed is None or token in draw.allowed
+
+
+def _biased(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    biased = [(i, draw.bias) for i, draw in enumerate(draws) if draw.bias is not None]
+    if not biased:
+        return logits
+    rows = np.repeat([i for i, _ in biased], [len(bias.ids) for _, bias in biased])
+    ids = np.concatenate([bias.ids for _, bias in biased])
+    added = np.concatenate([bias.added for _, bias in biased])
+    where = torch.from_numpy(np.stack([rows, ids])).to(logits.device)
+    return logits.index_put(
+        (where[0], where[1]), torch.from_numpy(added).to(logits.device, logits.dtype), accumulate=True
+    )
+
+
+def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits of seen ids divided (if positive) or multiplied by the row's repetition penalty."""
+    seen = [
+        (i, draw.seen, draw.params.repetition_penalty)
+        for i, draw in enumerate(draws)
+        if draw.seen is not None and draw.params.repetition_penalty != 1
+    ]
+    if not seen:
+        return logits
+    lengths = [len(ids) for _, ids, _ in seen]
+    ids = torch.from_numpy(np.concatenate([ids for _, ids, _ in seen])).to(logits.device)
+    owner = torch.from_numpy(np.repeat([i for i, _, _ in seen], lengths)).to(logits.device)
+    penalties = np.repeat([penalty for _, _, penalty in seen], lengths)
+    penalty = torch.from_numpy(penalties).to(logits.device, logits.dtype)
+    before = logits[owner, ids]
+    return logits.index_put(
+        (owner, ids), torch.where(before > 0, before / penalty, before * penalty)
+    )
+
+
+def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """One id for each row, drawn by Gumbel-max from the truncated distribution."""
+    scaled = logits / logits.new_tensor([d.params.temperature for d in draws])[:, None]
+    values, ids = _truncated(scaled, draws)
+    keys = torch.tensor([d.key for d in draws], device=logits.device)
+    best = (values.double() + gumbel(keys, ids)).argmax(-1, keepdim=True)
+    return ids.expand(len(draws), -1).gather(1, best)[:, 0]
+
+
+def _truncated(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """Candidates' logits [rows, n], -inf where top-k, top-p or min-p drop them, and their ids."""
+    size = logits.shape[-1]
+    tops = [min(d.params.top_k, size) if d.params.top_k > 0 else size for d in draws]
+    free = [
+        top == size and d.params.top_p == 1 and d.params.min_p == 0
+        for top, d in zip(tops, draws, strict=True)
+    ]
+    if all(free):
+        return logits, torch.arange(size, device=logits.device)[None]
+    width = size if any(free) else min(size, max(tops))
+    if width > sampling.CANDIDATES:
+        values, ids, complete = _nucleus(logits, draws, tops, sampling.CANDIDATES)
+        if not any(free) and bool(complete.all()):
+            return values, ids
+    return _nucleus(logits, draws, tops, width)[:2]
+
+
+def _nucleus(
+    logits: Tensor, draws: Sequence[Draw], tops: Sequence[int], width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_truncated` over the `width` largest logits; also, for each row, whether those suffice."""
+    top = torch.tensor(tops, device=logits.device)[:, None]
+    # 2: beyond what rounding can make of a sum of all probabilities
+    share = logits.new_tensor([d.params.top_p if d.params.top_p < 1 else 2.0 for d in draws])
+    floor = logits.new_tensor([d.params.min_p for d in draws]).log()
+    values, ids = logits.topk(width)
+    kept = values.masked_fill(torch.arange(width, device=logits.device) >= top, -torch.inf)
+    within = kept.logsumexp(-1, keepdim=True)
+    total = torch.where(top <= width, within, logits.logsumexp(-1, keepdim=True))
+    reached = (kept - total).exp().cumsum(-1)
+    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
+    least = kept[:, :1] + floor[:, None]
+    keep = (before < share[:, None]) & (kept >= least)
+    complete = (top[:, 0] <= width) | (reached[:, -1] >= share) | (values[:, -1] < least[:, 0])
+    return kept.masked_fill(~keep, -torch.inf), ids, complete
+
+
+def _collected(raw: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[Sampled]:
+    """The sampled tokens with the log-probabilities that were asked for."""
+    sampled = [Sampled(token) for token in tokens]
+    asked = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
+    if not asked:
+        return sampled
+    rows = torch.tensor(asked, device=raw.device)
+    logprobs = raw[rows].log_softmax(-1)
+    own_ids = torch.tensor([tokens[i] for i in asked], device=raw.device)
+    own = logprobs.gather(1, own_ids[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(max(draws[i].params.logprobs or 0 for i in asked))
+    for i, logprob, top_ids, top in zip(asked, own, ids.tolist(), values.tolist(), strict=True):
+        n = draws[i].params.logprobs
+        pairs = tuple(zip(top_ids[:n], top[:n], strict=True))
+        sampled[i] = Sampled(sampled[i].token, logprob, pairs)
+    return sampled

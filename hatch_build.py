@@ -101,8 +101,12 @@ def instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
 def jobs(
     source: Path, compiler: Sequence[str], flags: Sequence[str], work: Path
 ) -> list[tuple[Path, list[str]]]:
-    """Each object's file, and the command that makes it but for the output."""
-    files = sorted(source.glob("*.cpp"))
+    """Each object's file, and the command that makes it but for the output; what any processor runs comes first.
+
+    A linker keeps the first copy of a function that several objects have inline, and that must not be one
+    with instructions that another processor lacks.
+    """
+    files = sorted(source.glob("*.cpp"), key=lambda file: (file.stem == "kernels", file.stem))
     shared = b"".join(path.read_bytes() for path in sorted(source.iterdir()) if path.suffix in (".h", ".hpp", ".inc"))
     found = []
     for file in files:

@@ -753,6 +753,7 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "processors": os.cpu_count(),
         "bfloat16 on the CPU": _bfloat16(),
+        "native CPU engine": _native(),
         "packages": {name: installed(name) for name in packages},
         "engines": _engines(),
         "models": _models(),
@@ -766,6 +767,17 @@ def _bfloat16() -> str:
         return "yes" if models.cpu_has_bfloat16() else "no: float32 is the default"
     except ModuleNotFoundError:
         return "unknown: torch is not installed"
+
+
+def _native() -> str:
+    """What the native engine runs with here, or what is missing."""
+    from pastalm.engines.native import library
+
+    loaded = library.load()
+    if loaded is None:
+        return library.unavailable()
+    kernels = loaded.pastalm_kernels().decode()
+    return f"works: {kernels} kernels, {library.default_threads()} threads (OMP_NUM_THREADS)"
 
 
 _ENGINES = {"scripted": "", "transformers": "transformers", "llama_cpp": "llama-cpp", "openai": "remote"}

@@ -1,0 +1,257 @@
+"""Packed models compute what transformers' do, and what they cannot compute is refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from pastalm import packed_models
+from pastalm.engines.native import weights
+from pastalm.errors import CapabilityError
+from tests.packed_reference import logits
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA: dict[str, Any] = {"head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 20}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, wide heads, tied": ("Llama", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama, biases": ("Llama", {"attention_bias": True, "num_key_value_heads": 4}),
+    "llama, linear": ("Llama", {"rope_parameters": LINEAR}),
+    "llama, llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama, yarn": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 8}),
+    "mistral, no window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, sliding": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 1e-2}),
+    "qwen3, biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "smollm3, sliding": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 7}),
+    "gemma2": ("Gemma2", {**GEMMA, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 7}),
+    "gemma3, linear": (
+        "Gemma3",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+}
+
+
+def config_class(name: str) -> Any:
+    return getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+
+
+def config(name: str, **changes: Any) -> Any:
+    return config_class(name)(**(SIZES | changes))
+
+
+def random_model(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Nothing in it is 0 or 1, norms and biases neither."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config(name, **changes)).eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.dim() == 1:
+                tensor += torch.randn_like(tensor) / 4
+    return model.to(dtype)
+
+
+def made_of(case: str) -> Any:
+    name, changes = MODELS[case]
+    return random_model(name, **changes)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_packed_weights_compute_what_transformers_does(case: str) -> None:
+    model = made_of(case)
+    made, tensors = packed_models.from_model(model, "F32")
+    ids = np.random.default_rng(0).integers(0, SIZES["vocab_size"], 50).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(logits(made, tensors, ids) - expected).max() < 1e-4 * expected.std()
+    assert ("head" in tensors) != model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", weights.TYPES)
+def test_matrices_are_of_the_type_that_was_asked_for(kind: weights.WeightType) -> None:
+    model = made_of("llama")
+    _, tensors = packed_models.from_model(model, kind, head_type="F32")
+    kept = model.model.layers[1].mlp.down_proj.weight.detach().numpy()
+    for name, tensor in tensors.items():
+        if isinstance(tensor, weights.Matrix):
+            assert tensor.type == ("F32" if name == "head" else kind), name
+        else:
+            assert tensor.dtype == np.float32
+    down = tensors["1.down"]
+    assert isinstance(down, weights.Matrix)
+    assert np.array_equal(down.data, weights.pack(kept, kind).data)
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    model = made_of("llama, wide heads, tied")
+    _, tensors = packed_models.from_model(model, "Q4_0", head_type="Q8_0")
+    embedding = tensors["embedding"]
+    assert isinstance(embedding, weights.Matrix)
+    assert embedding.type == "Q8_0"
+
+
+def test_slices_of_a_model_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("Llama", intermediate_size=416, vocab_size=300)
+    _, whole = packed_models.from_model(model, "Q8_0")
+    monkeypatch.setattr(weights, "_SLICE", 64 * 64)
+    _, sliced = packed_models.from_model(model, "Q8_0")
+    for name, tensor in whole.items():
+        other = sliced[name]
+        if isinstance(tensor, weights.Matrix) and isinstance(other, weights.Matrix):
+            assert np.array_equal(tensor.data, other.data), name
+
+
+def test_bfloat16_rounds_gemmas_scale_and_no_angle() -> None:
+    whole, _ = packed_models.from_model(random_model("Gemma2", **GEMMA, hidden_size=96), "F32")
+    model = random_model("Gemma2", **GEMMA, hidden_size=96, dtype=torch.bfloat16)
+    rounded, _ = packed_models.from_model(model, "BF16")
+    assert whole.ropes == rounded.ropes
+    assert rounded.embedding_scale == 9.8125  # the square root of 96 is 9.798
+    assert abs(whole.embedding_scale - 96**0.5) < 1e-6
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("Llama", {"mlp_bias": True}, "MLP has biases"),
+    ("Llama", {"hidden_act": "gelu"}, "activation is 'gelu'"),
+    ("Llama", {"intermediate_size": 100}, "100 wide"),
+    ("Llama", {"rope_parameters": DYNAMIC}, "'dynamic'"),
+    ("Qwen3", {"rope_parameters": PARTIAL}, "part of each head"),
+    ("Gemma2", {"use_bidirectional_attention": True}, "looks ahead"),
+    ("Gemma2", {"hidden_activation": "silu"}, "activation is 'silu'"),
+    ("Gemma3", {"attn_logit_softcapping": 5.0}, "capped"),
+    ("Granite", {}, "type 'granite'"),
+    ("Mixtral", {}, "type 'mixtral'"),
+    ("Qwen3Moe", {}, "type 'qwen3_moe'"),
+    ("Olmo", {"clip_qkv": 3.0}, "type 'olmo'"),
+    ("Phi3", {}, "type 'phi3'"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "said"), REFUSED)
+def test_what_the_engine_would_compute_otherwise_is_refused(
+    name: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(CapabilityError, match=said) as raised:
+        packed_models.architecture(config(name, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_weight_that_nothing_reads_is_refused() -> None:
+    model = made_of("llama")
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(CapabilityError, match="layers.1.self_attn.sinks"):
+        packed_models.from_model(model, "F32")
+
+
+def test_a_class_that_is_not_known_is_refused() -> None:
+    class Other(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(CapabilityError, match="Other"):
+        packed_models.from_model(Other(config("Llama")), "F32")
+
+
+def test_a_width_that_groups_do_not_fit_is_refused() -> None:
+    model = random_model("Llama", hidden_size=80)
+    with pytest.raises(CapabilityError, match="80 inputs"):
+        packed_models.from_model(model, "Q4_0")
+    packed_models.from_model(model, "BF16")
+
+
+_PLAIN = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *("rope_parameters",),
+    # of no meaning for an answer: training, caches, special tokens (which the tokenizer names)
+    *(
+        "initializer_range",
+        "attention_dropout",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    ),
+}
+_GEMMA = {
+    *("head_dim", "hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types"),
+    *(
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "use_bidirectional_attention",
+        "attention_bias",
+    ),
+}
+_WINDOWS = {"use_sliding_window", "sliding_window", "layer_types"}
+LOOKED_AT = {
+    "Llama": {"hidden_act", "head_dim", "attention_bias", "mlp_bias", "pretraining_tp"},
+    "Mistral": {"hidden_act", "head_dim", "sliding_window"},
+    "Qwen2": {"hidden_act", "max_window_layers", *_WINDOWS},
+    "Qwen3": {"hidden_act", "head_dim", "attention_bias", "max_window_layers", *_WINDOWS},
+    "SmolLM3": {
+        *("hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"),
+        *_WINDOWS,
+    },
+    "Gemma2": _GEMMA,
+    "Gemma3": _GEMMA,
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_no_field_of_a_configuration_is_unknown(name: str) -> None:
+    """A field that a new transformers adds must be looked at before it is ignored."""
+    ours, theirs = (
+        {field.name for field in dataclasses.fields(kind)}
+        for kind in (config_class(name), PreTrainedConfig)
+    )
+    assert ours - theirs == (_PLAIN | LOOKED_AT[name]) - theirs

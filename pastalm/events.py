@@ -11,8 +11,8 @@ The driver stamps `step` (forward passes done so far) and `time` (seconds since 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -131,7 +131,6 @@ class Finished(_Event):
 
 
 Event: TypeAlias = "Forked | Decoded | Blocked | Joined | Finished"
-_E = TypeVar("_E", Forked, Decoded, Blocked, Joined, Finished)
 
 _adapter: TypeAdapter[Event] = TypeAdapter(
     Annotated[Forked | Decoded | Blocked | Joined | Finished, Field(discriminator="kind")],
@@ -139,9 +138,11 @@ _adapter: TypeAdapter[Event] = TypeAdapter(
 )
 
 
-def stamped(event: Event, step: int, time: float) -> Event:
-    """The event with the driver's step and time."""
-    return replace(event, step=step, time=time)
+def stamp(event: Event, step: int, time: float) -> None:
+    """Writes the driver's step and time on an event that nobody else has been given yet: from then on it is what all
+    see, and does not change any more."""
+    object.__setattr__(event, "step", step)
+    object.__setattr__(event, "time", time)
 
 
 def to_json(event: Event) -> str:

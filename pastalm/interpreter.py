@@ -136,6 +136,8 @@ class Interpreter:
         self._close = (tags.async_close,) if tags else tuple(vocabulary.encode("</async>"))
         self._digits = max(map(len, vocabulary.numbers)) if tags else 0
         self._digit_ids = {i for ids in vocabulary.numbers for i in ids} if tags else set()
+        self._silent = vocabulary.eos.union(tags.ids if tags else ())
+        self._unfinished = 1
         self._spelled: dict[str, frozenset[int]] = {}
         self._masks: dict[tuple[bool, bool, bool], TokenSet] = {}
 
@@ -162,11 +164,12 @@ class Interpreter:
         self._queue.clear()
         for thread in unfinished:
             thread.state = "finished"
+        self._unfinished = 0
         return [Finished(path=t.path, reason=reason) for t in unfinished]
 
     @property
     def finished(self) -> bool:
-        return all(t.state == "finished" for t in self.threads.values())
+        return not self._unfinished
 
     # ------------------------------------------------------------------ prepared models
 
@@ -186,31 +189,36 @@ class Interpreter:
             forced.append(only)
             _, promise = self._take(thread, only)
         is_tag = inside or ended or token in tags.ids
-        decoded = self._decoded(sampled, token=token, text=text, tag=is_tag, forced=tuple(forced))
-        yield from self._went_on(thread, decoded, promise, ended)
+        yield from self._went_on(
+            thread, sampled, promise, ended, token=token, text=text, tag=is_tag, forced=tuple(forced)
+        )
 
-    @staticmethod
-    def _decoded(
-        sampled: SampledToken, *, token: int, text: str, tag: bool, forced: tuple[int, ...] = ()
-    ) -> Decoded:
-        return Decoded(
-            path=sampled.path,
+    def _went_on(
+        self,
+        thread: Thread,
+        sampled: SampledToken,
+        promise: Promise | None,
+        ended: bool,
+        *,
+        token: int,
+        text: str,
+        tag: bool,
+        forced: tuple[int, ...] = (),
+    ) -> Iterator[Event]:
+        """The event of a token, and the fork or the end that it brings."""
+        child = self._adopt(thread, promise) if promise else None
+        spent = not ended and self._spent(thread)
+        yield Decoded(
+            path=thread.path,
             token=token,
             text=text,
             tag=tag,
             replaced=token != sampled.token,
             forced=forced,
+            allowed=None if ended or spent else self._allowed(thread),
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
         )
-
-    def _went_on(
-        self, thread: Thread, decoded: Decoded, promise: Promise | None, ended: bool
-    ) -> Iterator[Event]:
-        """The event of a token, and the fork or the end that it brings."""
-        child = self._adopt(thread, promise) if promise else None
-        spent = not ended and self._spent(thread)
-        yield decoded if ended or spent else replace(decoded, allowed=self._allowed(thread))
         if child is not None and promise is not None:
             yield from self._fork(child, promise)
         if ended:
@@ -229,9 +237,8 @@ class Interpreter:
             allowed = self._lengths(thread)
             return token if token in allowed else min(allowed)
         if thread.mode == "topic":
-            tag = token in self._tags.ids or token in self._vocabulary.eos
             text = self._vocabulary.text([*thread.tag, token]) + "x"
-            if tag or len(text.split()) > MAX_TOPIC_WORDS:
+            if token in self._silent or len(text.split()) > MAX_TOPIC_WORDS:
                 return self._closing(thread)
         return token
 
@@ -244,7 +251,7 @@ class Interpreter:
         if thread.mode == "text":
             if opens:
                 thread.mode, thread.tag = "topic", []
-            if token not in tags.ids and token not in self._vocabulary.eos:
+            if token not in self._silent:
                 return thread.characters.decode(self._vocabulary.piece(token)), None
             text = thread.characters.decode(b"", final=True)
             thread.characters.reset()
@@ -311,7 +318,7 @@ class Interpreter:
         """What may not follow in a topic: the end of one that is taken, and what would make it one; so
         the next best word is written, where a topic already taken would be told apart by digits. A
         number may become a taken one, and go on: after "step 1" may come "step 10"."""
-        banned = {*self._tags.ids, *self._vocabulary.eos}
+        banned = set(self._silent)
         topic = self._topic(thread)
         key = topic_key(topic)
         for sibling in thread.group.values():
@@ -401,9 +408,7 @@ class Interpreter:
             yield from self._sync(thread, sampled.token)
             return
         is_tag = not text and bool(thread.scanner.held or marks)
-        yield from self._went_on(
-            thread, self._decoded(sampled, token=sampled.token, text=text, tag=is_tag), promise, ended
-        )
+        yield from self._went_on(thread, sampled, promise, ended, token=sampled.token, text=text, tag=is_tag)
 
     def _marks(self, thread: Thread, token: int, ended: bool) -> list[Mark]:
         piece = b"" if ended else self._vocabulary.piece(token)
@@ -433,6 +438,7 @@ class Interpreter:
         parent.group[path] = key
         parent.usual = promise.tokens
         self.threads[path] = child
+        self._unfinished += 1
         return child
 
     def _fork(self, child: Thread, promise: Promise) -> Iterator[Event]:
@@ -504,6 +510,7 @@ class Interpreter:
         self, thread: Thread, reason: FinishReason, forced: Iterable[int] = (), why: str = ""
     ) -> Iterator[Event]:
         thread.state = "finished"
+        self._unfinished -= 1
         yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=tuple(forced), why=why)
         if thread.path:
             parent = self.threads[thread.path[:-1]]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.errors import CapabilityError, ModelError, RequestError
-from pastalm.events import Event, Finished, FinishReason, stamped
+from pastalm.events import Event, Finished, FinishReason, stamp
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
 from pastalm.models import EMBEDDED
@@ -33,13 +33,25 @@ Prompt: TypeAlias = "str | Sequence[int]"
 
 @dataclass(slots=True)
 class Running:
-    """A response that is being decoded."""
+    """A response that is being decoded. searched: characters of its settled text in which no stop string begins and
+    ends."""
 
     request: Request
     interpreter: Interpreter
     transcript: Transcript = field(default_factory=Transcript)
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
+    searched: int = 0
+
+    def stopped(self) -> int | None:
+        """Where the first stop string begins in the text that is certain, if one does. Looks at what is new alone."""
+        strings = self.request.params.stop_strings
+        if not strings:
+            return None
+        start = max(0, self.searched - max(map(len, strings)) + 1)
+        text = self.transcript.settled_from(start)
+        self.searched = start + len(text)
+        return min((start + at for at in map(text.find, strings) if at >= 0), default=None)
 
 
 class Driver:
@@ -120,7 +132,7 @@ class Driver:
             if token.request_id in self.running:
                 running = self.running[token.request_id]
                 events = self._take(running, running.interpreter.advance(token))
-                happened += ((running, event) for event in events)
+                happened += [(running, event) for event in events]
         return happened
 
     def cancel(self, running: Running) -> list[Event]:
@@ -133,10 +145,10 @@ class Driver:
 
     def _take(self, running: Running, events: list[Event]) -> list[Event]:
         """Stamps events, applies them to transcript and engine, and ends all at a stop string."""
-        batch = [self._note(running, event) for event in events]
-        cut = _stopped(running)
+        batch = self._note(running, events)
+        cut = running.stopped()
         if cut is not None:
-            batch += [self._note(running, event) for event in running.interpreter.finish("stop")]
+            batch += self._note(running, running.interpreter.finish("stop"))
             last, end = max(
                 ((i, e) for i, e in enumerate(batch) if isinstance(e, Finished)),
                 key=lambda found: found[0],
@@ -149,19 +161,13 @@ class Driver:
             self.running.pop(running.request.id, None)
         return batch
 
-    def _note(self, running: Running, event: Event) -> Event:
-        event = stamped(event, running.steps, time.perf_counter() - running.started)
-        running.transcript.apply(event)
-        return event
-
-
-def _stopped(running: Running) -> int | None:
-    """Where the first stop string begins in the text that is certain, if one does."""
-    strings = running.request.params.stop_strings
-    if not strings:
-        return None
-    text = running.transcript.settled
-    return min((at for at in map(text.find, strings) if at >= 0), default=None)
+    @staticmethod
+    def _note(running: Running, events: list[Event]) -> list[Event]:
+        seconds = time.perf_counter() - running.started
+        for event in events:
+            stamp(event, running.steps, seconds)
+            running.transcript.apply(event)
+        return events
 
 
 T = TypeVar("T")

@@ -56,10 +56,9 @@ class Pasta(llm.Model):
             transcript = decoding.transcript
             shown = 0
             for _ in decoding:
-                text = transcript.certain()
-                if len(text) > shown:
-                    yield text[shown:]
-                    shown = len(text)
+                if text := transcript.certain(start=shown):
+                    yield text
+                    shown += len(text)
         except PastaError as error:
             raise llm.ModelError(str(error)) from None
         response.set_usage(

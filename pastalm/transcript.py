@@ -7,8 +7,11 @@ the promise's last, for a sync every joined child's last; the critical path is t
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+import io
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, islice, takewhile
 from typing import Any, Literal
 
 from pastalm.events import Blocked, Decoded, Event, Finished, FinishReason, Forked, Joined, Path
@@ -17,8 +20,8 @@ from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, 
 
 @dataclass(slots=True)
 class ThreadRecord:
-    """One thread so far. parts: text (a sampled token of it that carries log-probabilities by itself),
-    children where they stand, and syncs, in order."""
+    """One thread so far. parts: text as it came (a sampled token that carries log-probabilities whole),
+    children where they stand, and syncs, in order; it only grows."""
 
     path: Path
     topic: str = ""
@@ -46,10 +49,8 @@ class ThreadRecord:
         return "".join(_text(part) for part in self.parts if isinstance(part, str | Decoded))
 
     def write(self, text: str) -> None:
-        """Text that follows; it becomes one part with text before it."""
-        if text and self.parts and isinstance(last := self.parts[-1], str):
-            self.parts[-1] = last + text
-        elif text:
+        """Text that follows."""
+        if text:
             self.parts.append(text)
 
 
@@ -67,6 +68,10 @@ class Transcript:
         self.steps = 0
         self.seconds = 0.0
         self._cut: int | None = None
+        self._unfinished = 0
+        self._settled = io.StringIO(newline="")
+        self._settled_scores: list[tuple[int, Decoded]] = []
+        self._settling = self._certain_pieces(())
         for event in events:
             self.apply(event)
 
@@ -75,8 +80,10 @@ class Transcript:
         if isinstance(event, Forked):
             self._begin(event)
         thread = self.threads[event.path]
-        self.steps = max(self.steps, event.step)
-        self.seconds = max(self.seconds, event.time)
+        if event.step > self.steps:
+            self.steps = event.step
+        if event.time > self.seconds:
+            self.seconds = event.time
         if isinstance(event, Decoded):
             self._append(thread, event)
         elif isinstance(event, Blocked):
@@ -101,6 +108,7 @@ class Transcript:
             parent.parts.append(event.path)
             parent.token_ids.append(event.path)
         self.threads[event.path] = record
+        self._unfinished += 1
 
     def _append(self, thread: ThreadRecord, event: Decoded) -> None:
         self._count(thread, event.token)
@@ -114,12 +122,14 @@ class Transcript:
         thread.depth += 1
         thread.token_ids.append(token)
         self.tokens += 1
-        self.critical_path = max(self.critical_path, thread.depth)
+        if thread.depth > self.critical_path:
+            self.critical_path = thread.depth
 
     def _end(self, thread: ThreadRecord, event: Finished) -> None:
         thread.write(event.text)
         if event.cut is not None:
             self.cut(event.cut)
+        self._unfinished -= thread.state != "done"
         thread.state, thread.reason, thread.why = "done", event.reason, event.why
         thread.end_step, thread.end_time = event.step, event.time
 
@@ -127,32 +137,51 @@ class Transcript:
 
     def segments(self) -> list[tuple[Path, str]]:
         """The reader's text in document order, by thread, adjacent pieces of one thread merged."""
-        merged: list[tuple[Path, str]] = []
-        for path, piece in self._pieces():
-            text = _text(piece)
-            if merged and merged[-1][0] == path:
-                text = merged.pop()[1] + text
-            merged.append((path, text))
-        return merged
+        runs = groupby(self._pieces(), key=lambda found: found[0])
+        return [(path, "".join(_text(piece) for _, piece in run)) for path, run in runs]
 
-    def _pieces(
-        self, path: Path = (), *, settled: bool = False
-    ) -> Generator[tuple[Path, str | Decoded], None, bool]:
-        """Pieces in document order; an unfinished or empty chunk too, so that it has its place. settled:
-        no further than through the first unfinished chunk. Returns whether the thread is finished."""
+    def _pieces(self, path: Path = ()) -> Iterator[tuple[Path, str | Decoded]]:
+        """Pieces in document order; an unfinished or empty chunk too, so that it has its place."""
         thread = self.threads.get(path)
         if thread is None:
-            return False
+            return
         if path and not thread.parts:
             yield path, ""
         for part in thread.parts:
             if isinstance(part, str | Decoded):
                 yield path, part
             elif isinstance(part, tuple):
-                finished = yield from self._pieces(part, settled=settled)
-                if settled and not finished:
-                    return False
-        return thread.state == "done"
+                yield from self._pieces(part)
+
+    def _certain_pieces(self, path: Path) -> Iterator[str | Decoded | None]:
+        """Pieces in document order, through the first unfinished chunk; None where the next is not there yet, but
+        may be once more events have come. So what was given before is never looked at again."""
+        while (thread := self.threads.get(path)) is None:
+            yield None
+        given = 0
+        while True:
+            for part in thread.parts[given:]:
+                given += 1
+                if isinstance(part, tuple):
+                    yield from self._certain_pieces(part)
+                elif not isinstance(part, Sync):
+                    yield part
+            if given == len(thread.parts):
+                if thread.state == "done":
+                    return
+                yield None
+
+    def _settle(self) -> io.StringIO:
+        """The settled text, up to date."""
+        text = self._settled
+        text.seek(0, io.SEEK_END)
+        for piece in self._settling:
+            if piece is None:
+                break
+            if isinstance(piece, Decoded):
+                self._settled_scores.append((text.tell(), piece))
+            text.write(_text(piece))
+        return text
 
     @property
     def text(self) -> str:
@@ -163,14 +192,21 @@ class Transcript:
     @property
     def settled(self) -> str:
         """The text up to where it may still change: through what the first unfinished chunk has so far."""
-        return "".join(_text(piece) for _, piece in self._pieces(settled=True))
+        return self._settle().getvalue()
 
-    def certain(self, stops: Iterable[str] = ()) -> str:
+    def settled_from(self, start: int) -> str:
+        """The settled text from character `start` on, at the cost of what it gives."""
+        text = self._settle()
+        text.seek(start)
+        return text.read()
+
+    def certain(self, stops: Iterable[str] = (), *, start: int = 0) -> str:
         """What can be shown for good to one who can only append: the settled text, without what a stop
-        string may yet cut off; all of it at the end. Each value begins with the one before."""
+        string may yet cut off; all of it at the end. Each value begins with the one before, so that `start`,
+        the length of an earlier one, gives what is new, at the cost of that."""
         if self.finished:
-            return self.text
-        text = self.settled
+            return self.text[start:]
+        text = self.settled_from(start)
         ends = [len(text)]
         for stop in stops:
             begun = (k for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k]))
@@ -217,15 +253,22 @@ class Transcript:
         """The text's tokens with their log-probabilities, in document order (tags: only in the trace)."""
         return (token for _, token in self.scored())
 
-    def scored(self, *, settled: bool = False) -> Iterator[tuple[int, Decoded]]:
-        """The same, each with where it begins in the text, up to where that is cut, or settled."""
+    def scored(self) -> Iterator[tuple[int, Decoded]]:
+        """The same, each with where it begins in the text, up to where that is cut."""
         at = 0
-        for _, piece in self._pieces(settled=settled):
+        for _, piece in self._pieces():
             if self._cut is not None and at >= self._cut:
                 return
             if isinstance(piece, Decoded):
                 yield at, piece
             at += len(_text(piece))
+
+    def scored_from(self, start: int, *, end: float = math.inf) -> list[tuple[int, Decoded]]:
+        """Those of the settled text but the first `start`, up to where it is cut or character `end`, at the cost of
+        what it gives."""
+        self._settle()
+        end = end if self._cut is None else min(end, self._cut)
+        return list(takewhile(lambda each: each[0] < end, islice(self._settled_scores, start, None)))
 
     # ------------------------------------------------------------------ figures
 
@@ -236,7 +279,7 @@ class Transcript:
 
     @property
     def finished(self) -> bool:
-        return bool(self.threads) and all(t.state == "done" for t in self.threads.values())
+        return bool(self.threads) and not self._unfinished
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -260,22 +260,24 @@ class Plain:
     def apply(self, event: Event) -> None:
         """Takes an event; writes what it made certain."""
         self._transcript.apply(event)
-        certain = self._transcript.certain(self._stops)
-        self._write(certain, len(certain) if self._cut is None else min(len(certain), self._cut))
+        self._write(self._transcript.certain(self._stops, start=self._written))
 
     def close(self) -> None:
         """Writes what was held back, and what stands after an unfinished chunk."""
         text = self._transcript.text
-        self._write(text, len(text))
+        self._write(text[self._written :])
         if text and not text.endswith("\n"):
             self._out.write("\n")
         self._out.flush()
 
-    def _write(self, text: str, end: int) -> None:
-        if end > self._written:
-            self._out.write(text[self._written : end])
+    def _write(self, text: str) -> None:
+        """Writes what follows, up to the cut."""
+        if self._cut is not None:
+            text = text[: self._cut - self._written]
+        if text:
+            self._out.write(text)
             self._out.flush()
-            self._written = end
+            self._written += len(text)
 
 
 class Silent:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from pastalm.lang import LENGTHS, AsyncClose, AsyncOpen, Node, Promise, Text, linearize
@@ -36,10 +36,12 @@ class Tags:
     async_open: int
     async_close: int
     sync: int
+    ids: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """All of them, in the order of TAG_TOKENS."""
 
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self))
+    def __post_init__(self) -> None:
+        ids = (self.promise, self.tokens, self.promise_end, self.async_open, self.async_close, self.sync)
+        object.__setattr__(self, "ids", ids)
 
 
 @dataclass(frozen=True)

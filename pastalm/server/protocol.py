@@ -8,6 +8,7 @@ more key, `pasta`, which other clients ignore.
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -278,15 +279,12 @@ class Answer:
         """What some events, all of one step, made certain."""
         for event in events:
             self.transcript.apply(event)
-        finished = self.transcript.finished
-        text = self.transcript.certain(self.stops)
-        every = self.transcript.scored(settled=not finished)
-        scored = [each for each in every if finished or each[0] < len(text)]
-        delta = Delta(
-            text[self._characters :], scored[self._tokens :], events, self.transcript.finish_reason
-        )
-        self._characters, self._tokens = len(text), len(scored)
-        return delta
+        text = self.transcript.certain(self.stops, start=self._characters)
+        self._characters += len(text)
+        end = math.inf if self.transcript.finished else self._characters
+        scored = self.transcript.scored_from(self._tokens, end=end)
+        self._tokens += len(scored)
+        return Delta(text, scored, events, self.transcript.finish_reason)
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer], fork_odds: float) -> CompletionUsage:

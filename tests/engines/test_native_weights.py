@@ -98,13 +98,15 @@ def test_the_bytes_lie_as_the_header_says(
         block = matrix.data[output // 16 * block_bytes :][:block_bytes]
         o, group, at = output % 16, k // 32, k % 32
         if kind == "Q4_0":
-            byte = block[256 * group + 64 * (at // 8) + 4 * o + at % 4]
+            pair = block[(64 + 2 * 256) * (group // 2) :]
+            byte = pair[64 + 256 * (group % 2) + 64 * (at // 8) + 4 * o + at % 4]
             q = int(byte >> 4 if at % 8 >= 4 else byte & 15)
-            scale = block[inputs // 32 * 256 :].view(np.float16)[16 * group + o]
+            scale = pair[:64].view(np.float16)[16 * (group % 2) + o]
             value = np.float32(scale) * np.float32(q - 8)
         elif kind == "Q8_0":
-            q = int(block[512 * group + 64 * (at // 4) + 4 * o + at % 4])
-            scale = block[inputs // 32 * 512 :].view(np.float16)[16 * group + o]
+            pair = block[(64 + 2 * 512) * (group // 2) :]
+            q = int(pair[64 + 512 * (group % 2) + 64 * (at // 4) + 4 * o + at % 4])
+            scale = pair[:64].view(np.float16)[16 * (group % 2) + o]
             value = np.float32(scale) * np.float32(q - 128)
         elif kind == "BF16":
             half = block.view(np.uint16)[32 * (k // 2) + 2 * o + k % 2]

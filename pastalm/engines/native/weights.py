@@ -25,6 +25,7 @@ GROUP = 32
 _BLOCK = 16
 """Outputs of a block."""
 _GGML_BYTES = {"Q4_0": 18, "Q8_0": 34}
+_GROUP_BYTES = {"Q4_0": 256, "Q8_0": 512}
 _SLICE = 1 << 20
 """Elements that are worked on at once."""
 
@@ -203,9 +204,8 @@ def _block_bytes(type: WeightType, inputs: int) -> int:
             f"a matrix of {inputs} inputs cannot be {type}: they must be a multiple of {multiple}"
         )
     if type in _GGML_BYTES:
-        values = inputs // 2 if type == "Q4_0" else inputs
-        scales = inputs // GROUP * 2
-        return -(-(values + scales) * _BLOCK // ALIGNMENT) * ALIGNMENT
+        groups = inputs // GROUP
+        return groups * _GROUP_BYTES[type] + -(-groups // 2) * ALIGNMENT
     return _BLOCK * inputs * (4 if type == "F32" else 2)
 
 
@@ -220,22 +220,35 @@ def _padded(rows: NDArray[Any]) -> NDArray[Any]:
     return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
 
 
+def _pairs(target: Bytes, matrix: Matrix) -> tuple[Bytes, Bytes]:
+    """Of blocks [blocks, bytes], what is written there for every two groups, scales and then quantised
+    values, [blocks, pairs, 64 + 2 * bytes of a group], and of an odd group at the end, [blocks, 64 + its bytes]. Views."""
+    size = _GROUP_BYTES[matrix.type]
+    count = matrix.inputs // GROUP // 2
+    whole = count * (ALIGNMENT + 2 * size)
+    pairs = target[:, :whole].reshape(len(target), count, ALIGNMENT + 2 * size)
+    return pairs, target[:, whole:]
+
+
 def _write_quantised(matrix: Matrix, first: int, q: Bytes, scales: NDArray[np.float16]) -> None:
     """q: [rows, groups, 32] as bytes without sign; scales: [rows, groups]."""
     target = _blocks(matrix, first, first + len(q))
-    groups = matrix.inputs // GROUP
+    groups, count = matrix.inputs // GROUP, len(target)
     q = _padded(q)
     if matrix.type == "Q4_0":
         halves = q.reshape(-1, _BLOCK, groups, 4, 2, 4)  # vector, half of the byte, i
         values = halves[..., 0, :] | halves[..., 1, :] << np.uint8(4)
     else:
         values = q.reshape(-1, _BLOCK, groups, 8, 4)
-    blocks, end = len(target), values[0].size
-    target[:, :end] = values.transpose(0, 2, 3, 1, 4).reshape(blocks, end)
+    laid = np.ascontiguousarray(values.transpose(0, 2, 3, 1, 4)).reshape(count, groups, -1)
     by_group = _padded(scales).reshape(-1, _BLOCK, groups).transpose(0, 2, 1)
-    target[:, end : end + 2 * _BLOCK * groups] = (
-        np.ascontiguousarray(by_group, np.float16).view(np.uint8).reshape(blocks, -1)
-    )
+    held = np.ascontiguousarray(by_group, np.float16).view(np.uint8).reshape(count, groups, -1)
+    pairs, rest = _pairs(target, matrix)
+    even = groups // 2 * 2
+    pairs[..., :ALIGNMENT] = held[:, :even].reshape(count, even // 2, ALIGNMENT)
+    pairs[..., ALIGNMENT:] = laid[:, :even].reshape(count, even // 2, -1)
+    if groups % 2:
+        rest[:, : 2 * _BLOCK], rest[:, ALIGNMENT:] = held[:, -1], laid[:, -1]
 
 
 def _unpacked(blocks: Bytes, matrix: Matrix) -> Floats:
@@ -254,13 +267,18 @@ def _unpacked(blocks: Bytes, matrix: Matrix) -> Floats:
 def _unpacked_groups(blocks: Bytes, matrix: Matrix) -> Floats:
     count, groups = len(blocks), matrix.inputs // GROUP
     vectors, zero = (4, 8) if matrix.type == "Q4_0" else (8, 128)
-    end = groups * vectors * ALIGNMENT
-    values = blocks[:, :end].reshape(count, groups, vectors, _BLOCK, 4).transpose(0, 3, 1, 2, 4)
+    pairs, rest = _pairs(blocks, matrix)
+    even, size = groups // 2 * 2, _GROUP_BYTES[matrix.type]
+    held = pairs[..., :ALIGNMENT].reshape(count, even, 2 * _BLOCK)
+    laid = pairs[..., ALIGNMENT:].reshape(count, even, size)
+    if groups % 2:
+        held = np.concatenate([held, rest[:, None, : 2 * _BLOCK]], axis=1)
+        laid = np.concatenate([laid, rest[:, None, ALIGNMENT:]], axis=1)
+    values = laid.reshape(count, groups, vectors, _BLOCK, 4).transpose(0, 3, 1, 2, 4)
     if matrix.type == "Q4_0":
         values = np.stack([values & 15, values >> 4], axis=-2)
     q = values.reshape(count, _BLOCK, groups, GROUP).astype(np.float32) - np.float32(zero)
-    held = np.ascontiguousarray(blocks[:, end : end + 2 * _BLOCK * groups]).view(np.float16)
-    scales = held.reshape(count, groups, _BLOCK).transpose(0, 2, 1).astype(np.float32)
+    scales = np.ascontiguousarray(held).view(np.float16).transpose(0, 2, 1).astype(np.float32)
     return (q * scales[..., None]).reshape(-1, matrix.inputs)
 
 

@@ -1,0 +1,153 @@
+"""A model as the native engine runs it: packed tensors handed to the library, which computes on them in place.
+
+Contract: `NativeModel` checks nothing that the library checks itself; what the library refuses is a ModelError with its
+line. It keeps the arrays alive and frees the library's part when it is closed or collected. A pool belongs to one
+model. One caller at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from ctypes import byref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pastalm.engines.native import library as lib
+from pastalm.engines.native.weights import Architecture, Matrix, Tensors
+from pastalm.errors import EngineError, ModelError
+
+PAGE = lib.PAGE
+CACHE_TYPES = ("BF16", "F32")
+
+
+def processors() -> int:
+    """Threads of a step: OMP_NUM_THREADS, else the processors that this process may use."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen):
+        return int(chosen)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class NativeModel:
+    """architecture, tensors: from `packed_models`. threads: of a step (None: `processors()`). Raises ModelError for
+    tensors that do not fit the architecture, CapabilityError where the library is not there."""
+
+    def __init__(self, architecture: Architecture, tensors: Tensors, *, threads: int | None = None) -> None:
+        self.architecture = architecture
+        self.tensors: Mapping[str, Any] = tensors
+        self._library = lib.library()
+        a = architecture
+        layers = (lib.Layer * a.layers)(*map(self._layer, range(a.layers)))
+        ropes = (lib.Rope * max(len(a.ropes), 1))()
+        frequencies = [np.array(rope.inverse_frequencies, dtype=np.float32) for rope in a.ropes]
+        for i, rope in enumerate(a.ropes):
+            ropes[i] = lib.Rope(_vector(frequencies[i]), rope.factor)
+        config = lib.Config(
+            layers=a.layers,
+            hidden=a.hidden,
+            intermediate=a.intermediate,
+            heads=a.heads,
+            kv_heads=a.kv_heads,
+            head_dim=a.head_dim,
+            vocabulary=a.vocabulary,
+            ropes=len(a.ropes),
+            activation=lib.ACTIVATIONS[a.activation],
+            threads=threads or processors(),
+            epsilon=a.epsilon,
+            embedding_scale=a.embedding_scale,
+            attention_scale=a.attention_scale,
+            attention_softcap=a.attention_softcap,
+            logit_softcap=a.logit_softcap,
+            embedding=self._matrix("embedding"),
+            head=self._matrix("head" if "head" in tensors else "embedding"),
+            norm=_vector(tensors["norm"]),
+        )
+        self._kept = frequencies
+        self.pointer: int | None = self._library.pastalm_model_new(byref(config), layers, ropes)
+        if not self.pointer:
+            raise ModelError(f"the native engine cannot run this model: {lib.error()}")
+        self.close = weakref.finalize(self, self._library.pastalm_model_free, self.pointer)
+        """Frees the library's part; the model and its pools cannot be used any more."""
+
+    def _layer(self, i: int) -> lib.Layer:
+        a = self.architecture
+        matrices = {name: self._matrix(f"{i}.{name}") for name in ("qkv", "attention_out", "gate_up", "down")}
+        vectors = {
+            name: _vector(self.tensors.get(f"{i}.{name}"))
+            for name, kind in lib.Layer._fields_
+            if kind is lib.Vector
+        }
+        return lib.Layer(**matrices, **vectors, rope=a.layer_ropes[i], window=a.windows[i])
+
+    def _matrix(self, name: str) -> lib.Matrix:
+        held: Matrix = self.tensors[name]
+        return lib.Matrix(
+            data=held.data.ctypes.data,
+            bytes=held.data.nbytes,
+            type=lib.WEIGHT_TYPES[held.type],
+            outputs=held.outputs,
+            inputs=held.inputs,
+        )
+
+
+class Pool:
+    """Keys and values for `slots` tokens of a model, in bfloat16 or float32; memory is taken as it is first written."""
+
+    def __init__(self, model: NativeModel, slots: int, type: str = "BF16") -> None:
+        self._library, self._model = lib.library(), model
+        self.slots = slots
+        self.pointer: int | None = self._library.pastalm_pool_new(model.pointer, slots, lib.WEIGHT_TYPES[type])
+        if not self.pointer:
+            raise ModelError(f"{lib.error()}: lower max_num_seqs or max_model_len")
+        self.close = weakref.finalize(self, self._library.pastalm_pool_free, self.pointer)
+        self.slot_bytes: int = self._library.pastalm_pool_bytes(self.pointer)
+        """Bytes of keys and values of one token."""
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """What `count` slots from `source` on hold, also from `target` on."""
+        _check(self._library.pastalm_pool_copy(self.pointer, source, target, count))
+
+    def clear(self, first: int, count: int) -> None:
+        """Gives back the memory of some slots."""
+        _check(self._library.pastalm_pool_clear(self.pointer, first, count))
+
+    def step(
+        self,
+        ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        groups: Any,
+        keep: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
+        """Logits [len(keep), vocabulary] of one forward pass. ids, positions, slots: [tokens]; groups: an array of
+        `library.Group`, which the tokens belong to in order. Raises EngineError."""
+        logits = np.empty((len(keep), self._model.architecture.vocabulary), dtype=np.float32)
+        _check(
+            self._library.pastalm_step(
+                self._model.pointer,
+                self.pointer,
+                len(ids),
+                ids.ctypes.data,
+                positions.ctypes.data,
+                slots.ctypes.data,
+                len(groups),
+                groups,
+                len(keep),
+                keep.ctypes.data,
+                logits.ctypes.data,
+            )
+        )
+        return logits
+
+
+def _vector(values: NDArray[np.float32] | None) -> lib.Vector:
+    return lib.Vector() if values is None else lib.Vector(values.ctypes.data, len(values))
+
+
+def _check(code: int) -> None:
+    if code:
+        raise EngineError(lib.error())

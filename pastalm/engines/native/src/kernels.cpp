@@ -1,0 +1,467 @@
+/* The arithmetic of a step, compiled once for each instruction set: -DPASTALM_ISA=plain, avx2, avx512 or neon.
+ *
+ * Products read each block of weights once for all rows of a tile: further rows cost arithmetic only, which few rows
+ * have to spare while weights come from memory. Attention reads each page once for all query rows of a tile; rows
+ * that do not see a page at the tile's ends are left out of it.
+ */
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace {
+using namespace pastalm;
+
+/* ------------------------------------------------------------------------------ products */
+
+template <int M>
+using Sums = Floats[M];
+
+/* One group of 32 inputs: sums += scale * rows' scale * sum of products of bytes. The rows lie in one panel. */
+template <int M, bool NARROW>
+INLINE void add_group(const char *quants, const char *scales, const int8_t *q, const float *scale, const int32_t *offset,
+                      Sums<M> &sums) {
+  ByteSum<NARROW> acc[M];
+  UNROLL for (int r = 0; r < M; r++) acc[r].begin(offset[r]);
+  UNROLL for (int v = 0; v < (NARROW ? 4 : 8); v++) {
+    const Ints packed = load_ints(quants + 64 * v);
+    if (NARROW) {
+      const Ints low = low_nibbles(packed), high = high_nibbles(packed);
+      UNROLL for (int r = 0; r < M; r++) {
+        acc[r].add_bytes(low, four(q + r * GROUP + 8 * v));
+        acc[r].add_bytes(high, four(q + r * GROUP + 8 * v + 4));
+      }
+    } else {
+      UNROLL for (int r = 0; r < M; r++) acc[r].add_bytes(packed, four(q + r * GROUP + 4 * v));
+    }
+  }
+  const Floats by_output = load_halves(scales);
+  UNROLL for (int r = 0; r < M; r++) add_product(sums[r], as_floats(acc[r].end()), by_output * all(scale[r]));
+}
+
+template <int M, bool NARROW>
+INLINE void add_bytes_block(const char *block, const Rows &rows, int64_t row, Sums<M> &sums) {
+  const int64_t groups = rows.width / GROUP, panel = row / PANEL_ROWS, within = row % PANEL_ROWS;
+  const int8_t *q = rows.q + panel * PANEL_ROWS * rows.width + within * GROUP;
+  const float *scale = rows.scale + panel * PANEL_ROWS * groups + within;
+  const int32_t *offset = rows.offset + panel * PANEL_ROWS * groups + within;
+  constexpr int64_t size = NARROW ? 256 : 512;
+  for (int64_t g = 0; g < groups; g += 2) {
+    add_group<M, NARROW>(block + 64, block, q, scale, offset, sums);
+    if (g + 1 == groups) break;
+    add_group<M, NARROW>(block + 64 + size, block + 32, q + PANEL_ROWS * GROUP, scale + PANEL_ROWS, offset + PANEL_ROWS,
+                         sums);
+    block += 64 + 2 * size;
+    q += 2 * PANEL_ROWS * GROUP, scale += 2 * PANEL_ROWS, offset += 2 * PANEL_ROWS;
+  }
+}
+
+template <int M, int TYPE>
+INLINE void add_floats_block(const char *block, const Rows &rows, int64_t row, Sums<M> &sums) {
+  const float *x[M];
+  UNROLL for (int r = 0; r < M; r++) x[r] = rows.x + (row + r) * rows.width;
+  for (int64_t k = 0; k < rows.width; k += 2) {
+    Floats even, odd;
+    if (TYPE == PASTALM_BF16) {
+      const Ints pair = load_ints(block + k * 2 * BLOCK);
+      even = lower_halves(pair), odd = higher_halves(pair);
+    } else if (TYPE == PASTALM_F16) {
+      even = load_halves(block + k * 2 * BLOCK), odd = load_halves(block + (k + 1) * 2 * BLOCK);
+    } else {
+      const float *weights = reinterpret_cast<const float *>(block) + k * BLOCK;
+      even = load(weights), odd = load(weights + BLOCK);
+    }
+    UNROLL for (int r = 0; r < M; r++) {
+      add_product(sums[r], even, all(x[r][k]));
+      add_product(sums[r], odd, all(x[r][k + 1]));
+    }
+  }
+}
+
+/* M rows by one block; outputs past the matrix's last are not written. */
+template <int TYPE, int M>
+void tile(const char *block, const Rows &rows, int64_t row, float *out, int64_t stride, int64_t outputs, bool add,
+          const float *bias) {
+  Sums<M> sums;
+  UNROLL for (int r = 0; r < M; r++) sums[r] = all(0);
+  if (TYPE == PASTALM_Q4)
+    add_bytes_block<M, true>(block, rows, row, sums);
+  else if (TYPE == PASTALM_Q8)
+    add_bytes_block<M, false>(block, rows, row, sums);
+  else
+    add_floats_block<M, TYPE>(block, rows, row, sums);
+  UNROLL for (int r = 0; r < M; r++) {
+    float *to = out + r * stride;
+    if (outputs >= BLOCK) {
+      Floats x = sums[r];
+      if (bias) x = x + load(bias);
+      if (add) x = x + load(to);
+      store(to, x);
+    } else {
+      float lanes[LANES];
+      store(lanes, sums[r]);
+      for (int64_t i = 0; i < outputs; i++) to[i] = lanes[i] + (bias ? bias[i] : 0) + (add ? to[i] : 0);
+    }
+  }
+}
+
+#if defined(SIMD_AVX512)
+constexpr int WIDEST = 8;
+#else
+constexpr int WIDEST = 4;
+#endif
+
+template <int TYPE>
+void block_by_rows(const char *block, const Rows &rows, int64_t first, int64_t last, float *out, int64_t stride,
+                   int64_t outputs, bool add, const float *bias) {
+  for (int64_t row = first; row < last;) {
+    const int m = (int)std::min<int64_t>(last - row, WIDEST - row % WIDEST); /* within a panel */
+    float *to = out + (row - first) * stride;
+    switch (m) {
+#define TILE(M) case M: tile<TYPE, M>(block, rows, row, to, stride, outputs, add, bias); break;
+      TILE(1) TILE(2) TILE(3) TILE(4)
+#if defined(SIMD_AVX512)
+      TILE(5) TILE(6) TILE(7) TILE(8)
+#endif
+#undef TILE
+    }
+    row += m;
+  }
+}
+
+constexpr int64_t CACHED = 192 * 1024; /* bytes of activations that stay in the second-level cache beside weights */
+
+void product(const pastalm_matrix &m, const Rows &rows, int64_t first_row, int64_t last_row, int64_t first_block,
+             int64_t last_block, float *out, int64_t stride, bool add, const float *bias) {
+  const int64_t size = block_bytes(m.type, m.inputs);
+  const int64_t a_row = rows.width * (in_bytes(m.type) ? 1 : 4);
+  const int64_t panel = std::max<int64_t>(CACHED / a_row / PANEL_ROWS, 1) * PANEL_ROWS;
+  for (int64_t from = first_row; from < last_row; from += panel) {
+    const int64_t to = std::min(from + panel, last_row);
+    for (int64_t b = first_block; b < last_block; b++) {
+      const char *block = static_cast<const char *>(m.data) + b * size;
+      const int64_t column = (b - first_block) * BLOCK, outputs = m.outputs - b * BLOCK;
+      float *into = out + (from - first_row) * stride + column;
+      const float *own = bias ? bias + b * BLOCK : nullptr;
+      switch (m.type) {
+#define TYPE(T) case T: block_by_rows<T>(block, rows, from, to, into, stride, outputs, add, own); break;
+        TYPE(PASTALM_Q4) TYPE(PASTALM_Q8) TYPE(PASTALM_BF16) TYPE(PASTALM_F16) TYPE(PASTALM_F32)
+#undef TYPE
+      }
+    }
+  }
+}
+
+/* ------------------------------------------------------------------------------ rows of activations */
+
+/* Width is a multiple of 32. Rounds as GGML does: to the nearest, by the largest of the group over 127. */
+void bytes(const Rows &rows, int64_t row, int64_t column, int64_t width) {
+  const float *x = rows.x + row * rows.width + column;
+  const int64_t groups = rows.width / GROUP, panel = row / PANEL_ROWS * groups, within = row % PANEL_ROWS;
+  for (int64_t g = column / GROUP; g < (column + width) / GROUP; g++, x += GROUP) {
+    const int64_t at = (panel + g) * PANEL_ROWS + within;
+    const Floats low = load(x), high = load(x + LANES);
+    const float most = largest(larger(absolute(low), absolute(high)));
+    const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+    const float magic = 12582912.0f; /* adding it rounds to a whole number, which its lowest bits then are */
+    float lanes[GROUP];
+    store(lanes, low * all(inverse) + all(magic));
+    store(lanes + LANES, high * all(inverse) + all(magic));
+    int32_t total = 0;
+    for (int i = 0; i < GROUP; i++) {
+      int32_t bits;
+      memcpy(&bits, &lanes[i], 4);
+      const int8_t whole = (int8_t)(uint8_t)bits;
+      rows.q[at * GROUP + i] = whole;
+      total += whole;
+    }
+    rows.scale[at] = scale;
+    rows.offset[at] = -8 * total;
+  }
+}
+
+INLINE Floats hyperbolic_tangent(const Floats &x) {
+  const Floats limited = larger(smaller(x, all(15)), all(-15));
+  const Floats e = exponential(limited + limited);
+  return (e - all(1)) / (e + all(1));
+}
+
+void gated(const float *gate, const float *up, int32_t activation, int64_t row, int64_t column, bool as_bytes,
+           const Rows &into) {
+  float *x = into.x + row * into.width + column;
+  for (int half = 0; half < GROUP; half += LANES) {
+    const Floats g = load(gate + half);
+    Floats active;
+    if (activation == PASTALM_SILU) {
+      active = g / (all(1) + exponential(all(0) - g));
+    } else {
+      const Floats inner = (g + g * g * g * all(0.044715f)) * all(0.7978845608f);
+      active = g * all(0.5f) * (all(1) + hyperbolic_tangent(inner));
+    }
+    store(x + half, active * load(up + half));
+  }
+  if (as_bytes) bytes(into, row, column, GROUP);
+}
+
+void norm(const float *x, const float *weight, int64_t width, float epsilon, float *out) {
+  Floats squares = all(0);
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) {
+    const Floats v = load(x + i);
+    add_product(squares, v, v);
+  }
+  float total = sum(squares);
+  for (; i < width; i++) total += x[i] * x[i];
+  const float scale = 1 / std::sqrt(total / (float)width + epsilon);
+  for (i = 0; i + LANES <= width; i += LANES) store(out + i, load(x + i) * all(scale) * load(weight + i));
+  for (; i < width; i++) out[i] = x[i] * scale * weight[i];
+}
+
+/* One row of a packed matrix. */
+void embed(const pastalm_matrix &m, int64_t token, float scale, float *out) {
+  const int64_t lane = token % BLOCK;
+  const char *block = static_cast<const char *>(m.data) + token / BLOCK * block_bytes(m.type, m.inputs);
+  const uint16_t *halves = reinterpret_cast<const uint16_t *>(block);
+  for (int64_t k = 0; k < m.inputs; k++) {
+    float value = 0;
+    const int64_t g = k / GROUP, i = k % GROUP;
+    if (in_bytes(m.type)) {
+      const bool narrow = m.type == PASTALM_Q4;
+      const int64_t size = narrow ? 256 : 512;
+      const char *pair = block + g / 2 * (64 + 2 * size);
+      const unsigned char *quants = reinterpret_cast<const unsigned char *>(pair) + 64 + g % 2 * size;
+      uint16_t half;
+      memcpy(&half, pair + g % 2 * 32 + lane * 2, 2);
+      const int shift = i % 8 < 4 ? 0 : 4;
+      const int q = narrow ? (quants[i / 8 * 64 + lane * 4 + i % 4] >> shift & 15) - 8
+                           : quants[i / 4 * 64 + lane * 4 + i % 4] - 128;
+      value = half_to_float(half) * (float)q;
+    } else if (m.type == PASTALM_BF16) {
+      const uint32_t bits = (uint32_t)halves[k / 2 * 2 * BLOCK + lane * 2 + k % 2] << 16;
+      memcpy(&value, &bits, 4);
+    } else if (m.type == PASTALM_F16) {
+      value = half_to_float(halves[k * BLOCK + lane]);
+    } else {
+      value = reinterpret_cast<const float *>(block)[k * BLOCK + lane];
+    }
+    out[k] = value * scale;
+  }
+}
+
+void rotate(float *head, const float *cosine, const float *sine, int64_t half) {
+  for (int64_t i = 0; i < half; i++) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * cosine[i] - b * sine[i];
+    head[i + half] = b * cosine[i] + a * sine[i];
+  }
+}
+
+void softcap(float *x, int64_t count, float cap) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(x + i, hyperbolic_tangent(load(x + i) * all(1 / cap)) * all(cap));
+  for (; i < count; i++) x[i] = std::tanh(x[i] / cap) * cap;
+}
+
+/* ------------------------------------------------------------------------------ keys and values */
+
+/* What is no number becomes 0: a hidden slot weighs nothing, but 0 * NaN would spoil who reads its page. */
+INLINE float number(float x) { return std::isfinite(x) ? x : 0; }
+
+INLINE uint16_t rounded_to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void write(const pastalm_pool &pool, int64_t slot, int32_t layer, int32_t head, const float *key, const float *value) {
+  const int64_t page = slot / PAGE, s = slot % PAGE, d = pool.head_dim;
+  char *keys = pool.at(layer, 0, head, page), *values = pool.at(layer, 1, head, page);
+  if (pool.type == PASTALM_F32) {
+    float *k = reinterpret_cast<float *>(keys), *v = reinterpret_cast<float *>(values);
+    for (int64_t i = 0; i < d; i++) k[i * PAGE + s] = key[i], v[s * d + i] = number(value[i]);
+  } else {
+    uint16_t *k = reinterpret_cast<uint16_t *>(keys), *v = reinterpret_cast<uint16_t *>(values);
+    for (int64_t i = 0; i < d; i++) {
+      k[i / 2 * 2 * PAGE + s * 2 + i % 2] = rounded_to_bfloat16(key[i]);
+      v[(s / 2 * d + i) * 2 + s % 2] = rounded_to_bfloat16(number(value[i]));
+    }
+  }
+}
+
+/* 16 and 16 elements that lie interleaved (bfloat16) or `apart` elements from each other (float32). */
+template <int TYPE>
+INLINE void load_pair(const char *from, int64_t at, int64_t apart, Floats &first, Floats &second) {
+  if (TYPE == PASTALM_F32) {
+    first = load(reinterpret_cast<const float *>(from) + at);
+    second = load(reinterpret_cast<const float *>(from) + at + apart);
+  } else {
+    const Ints pair = load_ints(from + at * 2);
+    first = lower_halves(pair), second = higher_halves(pair);
+  }
+}
+
+/* ------------------------------------------------------------------------------ attention */
+
+template <int TYPE, int R>
+INLINE void score_page(const char *keys, int64_t head_dim, const float *const *queries, Floats (&scores)[R]) {
+  UNROLL for (int r = 0; r < R; r++) scores[r] = all(0);
+  for (int64_t d = 0; d < head_dim; d += 2) {
+    Floats even, odd;
+    load_pair<TYPE>(keys, d * PAGE, PAGE, even, odd);
+    UNROLL for (int r = 0; r < R; r++) {
+      add_product(scores[r], even, all(queries[r][d]));
+      add_product(scores[r], odd, all(queries[r][d + 1]));
+    }
+  }
+}
+
+/* out[r][16 * c ..] += weights[r][s] * values[s][16 * c ..], C columns of 16 at once. */
+template <int TYPE, int R, int C>
+INLINE void add_values(const char *values, int64_t head_dim, int64_t column, const float *const *weights,
+                       float *const *out) {
+  Floats acc[R][C];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = load(out[r] + column + c * LANES);
+  for (int s = 0; s < PAGE; s += 2) {
+    UNROLL for (int c = 0; c < C; c++) {
+      Floats even, odd;
+      const int64_t d = column + c * LANES;
+      load_pair<TYPE>(values, TYPE == PASTALM_F32 ? s * head_dim + d : (s / 2 * head_dim + d) * 2, head_dim, even, odd);
+      UNROLL for (int r = 0; r < R; r++) {
+        add_product(acc[r][c], even, all(weights[r][s]));
+        add_product(acc[r][c], odd, all(weights[r][s + 1]));
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(out[r] + column + c * LANES, acc[r][c]);
+}
+
+#if defined(SIMD_AVX512)
+constexpr int COLUMNS(int rows) { return rows <= 6 ? 4 : 2; }
+#else
+constexpr int COLUMNS(int rows) { return rows <= 2 ? 2 : 1; }
+#endif
+
+template <int TYPE, int R>
+void score(const Cache &cache, const Tile &tile, int first, int64_t page, int64_t at, int64_t stride, float softcap_,
+           float *scores, Floats *most) {
+  Floats own[R];
+  score_page<TYPE, R>(static_cast<const char *>(cache.keys) + page * PAGE * cache.head_dim * (TYPE == PASTALM_F32 ? 4 : 2),
+                      cache.head_dim, tile.queries + first, own);
+  for (int r = 0; r < R; r++) {
+    Floats x = own[r];
+    if (softcap_ > 0) x = hyperbolic_tangent(x * all(1 / softcap_)) * all(softcap_);
+    x = hide(x, tile.visible[first + r][page]);
+    most[first + r] = larger(most[first + r], x);
+    store(scores + (first + r) * stride + at, x);
+  }
+}
+
+template <int TYPE, int R>
+void weigh(const Cache &cache, const Tile &tile, int first, int64_t page, int64_t at, int64_t stride,
+           const float *scores) {
+  const int64_t d = cache.head_dim;
+  const char *values = static_cast<const char *>(cache.values) + page * PAGE * d * (TYPE == PASTALM_F32 ? 4 : 2);
+  const float *weights[R];
+  float *out[R];
+  UNROLL for (int r = 0; r < R; r++) weights[r] = scores + (first + r) * stride + at, out[r] = tile.partials[first + r] + 2;
+  constexpr int C = COLUMNS(R);
+  int64_t column = 0;
+  for (; column + C * LANES <= d; column += C * LANES) add_values<TYPE, R, C>(values, d, column, weights, out);
+  for (; column < d; column += LANES) add_values<TYPE, R, 1>(values, d, column, weights, out);
+}
+
+/* Which rows of the tile see a page: from the first to the last that does. */
+INLINE void seers(const Tile &tile, int64_t page, int &first, int &last) {
+  first = 0, last = tile.rows;
+  while (first < last && !tile.visible[first][page]) first++;
+  while (last > first && !tile.visible[last - 1][page]) last--;
+}
+
+template <int TYPE>
+void attend_typed(const Cache &cache, const Tile &tile, const int32_t *pages, int64_t count, float softcap_,
+                  float *scores) {
+  const int64_t stride = count * PAGE;
+  Floats most[MOST_ROWS];
+  for (int r = 0; r < tile.rows; r++) most[r] = all(-INFINITY);
+#if defined(SIMD_AVX512)
+#define EVERY_SIZE(DO) DO(12) DO(9) DO(6) DO(4) DO(3) DO(2) DO(1)
+#else
+#define EVERY_SIZE(DO) DO(4) DO(3) DO(2) DO(1)
+#endif
+  for (int64_t i = 0; i < count; i++) {
+    int first, last;
+    seers(tile, pages[i], first, last);
+    for (int r = 0; r < tile.rows; r++) /* the others do not see it */
+      if (r < first || r >= last) store(scores + r * stride + i * PAGE, all(-INFINITY));
+    while (first < last) {
+#define DO(R) \
+  if (last - first >= R) { score<TYPE, R>(cache, tile, first, pages[i], i * PAGE, stride, softcap_, scores, most); first += R; continue; }
+      EVERY_SIZE(DO)
+#undef DO
+    }
+  }
+  for (int r = 0; r < tile.rows; r++) {
+    const float top = largest(most[r]);
+    float *own = scores + r * stride, *partial = tile.partials[r];
+    Floats total = all(0);
+    const Floats from = all(top == -INFINITY ? 0 : top); /* who sees nothing weighs nothing */
+    for (int64_t i = 0; i < stride; i += PAGE) {
+      const Floats weight = exponential(load(own + i) - from);
+      total = total + weight;
+      store(own + i, weight);
+    }
+    partial[0] = top;
+    partial[1] = sum(total);
+    for (int64_t i = 0; i < cache.head_dim; i += LANES) store(partial + 2 + i, all(0));
+  }
+  for (int64_t i = 0; i < count; i++) {
+    int first, last;
+    seers(tile, pages[i], first, last);
+    while (first < last) {
+#define DO(R) \
+  if (last - first >= R) { weigh<TYPE, R>(cache, tile, first, pages[i], i * PAGE, stride, scores); first += R; continue; }
+      EVERY_SIZE(DO)
+#undef DO
+    }
+  }
+}
+
+void attend(int32_t type, const Cache &cache, const Tile &tile, const int32_t *pages, int64_t count, float softcap_,
+            float *scores) {
+  if (type == PASTALM_F32)
+    attend_typed<PASTALM_F32>(cache, tile, pages, count, softcap_, scores);
+  else
+    attend_typed<PASTALM_BF16>(cache, tile, pages, count, softcap_, scores);
+}
+
+void merge(const float *partials, int64_t splits, int64_t apart, int64_t head_dim, float *out) {
+  float top = -INFINITY, total = 0;
+  for (int64_t i = 0; i < splits; i++) top = std::max(top, partials[i * apart]);
+  for (int64_t d = 0; d < head_dim; d += LANES) store(out + d, all(0));
+  if (top == -INFINITY) return;
+  for (int64_t i = 0; i < splits; i++) {
+    const float *own = partials + i * apart, weight = std::exp(own[0] - top);
+    total += weight * own[1];
+    for (int64_t d = 0; d < head_dim; d += LANES) store(out + d, load(out + d) + load(own + 2 + d) * all(weight));
+  }
+  for (int64_t d = 0; d < head_dim; d += LANES) store(out + d, load(out + d) * all(1 / total));
+}
+
+}  // namespace
+
+namespace pastalm {
+
+#define JOINED(a, b) a##b
+#define TABLE(isa) JOINED(isa, _kernels)
+#define TEXT(x) #x
+#define NAME(isa) TEXT(isa)
+
+const Kernels *TABLE(PASTALM_ISA)() {
+  static const Kernels table = {NAME(PASTALM_ISA), product, gated, norm,   bytes,  embed,
+                                rotate,            softcap, write, attend, merge};
+  return &table;
+}
+
+}  // namespace pastalm

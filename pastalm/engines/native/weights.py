@@ -222,7 +222,7 @@ def _padded(rows: NDArray[Any]) -> NDArray[Any]:
 
 def _pairs(target: Bytes, matrix: Matrix) -> tuple[Bytes, Bytes]:
     """Of blocks [blocks, bytes], what is written there for every two groups, scales and then quantised
-    values, [blocks, pairs, 64 + 2 * bytes of a group], and of an odd group at the end, [blocks, 64 + its bytes]. Views."""
+    values, [blocks, pairs, 64 + 2 * a group's bytes], and of an odd last group, [blocks, 64 + its bytes]. Views."""
     size = _GROUP_BYTES[matrix.type]
     count = matrix.inputs // GROUP // 2
     whole = count * (ALIGNMENT + 2 * size)
@@ -246,7 +246,7 @@ def _write_quantised(matrix: Matrix, first: int, q: Bytes, scales: NDArray[np.fl
     pairs, rest = _pairs(target, matrix)
     even = groups // 2 * 2
     pairs[..., :ALIGNMENT] = held[:, :even].reshape(count, even // 2, ALIGNMENT)
-    pairs[..., ALIGNMENT:] = laid[:, :even].reshape(count, even // 2, -1)
+    pairs[..., ALIGNMENT:] = laid[:, :even].reshape(count, even // 2, 2 * laid.shape[2])
     if groups % 2:
         rest[:, : 2 * _BLOCK], rest[:, ALIGNMENT:] = held[:, -1], laid[:, -1]
 

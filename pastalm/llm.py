@@ -21,7 +21,7 @@ from pastalm.events import Event, Finished, FinishReason, stamp
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
 from pastalm.models import EMBEDDED
-from pastalm.transcript import Transcript
+from pastalm.transcript import Transcript, begins
 from pastalm.vocabulary import TAG_TOKENS, Vocabulary
 
 if TYPE_CHECKING:
@@ -44,14 +44,18 @@ class Running:
     searched: int = 0
 
     def stopped(self) -> int | None:
-        """Where the first stop string begins in the text that is certain, if one does. Looks at what is new alone."""
+        """Where the answer is to be cut: where the first stop string begins in the text that is certain, if one does
+        and no other may yet turn out to begin before it. Looks at what is new alone."""
         strings = self.request.params.stop_strings
         if not strings:
             return None
         start = max(0, self.searched - max(map(len, strings)) + 1)
         text = self.transcript.settled_from(start)
         self.searched = start + len(text)
-        return min((start + at for at in map(text.find, strings) if at >= 0), default=None)
+        found = min((at for at in map(text.find, strings) if at >= 0), default=None)
+        if found is None or not self.transcript.finished and min(begins(text, s) for s in strings) < found:
+            return None
+        return start + found
 
 
 class Driver:

@@ -207,11 +207,7 @@ class Transcript:
         if self.finished:
             return self.text[start:]
         text = self.settled_from(start)
-        ends = [len(text)]
-        for stop in stops:
-            begun = (k for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k]))
-            ends.append(text.find(stop) if stop in text else len(text) - next(begun, 0))
-        return text[: min(ends)]
+        return text[: min((begins(text, stop) for stop in stops), default=len(text))]
 
     def cut(self, at: int) -> None:
         """The answer ends before character `at`: a stop string was found there."""
@@ -340,6 +336,14 @@ def _first(document: Document, characters: int) -> tuple[Document, int]:
         if not characters and not isinstance(node, Promise):
             break
     return normalize(kept), characters
+
+
+def begins(text: str, stop: str) -> int:
+    """Where a stop string begins in a text, or may begin at its end once more comes; else the text's length."""
+    if (at := text.find(stop)) >= 0:
+        return at
+    longest = min(len(stop) - 1, len(text))
+    return next((len(text) - k for k in range(longest, 0, -1) if text.endswith(stop[:k])), len(text))
 
 
 def thread_name(path: Path) -> str:

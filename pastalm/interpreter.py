@@ -80,19 +80,20 @@ class Limits:
 @dataclass(slots=True)
 class Thread:
     """A thread as the interpreter knows it. budget: tokens it may still decode, its children's grants
-    taken out. reach: bound on its next position id. key: of its own topic. group: unjoined children
-    and their topics' keys. usual: length of its last promise."""
+    taken out. reach: bound on its next position id. room: the least budget and the greatest reach at which
+    it can make a promise as long as its last one. key: of its own topic. group: unjoined children and
+    their topics' keys."""
 
     path: Path
     budget: int
     reach: int
+    room: tuple[int, float]
     state: Literal["live", "queued", "blocked", "finished"] = "live"
     mode: Literal["text", "topic", "number"] = "text"
     tag: list[int] = field(default_factory=list)
     topic: str = ""
     key: str = ""
     forks: int = 0
-    usual: int = LENGTH_STEP
     group: dict[Path, str] = field(default_factory=dict)
     resume: tuple[int, ...] = ()
     carry: str = ""
@@ -128,8 +129,6 @@ class Interpreter:
         self._limits = limits or Limits()
         self._forking = parallelism > 0
         self._ignore_eos = ignore_eos
-        self._main = Thread((), max_tokens, prompt_length)
-        self.threads: dict[Path, Thread] = {(): self._main}
         self._queue: deque[Thread] = deque()
         tags = vocabulary.tags
         self._open = (tags.async_open,) if tags else tuple(vocabulary.encode("<async>"))
@@ -137,9 +136,12 @@ class Interpreter:
         self._digits = max(map(len, vocabulary.numbers)) if tags else 0
         self._digit_ids = {i for ids in vocabulary.numbers for i in ids} if tags else set()
         self._silent = vocabulary.eos.union(tags.ids if tags else ())
+        self._masks: dict[tuple[bool, bool, bool], TokenSet] = {}
+        self._spelling = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + self._digits if tags else 0
+        self._main = Thread((), max_tokens, prompt_length, self._room(0, LENGTH_STEP, self._spelling))
+        self.threads: dict[Path, Thread] = {(): self._main}
         self._unfinished = 1
         self._spelled: dict[str, frozenset[int]] = {}
-        self._masks: dict[tuple[bool, bool, bool], TokenSet] = {}
 
     # ------------------------------------------------------------------ what a driver calls
 
@@ -155,8 +157,11 @@ class Interpreter:
             return []
         if sampled.lost:
             return list(self._cut(thread, "abort", sampled.lost))
-        step = self._speak if self._vocabulary.tags is not None else self._write
-        return list(step(thread, sampled))
+        if self._vocabulary.tags is None:
+            return list(self._write(thread, sampled))
+        if thread.mode == "text" and sampled.token not in self._silent:
+            return list(self._say(thread, sampled))
+        return list(self._tag(thread, sampled))
 
     def finish(self, reason: FinishReason) -> list[Event]:
         """Ends every thread now: `abort`, or `stop` where the driver found a stop string."""
@@ -173,7 +178,15 @@ class Interpreter:
 
     # ------------------------------------------------------------------ prepared models
 
-    def _speak(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+    def _say(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+        """What follows from a token of ordinary text."""
+        thread.budget -= 1
+        thread.reach += 1
+        text = thread.characters.decode(self._vocabulary.piece(sampled.token))
+        return self._went_on(thread, sampled, sampled.token, text)
+
+    def _tag(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+        """What follows from a tag, a part of one, or the end."""
         tags = self._tags
         token = self._admitted(thread, sampled.token)
         if thread.mode == "text" and token == tags.sync and thread.group:
@@ -190,20 +203,20 @@ class Interpreter:
             _, promise = self._take(thread, only)
         is_tag = inside or ended or token in tags.ids
         yield from self._went_on(
-            thread, sampled, promise, ended, token=token, text=text, tag=is_tag, forced=tuple(forced)
+            thread, sampled, token, text, tag=is_tag, forced=tuple(forced), promise=promise, ended=ended
         )
 
     def _went_on(
         self,
         thread: Thread,
         sampled: SampledToken,
-        promise: Promise | None,
-        ended: bool,
-        *,
         token: int,
         text: str,
-        tag: bool,
+        *,
+        tag: bool = False,
         forced: tuple[int, ...] = (),
+        promise: Promise | None = None,
+        ended: bool = False,
     ) -> Iterator[Event]:
         """The event of a token, and the fork or the end that it brings."""
         child = self._adopt(thread, promise) if promise else None
@@ -251,8 +264,6 @@ class Interpreter:
         if thread.mode == "text":
             if opens:
                 thread.mode, thread.tag = "topic", []
-            if token not in self._silent:
-                return thread.characters.decode(self._vocabulary.piece(token)), None
             text = thread.characters.decode(b"", final=True)
             thread.characters.reset()
             return text, None
@@ -345,17 +356,22 @@ class Interpreter:
             return False
         if len(thread.group) >= self._limits.max_promises:
             return False
-        tag = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + self._digits if self._vocabulary.tags else 0
-        return self._affords(thread, thread.usual, spare=tag)
+        budget, reach = thread.room
+        return thread.budget >= budget and thread.reach <= reach
 
     def _affords(self, thread: Thread, tokens: int, *, spare: int) -> bool:
         """Whether `spare` more tokens, a chunk of that length and the thread's own end fit."""
+        budget, reach = self._room(len(thread.path), tokens, spare)
+        return thread.budget >= budget and thread.reach <= reach
+
+    def _room(self, depth: int, tokens: int, spare: int) -> tuple[int, float]:
+        """The least budget and the greatest reach of a thread at which `spare` more tokens, a chunk of that length
+        and its own end fit."""
         grant, close = self._grant(tokens), len(self._close)
-        if grant <= len(self._open) + close or thread.budget < spare + grant + close:
-            return False
-        place, depth = thread.reach + spare, len(thread.path)
-        after = place + tokens + CHUNK_TAGS + close
-        return after <= self._positions(depth) and place + grant <= self._positions(depth + 1)
+        after = self._positions(depth) - tokens - CHUNK_TAGS - close
+        within = self._positions(depth + 1) - grant
+        fits = grant > len(self._open) + close
+        return spare + grant + close, min(after, within) - spare if fits else -math.inf
 
     def _positions(self, depth: int) -> float:
         """Positions that a thread may use: each leaves its parent those of its sync and its end."""
@@ -408,7 +424,9 @@ class Interpreter:
             yield from self._sync(thread, sampled.token)
             return
         is_tag = not text and bool(thread.scanner.held or marks)
-        yield from self._went_on(thread, sampled, promise, ended, token=sampled.token, text=text, tag=is_tag)
+        yield from self._went_on(
+            thread, sampled, sampled.token, text, tag=is_tag, promise=promise, ended=ended
+        )
 
     def _marks(self, thread: Thread, token: int, ended: bool) -> list[Mark]:
         piece = b"" if ended else self._vocabulary.piece(token)
@@ -430,13 +448,20 @@ class Interpreter:
         grant = self._grant(promise.tokens)
         path = (*parent.path, parent.forks)
         key = topic_key(promise.topic)
-        child = Thread(path, grant - len(self._open), parent.reach + len(self._open), "queued", key=key)
-        child.resume = self._open
+        child = Thread(
+            path,
+            grant - len(self._open),
+            parent.reach + len(self._open),
+            self._room(len(path), LENGTH_STEP, self._spelling),
+            "queued",
+            key=key,
+            resume=self._open,
+        )
         parent.forks += 1
         parent.budget -= grant
         parent.reach += promise.tokens + CHUNK_TAGS
         parent.group[path] = key
-        parent.usual = promise.tokens
+        parent.room = self._room(len(parent.path), promise.tokens, self._spelling)
         self.threads[path] = child
         self._unfinished += 1
         return child
@@ -496,8 +521,8 @@ class Interpreter:
 
     def _spent(self, thread: Thread) -> bool:
         """Whether only the end of the thread still fits into its budget and the positions."""
-        left = min(thread.budget, self._positions(len(thread.path)) - thread.reach)
-        return left <= (len(self._close) if thread.path else 0)
+        end = len(self._close) if thread.path else 0
+        return thread.budget <= end or thread.reach >= self._positions(len(thread.path)) - end
 
     def _cut(self, thread: Thread, reason: FinishReason = "length", why: str = "") -> Iterator[Event]:
         """Ends a thread at its budget; a child's end tag, whose place was reserved, is forced."""

@@ -1,24 +1,301 @@
-"""Models for the native engine: an architecture in numbers and packed matrices.
+"""Models for the native engine: an architecture in numbers, packed matrices, a tokenizer.
 
-They come from transformers' models (`from_model`), which takes torch. What the engine would compute otherwise than
-transformers does is refused with a CapabilityError of one line; then the transformers engine is there.
+`load` packs a model, its adapter merged, and keeps the result as one file in the cache; the next start maps that file,
+and imports neither torch nor transformers. What the engine would compute otherwise than
+transformers does is refused with a CapabilityError of one line: then the transformers engine is there.
+
+A packed file: a prologue of 64 bytes (`_PROLOGUE`), the tensors, each at a multiple of 64 bytes, the tokenizer, and a
+header in JSON that says where they are. Its name ends in a hash of all that it was made from, contents included.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pastalm import models
+from pastalm.chat_tokenizer import ChatTokenizer, described
 from pastalm.engines.native import weights
-from pastalm.engines.native.weights import Architecture, Floats, Matrix, Rope, WeightType
+from pastalm.engines.native.weights import (
+    Architecture,
+    Bytes,
+    Floats,
+    Matrix,
+    Rope,
+    Tensors,
+    WeightType,
+)
 from pastalm.errors import CapabilityError, complaint
+from pastalm.vocabulary import Vocabulary
 
-Tensor = tuple[str, "Matrix | Floats"]
+Tensor = tuple[str, Matrix | Floats]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Packed:
+    """A model as the native engine takes it, and what goes with it. tensors: as `weights.Tensors` says; the file that
+    they lie in stays mapped as long as they are held."""
+
+    name: str
+    architecture: Architecture
+    tensors: Tensors
+    tokenizer: ChatTokenizer
+    vocabulary: Vocabulary
+    sequential_marker: str | None
+    context_length: int
+
+    @property
+    def loaded(self) -> models.Loaded:
+        """The same in the form that LLM takes."""
+        return models.Loaded(
+            name=self.name,
+            model=self,
+            tokenizer=self.tokenizer,
+            vocabulary=self.vocabulary,
+            prepared=self.vocabulary.tags is not None,
+            sequential_marker=self.sequential_marker,
+            context_length=self.context_length,
+        )
+
+
+def load(
+    name: str = models.EMBEDDED,
+    *,
+    adapter: str | None = "auto",
+    weights: WeightType = "Q8_0",
+    head: WeightType | None = None,
+) -> Packed:
+    """Base and adapter, merged and packed. name, adapter: as for `models.load`. head: the weight type of the head, and
+    of the embedding where they are one; None: as the others. Raises ModelError, CapabilityError."""
+    folder = models.pull(name)
+    chosen = models.adapter_folder(name, adapter)
+    origin = Origin(name, (folder, *([chosen] if chosen else ())), (weights, head or weights))
+    return _kept(origin, lambda: _packable(name, adapter, *origin.types))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Packable:
+    """A model that is about to be packed. tensors: made anew at each call, one after the other. tokenizer: the
+    description of a ChatTokenizer."""
+
+    architecture: Architecture
+    tensors: Callable[[], Iterator[Tensor]]
+    tokenizer: Mapping[str, Any]
+    eos: Sequence[int]
+    sequential_marker: str | None
+    context_length: int
+
+
+def _packable(name: str, adapter: str | None, type: WeightType, head_type: WeightType) -> Packable:
+    loaded = models.load(name, adapter=adapter, dtype="stored")
+    made = _architecture_of(loaded.model)
+    return Packable(
+        architecture=made,
+        tensors=lambda: _tensors(loaded.model, made, type, head_type),
+        tokenizer=described(loaded.tokenizer),
+        eos=sorted(loaded.vocabulary.eos),
+        sequential_marker=loaded.sequential_marker,
+        context_length=loaded.context_length,
+    )
+
+
+def _packed(name: str, made: Packable, tensors: Tensors) -> Packed:
+    tokenizer = ChatTokenizer(made.tokenizer)
+    return Packed(
+        name=name,
+        architecture=made.architecture,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        vocabulary=models.vocabulary_of(tokenizer, eos=made.eos, size=made.architecture.vocabulary),
+        sequential_marker=made.sequential_marker,
+        context_length=made.context_length,
+    )
+
+
+# ------------------------------------------------------------------------------ kept on disk
+
+_FORMAT = 1
+"""Part of every packed file's name: another layout of files or matrices must raise it."""
+_PROLOGUE = struct.Struct("<16sQQ32x")
+"""A magic word; where the header begins; how long it is."""
+_MAGIC = b"pastalm packed\n\0"
+_PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
+"""What belongs to a model, or to an adapter, among the files of its folder."""
+_SETTLED = 2.0
+"""Seconds after which a file that is written again is sure to have another time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a packed model is made from: folders or files, and the weight types asked for."""
+
+    name: str
+    paths: tuple[Path, ...]
+    types: tuple[WeightType, ...]
+
+
+def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
+    """The packed file of an origin, written now if there is none. Where none can be written, the model is packed in
+    memory."""
+    folder = models.cache_folder() / "packed"
+    place, contents = _names(origin, folder)
+    path = next(folder.glob(f"*-{contents}.packed"), folder / f"{place}-{contents}.packed")
+    if (packed := _read(path, origin.name)) is not None:
+        return packed
+    made = make()
+    with contextlib.suppress(OSError):
+        _write(path, made)
+        for old in folder.glob(f"{place}-*.packed"):  # of what lay at the same place before
+            if old != path:
+                old.unlink(missing_ok=True)
+    return _read(path, origin.name) or _packed(origin.name, made, dict(made.tensors()))
+
+
+def _names(origin: Origin, cache: Path) -> tuple[str, str]:
+    """Of where an origin lies and of what is in it, for the name of its packed file."""
+    contents = [_contents(path, cache) for path in origin.paths]
+    slug = re.sub(r"[^a-z0-9.]+", "-", Path(origin.name).name.lower())
+    place = _hash([str(path.resolve()) for path in origin.paths], origin.types)[:8]
+    named = "-".join((slug, *dict.fromkeys(origin.types), place))
+    return named, _hash(_FORMAT, contents, origin.types)
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _contents(path: Path, cache: Path) -> list[tuple[str, str]]:
+    """Names and hashes of a folder's files, or of one file. Contents are read once: as long as size and time of a
+    file are what they were, so is its hash."""
+    if path.is_file():
+        files = {"": path}
+    else:
+        files = {f.name: f for f in sorted(path.iterdir()) if f.suffix in _PARTS and f.is_file()}
+    memory = cache / "hashes.json"
+    try:
+        known: dict[str, list[Any]] = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    before = dict(known)
+    found = [(name, _digest(file, known)) for name, file in files.items()]
+    if known != before:
+        with contextlib.suppress(OSError), _replacing(memory) as opened:  # else they are read again
+            opened.write(json.dumps(known).encode())
+    return found
+
+
+def _digest(file: Path, known: dict[str, list[Any]]) -> str:
+    """The hash of a file's contents, out of `known` or put there."""
+    stat, key = file.stat(), str(file.resolve())
+    state = [stat.st_size, stat.st_mtime_ns]
+    if known.get(key, [])[:2] == state:
+        return str(known[key][2])
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    known.pop(key, None)
+    if time.time() - stat.st_mtime > _SETTLED:
+        known[key] = [*state, digest]
+    return digest
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes a path's place once it is whole. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".packing-") as scratch:
+        made = Path(scratch) / "made"
+        with made.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)
+
+
+def _write(path: Path, made: Packable) -> None:
+    with _replacing(path) as file:
+        file.write(bytes(_PROLOGUE.size))
+        places = {}
+        for name, tensor in made.tensors():
+            if isinstance(tensor, Matrix):
+                shape, data = [tensor.outputs, tensor.inputs], tensor.data
+            else:
+                shape, data = [len(tensor)], tensor.view(np.uint8)
+            kind = tensor.type if isinstance(tensor, Matrix) else None
+            places[name] = {"type": kind, "shape": shape, "at": _put(file, data)}
+        rest = dict(made.tokenizer)
+        backend = rest.pop("backend").encode()
+        header = {
+            "architecture": made.architecture.to_json(),
+            "tensors": places,
+            "backend": [_put(file, backend), len(backend)],
+            "tokenizer": rest,
+            "eos": list(made.eos),
+            "sequential_marker": made.sequential_marker,
+            "context_length": made.context_length,
+        }
+        text = json.dumps(header).encode()
+        at = _put(file, text)
+        file.seek(0)
+        file.write(_PROLOGUE.pack(_MAGIC, at, len(text)))
+
+
+def _put(file: BinaryIO, data: Bytes | bytes) -> int:
+    """Writes at the next multiple of 64; where that is."""
+    file.write(bytes(-file.tell() % weights.ALIGNMENT))
+    at = file.tell()
+    file.write(data)  # type: ignore[arg-type]
+    return at
+
+
+def _read(path: Path, name: str) -> Packed | None:
+    """A packed file, mapped; None where there is none, or not a whole one."""
+    try:
+        with path.open("rb") as file:
+            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return None
+    if len(held) < _PROLOGUE.size:
+        return None
+    magic, at, length = _PROLOGUE.unpack_from(held)
+    if magic != _MAGIC or at + length != len(held):
+        return None
+    if hasattr(held, "madvise"):
+        held.madvise(mmap.MADV_WILLNEED)
+    header = json.loads(held[at:])
+    tensors = {key: _mapped(held, **place) for key, place in header["tensors"].items()}
+    start, size = header["backend"]
+    made = Packable(
+        architecture=Architecture.from_json(header["architecture"]),
+        tensors=lambda: iter(tensors.items()),
+        tokenizer=header["tokenizer"] | {"backend": held[start : start + size].decode()},
+        eos=header["eos"],
+        sequential_marker=header["sequential_marker"],
+        context_length=header["context_length"],
+    )
+    return _packed(name, made, tensors)
+
+
+def _mapped(held: mmap.mmap, type: WeightType | None, shape: list[int], at: int) -> Matrix | Floats:
+    if type is None:
+        return np.frombuffer(held, np.float32, shape[0], at)
+    size = weights.packed_bytes(type, *shape)
+    return Matrix(np.frombuffer(held, np.uint8, size, at), type, *shape)
+
 
 # ------------------------------------------------------------------------------ what a model is
 

@@ -112,6 +112,21 @@ def test_special_tokens_add_no_text() -> None:
     assert {vocabulary.piece(i) for i in (*tokenizer.all_special_ids, *tags_of(vocabulary))} == {b""}
 
 
+@given(ANY_TEXT)
+def test_sharing_merges_changes_no_id(text: str) -> None:
+    """Encoding text is what a copy of the whole tokenizer does that is told to know no special token."""
+    with_words = copy.deepcopy(BYTE_LEVEL.backend_tokenizer)
+    with_words.add_tokens([AddedToken("a🙂"), AddedToken("é", special=True), AddedToken("tips", lstrip=True)])
+    for backend in (with_words, prepared_tokenizer()[0].backend_tokenizer, sentence_pieces().backend_tokenizer):
+        whole = copy.deepcopy(backend)
+        whole.encode_special_tokens = True
+        shared = pasta._text_only(backend)
+        assert shared.encode(text, add_special_tokens=False).ids == (
+            whole.encode(text, add_special_tokens=False).ids
+        )
+        assert shared.get_added_tokens_decoder() == backend.get_added_tokens_decoder()
+
+
 def test_encoding_from_many_threads_is_encoding() -> None:
     texts = [f"say {t} {i}" for i in range(100) for t in (*SPECIALS, "tips")]
     expected = [BYTES.encode(t) for t in texts]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +16,12 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from pastalm import packed_models
+from pastalm import models, packed_models
 from pastalm.engines.native import weights
-from pastalm.errors import CapabilityError
+from pastalm.errors import CapabilityError, ModelError
+from pastalm.packed_models import Packed
 from tests.packed_reference import logits
+from tests.test_models import BYTE_LEVEL
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -255,3 +262,201 @@ def test_no_field_of_a_configuration_is_unknown(name: str) -> None:
         for kind in (config_class(name), PreTrainedConfig)
     )
     assert ours - theirs == (_PLAIN | LOOKED_AT[name]) - theirs
+
+
+# ------------------------------------------------------------------------------ what is kept
+
+PROMPT = [{"role": "user", "content": "Five tips, <|im_end|> please."}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A saved model, with a cache that is empty. Its files are old, so that their hashes are remembered."""
+    monkeypatch.setenv("PASTALM_CACHE", str(tmp_path / "cache"))
+    model = random_model("Llama", vocab_size=len(BYTE_LEVEL), intermediate_size=96)
+    models.save(model, BYTE_LEVEL, tmp_path / "model")
+    for file in (tmp_path / "model").iterdir():
+        os.utime(file, (1e9, 1e9))
+    return tmp_path / "model"
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(file.name for file in (folder.parent / "cache" / "packed").glob("*.packed"))
+
+
+def same(one: Packed, other: Packed) -> bool:
+    """Both say and hold the same."""
+    return (
+        one.architecture == other.architecture
+        and list(one.tensors) == list(other.tensors)
+        and all(map(equal, one.tensors.values(), other.tensors.values()))
+        and models.chat_prompt(one.loaded, PROMPT) == models.chat_prompt(other.loaded, PROMPT)
+        and one.vocabulary.eos == other.vocabulary.eos
+        and one.context_length == other.context_length
+        and one.sequential_marker == other.sequential_marker
+    )
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, weights.Matrix):
+        kinds = (one.type, one.outputs, one.inputs) == (other.type, other.outputs, other.inputs)
+        return kinds and np.array_equal(one.data, other.data)
+    return np.array_equal(one, other)
+
+
+def test_what_is_kept_is_what_was_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_models.load(str(folder), weights="Q8_0", head="F16")
+    loaded = models.load(str(folder), dtype="float32")
+    made, tensors = packed_models.from_model(loaded.model, "Q8_0", head_type="F16")
+    assert packed.architecture == made
+    assert list(packed.tensors) == list(tensors)
+    assert all(map(equal, packed.tensors.values(), tensors.values()))
+    assert models.chat_prompt(packed.loaded, PROMPT) == models.chat_prompt(loaded, PROMPT)
+    assert packed.vocabulary.eos == loaded.vocabulary.eos
+    assert packed.vocabulary.size == loaded.vocabulary.size
+    assert [packed.vocabulary.piece(i) for i in range(packed.vocabulary.size)] == (
+        [loaded.vocabulary.piece(i) for i in range(loaded.vocabulary.size)]
+    )
+    assert packed.context_length == loaded.context_length
+    assert all(
+        t.data.ctypes.data % 64 == 0
+        for t in packed.tensors.values()
+        if isinstance(t, weights.Matrix)
+    )
+    monkeypatch.setattr(models, "load", None)
+    assert same(packed_models.load(str(folder), weights="Q8_0", head="F16"), packed)
+
+
+STARTS = """
+import sys
+from pastalm import models, packed_models
+packed = packed_models.load(sys.argv[1])
+models.chat_prompt(packed.loaded, [{"role": "user", "content": "hello"}], marker="x")
+assert not {"torch", "transformers", "peft", "huggingface_hub", "gguf", "llama_cpp"} & set(sys.modules)
+"""
+
+
+def test_the_next_start_imports_neither_torch_nor_transformers(folder: Path) -> None:
+    packed_models.load(str(folder))
+    subprocess.run([sys.executable, "-c", STARTS, str(folder)], check=True)
+
+
+def change_weights(folder: Path) -> None:
+    models.save(
+        random_model("Llama", vocab_size=len(BYTE_LEVEL), rms_norm_eps=1e-3), BYTE_LEVEL, folder
+    )
+
+
+def change_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+@pytest.mark.parametrize("change", [change_weights, change_template])
+def test_a_model_that_changes_is_packed_anew(folder: Path, change: Callable[[Path], None]) -> None:
+    before = packed_models.load(str(folder))
+    change(folder)
+    after = packed_models.load(str(folder))
+    assert not same(before, after)
+    assert same(packed_models.load(str(folder)), after)
+    assert len(files(folder)) == 1, "the file of what was there before is of no use"
+
+
+def test_a_file_that_was_only_touched_or_moved_is_not_packed_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = packed_models.load(str(folder))
+    os.utime(folder / "config.json", (2e9, 2e9))
+    moved = folder.rename(folder.parent / "moved")
+    monkeypatch.setattr(models, "load", None)
+    assert same(packed_models.load(str(moved)), packed)
+
+
+def test_each_weight_type_has_its_own_file(folder: Path) -> None:
+    asked: list[tuple[Any, Any]] = [("Q8_0", None), ("Q4_0", None), ("Q4_0", "Q8_0"), ("F32", None)]
+    made = [packed_models.load(str(folder), weights=kind, head=head) for kind, head in asked]
+    assert len(files(folder)) == len(asked)
+    for (kind, head), packed in zip(asked, made, strict=True):
+        again = packed_models.load(str(folder), weights=kind, head=head)
+        assert same(again, packed)
+        assert again.tensors["0.down"].type == kind  # type: ignore[union-attr]
+        assert again.tensors["head"].type == (head or kind)  # type: ignore[union-attr]
+
+
+def test_a_broken_file_is_packed_anew(folder: Path) -> None:
+    packed = packed_models.load(str(folder))
+    (name,) = files(folder)
+    kept = folder.parent / "cache" / "packed" / name
+    whole = kept.read_bytes()
+    for broken in (b"", whole[:50], whole[:-1], bytes(len(whole)), whole[64:]):
+        kept.unlink()  # the mapped one must stay as it is
+        kept.write_bytes(broken)
+        assert same(packed_models.load(str(folder)), packed)
+        assert kept.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_takes_memory_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = packed_models.load(str(folder))
+    (folder.parent / "no folder").write_text("")
+    monkeypatch.setenv("PASTALM_CACHE", str(folder.parent / "no folder"))
+    assert same(packed_models.load(str(folder)), packed)
+
+
+def test_what_cannot_be_packed_leaves_nothing_behind(folder: Path) -> None:
+    with pytest.raises(CapabilityError):
+        models.save(
+            random_model("Llama", vocab_size=len(BYTE_LEVEL), hidden_size=80), BYTE_LEVEL, folder
+        )
+        packed_models.load(str(folder), weights="Q8_0")
+    assert [
+        f.name for f in (folder.parent / "cache" / "packed").iterdir() if f.name != "hashes.json"
+    ] == []
+
+
+@pytest.mark.parametrize("missing", ["nowhere/at/all", "./none"])
+def test_a_model_that_is_not_there_is_an_error(folder: Path, missing: str) -> None:
+    with pytest.raises(ModelError):
+        packed_models.load(missing)
+    with pytest.raises(ModelError):
+        packed_models.load(str(folder), adapter=missing)
+
+
+def test_weights_stay_as_stored_where_nothing_is_merged(folder: Path) -> None:
+    model = random_model("Llama", vocab_size=len(BYTE_LEVEL)).to(torch.bfloat16)
+    models.save(model, BYTE_LEVEL, folder)
+    assert models.load(str(folder), dtype="stored").model.dtype == torch.bfloat16
+    packed = packed_models.load(str(folder), weights="F32")
+    down = weights.unpack(packed.tensors["2.down"])  # type: ignore[arg-type]
+    assert np.array_equal(down, model.model.layers[2].mlp.down_proj.weight.detach().float().numpy())
+
+
+# ------------------------------------------------------------------------------ the embedded model
+
+real = pytest.mark.skipif(
+    not (models.ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file(),
+    reason="no adapter ships in this tree",
+)
+
+
+@real
+def test_the_embedded_model_is_packed_with_its_adapter() -> None:
+    packed, loaded = packed_models.load(), models.load(dtype="float32")
+    made, tensors = packed_models.from_model(loaded.model, "Q8_0")
+    assert packed.architecture == made
+    assert list(packed.tensors) == list(tensors)
+    assert all(map(equal, packed.tensors.values(), tensors.values()))
+    assert packed.loaded.prepared
+    assert packed.sequential_marker == loaded.sequential_marker
+    prompt = models.chat_prompt(packed.loaded, PROMPT, marker=packed.sequential_marker)
+    assert prompt == models.chat_prompt(loaded, PROMPT, marker=loaded.sequential_marker)
+    made, whole = packed_models.from_model(loaded.model, "F32")
+    with torch.no_grad():
+        expected = loaded.model(torch.tensor([prompt])).logits[0].numpy()
+    assert np.abs(logits(made, whole, prompt) - expected).max() < 1e-4 * expected.std()
+
+
+@real
+def test_the_embedded_model_starts_without_torch() -> None:
+    packed_models.load()
+    subprocess.run([sys.executable, "-c", STARTS, models.EMBEDDED], check=True)

@@ -12,10 +12,12 @@ torch stands in `sampling_torch.py`, for engines whose logits are tensors.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import count
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -25,18 +27,29 @@ from pastalm.engine import SamplingParams
 from pastalm.errors import EngineError
 from pastalm.events import Path, TokenSet
 
-CANDIDATES = 1024
+CANDIDATES = 256
 """Ids looked at first where top-p truncates: nearly always enough, and sorts far fewer."""
+ROUNDING = 1e-5
+"""Beyond what is lost, as a share, in a sum of exponentials of float32 differences."""
+FIRST = 256
+"""Ids whose noise is drawn first where any may be drawn: the likeliest."""
+MOST_NOISE = 36.737
+"""No noise is above this: -log(-log(1 - 2**-53)) = 36.7368."""
 MASKS = 64
 """Sets of allowed ids kept as arrays: those seen last."""
 
 Ints: TypeAlias = NDArray[np.int64]
 Row: TypeAlias = NDArray[Any]
 """Logits [vocabulary], float32 or float64."""
+Winners: TypeAlias = Callable[[Sequence[Row], Sequence[float], Sequence[int]], list[int]]
+"""Of rows, their temperatures and their keys: the id with the largest logit by temperature + noise in each."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_NO_IDS: Ints = np.empty(0, dtype=np.int64)
+
+
+_to_infinity = np.errstate(over="ignore", divide="ignore", invalid="ignore")
+"""Where what is too large may become infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +109,32 @@ def noise_key(seed: int, choice: int, path: Path, index: int) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def gumbel(key: int, ids: Ints) -> NDArray[np.float64]:
-    """Gumbel noise of each id: -log(-log(u)), with u the upper 52 bits of splitmix64 of (key, id)."""
+def uniform(key: int, ids: Ints) -> NDArray[np.float64]:
+    """A number in (0, 1) for each id: the upper 52 bits of splitmix64 of (key, id)."""
     x = (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.uint64(key & (1 << 64) - 1)
     for shift, mixer in zip((30, 27), _MIXERS, strict=True):
         x = (x ^ (x >> np.uint64(shift))) * mixer
-    uniform = ((x ^ (x >> np.uint64(31))) >> np.uint64(12)).astype(np.float64)
-    return -np.log(-np.log((uniform + 0.5) * 2.0**-52))
+    x = (x ^ (x >> np.uint64(31))) >> np.uint64(12)
+    return (x.astype(np.float64) + 0.5) * 2.0**-52
+
+
+def gumbel(key: int, ids: Ints) -> NDArray[np.float64]:
+    """Gumbel noise of each id: -log(-log(u))."""
+    return -np.log(-np.log(uniform(key, ids)))
 
 
 class ArraySampler:
-    """Samples rows of NumPy arrays over `vocabulary_size` ids."""
+    """Samples rows of NumPy arrays over `vocabulary_size` ids.
 
-    def __init__(self, vocabulary_size: int) -> None:
+    Rows from which any id may be drawn are drawn all in one call of the native library, where there is
+    one, else by NumPy; the tokens are the same. native=False: by NumPy in any case.
+    """
+
+    def __init__(self, vocabulary_size: int, *, native: bool = True) -> None:
+        from pastalm.engines.native import draw  # that package's engine needs this module
+
         self._size = vocabulary_size
+        self._winners = (draw.load() if native else None) or winners
         self._sets: OrderedDict[TokenSet, Ints] = OrderedDict()
 
     def stack(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -118,21 +143,43 @@ class ArraySampler:
     def copy(self, row: Row) -> Row:
         return row.copy()
 
-    def __call__(self, logits: Sequence[Row] | NDArray[Any], draws: Sequence[Draw]) -> list[Sampled]:
+    def __call__(self, logits: Sequence[Row], draws: Sequence[Draw]) -> list[Sampled]:
+        tokens = [-1] * len(draws)
+        free = []
+        for i, draw in enumerate(draws):
+            params, allowed = draw.params, draw.allowed
+            if params.greedy or truncates(params) or allowed is not None and not allowed.inverted:
+                tokens[i] = self._token(shaped(logits[i], draw), draw)
+            else:
+                free.append(i)
+        if free:
+            drawn = self._freely([shaped(logits[i], draws[i]) for i in free], [draws[i] for i in free])
+            for i, token in zip(free, drawn, strict=True):
+                tokens[i] = token
         return [
-            _measured(row, self._token(shaped(row, draw), draw), draw)
-            for row, draw in zip(logits, draws, strict=True)
+            Sampled(token) if draw.params.logprobs is None else _measured(logits[i], token, draw)
+            for i, (token, draw) in enumerate(zip(tokens, draws, strict=True))
         ]
+
+    def _freely(self, rows: list[Row], draws: Sequence[Draw]) -> list[int]:
+        """A token for each row, of all ids but those left out. What wins among all is nearly always allowed, and
+        then it wins among the allowed ones too: only where it is not, the others are hidden."""
+        tokens = self._winners(rows, [d.params.temperature for d in draws], [d.key for d in draws])
+        again = [i for i, d in enumerate(draws) if d.allowed is not None and tokens[i] not in d.allowed]
+        for i in again:
+            row, _ = self._within(rows[i], draws[i].allowed)
+            (token,) = self._winners([row], [draws[i].params.temperature], [draws[i].key])
+            tokens[i] = admitted(token, draws[i].allowed)
+        return tokens
 
     def _token(self, row: Row, draw: Draw) -> int:
         if draw.params.greedy:
-            # the largest logit is nearly always allowed: only where it is not, the others are hidden
             token = int(row.argmax())
             if draw.allowed is None or token in draw.allowed:
                 return token
         values, ids = self._within(row, draw.allowed)
         chosen = int(values.argmax()) if draw.params.greedy else _drawn(values, ids, draw)
-        return chosen if ids is None else int(ids[chosen])
+        return admitted(chosen, draw.allowed) if ids is None else int(ids[chosen])
 
     def _within(self, row: Row, allowed: TokenSet | None) -> tuple[Row, Ints | None]:
         """The logits of the allowed ids, and which those are (None: each at its own index, the others -inf)."""
@@ -159,6 +206,13 @@ class ArraySampler:
         return ids
 
 
+def admitted(token: int, allowed: TokenSet | None) -> int:
+    """The token, if it is allowed; else, since the logits of all allowed ones are -inf, the first of those."""
+    if allowed is None or token in allowed:
+        return token
+    return next(i for i in count() if i in allowed)
+
+
 def shaped(row: Row, draw: Draw) -> Row:
     """The row with bias and repetition penalty; itself if there are none. Seen ids' logits are divided (if
     positive) or multiplied by the penalty."""
@@ -175,73 +229,99 @@ def shaped(row: Row, draw: Draw) -> Row:
     return row
 
 
+def winners(rows: Sequence[Row], temperatures: Sequence[float], keys: Sequence[int]) -> list[int]:
+    """The id of the largest logit by temperature + noise in each row."""
+    return [_winner(*of) for of in zip(rows, temperatures, keys, strict=True)]
+
+
+@_to_infinity
+def _winner(row: Row, temperature: float, key: int) -> int:
+    scaled = _scaled(row, temperature)
+    if scaled is None:
+        return int(row.argmax())
+    likeliest = _descending(scaled, FIRST)
+    best = float((scaled[likeliest] + gumbel(key, likeliest)).max())
+    # another id can win only if its noise, at most -log(1 - u), reaches what it lacks; `slack`: beyond rounding
+    slack = 1e-3 + 1e-6 * abs(best)
+    ids = np.flatnonzero(scaled >= scaled.dtype.type(best - MOST_NOISE - slack))
+    ids = ids[1 - uniform(key, ids) <= np.exp(scaled[ids] - scaled.dtype.type(best - slack))]
+    return int(ids[(scaled[ids] + gumbel(key, ids)).argmax()])
+
+
+@_to_infinity
 def _drawn(values: Row, ids: Ints | None, draw: Draw) -> int:
-    """An index into `values`, drawn by Gumbel-max from the truncated distribution."""
+    """An index into `values`, drawn by Gumbel-max from the truncated distribution. ids: what the values belong to
+    (None: each to its index)."""
     scaled = _scaled(values, draw.params.temperature)
     if scaled is None:
         return int(values.argmax())
     kept = _truncated(scaled, draw.params)
-    if kept is not None:
-        scaled = scaled[kept]
-        ids = kept if ids is None else ids[kept]
-    noise = gumbel(draw.key, np.arange(len(values)) if ids is None else ids)
-    best = int((scaled + noise).argmax())
-    return best if kept is None else int(kept[best])
+    noise = gumbel(draw.key, kept if ids is None else ids[kept])
+    return int(kept[(scaled[kept] + noise).argmax()])
 
 
 def _scaled(values: Row, temperature: float) -> Row | None:
     """Logits by temperature; None where it is so small that the largest is not finite."""
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        scaled: Row = values / values.dtype.type(temperature)
-    return scaled if np.isfinite(scaled.max()) else None
+    if temperature != 1:
+        values = values / values.dtype.type(min(temperature, float(np.finfo(values.dtype).max)))
+    return values if np.isfinite(values.max()) else None
 
 
-def _truncated(scaled: Row, params: SamplingParams) -> Ints | None:
-    """Indices that top-k, then top-p, then min-p leave; None if all."""
-    kept: Ints | None = None
+def truncates(params: SamplingParams) -> bool:
+    """Whether not all ids can be drawn."""
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _truncated(scaled: Row, params: SamplingParams) -> Ints:
+    """Indices that top-k, then top-p, then min-p leave."""
+    largest = float(scaled.max())
+    least = largest + math.log(params.min_p) if params.min_p > 0 else -math.inf
     if 0 < params.top_k < len(scaled):
-        kept = _largest(scaled, params.top_k)
-    if params.top_p < 1:
-        inner = _nucleus(scaled if kept is None else scaled[kept], params.top_p)
-        kept = inner if kept is None else kept[inner]
-    if params.min_p > 0:
-        values = (scaled if kept is None else scaled[kept]).astype(np.float64)
-        inner = np.flatnonzero(values - values.max() >= np.log(params.min_p))
-        kept = inner if kept is None else kept[inner]
-    return kept
+        kept = _descending(scaled, params.top_k)
+        if params.top_p < 1:
+            reached = np.cumsum(np.exp(scaled[kept].astype(np.float64) - largest))
+            kept = kept[: int(np.searchsorted(reached, params.top_p * reached[-1])) + 1]
+    elif params.top_p < 1:
+        kept = _nucleus(scaled, largest, params.top_p)
+    else:  # rounded down, so that none is lost
+        kept = np.flatnonzero(scaled >= np.nextafter(scaled.dtype.type(least), -np.inf))
+    return kept[scaled[kept].astype(np.float64) >= least]
 
 
-def _largest(values: Row, n: int) -> Ints:
-    """Indices of the n largest, ascending; of equal values the first."""
-    if n >= len(values):
-        return np.arange(len(values))
-    least = np.partition(values, len(values) - n)[len(values) - n]
-    above = np.flatnonzero(values > least)
-    equal = np.flatnonzero(values == least)[: n - len(above)]
-    return np.sort(np.concatenate([above, equal]))
-
-
-def _nucleus(scaled: Row, share: float) -> Ints:
+def _nucleus(scaled: Row, largest: float, share: float) -> Ints:
     """Indices of the largest values that together have `share` of the probability, the last one whole."""
-    weights = np.exp((scaled - scaled.max()).astype(np.float64))
-    goal = share * weights.sum()
-    for width in (CANDIDATES, len(scaled)):
-        found = _largest(scaled, width)
-        found = found[np.argsort(-scaled[found], kind="stable")]
-        reached = np.cumsum(weights[found])
-        if reached[-1] >= goal:
-            break
-    return np.sort(found[: int(np.searchsorted(reached, goal)) + 1])
+    goal = share * float(np.exp(scaled - scaled.dtype.type(largest)).sum(dtype=np.float64))
+    width = 0
+    reached = np.zeros(1)
+    while reached[-1] < goal * (1 + ROUNDING) and width < len(scaled):
+        width = min(len(scaled), 8 * width or CANDIDATES)
+        found = _descending(scaled, width)
+        reached = np.cumsum(np.exp(scaled[found].astype(np.float64) - largest))
+    last, other = np.searchsorted(reached, [goal * (1 - ROUNDING), goal * (1 + ROUNDING)])
+    if last != other:  # rounding decides: once more, in float64
+        goal = share * float(np.exp(scaled.astype(np.float64) - largest).sum())
+        last = np.searchsorted(reached, goal)
+    return found[: int(last) + 1]
 
 
+def _descending(values: Row, n: int) -> Ints:
+    """Indices of the n largest, the largest first; of equal values the first first."""
+    if n >= len(values):
+        found = np.arange(len(values))
+    else:
+        # the n-th largest of the maxima of some groups is reached by at least n values, and by few more
+        depth = max(1, min(64, len(values) // (2 * n)))
+        width = len(values) // depth
+        maxima = values[: depth * width].reshape(depth, width).max(0)
+        found = np.flatnonzero(values >= np.partition(maxima, width - n)[width - n])
+    return found[np.argsort(-values[found], kind="stable")[:n]]
+
+
+@_to_infinity
 def _measured(row: Row, token: int, draw: Draw) -> Sampled:
     """The token with the raw log-probabilities that were asked for."""
-    n = draw.params.logprobs
-    if n is None:
-        return Sampled(token)
+    n = draw.params.logprobs or 0
     largest = row.max()
     total = float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))
-    top = _largest(row, n) if n else _NO_IDS
-    top = top[np.argsort(-row[top], kind="stable")]
-    pairs = tuple((int(i), float(row[i]) - total) for i in top)
+    pairs = tuple((int(i), float(row[i]) - total) for i in _descending(row, n)) if n else ()
     return Sampled(token, float(row[token]) - total, pairs)

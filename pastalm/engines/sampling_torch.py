@@ -17,6 +17,9 @@ from pastalm.engines.sampling import ArraySampler, Draw, Sampled
 from pastalm.errors import EngineError
 from pastalm.events import TokenSet
 
+CANDIDATES = 1024
+"""Ids looked at first where rows are truncated: nearly always enough, and sorts far fewer."""
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIXERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
@@ -81,7 +84,7 @@ class TensorSampler:
             drawn = _drawn(rows, [draws[i] for i in hot]).tolist()
             for i, token in zip(hot, drawn, strict=True):
                 tokens[i] = token
-        return tokens
+        return [sampling.admitted(t, d.allowed) for t, d in zip(tokens, draws, strict=True)]
 
     def _masked(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         if all(draw.allowed is None for draw in draws):
@@ -144,50 +147,72 @@ def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """One id for each row, drawn by Gumbel-max from the truncated distribution."""
-    scaled = logits / logits.new_tensor([d.params.temperature for d in draws])[:, None]
-    values, ids = _truncated(scaled, draws)
-    keys = torch.tensor([d.key for d in draws], device=logits.device)
-    best = (values.double() + gumbel(keys, ids)).argmax(-1, keepdim=True)
-    return ids.expand(len(draws), -1).gather(1, best)[:, 0]
+    """One id for each row, drawn by Gumbel-max from the truncated distribution; the largest where the temperature is
+    so small that scaled logits are not finite."""
+    hottest = torch.finfo(logits.dtype).max
+    scaled = logits / logits.new_tensor([min(d.params.temperature, hottest) for d in draws])[:, None]
+    tokens = logits.argmax(-1)
+    for truncating in (False, True):
+        rows = [i for i, d in enumerate(draws) if sampling.truncates(d.params) == truncating]
+        if rows:
+            where = torch.tensor(rows, device=logits.device)
+            drawn = (_among_few if truncating else _among_all)(scaled[where], [draws[i] for i in rows])
+            tokens[where] = drawn
+    return torch.where(scaled.amax(-1).isfinite(), tokens, logits.argmax(-1))
 
 
-def _truncated(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """Candidates' logits [rows, n], -inf where top-k, top-p or min-p drop them, and their ids."""
-    size = logits.shape[-1]
+def _among_all(scaled: Tensor, draws: Sequence[Draw]) -> Tensor:
+    ids = torch.arange(scaled.shape[-1], device=scaled.device)[None]
+    return (scaled.double() + gumbel(_keys(draws, scaled), ids)).argmax(-1)
+
+
+def _among_few(scaled: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The few largest suffice nearly always; the rows for which they do not are sorted whole."""
+    tokens, complete = _among_largest(scaled, draws, min(CANDIDATES, scaled.shape[-1]))
+    rest = [i for i, whole in enumerate(complete.tolist()) if not whole]
+    if rest:
+        where = torch.tensor(rest, device=scaled.device)
+        tokens[where], _ = _among_largest(scaled[where], [draws[i] for i in rest], scaled.shape[-1])
+    return tokens
+
+
+def _among_largest(scaled: Tensor, draws: Sequence[Draw], width: int) -> tuple[Tensor, Tensor]:
+    """A token for each row of what top-k, top-p and min-p leave of its `width` largest logits; and whether all that
+    they leave is among those."""
+    size = scaled.shape[-1]
+    values, ids = _descending(scaled, width)
+    likelihood = (values.double() - values[:, :1]).exp()
     tops = [min(d.params.top_k, size) if d.params.top_k > 0 else size for d in draws]
-    free = [
-        top == size and d.params.top_p == 1 and d.params.min_p == 0
-        for top, d in zip(tops, draws, strict=True)
-    ]
-    if all(free):
-        return logits, torch.arange(size, device=logits.device)[None]
-    width = size if any(free) else min(size, max(tops))
-    if width > sampling.CANDIDATES:
-        values, ids, complete = _nucleus(logits, draws, tops, sampling.CANDIDATES)
-        if not any(free) and bool(complete.all()):
-            return values, ids
-    return _nucleus(logits, draws, tops, width)[:2]
+    top = torch.tensor(tops, device=scaled.device)[:, None]
+    keep = torch.arange(width, device=scaled.device) < top
+    total = torch.where(
+        top < size,
+        (likelihood * keep).sum(-1, keepdim=True),
+        (scaled.double() - values[:, :1]).exp().sum(-1, keepdim=True),
+    )
+    share = total.new_tensor([d.params.top_p for d in draws])[:, None]
+    before = torch.nn.functional.pad(likelihood.cumsum(-1)[:, :-1], (1, 0))
+    keep &= (before < share * total) | (share == 1)
+    floor = total.new_tensor([d.params.min_p for d in draws]).log()[:, None]
+    keep &= values.double() >= values[:, :1].double() + floor
+    # of logits as large as the last, others may have been left out
+    complete = ~(keep & (values == values[:, -1:])).any(-1) & ((top <= width) | (top == size))[:, 0]
+    scores = (values.double() + gumbel(_keys(draws, scaled), ids)).masked_fill(~keep, -torch.inf)
+    return ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0], complete
 
 
-def _nucleus(
-    logits: Tensor, draws: Sequence[Draw], tops: Sequence[int], width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_truncated` over the `width` largest logits; also, for each row, whether those suffice."""
-    top = torch.tensor(tops, device=logits.device)[:, None]
-    # 2: beyond what rounding can make of a sum of all probabilities
-    share = logits.new_tensor([d.params.top_p if d.params.top_p < 1 else 2.0 for d in draws])
-    floor = logits.new_tensor([d.params.min_p for d in draws]).log()
-    values, ids = logits.topk(width)
-    kept = values.masked_fill(torch.arange(width, device=logits.device) >= top, -torch.inf)
-    within = kept.logsumexp(-1, keepdim=True)
-    total = torch.where(top <= width, within, logits.logsumexp(-1, keepdim=True))
-    reached = (kept - total).exp().cumsum(-1)
-    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
-    least = kept[:, :1] + floor[:, None]
-    keep = (before < share[:, None]) & (kept >= least)
-    complete = (top[:, 0] <= width) | (reached[:, -1] >= share) | (values[:, -1] < least[:, 0])
-    return kept.masked_fill(~keep, -torch.inf), ids, complete
+def _descending(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Each row's largest values and their ids, the largest first; of equal values the smaller id first."""
+    if width == values.shape[-1]:
+        found = values.sort(dim=-1, descending=True, stable=True)
+        return found.values, found.indices
+    ids = values.topk(width, sorted=False).indices.sort(-1).values
+    found = values.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return found.values, ids.gather(1, found.indices)
+
+
+def _keys(draws: Sequence[Draw], beside: Tensor) -> Tensor:
+    return torch.tensor([d.key for d in draws], device=beside.device)
 
 
 def _collected(raw: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[Sampled]:

@@ -50,7 +50,7 @@ def reference_logits(
     kinds = set(getattr(config, "layer_types", None) or ())
     near = positions[:, None] - positions[None] < (getattr(config, "sliding_window", None) or 2**31)
     full, sliding = (_additive(seen, model.dtype) for seen in (visible, visible & near))
-    mask: Any = full
+    mask: Any = full if kinds else sliding
     if "sliding_attention" in kinds:
         mask = {"full_attention": full, "sliding_attention": sliding}
     model.set_attn_implementation(EXACT)

@@ -12,11 +12,15 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from pastalm.vocabulary import Tags, Vocabulary
@@ -42,11 +46,28 @@ _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 ARCHITECTURES = tuple(_KINDS)
 
 
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, **parameters}}
+
+
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+_MORE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": WINDOW}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {}),
+    "llama, untied, biases": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False, "attention_bias": True}),
+    "llama, linear": (LlamaConfig, LlamaForCausalLM, _rope("linear")),
+    "llama, llama3": (LlamaConfig, LlamaForCausalLM, _rope("llama3", **_LLAMA3)),
+    "llama, yarn": (LlamaConfig, LlamaForCausalLM, _rope("yarn", original_max_position_embeddings=64)),
+}
+MORE_ARCHITECTURES = tuple(_MORE)
+"""What else the native engine claims."""
+
+
 def tiny_model(
     name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 4
 ) -> PreTrainedModel:
     """A random model of SIZE ids, the same for the same arguments; attention is exact (sdpa or eager)."""
-    config, model, extra = _KINDS[name]
+    config, model, extra = (_KINDS | _MORE)[name]
     torch.manual_seed(seed)
     made: PreTrainedModel = model(
         config(
@@ -57,11 +78,10 @@ def tiny_model(
             num_attention_heads=4,
             num_key_value_heads=2,
             initializer_range=0.2,
-            max_position_embeddings=4096,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=EOS,
-            **extra,
+            **({"max_position_embeddings": 4096} | extra),
         )
     )
     return made.to(dtype).eval()

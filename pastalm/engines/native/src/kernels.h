@@ -59,7 +59,7 @@ struct Tile {
 struct Kernels {
   const char *name;
   /* out[row * stride + output], for blocks first_block .. last_block - 1 of the matrix (the first output of which is
-   * out's first) and some rows; added to what stands there, or with a bias. */
+   * out's first) and some rows; added to what stands there. bias: of all of the matrix's outputs, or none. */
   void (*product)(const pastalm_matrix &m, const Rows &rows, int64_t first_row, int64_t last_row, int64_t first_block,
                   int64_t last_block, float *out, int64_t stride, bool add, const float *bias);
   /* activation(gate) * up of `width` outputs into rows of activations. */

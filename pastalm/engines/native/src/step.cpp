@@ -226,7 +226,7 @@ struct Step {
                 bool add, const pastalm_vector *bias) {
     const float *b = bias && bias->count ? bias->data : nullptr;
     each(phase, blocks(m), chunk_of(blocks(m), 1), [&](int64_t first, int64_t last_) {
-      kernels.product(m, rows, 0, count, first, last_, out + first * BLOCK, stride, add, b ? b + first * BLOCK : nullptr);
+      kernels.product(m, rows, 0, count, first, last_, out + first * BLOCK, stride, add, b);
     });
   }
 

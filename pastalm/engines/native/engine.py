@@ -1,0 +1,168 @@
+"""The engine over the native CPU step: quantised weights, one KV pool, one call of the library a step.
+
+A request owns a range of the pool, one of `max_num_seqs`; memory is taken as slots are first written, not reserved.
+Its `Layout` gives each thread runs of 16 slots of its own, so that what a token sees is whole words of 16 bits: a
+fork, a join move nothing. All due tokens of all requests are rows of one pass, and a prompt is a pass of more rows.
+Rows of one request read what they share once. (PASTA section 4.)
+
+A range remembers the prompt that it began with: a request that begins like it prefills only the rest, in that range
+if it is free, else on a copy. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pastalm.engine import Capabilities, Request, Schedule
+from pastalm.engines.batching import Batch, BatchingEngine, Ints, Response, common_prefix
+from pastalm.engines.native import library as lib
+from pastalm.engines.native.model import CACHE_TYPES, PAGE, NativeModel, Pool
+from pastalm.errors import CapabilityError, RequestError
+from pastalm.layout import Placed
+
+CAPABILITIES = Capabilities(
+    name="native",
+    weights="Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma 2 and 3, adapters; GGUF files; CPU",
+    positions=("promised", "overlap"),
+)
+CHUNK = 512
+"""Tokens of a prompt in one pass at most."""
+SPARE = 8
+"""Slots of a range that are there for runs not filled, as a share of its tokens: 1 in so many."""
+
+
+class NativeEngine(BatchingEngine):
+    """Decodes all threads of all requests in one forward pass per step, on CPUs.
+
+    max_num_seqs: requests that decode at once; max_model_len: tokens of each, cut to the positions the model can take.
+    cache_type: of keys and values, BF16 or F32. prefill_chunk: prompt tokens in one pass. Raises RequestError,
+    CapabilityError, ModelError.
+    """
+
+    _page = PAGE
+
+    def __init__(
+        self,
+        model: NativeModel,
+        *,
+        max_num_seqs: int = 8,
+        max_model_len: int = 2048,
+        cache_type: str = "BF16",
+        prefill_chunk: int = CHUNK,
+        schedule: Schedule | None = None,
+    ) -> None:
+        if min(max_num_seqs, max_model_len, prefill_chunk) < 1:
+            raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
+        if cache_type not in CACHE_TYPES:
+            raise CapabilityError(f"unknown cache_type {cache_type!r}: one of {', '.join(CACHE_TYPES)}")
+        most = model.architecture.max_positions
+        capacity = min(max_model_len, most or max_model_len)
+        super().__init__(
+            replace(CAPABILITIES, max_model_len=capacity, max_num_seqs=max_num_seqs, max_position=most),
+            vocabulary_size=model.architecture.vocabulary,
+            schedule=schedule,
+        )
+        self._model = model
+        self._chunk = prefill_chunk
+        self._range = -(-(capacity + capacity // SPARE) // PAGE) * PAGE
+        self._pool = Pool(model, max_num_seqs * self._range, cache_type)
+        self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
+        self._written = [0] * max_num_seqs
+        self._free = set(range(max_num_seqs))
+
+    def close(self) -> None:
+        """Frees the pool and the model; the engine cannot be used any more."""
+        self._pool.close()
+        self._model.close()
+
+    def forget(self) -> None:
+        """Forgets the prompts that are remembered."""
+        self._memory = [prompt[:0] for prompt in self._memory]
+
+    # ------------------------------------------------------------------ ranges and prompts
+
+    def _room(self, request: Request) -> int:
+        return self._range
+
+    def _place(self, response: Response) -> bool:
+        """A free range: the one that remembers most of the prompt, or any with a copy of what another remembers."""
+        if not self._free:
+            return False
+        prompt = response.prompt
+        shared = [common_prefix(held, prompt) for held in self._memory]
+        nearest = max(range(len(shared)), key=lambda r: (shared[r], r in self._free, -r))
+        own = nearest if nearest in self._free else min(self._free, key=lambda r: (shared[r], len(self._memory[r])))
+        begin = min(shared[nearest], len(prompt) - 1)
+        if own != nearest and begin > shared[own]:
+            self._memory[own] = prompt[:0]
+            self._pool.copy(nearest * self._range, own * self._range, begin)
+        self._prefill(response, own, begin)
+        self._free.remove(own)
+        response.slot = own
+        return True
+
+    def _leave(self, response: Response) -> None:
+        """The range is free; what a long answer took of it is given back, the prompt is kept."""
+        own, base = response.slot, response.slot * self._range
+        kept = -(-len(response.prompt) // PAGE) * PAGE
+        used = -(-response.layout.used // PAGE) * PAGE
+        if used > kept:
+            self._pool.clear(base + kept, used - kept)
+        self._free.add(own)
+
+    def _prefill(self, response: Response, own: int, begin: int) -> None:
+        """Feeds a prompt from token `begin` on."""
+        prompt, n, main = response.prompt, len(response.prompt), response.main
+        self._memory[own] = prompt[:0]
+        logits = None
+        for start in range(begin, n, self._chunk):
+            stop = min(start + self._chunk, n)
+            where = np.arange(start, stop, dtype=np.int32)
+            visible = np.arange(-(-stop // PAGE) * PAGE) <= where[:, None]
+            words = np.packbits(visible, axis=1, bitorder="little")
+            last = stop == n and main.last < 0
+            logits = self._pool.step(
+                prompt[start:stop].astype(np.int32),
+                where,
+                where + np.int32(own * self._range),
+                self._groups([(own, words)]),
+                np.array([len(where) - 1] if last else [], dtype=np.int32),
+            )
+        self._memory[own] = prompt.copy()
+        main.logits = logits[0] if logits is not None and len(logits) else None
+
+    # ------------------------------------------------------------------ decoding
+
+    def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
+        """Logits [len(keep), vocabulary] of one pass over the due tokens of some requests."""
+        placed = [token for _, due in batch for token in due]
+        base = np.repeat([r.slot * self._range for r, _ in batch], [len(due) for _, due in batch])
+        return self._pool.step(
+            np.array([token.token for token in placed], dtype=np.int32),
+            np.array([token.position for token in placed], dtype=np.int32),
+            (base + [token.place for token in placed]).astype(np.int32),
+            self._groups([(response.slot, _words(response, due)) for response, due in batch]),
+            np.array(keep, dtype=np.int32),
+        )
+
+    def _groups(self, seen: Sequence[tuple[int, NDArray[np.uint8]]]) -> object:
+        """The requests of a pass for the library: ranges, and what each token sees, as words [tokens, bytes]. They
+        must live as long as what is returned."""
+        groups, first = (lib.Group * len(seen))(), 0
+        for i, (own, words) in enumerate(seen):
+            count, size = words.shape
+            groups[i] = lib.Group(first, count, own * self._range, size // 2, words.ctypes.data)
+            first += count
+        groups.kept = [words for _, words in seen]
+        return groups
+
+
+def _words(response: Response, due: Sequence[Placed]) -> NDArray[np.uint8]:
+    """What each token sees of its range, [tokens, bytes], two bytes a page of 16 slots."""
+    size = 2 * -(-response.layout.used // PAGE)
+    joined = b"".join([token.sees.to_bytes(size, "little") for token in due])
+    return np.frombuffer(joined, dtype=np.uint8).reshape(len(due), size)

@@ -1,0 +1,283 @@
+"""The native engine: exact by replay on tiny random models of every family it claims, and its pool of slots."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pastalm import packed_models
+from pastalm.engine import Request, SamplingParams
+from pastalm.engines.native import library
+from pastalm.engines.native.engine import NativeEngine
+from pastalm.engines.native.model import NativeModel
+from pastalm.engines.native.weights import Matrix, WeightType, pack, unpack
+from pastalm.errors import CapabilityError, RequestError
+from pastalm.events import Decoded, Finished, Forked
+from pastalm.layout import Policy
+from tests.laws.oracle import Linear
+from tests.laws.reference import reference_logits
+from tests.laws.script import Script, play, random_scripts
+from tests.laws.test_exactness import SCHEDULES
+from tests.laws.tiny import ARCHITECTURES, MORE_ARCHITECTURES, tiny_model
+
+pytestmark = pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable())
+
+CLOSE = 1e-4
+"""In standard deviations of the logits; weights, keys and values are in float32."""
+POLICIES: tuple[Policy, ...] = ("promised", "overlap")
+
+
+@cache
+def reference(name: str) -> PreTrainedModel:
+    return tiny_model(name, dtype=torch.float32)
+
+
+@cache
+def packed(name: str, kind: WeightType = "F32") -> NativeModel:
+    return NativeModel(*packed_models.from_model(reference(name), kind), threads=2)
+
+
+@pytest.fixture
+def engine() -> Iterator[Callable[..., NativeEngine]]:
+    made: list[NativeEngine] = []
+
+    def make(name: str = "llama", kind: WeightType = "F32", **options: object) -> NativeEngine:
+        settings = {"max_num_seqs": 2, "max_model_len": 512, "cache_type": "F32"} | options
+        made.append(NativeEngine(packed(name, kind), **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one._pool.close()
+
+
+def errors(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> list[float]:
+    """Of each token the largest difference between the engine's logits and one masked forward pass, over their spread."""
+    linear = Linear(script.prompt, script.record, script.policy)
+    n = len(linear.entries)
+    visible = linear.visible if hiding else np.tril(np.ones((n, n), dtype=np.bool_))
+    want = reference_logits(model, linear.tokens, linear.positions, visible)
+    assert len(script.logits) > 10
+    spread = float(want.std())
+    return [
+        float((logits - want[linear.place[path, index]]).abs().max()) / spread
+        for (path, index), logits in script.logits.items()
+    ]
+
+
+def error(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> float:
+    return max(errors(model, script, hiding=hiding))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ARCHITECTURES + MORE_ARCHITECTURES)
+def test_every_token_is_as_one_masked_forward_pass_says(
+    name: str, policy: Policy, engine: Callable[..., NativeEngine]
+) -> None:
+    for seed in (1, 2, 3):
+        (script,) = random_scripts(seed, policy, 1)
+        play(engine(name, prefill_chunk=11), [script])
+        assert error(reference(name), script) < CLOSE
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_many_requests_under_every_schedule(
+    name: str, schedule: str, engine: Callable[..., NativeEngine]
+) -> None:
+    scripts = random_scripts(5, "promised", 4) + random_scripts(6, "overlap", 2)
+    for i, script in enumerate(scripts):
+        script.id = str(i)
+    running = engine(name, max_num_seqs=3, max_model_len=256, schedule=SCHEDULES[schedule]())
+    play(running, scripts)
+    assert max(error(reference(name), script) for script in scripts) < CLOSE
+
+
+def test_the_comparison_sees_threads_that_are_not_hidden(engine: Callable[..., NativeEngine]) -> None:
+    (script,) = random_scripts(2, "overlap", 1)
+    play(engine(), [script])
+    assert error(reference("llama"), script, hiding=False) > 10 * CLOSE
+
+
+PARTS = {
+    "head": ("lm_head",),
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "attention_out": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The parts of a packed model, and what transformers calls their modules."""
+
+
+@pytest.fixture(params=["avx512", "avx2", "neon", "plain"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    found = library.library()
+    before = found.pastalm_kernels()
+    if found.pastalm_use_kernels(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    assert not found.pastalm_use_kernels(before)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+def test_kernels_compute_what_the_weights_stand_for(kind: WeightType, part: str, kernels: None) -> None:
+    """One part of the model packed as `kind`, against transformers with those weights unpacked and the activations
+    that it takes rounded to bytes where the engine does so. An activation that lies between two bytes may become
+    either, and what follows is then a little different; all parts at once would make that often."""
+    architecture, tensors = packed_models.from_model(reference("qwen2"), "F32")
+    for name, held in tensors.items():
+        if isinstance(held, Matrix) and name.rpartition(".")[2] in (part, "embedding" if part == "head" else part):
+            tensors[name] = pack(unpack(held), kind)
+    made = NativeModel(architecture, tensors, threads=2)
+    (script,) = random_scripts(1, "promised", 1)
+    engine = NativeEngine(made, max_model_len=512, cache_type="F32")
+    play(engine, [script])
+    model = tiny_model("qwen2", dtype=torch.float32)
+    load_unpacked(model, made)
+    if kind.startswith("Q"):
+        assert error(model, script) > 10 * CLOSE, "rounding shows"
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in PARTS[part]:
+                module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+        assert float(np.median(errors(model, script))) < CLOSE
+        assert error(model, script) < 0.05
+    else:
+        assert error(model, script) < CLOSE
+    engine.close()
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Activations as bytes stand for them, in groups of 32."""
+    groups = x.unflatten(-1, (-1, 32))
+    most = groups.abs().amax(-1, keepdim=True)
+    return ((groups * (127 / most)).round() * (most / 127)).nan_to_num().flatten(-2)
+
+
+def load_unpacked(model: PreTrainedModel, packed: NativeModel) -> None:
+    """Gives a model the weights that a packed one stands for."""
+    state = model.state_dict()
+
+    def put(name: str, rows: np.ndarray) -> None:
+        state[name].copy_(torch.from_numpy(np.ascontiguousarray(rows)))
+
+    for name, held in packed.tensors.items():
+        if not isinstance(held, Matrix):
+            continue
+        rows = unpack(held)
+        layer, _, part = name.rpartition(".")
+        prefix = f"model.layers.{layer}"
+        if part == "qkv":
+            sizes = [len(state[f"{prefix}.self_attn.{p}_proj.weight"]) for p in "qkv"]
+            for p, own in zip("qkv", np.split(rows, np.cumsum(sizes)[:-1]), strict=True):
+                put(f"{prefix}.self_attn.{p}_proj.weight", own)
+        elif part == "gate_up":
+            pairs = rows.reshape(-1, 2, 32, rows.shape[1])
+            for i, p in enumerate(("gate", "up")):
+                put(f"{prefix}.mlp.{p}_proj.weight", pairs[:, i].reshape(-1, rows.shape[1]))
+        elif part in ("down", "attention_out"):
+            put(f"{prefix}." + {"down": "mlp.down_proj", "attention_out": "self_attn.o_proj"}[part] + ".weight", rows)
+        else:
+            put({"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}[part], rows)
+
+
+def test_a_cache_in_bfloat16_is_near(engine: Callable[..., NativeEngine]) -> None:
+    (script,) = random_scripts(3, "promised", 1)
+    play(engine(cache_type="BF16"), [script])
+    assert CLOSE < error(reference("llama"), script) < 0.1
+
+
+# ------------------------------------------------------------------------------ requests, prompts and the pool
+
+PARAMS = SamplingParams(temperature=0, max_tokens=24)
+RANDOM = random.Random(7)
+PROMPT = tuple(RANDOM.randrange(256) for _ in range(70))
+
+
+def answer(engine: NativeEngine, prompt: tuple[int, ...], name: str = "a", count: int = 20) -> list[int]:
+    """Greedy tokens of the main thread."""
+    engine.add(Request(id=name, prompt_token_ids=prompt, params=PARAMS))
+    engine.apply(name, Forked(path=()))
+    tokens: list[int] = []
+    while len(tokens) < count:
+        for sampled in engine.step():
+            tokens.append(sampled.token)
+            engine.apply(name, Decoded(path=(), token=sampled.token))
+    engine.apply(name, Finished(path=()))
+    return tokens
+
+
+def test_greedy_tokens_are_generates(engine: Callable[..., NativeEngine]) -> None:
+    model = reference("llama")
+    out = model.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert answer(engine(), PROMPT) == out[0, len(PROMPT) :].tolist()
+
+
+def test_a_remembered_prompt_is_not_read_again(
+    engine: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine(max_num_seqs=3)
+    first = answer(running, PROMPT)
+    fed: list[int] = []
+    step = running._pool.step
+
+    def counted(ids: np.ndarray, *rest: object) -> np.ndarray:
+        fed.append(len(ids))
+        return step(ids, *rest)
+
+    monkeypatch.setattr(running._pool, "step", counted)
+    assert answer(running, PROMPT) == first
+    assert max(fed) == 1, "the same prompt, in the range that holds it"
+    longer = (*PROMPT, 5, 6, 7)
+    running.add(Request(id="busy", prompt_token_ids=PROMPT, params=PARAMS))
+    running.apply("busy", Forked(path=()))
+    (sampled,) = running.step()
+    running.apply("busy", Decoded(path=(), token=sampled.token))
+    fed.clear()
+    running.add(Request(id="b", prompt_token_ids=longer, params=PARAMS))
+    running.apply("b", Forked(path=()))
+    ((_, _), (_, copied)) = sorted((s.request_id, s.token) for s in running.step())[::-1]
+    assert max(fed) == 3, "what it shares with one that runs is copied"
+    running.cancel("busy")
+    running.cancel("b")
+    running.forget()
+    fed.clear()
+    assert answer(running, longer, "c", 1) == [copied]
+    assert max(fed) == len(longer)
+
+
+def test_a_full_pool_waits_and_a_cancelled_request_leaves_at_once(engine: Callable[..., NativeEngine]) -> None:
+    running = engine(max_num_seqs=1)
+    alone = answer(running, PROMPT)
+    running.forget()
+    for name in ("a", "b"):
+        running.add(Request(id=name, prompt_token_ids=PROMPT, params=PARAMS))
+        running.apply(name, Forked(path=()))
+    assert {s.request_id for s in running.step()} == {"a"}
+    running.apply("a", Decoded(path=(), token=alone[0]))
+    assert {s.request_id for s in running.step()} == {"a"}
+    running.cancel("a")
+    assert [s.request_id for s in running.step()] == ["b"]
+    running.cancel("b")
+    assert not running.has_unfinished()
+    assert answer(running, PROMPT) == alone
+
+
+def test_what_cannot_be_is_one_line(engine: Callable[..., NativeEngine]) -> None:
+    running = engine(max_model_len=64)
+    with pytest.raises(RequestError, match="max_model_len"):
+        running.add(Request(id="a", prompt_token_ids=(1,) * 50, params=PARAMS))
+    with pytest.raises(RequestError, match="vocabulary"):
+        running.add(Request(id="a", prompt_token_ids=(300,), params=PARAMS))
+    with pytest.raises(RequestError, match="empty"):
+        running.add(Request(id="a", prompt_token_ids=(), params=PARAMS))
+    with pytest.raises(CapabilityError, match="positions"):
+        running.add(Request(id="a", prompt_token_ids=(1,), params=PARAMS, positions="serial"))
+    with pytest.raises(CapabilityError, match="cache_type"):
+        engine(cache_type="Q8_0")

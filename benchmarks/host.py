@@ -1,12 +1,14 @@
-"""Our own share of a step: driver, interpreter, layout, events and transcript over an engine whose model costs nothing.
+"""Our own share of a step: all that is done about it in Python and in sampling, over a model that costs nothing.
 
     python benchmarks/host.py                          # 1, 8, 64, 416 threads, 100 and 2,000 tokens written
     python benchmarks/host.py --threads 8 --profile    # where it goes
 
-Up to 8 threads belong to one answer: its main thread waits for the others, which write text. Timed are steps once each
-answer has so many tokens, so that a cost that grows with length shows; warm: one after the other; cold: 64 MB are read
-before each, as a model reads its weights. `stop`: with a stop string that never comes. `stream`: with the deltas that a
-server makes for each client. Figures are medians over rounds with the smallest and the largest.
+Driver, interpreter, layout, events, transcript, the engines' common part and sampling from 49,152 logits a thread; the
+forward pass itself is left out. Up to 8 threads belong to one answer: its main thread waits for the others, which write
+text. Timed are steps once each answer has so many tokens, so that a cost that grows with length shows. Warm: one step
+after the other. Cold: the forward pass reads 64 MB, as a model reads its weights, so that the rest finds its own data
+out of the caches. `stop`: with a stop string that never comes. `stream`: with the deltas that a server makes for each
+client. `drawn`: at temperature 1, the others greedy. Figures are medians over rounds with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -16,21 +18,22 @@ import cProfile
 import pstats
 import statistics
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pastalm import Limits, SamplingParams
-from pastalm.engine import Capabilities, Request, SampledToken
+from pastalm.engine import Capabilities
+from pastalm.engines.batching import Batch, BatchingEngine, Response
 from pastalm.engines.scripted import byte_vocabulary
-from pastalm.events import Blocked, Event, Finished, Forked, Joined, Path
+from pastalm.events import Event, Path
 from pastalm.lang import MAX_LENGTH, Promise, Sync
-from pastalm.layout import Layout
 from pastalm.llm import Driver, Running
 from pastalm.server.protocol import Answer
 
-VOCABULARY = byte_vocabulary()
+VOCABULARY = replace(byte_vocabulary(), size=49152)
 TEXT = VOCABULARY.encode("some words, a sentence of them. ")
 PLACES = 16384
 MOST = 8
@@ -38,95 +41,117 @@ MOST = 8
 STEPS = 40
 """Timed in a round."""
 WEIGHTS = np.ones(2**24, dtype=np.float32)
-"""Read before a step as a model's weights are, so that the step finds its own data out of the caches."""
 
 
-class Free:
-    """An engine without a model: gives every token its place, and says text without end."""
+class Free(BatchingEngine):
+    """Its forward pass makes up logits: each main thread makes its promises and waits, every other writes without
+    end. seconds: spent in it."""
 
-    def __init__(self) -> None:
-        self.capabilities = Capabilities(
-            name="free", weights="none", positions=("promised",), max_model_len=PLACES
+    _page = 16
+
+    def __init__(self, threads: int) -> None:
+        capabilities = Capabilities(
+            name="free", weights="none", positions=("promised",), max_model_len=PLACES, max_num_seqs=threads
         )
-        self.layouts: dict[str, Layout] = {}
-        self.live: dict[tuple[str, Path], deque[int]] = {}
+        super().__init__(capabilities, vocabulary_size=VOCABULARY.size)
+        self.cold = False
+        self.seconds = 0.0
+        self.promises: dict[str, list[int]] = {}
+        self._logits: NDArray[np.float32] = np.zeros((threads, VOCABULARY.size), dtype=np.float32)
 
-    def begin(self, request_id: str, threads: int) -> None:
-        """What the main thread is to say: so many promises, then that it waits for them."""
-        marks = [Promise(f"part{i}", MAX_LENGTH) for i in range(threads)]
-        said = [token for mark in marks for token in VOCABULARY.encode_document([mark])]
-        if threads > 1:
-            self.live[request_id, ()].extend([*said, *VOCABULARY.encode_document([Sync()])])
+    def live(self) -> list[Path]:
+        return [thread.path for response in self._running.values() for thread in response.live]
 
-    def add(self, request: Request) -> None:
-        self.layouts[request.id] = Layout(len(request.prompt_token_ids), PLACES, page=16)
+    def _place(self, response: Response) -> bool:
+        response.main.logits = np.zeros(VOCABULARY.size, dtype=np.float32)
+        response.main.logits[self._wanted(response, ())] = 60
+        return True
 
-    def apply(self, request_id: str, event: Event) -> None:
-        self.layouts[request_id].apply(event)
-        key = request_id, event.path
-        if isinstance(event, Forked | Joined):
-            self.live[key] = deque()
-        elif isinstance(event, Blocked | Finished):
-            self.live.pop(key, None)
-        elif (said := self.live[key]) and said[0] == event.token:
-            for _ in (event.token, *event.forced):
-                said.popleft()
+    def _leave(self, response: Response) -> None:
+        pass
 
-    def step(self) -> list[SampledToken]:
-        return [
-            SampledToken(request_id=request_id, path=path, token=said[0] if said else TEXT[0])
-            for (request_id, path), said in self.live.items()
-        ]
+    def _wanted(self, response: Response, path: Path) -> int:
+        """The token that a thread is to say next, far likelier than all others."""
+        said = self.promises[response.request.id] if not path else []
+        count = response.threads[path].count
+        return said[count] if count < len(said) else TEXT[count % len(TEXT)]
 
-    def has_unfinished(self) -> bool:
-        return bool(self.live)
+    def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
+        begun = time.perf_counter()
+        if self.cold:
+            WEIGHTS.sum()
+        tokens = [(response, token.path) for response, due in batch for token in due]
+        logits = self._logits[: len(keep)]
+        logits.fill(0)
+        logits[np.arange(len(keep)), [self._wanted(*tokens[i]) for i in keep]] = 60
+        self.seconds += time.perf_counter() - begun
+        return logits
 
-    def cancel(self, request_id: str) -> None:
-        self.live = {key: said for key, said in self.live.items() if key[0] != request_id}
+    def forget(self) -> None:
+        pass
+
+
+def _promised(threads: int) -> list[int]:
+    """What a main thread says so that so many threads write: itself alone, or its children while it waits."""
+    if threads == 1:
+        return []
+    marks: list[Promise | Sync] = [Promise(f"part{i}", MAX_LENGTH) for i in range(threads)]
+    return [token for mark in [*marks, Sync()] for token in VOCABULARY.encode_document([mark])]
 
 
 class Load:
     """Answers of so many live threads in all, each answer with at least `written` tokens."""
 
-    def __init__(self, threads: int, written: int, *, stop: bool, stream: bool) -> None:
-        self.engine = Free()
+    def __init__(self, threads: int, written: int, extra: str) -> None:
+        self.engine = Free(threads + MOST)
         self.driver = Driver(self.engine, VOCABULARY, limits=Limits(max_promises=MOST, max_threads=MOST + 1))
-        self.stream = stream
-        self.answers: dict[str, Answer] = {}
-        params = SamplingParams(max_tokens=PLACES - 8, stop="\0" if stop else None, seed=0)
-        each = [MOST] * (threads // MOST) + [threads % MOST] * (threads % MOST > 0)
-        begun: list[Running] = []
-        for count in each:
-            running, events = self.driver.submit(range(40, 80), params)
-            self.engine.begin(running.request.id, count)
+        self.answers: dict[str, Answer] | None = {} if extra == "stream" else None
+        params = SamplingParams(
+            max_tokens=PLACES - 64,
+            stop="\0" if extra == "stop" else None,
+            temperature=float(extra == "drawn"),
+            seed=0,
+        )
+        begun = [self._begin(params, count) for count in _shares(threads)]
+        while any(r.transcript.tokens < written for r in begun) or not self._settled(threads):
+            self.step()
+
+    def _begin(self, params: SamplingParams, threads: int) -> Running:
+        running, events = self.driver.submit(range(40, 80), params)
+        self.engine.promises[running.request.id] = _promised(threads)
+        if self.answers is not None:
             self.answers[running.request.id] = Answer(params.stop_strings)
             self.answers[running.request.id].take(events)
-            begun.append(running)
-        while any(r.transcript.tokens < written for r in begun) or len(self.engine.live) < threads:
-            self.step()
-        while any(path == () for _, path in self.engine.live) and threads > 1:
-            self.step()
-        assert len(self.engine.live) == threads
+        return running
+
+    def _settled(self, threads: int) -> bool:
+        """Whether all threads write that are to, and no other."""
+        live = self.engine.live()
+        return len(live) == threads and (threads == 1 or () not in live)
 
     def step(self) -> None:
         happened = self.driver.step()
-        if self.stream:
-            deltas: dict[str, list[Event]] = {}
+        if self.answers is not None:
+            events: dict[str, list[Event]] = {}
             for running, event in happened:
-                deltas.setdefault(running.request.id, []).append(event)
-            for request_id, events in deltas.items():
-                self.answers[request_id].take(events)
+                events.setdefault(running.request.id, []).append(event)
+            for request_id, own in events.items():
+                self.answers[request_id].take(own)
 
-    def timed(self, *, cold: bool) -> float:
-        """Milliseconds a step."""
-        seconds = 0.0
+    def timed(self, *, cold: bool = False) -> float:
+        """Milliseconds a step, its forward pass left out."""
+        self.engine.cold, self.engine.seconds = cold, 0.0
+        begun = time.perf_counter()
         for _ in range(STEPS):
-            if cold:
-                WEIGHTS.sum()
-            begun = time.perf_counter()
             self.step()
-            seconds += time.perf_counter() - begun
-        return 1e3 * seconds / STEPS
+        return 1e3 * (time.perf_counter() - begun - self.engine.seconds) / STEPS
+
+
+def _shares(threads: int) -> Iterator[int]:
+    """The threads of each answer."""
+    while threads > 0:
+        yield min(threads, MOST)
+        threads -= MOST
 
 
 def shown(values: Sequence[float], unit: float = 1.0) -> str:
@@ -138,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 8, 64, 416])
     parser.add_argument("--written", type=int, nargs="+", default=[100, 2000])
+    parser.add_argument("--extra", nargs="+", default=["", "stop", "stream", "drawn"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     chosen = parser.parse_args()
@@ -145,12 +171,12 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for threads in chosen.threads:
         for written in chosen.written:
-            for extra in ("", "stop", "stream"):
-                load = Load(threads, written, stop=extra == "stop", stream=extra == "stream")
+            for extra in chosen.extra:
+                load = Load(threads, written, extra)
                 if chosen.profile:
                     with cProfile.Profile() as profile:
-                        load.timed(cold=False)
-                    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+                        load.timed()
+                    pstats.Stats(profile).sort_stats("tottime").print_stats(30)
                 kinds = [[load.timed(cold=cold) for _ in range(chosen.rounds)] for cold in (False, True)]
                 figures = " | ".join(f"{shown(found)} | {shown(found, 1e3 / threads)}" for found in kinds)
                 print(f"| {threads} | {written} | {extra} | {figures} |", flush=True)

@@ -123,18 +123,20 @@ class Layout:
 
     def apply(self, event: Event) -> list[Placed]:
         """Does what an event means; the tokens it places, in order."""
-        path = event.path
-        if isinstance(event, Forked) and path:
+        path, placed = event.path, list[Placed]()
+        if isinstance(event, Decoded):
+            placed.append(self.decode(path, event.token))
+        elif isinstance(event, Forked) and path:
             self.fork(path, event.promised)
         elif isinstance(event, Joined):
             self.join(path, event.children)
             self._idle.pop(path, None)
         elif isinstance(event, Blocked):
             self._idle[path] = 1
-        placed = [self.decode(path, event.token)] if isinstance(event, Decoded) else []
-        placed += [self.decode(path, token, forced=True) for token in event.forced]
-        if isinstance(event, Finished):
+        elif isinstance(event, Finished):
             self._idle[path] = 2
+        for token in event.forced:
+            placed.append(self.decode(path, token, forced=True))
         return placed
 
     def visible(self, path: Path) -> Row:

@@ -49,15 +49,15 @@ class Free(BatchingEngine):
 
     _page = 16
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, rows: int) -> None:
         capabilities = Capabilities(
-            name="free", weights="none", positions=("promised",), max_model_len=PLACES, max_num_seqs=threads
+            name="free", weights="none", positions=("promised",), max_model_len=PLACES, max_num_seqs=rows
         )
         super().__init__(capabilities, vocabulary_size=VOCABULARY.size)
         self.cold = False
         self.seconds = 0.0
         self.promises: dict[str, list[int]] = {}
-        self._logits: NDArray[np.float32] = np.zeros((threads, VOCABULARY.size), dtype=np.float32)
+        self._logits: NDArray[np.float32] = np.zeros((rows, VOCABULARY.size), dtype=np.float32)
 
     def live(self) -> list[Path]:
         return [thread.path for response in self._running.values() for thread in response.live]
@@ -103,7 +103,8 @@ class Load:
     """Answers of so many live threads in all, each answer with at least `written` tokens."""
 
     def __init__(self, threads: int, written: int, extra: str) -> None:
-        self.engine = Free(threads + MOST)
+        shares = list(_shares(threads))
+        self.engine = Free(threads + len(shares))  # main threads decode beside their children at first
         self.driver = Driver(self.engine, VOCABULARY, limits=Limits(max_promises=MOST, max_threads=MOST + 1))
         self.answers: dict[str, Answer] | None = {} if extra == "stream" else None
         params = SamplingParams(
@@ -112,7 +113,7 @@ class Load:
             temperature=float(extra == "drawn"),
             seed=0,
         )
-        begun = [self._begin(params, count) for count in _shares(threads)]
+        begun = [self._begin(params, count) for count in shares]
         while any(r.transcript.tokens < written for r in begun) or not self._settled(threads):
             self.step()
 

@@ -83,11 +83,11 @@ class Response:
         """The pending tokens of the chosen threads, and those that they see (None: all)."""
         if chosen is None:
             return self.pending
-        needed = np.zeros(len(self.tokens), dtype=np.bool_)
+        needed = 0
         for token in self.pending:
             if token.path in chosen:
-                needed |= token.row
-        return [token for token in self.pending if needed[token.place]]
+                needed |= token.sees
+        return [token for token in self.pending if needed >> token.place & 1]
 
     def fed(self, due: Sequence[Placed]) -> None:
         if len(due) == len(self.pending):

@@ -1,0 +1,177 @@
+"""What engines share, on one whose logits are a hash of all that a token sees, in memory that it writes anew."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pastalm.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
+from pastalm.engines.batching import Batch, BatchingEngine, Response
+from pastalm.errors import RequestError
+from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined
+from tests.laws.oracle import Linear
+from tests.laws.script import Script, play, random_scripts
+from tests.laws.test_exactness import SCHEDULES
+from tests.laws.tiny import SIZE
+
+CAPABILITIES = Capabilities(
+    name="hashing", weights="none", positions=("promised", "overlap"), max_model_len=256, max_num_seqs=2
+)
+
+
+def hashed(ids: Iterable[int]) -> NDArray[np.float32]:
+    """Logits that hang on the ids, in whatever order."""
+    return np.random.default_rng(sorted(ids)).standard_normal(SIZE).astype(np.float32)
+
+
+class HashingEngine(BatchingEngine):
+    """page: places of a run. places: of each request (None: as many as tokens)."""
+
+    def __init__(
+        self, *, page: int = 1, places: int | None = None, schedule: Schedule | None = None
+    ) -> None:
+        super().__init__(CAPABILITIES, vocabulary_size=SIZE, schedule=schedule)
+        self._page = page
+        self._places = places
+        self._logits = np.zeros((64, SIZE), dtype=np.float32)
+        self.forwards = 0
+
+    def _room(self, request: Request) -> int:
+        return self._places or super()._room(request)
+
+    def _place(self, response: Response) -> bool:
+        self._logits[:] = np.nan
+        if len(self._running) == self.capabilities.max_num_seqs:
+            return False
+        response.main.logits = hashed(response.prompt.tolist()) if response.main.last < 0 else None
+        return True
+
+    def _leave(self, response: Response) -> None:
+        pass
+
+    def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
+        self._logits[:] = np.nan
+        self.forwards += 1
+        fed = [(response, token) for response, due in batch for token in due]
+        for row, i in enumerate(keep):
+            response, token = fed[i]
+            self._logits[row] = hashed(response.tokens[token.row].tolist())
+        return self._logits[: len(keep)]
+
+    def forget(self) -> None:
+        pass
+
+
+def wrong(script: Script) -> int:
+    """Of the tokens that a script sampled, how many had other logits than what they see gives."""
+    linear = Linear(script.prompt, script.record, script.policy)
+    ids, visible = linear.tokens, linear.visible
+    assert len(script.logits) > 10
+    return sum(
+        logits.numpy().tolist() != hashed(ids[visible[linear.place[at]]].tolist()).tolist()
+        for at, logits in script.logits.items()
+    )
+
+
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_thread_is_sampled_from_the_logits_of_what_it_sees(schedule: str, page: int) -> None:
+    """Also where its logits were computed steps ago, and that memory has been written since."""
+    engine = HashingEngine(page=page, places=400, schedule=SCHEDULES[schedule]())
+    scripts = random_scripts(3, "promised", 4)
+    play(engine, scripts)  # type: ignore[arg-type]
+    assert [wrong(script) for script in scripts] == [0] * 4
+
+
+def request(name: str, *, prompt: int = 5, most: int = 20) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=most)
+    return Request(id=name, prompt_token_ids=tuple(range(1, 1 + prompt)), params=params)
+
+
+def apply(engine: BatchingEngine, name: str, *events: Event) -> None:
+    for event in events:
+        engine.apply(name, event)
+
+
+def paths(sampled: list[SampledToken]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(s.request_id, s.path) for s in sampled]
+
+
+def test_threads_are_sampled_by_request_then_by_path() -> None:
+    engine = HashingEngine()
+    for name in ("b", "a"):
+        engine.add(request(name, most=100))
+        children = [Forked(path=(i,), promised=10, forced=(9,)) for i in (2, 0, 1)]
+        apply(engine, name, Forked(path=()), *children)
+    every = [("b", ()), ("b", (0,)), ("b", (1,)), ("b", (2,)), ("a", ()), ("a", (0,)), ("a", (1,)), ("a", (2,))]
+    sampled = engine.step()
+    assert paths(sampled) == every
+    random.Random(0).shuffle(sampled)
+    for s in sampled:
+        engine.apply(s.request_id, Decoded(path=s.path, token=s.token))
+    assert paths(engine.step()) == every
+    assert engine.forwards == 2
+    apply(engine, "b", Blocked(path=(1,)), Finished(path=(0,)), Decoded(path=(2,), token=4), Decoded(path=(), token=4))
+    apply(engine, "a", *[Decoded(path=p, token=4) for p in ((), (0,), (1,), (2,))])
+    left = [each for each in every if each not in (("b", (0,)), ("b", (1,)))]
+    assert paths(engine.step()) == left
+    apply(engine, "b", Joined(path=(1,), forced=(4,)), *[Decoded(path=p, token=4) for p in ((), (2,))])
+    apply(engine, "a", *[Decoded(path=p, token=4) for p in ((), (0,), (1,), (2,))])
+    assert ("b", (1,)) in paths(engine.step())
+
+
+def test_the_last_thread_that_finishes_ends_the_request() -> None:
+    engine = HashingEngine()
+    engine.add(request("a"))
+    apply(engine, "a", Forked(path=()), Forked(path=(0,), promised=10, forced=(9,)))
+    engine.step()
+    apply(engine, "a", Finished(path=()), Finished(path=()))
+    assert engine.has_unfinished()
+    apply(engine, "a", Finished(path=(0,)))
+    assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize(("page", "places"), [(1, None), (16, 512)])
+def test_tokens_count_not_places(page: int, places: int | None) -> None:
+    """A response may decode as many tokens as its model's length leaves, however sparsely they lie."""
+    engine = HashingEngine(page=page, places=places)
+    engine.add(request("a", prompt=200, most=56))
+    apply(engine, "a", Forked(path=()))
+    for i in range(3):
+        apply(engine, "a", Forked(path=(i,), promised=10, forced=(9,)))
+    engine.step()
+    for i in range(53):
+        apply(engine, "a", Decoded(path=((), (0,), (1,), (2,))[i % 4], token=7))
+    with pytest.raises(RequestError, match="past max_model_len"):
+        apply(engine, "a", Decoded(path=(), token=7))
+    with pytest.raises(RequestError, match="exceed max_model_len"):
+        engine.add(request("b", prompt=200, most=57))
+
+
+def test_seeing_by_place_is_for_places_that_are_used() -> None:
+    """What a repetition penalty counts, where places are left free between threads."""
+    engine = HashingEngine(page=16, places=256)
+    engine.add(request("a", prompt=3))
+    apply(engine, "a", Forked(path=()), Forked(path=(0,), promised=10, forced=(50,)))
+    engine.step()
+    apply(engine, "a", Decoded(path=(), token=60, forced=(70,)), Decoded(path=(0,), token=61, tag=True))
+    apply(engine, "a", Decoded(path=(0,), token=62))
+    response = engine._running["a"]
+    assert response.seen(()).tolist() == [1, 2, 3, 60]
+    assert response.seen((0,)).tolist() == [1, 2, 3, 62]
+    assert response.layout.used > response.count == 8
+
+
+def test_engines_that_need_no_torch_import_none() -> None:
+    program = (
+        "import importlib.util, sys; from pastalm.engines.batching import ArraySampler; ArraySampler(10)\n"
+        "if importlib.util.find_spec('llama_cpp'): import pastalm.engines.llama_cpp\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

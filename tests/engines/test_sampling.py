@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,16 @@ from pastalm.engine import SamplingParams
 from pastalm.engines import sampling, sampling_torch
 from pastalm.engines.native import draw as native_draw
 from pastalm.engines.native import library
-from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key, uniform
+from pastalm.engines.sampling import (
+    ArraySampler,
+    Bias,
+    Draw,
+    Sampled,
+    Sampler,
+    Winners,
+    noise_key,
+    uniform,
+)
 from pastalm.engines.sampling_torch import TensorSampler
 from pastalm.errors import EngineError
 from pastalm.events import TokenSet
@@ -213,14 +222,26 @@ def exhaustive(row: Rows, temperature: float, key: int) -> int:
     return int((scaled + sampling.gumbel(key, np.arange(len(row)))).argmax())
 
 
+WAYS = ["numpy", *(pytest.param(way, marks=needs_library) for way in ("plain", "avx2", "avx512"))]
+
+
+@pytest.fixture(params=WAYS)
+def winners(request: pytest.FixtureRequest) -> Iterator[Winners]:
+    """By NumPy, and by the library with each instruction set that this processor has."""
+    chosen, loaded = native_draw.load(), library.load()
+    if request.param == "numpy":
+        yield sampling.winners
+        return
+    assert chosen is not None and loaded is not None
+    if loaded.pastalm_draw_with(request.param.encode()):
+        pytest.skip(f"no {request.param} here")
+    yield chosen
+    assert any(not loaded.pastalm_draw_with(best) for best in (b"avx512", b"avx2", b"plain"))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    "winners", [pytest.param("numpy"), pytest.param("native", marks=needs_library)]
-)
-def test_looking_at_few_ids_loses_no_winner(winners: str, dtype: Any) -> None:
+def test_looking_at_few_ids_loses_no_winner(winners: Winners, dtype: Any) -> None:
     """Thousands of rows of many forms and lengths; the bound that spares logarithms must never be too low."""
-    chosen = sampling.winners if winners == "numpy" else native_draw.load()
-    assert chosen is not None
     rng = np.random.default_rng(7)
     temperatures = [1e-300, 1e-38, 1e-3, 0.1, 0.7, 1.0, 1.0, 3.0, 100.0, 1e30, 1e300]
     for size in [1, 2, 63, 64, 65, 127, 200, 256, 257, 1000, 3001] * 6:
@@ -230,7 +251,7 @@ def test_looking_at_few_ids_loses_no_winner(winners: str, dtype: Any) -> None:
         want = [exhaustive(*each) for each in zip(rows, heat, keys, strict=True)]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert chosen(list(rows), heat, keys) == want
+            assert winners(list(rows), heat, keys) == want
 
 
 def key_of(token: int, x: int) -> int:
@@ -250,14 +271,9 @@ def key_of(token: int, x: int) -> int:
     return key - (1 << 64) if key >> 63 else key
 
 
-@pytest.mark.parametrize(
-    "winners", [pytest.param("numpy"), pytest.param("native", marks=needs_library)]
-)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_rarest_noise_wins_from_far_below(winners: str, dtype: Any) -> None:
+def test_the_rarest_noise_wins_from_far_below(winners: Winners, dtype: Any) -> None:
     """Up to the largest noise there is: an id as low as it can still win, and a little lower."""
-    chosen = sampling.winners if winners == "numpy" else native_draw.load()
-    assert chosen is not None
     for behind in [*range(5), *(1 << i for i in range(3, 52)), *(3 << i for i in range(3, 50))]:
         token = 300 + 7 * behind.bit_length()
         key = key_of(token, (1 << 52) - 1 - behind)
@@ -266,7 +282,7 @@ def test_the_rarest_noise_wins_from_far_below(winners: str, dtype: Any) -> None:
             row = np.full(1000, -200.0, dtype=dtype)
             row[3] = 0.0
             row[token] = noise(key, 3) - noise(key, token) + lift
-            assert chosen([row], [1.0], [key]) == [token if lift > 0 else 3]
+            assert winners([row], [1.0], [key]) == [token if lift > 0 else 3]
 
 
 @needs_library

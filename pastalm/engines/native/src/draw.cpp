@@ -12,9 +12,11 @@
  */
 #include "draw.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 namespace {
 
@@ -145,40 +147,43 @@ INLINE int64_t drawn(const Float *logits, int64_t size, double given_temperature
 }
 
 /* The same code for each instruction set. */
+struct Set {
+  const char *name;
+  bool here;
+  int64_t (*floats)(const float *, int64_t, double, uint64_t);
+  int64_t (*doubles)(const double *, int64_t, double, uint64_t);
+};
+#define SET(name, target) \
+  target int64_t floats_##name(const float *l, int64_t n, double t, uint64_t k) { return drawn(l, n, t, k); } \
+  target int64_t doubles_##name(const double *l, int64_t n, double t, uint64_t k) { return drawn(l, n, t, k); }
 #if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_EACH_SET(SET) \
-  SET(plain, ) \
-  SET(avx2, __attribute__((target("avx2,fma")))) \
-  SET(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"))))
-#else
-#define FOR_EACH_SET(SET) SET(plain, )
+#define HAS(what) (bool)__builtin_cpu_supports(what)
+SET(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"))))
+SET(avx2, __attribute__((target("avx2,fma"))))
 #endif
-#define DRAWN(name, target) \
-  target int64_t drawn_##name(const float *l, int64_t n, double t, uint64_t k) { return drawn(l, n, t, k); } \
-  target int64_t drawn_##name(const double *l, int64_t n, double t, uint64_t k) { return drawn(l, n, t, k); }
-FOR_EACH_SET(DRAWN)
+SET(plain, )
 
-template <typename Float>
-using Function = int64_t (*)(const Float *, int64_t, double, uint64_t);
-
-template <typename Float>
-Function<Float> chosen() {
+/* The best first. */
+const std::vector<Set> &sets() {
+  static const std::vector<Set> found = {
 #if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return drawn_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return drawn_avx2;
+      {"avx512", HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq"), floats_avx512, doubles_avx512},
+      {"avx2", HAS("avx2") && HAS("fma"), floats_avx2, doubles_avx2},
 #endif
-  return drawn_plain;
+      {"plain", true, floats_plain, doubles_plain},
+  };
+  return found;
 }
 
-template <typename Float>
-void draw(int32_t rows, int32_t size, const void *const *logits, const double *temperatures, const uint64_t *keys,
-          int64_t *tokens) {
-  static const Function<Float> function = chosen<Float>();
-  for (int32_t r = 0; r < rows; r++)
-    tokens[r] = function((const Float *)logits[r], size, temperatures[r], keys[r]);
+const Set *best_set() {
+  for (const Set &set : sets())
+    if (set.here) return &set;
+  return nullptr;
+}
+
+std::atomic<const Set *> &current() {
+  static std::atomic<const Set *> set{best_set()};
+  return set;
 }
 
 } // namespace
@@ -188,6 +193,18 @@ int32_t pastalm_draw(int32_t rows, int32_t size, int32_t doubles, const void *co
   if (rows < 0 || size < 1) return 1;
   for (int32_t r = 0; r < rows; r++)
     if (!logits[r] || !(temperatures[r] > 0)) return 1;
-  (doubles ? draw<double> : draw<float>)(rows, size, logits, temperatures, keys, tokens);
+  const Set *set = current();
+  for (int32_t r = 0; r < rows; r++)
+    tokens[r] = doubles ? set->doubles((const double *)logits[r], size, temperatures[r], keys[r])
+                        : set->floats((const float *)logits[r], size, temperatures[r], keys[r]);
   return 0;
+}
+
+int32_t pastalm_draw_with(const char *name) {
+  for (const Set &set : sets())
+    if (set.here && !std::strcmp(set.name, name)) {
+      current() = &set;
+      return 0;
+    }
+  return 1;
 }

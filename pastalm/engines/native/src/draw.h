@@ -19,6 +19,9 @@ extern "C" {
 int32_t pastalm_draw(int32_t rows, int32_t size, int32_t doubles, const void *const *logits,
                      const double *temperatures, const uint64_t *keys, int64_t *tokens);
 
+/* For tests: with these instructions from now on, "avx512", "avx2" or "plain"; 1 where the processor lacks them. */
+int32_t pastalm_draw_with(const char *name);
+
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }

@@ -1,8 +1,9 @@
 """Models for the native engine: an architecture in numbers, packed matrices, a tokenizer.
 
 `load` packs a model, its adapter merged, and keeps the result as one file in the cache; the next start maps that file,
-and imports neither torch nor transformers. What the engine would compute otherwise than
-transformers does is refused with a CapabilityError of one line: then the transformers engine is there.
+and imports neither torch nor transformers. `load_gguf` does the same with a GGUF file, without llama.cpp. What the
+engine would compute otherwise than transformers does is refused with a CapabilityError of one line: then the
+transformers engine or llama.cpp is there.
 
 A packed file: a prologue of 64 bytes (`_PROLOGUE`), the tensors, each at a multiple of 64 bytes, the tokenizer, and a
 header in JSON that says where they are. Its name ends in a hash of all that it was made from, contents included.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import mmap
 import os
 import re
@@ -26,7 +28,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pastalm import models
 from pastalm.chat_tokenizer import ChatTokenizer, described
@@ -37,13 +38,18 @@ from pastalm.engines.native.weights import (
     Floats,
     Matrix,
     Rope,
+    Rows,
     Tensors,
     WeightType,
 )
-from pastalm.errors import CapabilityError, complaint
+from pastalm.errors import CapabilityError, ModelError, complaint
 from pastalm.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
+
 Tensor = tuple[str, Matrix | Floats]
+DEFAULT: WeightType = "Q8_0"
+"""Weights of a model for which no type is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +83,7 @@ def load(
     name: str = models.EMBEDDED,
     *,
     adapter: str | None = "auto",
-    weights: WeightType = "Q8_0",
+    weights: WeightType = DEFAULT,
     head: WeightType | None = None,
 ) -> Packed:
     """Base and adapter, merged and packed. name, adapter: as for `models.load`. head: the weight type of the head, and
@@ -86,6 +92,17 @@ def load(
     chosen = models.adapter_folder(name, adapter)
     origin = Origin(name, (folder, *([chosen] if chosen else ())), (weights, head or weights))
     return _kept(origin, lambda: _packable(name, adapter, *origin.types))
+
+
+def load_gguf(path: str | Path) -> Packed:
+    """A GGUF file; weights of the types that the engine has are taken as they are, others become Q8_0. Raises
+    ModelError, CapabilityError."""
+    from pastalm import packed_gguf
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"no GGUF file at {path}")
+    return _kept(Origin(path.name, (path,), ()), lambda: packed_gguf.read(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,7 +147,7 @@ def _packed(name: str, made: Packable, tensors: Tensors) -> Packed:
 # ------------------------------------------------------------------------------ kept on disk
 
 _FORMAT = 1
-"""Part of every packed file's name: another layout of files or matrices must raise it."""
+"""Part of every packed file's name: whoever changes what such a file holds, or means, raises it."""
 _PROLOGUE = struct.Struct("<16sQQ32x")
 """A magic word; where the header begins; how long it is."""
 _MAGIC = b"pastalm packed\n\0"
@@ -157,6 +174,7 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
     path = next(folder.glob(f"*-{contents}.packed"), folder / f"{place}-{contents}.packed")
     if (packed := _read(path, origin.name)) is not None:
         return packed
+    log.info("packing %s for this CPU, once", origin.name)
     made = make()
     with contextlib.suppress(OSError):
         _write(path, made)
@@ -172,7 +190,7 @@ def _names(origin: Origin, cache: Path) -> tuple[str, str]:
     slug = re.sub(r"[^a-z0-9.]+", "-", Path(origin.name).name.lower())
     place = _hash([str(path.resolve()) for path in origin.paths], origin.types)[:8]
     named = "-".join((slug, *dict.fromkeys(origin.types), place))
-    return named, _hash(_FORMAT, contents, origin.types)
+    return named, _hash(_FORMAT, weights.fingerprint(), contents, origin.types)
 
 
 def _hash(*parts: Any) -> str:
@@ -475,10 +493,9 @@ def _tensors(
             yield name, vector + added if name.endswith("norm") else vector
         else:
             as_head = name == "head" or (name == "embedding" and tied)
-            yield (
-                name,
-                _matrix(parts, head_type if as_head else type, by_turns=name.endswith("gate_up")),
-            )
+            rows = [_rows(p) for p in parts]
+            whole = weights.by_turns(*rows) if name.endswith("gate_up") else weights.joined(rows)
+            yield name, weights.pack_rows(whole, head_type if as_head else type)
 
 
 _LAYER = {
@@ -517,31 +534,9 @@ def _tied(model: Any) -> bool:
     return bool(head.weight.data_ptr() == table.weight.data_ptr())
 
 
-Rows = Callable[[int, int], NDArray[Any]]
-
-
-def _matrix(parts: list[Any], type: WeightType, *, by_turns: bool) -> Matrix:
-    """The rows of all parts, one part after the other or, gate and up, by turns."""
-    import torch
-
-    outputs, inputs = sum(len(part) for part in parts), parts[0].shape[1]
-    if by_turns:
-        gate, up = parts
-
-        def both(first: int, last: int) -> Floats:
-            pair = (_floats(part[first // 2 : last // 2]) for part in (gate, up))
-            return weights.gate_up(*pair)
-
-        return _filled(type, outputs, inputs, both)
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return _filled(type, outputs, inputs, lambda a, b: _floats(whole[a:b]))
-
-
-def _filled(type: WeightType, outputs: int, inputs: int, rows: Rows) -> Matrix:
-    matrix = weights.empty(type, outputs, inputs)
-    for first, last in weights.slices(outputs, inputs):
-        weights.fill(matrix, first, rows(first, last))
-    return matrix
+def _rows(tensor: Any) -> Rows:
+    outputs, inputs = tensor.shape
+    return Rows(outputs, inputs, lambda first, last: _floats(tensor[first:last]))
 
 
 def _floats(tensor: Any) -> Floats:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pastalm.engines.native import weights
-from pastalm.engines.native.weights import Architecture, Floats, Matrix, Rope, WeightType
+from pastalm.engines.native.weights import Architecture, Floats, Matrix, Rope, Rows, WeightType
 from pastalm.errors import CapabilityError
 
 TYPES = st.sampled_from(weights.TYPES)
@@ -136,6 +136,21 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert same(weights.from_blocks(kind, ggml(array, kind), 201, 64), whole)
 
 
+@given(seed=st.integers(0, 2**32), data=st.data())
+def test_parts_may_end_anywhere(seed: int, data: st.DataObject) -> None:
+    """Rows of many parts, read a slice at a time, are the rows of the whole."""
+    rng = np.random.default_rng(seed)
+    sizes = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
+    parts = [rng.standard_normal((size, 64)).astype(np.float32) for size in sizes]
+    rows = weights.joined([Rows(len(p), 64, lambda a, b, p=p: p[a:b]) for p in parts])  # type: ignore[misc]
+    whole = np.concatenate(parts)
+    first = data.draw(st.integers(0, len(whole) - 1))
+    last = data.draw(st.integers(first + 1, len(whole)))
+    assert rows.outputs == len(whole)
+    assert np.array_equal(rows.read(first, last), whole[first:last])
+    assert same(weights.pack_rows(rows, "Q8_0"), weights.pack(whole, "Q8_0"))
+
+
 @given(seed=st.integers(0, 2**32), pairs=st.integers(1, 4), kind=QUANTISED)
 def test_gate_and_up_lie_by_turns(seed: int, pairs: int, kind: WeightType) -> None:
     rng = np.random.default_rng(seed)
@@ -146,6 +161,17 @@ def test_gate_and_up_lie_by_turns(seed: int, pairs: int, kind: WeightType) -> No
         assert np.array_equal(both[i], source[i // 64 * 32 + i % 32])
     blocks = weights.gate_up(ggml(gate, kind), ggml(up, kind))
     assert same(weights.from_blocks(kind, blocks, len(both), 64), weights.pack(both, kind))
+    later = weights.by_turns(*(Rows(len(x), 64, lambda a, b, x=x: x[a:b]) for x in (gate, up)))  # type: ignore[misc]
+    assert np.array_equal(later.read(0, len(both)), both)
+    if pairs > 1:
+        assert np.array_equal(later.read(64, len(both)), both[64:])
+
+
+def test_another_layout_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = weights.fingerprint()
+    assert weights.fingerprint() == before
+    monkeypatch.setitem(weights._KEPT, "F32", lambda rows: np.ascontiguousarray(rows[:, ::-1]))
+    assert weights.fingerprint() != before
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

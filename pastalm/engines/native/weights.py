@@ -7,9 +7,11 @@ Arrays are [outputs, inputs]. Raises CapabilityError for shapes that no layout h
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -98,19 +100,13 @@ Tensors: TypeAlias = Mapping[str, "Matrix | Floats"]
 def pack(array: NDArray[Any], type: WeightType) -> Matrix:
     """An array of floats, packed; quantised by GGML's rule."""
     outputs, inputs = array.shape
-    matrix = empty(type, outputs, inputs)
-    for first, last in slices(outputs, inputs):
-        fill(matrix, first, array[first:last])
-    return matrix
+    return pack_rows(Rows(outputs, inputs, lambda first, last: array[first:last]), type)
 
 
 def from_blocks(type: WeightType, blocks: NDArray[Any], outputs: int, inputs: int) -> Matrix:
     """GGML's own blocks of Q4_0 or Q8_0, row by row, packed as they are."""
-    rows = np.ascontiguousarray(blocks).view(np.uint8).reshape(outputs, -1)
-    matrix = empty(type, outputs, inputs)
-    for first, last in slices(outputs, inputs):
-        fill_blocks(matrix, first, rows[first:last])
-    return matrix
+    raw = np.ascontiguousarray(blocks).view(np.uint8).reshape(outputs, -1)
+    return pack_rows(Rows(outputs, inputs, lambda first, last: raw[first:last]), type, blocks=True)
 
 
 def unpack(matrix: Matrix) -> Floats:
@@ -137,10 +133,50 @@ def gate_up(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
 # ------------------------------------------------------------------------------ piece by piece
 
 
+class Rows(NamedTuple):
+    """The rows of a matrix that are read when they are packed. read(first, last): floats, or GGML's blocks."""
+
+    outputs: int
+    inputs: int
+    read: Callable[[int, int], NDArray[Any]]
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one part after the other."""
+    starts = list(accumulate((part.outputs for part in parts), initial=0))
+
+    def read(first: int, last: int) -> NDArray[Any]:
+        ranges = [
+            (part, max(first - start, 0), min(last - start, part.outputs))
+            for part, start in zip(parts, starts, strict=False)
+        ]
+        return np.concatenate([part.read(a, b) for part, a, b in ranges if a < b])
+
+    return Rows(starts[-1], parts[0].inputs, read)
+
+
+def by_turns(gate: Rows, up: Rows) -> Rows:
+    """`gate_up` of rows that are read later."""
+
+    def read(first: int, last: int) -> NDArray[Any]:
+        a, b = first // 2, last // 2
+        return gate_up(gate.read(a, b), up.read(a, b))
+
+    return Rows(gate.outputs + up.outputs, gate.inputs, read)
+
+
+def pack_rows(rows: Rows, type: WeightType, *, blocks: bool = False) -> Matrix:
+    """`pack`, or `from_blocks`, of rows that are read a slice at a time."""
+    outputs, inputs, read = rows
+    matrix = empty(type, outputs, inputs)
+    for first, last in slices(outputs, inputs):
+        (fill_blocks if blocks else fill)(matrix, first, read(first, last))
+    return matrix
+
+
 def empty(type: WeightType, outputs: int, inputs: int) -> Matrix:
     """A matrix of zeros, to be filled."""
-    matrix = Matrix(aligned(packed_bytes(type, outputs, inputs)), type, outputs, inputs)
-    return matrix
+    return Matrix(aligned(packed_bytes(type, outputs, inputs)), type, outputs, inputs)
 
 
 def fill(matrix: Matrix, first: int, array: NDArray[Any]) -> None:
@@ -185,6 +221,14 @@ def slices(outputs: int, inputs: int) -> Iterator[tuple[int, int]]:
 def packed_bytes(type: WeightType, outputs: int, inputs: int) -> int:
     """What a packed matrix takes. Raises CapabilityError for a shape that cannot be packed."""
     return -(-outputs // _BLOCK) * _block_bytes(type, inputs)
+
+
+def fingerprint() -> str:
+    """Of how matrices are laid out: what was packed under another one cannot be read."""
+    numbers = np.arange(17 * 96, dtype=np.float32).reshape(17, 96) - 800
+    return hashlib.sha256(
+        b"".join(pack(numbers, type).data.tobytes() for type in TYPES)
+    ).hexdigest()
 
 
 def aligned(size: int) -> Bytes:

@@ -1,0 +1,484 @@
+"""A GGUF file read for the native engine: architecture, weights and tokenizer, without llama.cpp.
+
+Weights of the engine's own types are taken as they are; others become Q8_0, or F32 where float types are mixed in one
+matrix. What metadata mean is what llama.cpp takes them for. Raises ModelError for a file that is none, CapabilityError
+for what is not known for certain: llama.cpp can run the file then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pastalm.engines.native import weights
+from pastalm.engines.native.weights import Architecture, Bytes, Floats, Rope, Rows, WeightType
+from pastalm.errors import CapabilityError, ModelError, complaint
+from pastalm.gguf_files import MARKER_KEY
+from pastalm.packed_models import Packable, Tensor
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3")
+_GEMMA = ("gemma2", "gemma3")
+_INTERLEAVED = ("llama", "smollm3")
+"""Rotate neighbours: rows of queries and keys are in another order than in transformers."""
+_FULL_LAYER = {"gemma2": 2, "gemma3": 6}
+"""Each such layer sees everything, the others a window."""
+_UNSCALED = {"gemma2": 46, "gemma3": 62}
+"""Layers of the one size whose queries are scaled by hidden size and heads, not by the size of a head."""
+
+
+def read(path: Path) -> Packable:
+    """A GGUF file, about to be packed."""
+    import gguf
+
+    try:
+        file = _File(gguf.GGUFReader(path))
+    except Exception as error:
+        raise ModelError(
+            f"cannot read {path} as a GGUF file: {str(error).splitlines()[0]}"
+        ) from None
+    made = _architecture(file)
+    described, eos = tokenizer(file.fields)
+    _check_tensors(file, made)
+    return Packable(
+        architecture=made,
+        tensors=lambda: _tensors(file, made),
+        tokenizer=described,
+        eos=eos,
+        sequential_marker=file.fields.get(MARKER_KEY),
+        context_length=file["context_length"],
+    )
+
+
+def _refuse(said: str) -> CapabilityError:
+    return CapabilityError(f"the native engine cannot run this GGUF file: {said}")
+
+
+class _File:
+    """Metadata by key, tensors by name. file["context_length"]: of the file's architecture."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self.tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        return {name: field.contents() for name, field in self._reader.fields.items()}
+
+    @property
+    def kind(self) -> Any:
+        return self.fields.get("general.architecture")
+
+    @cached_property
+    def own(self) -> dict[str, Any]:
+        """What is said of the architecture, without its name."""
+        prefix = f"{self.kind}."
+        return {k.removeprefix(prefix): v for k, v in self.fields.items() if k.startswith(prefix)}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.own:
+            raise _refuse(f"it does not say its {key}")
+        return self.own[key]
+
+
+# ------------------------------------------------------------------------------ architecture
+
+_NEEDED = {
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+}
+_READ = _NEEDED | {
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+}
+_READ_OF_GEMMA = {
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.freq_base_swa",
+}
+_MEANS_NOTHING = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
+_AS_USUAL = {
+    "attention.causal": True,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+"""May only be said to be what it is anyway."""
+
+
+def _architecture(file: _File) -> Architecture:
+    if said := complaint(_checks(file)):
+        raise _refuse(said)
+    gemma = file.kind in _GEMMA
+    heads, hidden, layers = (
+        file[key] for key in ("attention.head_count", "embedding_length", "block_count")
+    )
+    head_dim = file.own.get("attention.key_length", hidden // heads)
+    scaled = hidden // heads if _UNSCALED.get(file.kind) == layers else head_dim
+    windows = _windows(file, layers)
+    return Architecture(
+        layers=layers,
+        hidden=hidden,
+        intermediate=file["feed_forward_length"],
+        heads=heads,
+        kv_heads=file.own.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocabulary=_shape(file.tensors["token_embd.weight"])[0],
+        activation="gelu_tanh" if gemma else "silu",
+        epsilon=file["attention.layer_norm_rms_epsilon"],
+        attention_scale=float(scaled**-0.5),
+        ropes=_ropes(file, head_dim),
+        layer_ropes=_layer_ropes(file, windows),
+        windows=windows,
+        embedding_scale=float(np.float32(hidden**0.5)) if gemma else 1.0,
+        attention_softcap=file["attn_logit_softcapping"] if file.kind == "gemma2" else 0.0,
+        logit_softcap=file["final_logit_softcapping"] if file.kind == "gemma2" else 0.0,
+        max_positions=file["context_length"],
+    )
+
+
+def _checks(file: _File) -> Iterator[tuple[bool, str]]:
+    own = file.own
+    yield (
+        file.kind in _ARCHITECTURES,
+        f"it is a {file.kind!r}, not one of {', '.join(_ARCHITECTURES)}",
+    )
+    yield file.fields.get("split.count", 1) <= 1, "it is one part of several"
+    for key in sorted(_NEEDED - set(own)):
+        yield False, f"it does not say its {key}"
+    for key, value in own.items():
+        known = _READ | _MEANS_NOTHING | (_READ_OF_GEMMA if file.kind in _GEMMA else set())
+        usual = key in _AS_USUAL and value == _AS_USUAL[key]
+        yield key in known or usual, f"it has a {key} of {value!r}"
+        one = not isinstance(value, list) or key == "attention.sliding_window_pattern"
+        yield one, f"its {key} differs from layer to layer"
+    capped = file.kind == "gemma3" and (
+        own.keys() & {"attn_logit_softcapping", "final_logit_softcapping"}
+    )
+    yield not capped, "its logits are capped"
+    yield "token_embd.weight" in file.tensors, "it has no token_embd.weight"
+    wide = own["feed_forward_length"]
+    yield wide % weights.GROUP == 0, f"its MLP is {wide} wide"
+    head_dim = own.get(
+        "attention.key_length", own["embedding_length"] // own["attention.head_count"]
+    )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        yield own.get(key, head_dim) == head_dim, f"its {key} is not the size of a head"
+
+
+def _windows(file: _File, layers: int) -> tuple[int, ...]:
+    if file.kind not in _GEMMA:
+        return (0,) * layers
+    every = file.own.get("attention.sliding_window_pattern", _FULL_LAYER[file.kind])
+    sliding = every if isinstance(every, list) else [bool((i + 1) % every) for i in range(layers)]
+    return tuple(file["attention.sliding_window"] if slides else 0 for slides in sliding)
+
+
+def _layer_ropes(file: _File, windows: Sequence[int]) -> tuple[int, ...]:
+    if file.kind == "smollm3":
+        return tuple(0 if (i + 1) % 4 else -1 for i in range(len(windows)))
+    return tuple(1 if file.kind == "gemma3" and window else 0 for window in windows)
+
+
+def _ropes(file: _File, head_dim: int) -> tuple[Rope, ...]:
+    """The rotary table of the layers that see everything, or of all; and of those with a window (Gemma 3)."""
+    base = float(file.own.get("rope.freq_base", 10_000.0))
+    inverse, factor = _scaled(file, base, head_dim)
+    if (divisors := file.tensors.get("rope_freqs.weight")) is not None:
+        inverse = inverse / _vector(divisors)
+    ropes = [Rope(_rounded(inverse), factor)]
+    if file.kind == "gemma3":
+        base = float(file.own.get("rope.freq_base_swa", 10_000.0))
+        ropes.append(Rope(_rounded(_frequencies(base, head_dim))))
+    return tuple(ropes)
+
+
+def _rounded(inverse: Any) -> tuple[float, ...]:
+    return tuple(np.asarray(inverse, np.float32).tolist())
+
+
+def _frequencies(base: float, head_dim: int) -> Any:
+    return base ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+def _scaled(file: _File, base: float, head_dim: int) -> tuple[Any, float]:
+    """Inverse frequencies stretched to longer contexts, and what cosine and sine are multiplied by (YaRN,
+    https://arxiv.org/abs/2309.00071, section 3.3)."""
+    plain, kind = _frequencies(base, head_dim), file.own.get("rope.scaling.type", "none")
+    if kind == "none":
+        return plain, 1.0
+    stretch = float(file["rope.scaling.factor"])
+    if kind == "linear":
+        return plain / stretch, 1.0
+    if kind != "yarn":
+        raise _refuse(f"its rotary positions are scaled by {kind!r}")
+    length = file.own.get("rope.scaling.original_context_length", file["context_length"])
+
+    def turning(times: float) -> float:
+        """The dimension that turns so many times in the length that the model was trained for."""
+        return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(turning(32)), 0), min(math.ceil(turning(1)), head_dim - 1)
+    slow = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return plain / stretch * slow + plain * (1 - slow), 0.1 * math.log(
+        stretch
+    ) + 1 if stretch > 1 else 1.0
+
+
+# ------------------------------------------------------------------------------ weights
+
+_LAYER = {
+    "qkv": ("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+    "attention_out": ("attn_output.weight",),
+    "gate_up": ("ffn_gate.weight", "ffn_up.weight"),
+    "down": ("ffn_down.weight",),
+    "input_norm": ("attn_norm.weight",),
+    "mlp_norm": ("ffn_norm.weight",),
+    "qkv_bias": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    "attention_out_bias": ("attn_output.bias",),
+    "q_norm": ("attn_q_norm.weight",),
+    "k_norm": ("attn_k_norm.weight",),
+    "attention_post_norm": ("post_attention_norm.weight",),
+    "mlp_post_norm": ("post_ffw_norm.weight",),
+}
+
+
+_ALWAYS = ("qkv", "attention_out", "gate_up", "down", "input_norm", "mlp_norm")
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def _sources(file: _File, made: Architecture) -> dict[str, tuple[str, ...]]:
+    """Which of the file's tensors each packed one is made of."""
+    found: dict[str, tuple[str, ...]] = {"embedding": ("token_embd.weight",)}
+    for i in range(made.layers):
+        for name, parts in _LAYER.items():
+            if name in _ALWAYS or f"blk.{i}.{parts[0]}" in file.tensors:
+                found[f"{i}.{name}"] = tuple(f"blk.{i}.{part}" for part in parts)
+    found["norm"] = ("output_norm.weight",)
+    return found | ({"head": ("output.weight",)} if "output.weight" in file.tensors else {})
+
+
+def _check_tensors(file: _File, made: Architecture) -> None:
+    """Every tensor is read, and has the shape that goes with the rest."""
+    sources = _sources(file, made)
+    read = {name for names in sources.values() for name in names}
+    if missing := sorted(read - set(file.tensors)):
+        raise _refuse(f"it has no {missing[0]}")
+    if unknown := sorted(set(file.tensors) - read - {"rope_freqs.weight"}):
+        raise _refuse(f"it has a tensor {unknown[0]}")
+    heads, wide = made.heads * made.head_dim, made.intermediate
+    both = heads + 2 * made.kv_heads * made.head_dim
+    shapes = {
+        "embedding": (made.vocabulary, made.hidden),
+        "head": (made.vocabulary, made.hidden),
+        "qkv": (both, made.hidden),
+        "attention_out": (made.hidden, heads),
+        "gate_up": (2 * wide, made.hidden),
+        "down": (made.hidden, wide),
+        "qkv_bias": (both,),
+        "q_norm": (made.head_dim,),
+        "k_norm": (made.head_dim,),
+    }
+    for name, names in sources.items():
+        parts = [_shape(file.tensors[n]) for n in names]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        if shape != shapes.get(name.split(".")[-1], (made.hidden,)):
+            raise _refuse(f"its {names[0]} has the shape {list(parts[0])}")
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(reversed(tensor.shape.tolist()))
+
+
+def _tensors(file: _File, made: Architecture) -> Iterator[Tensor]:
+    """The packed tensors, one after the other."""
+    for name, names in _sources(file, made).items():
+        parts = [file.tensors[n] for n in names]
+        orders = [_order(file, made, n) for n in names]
+        if len(_shape(parts[0])) == 1:
+            vectors = [_vector(part)[order] for part, order in zip(parts, orders, strict=True)]
+            yield name, np.concatenate(vectors)
+            continue
+        type = _type(parts)
+        blocks = type in ("Q4_0", "Q8_0") and all(part.tensor_type.name == type for part in parts)
+        rows = [_rows(part, order, blocks) for part, order in zip(parts, orders, strict=True)]
+        whole = weights.by_turns(*rows) if name.endswith("gate_up") else weights.joined(rows)
+        yield name, weights.pack_rows(whole, type, blocks=blocks)
+
+
+def _type(parts: Sequence[Any]) -> WeightType:
+    """What a matrix becomes that is made of some tensors."""
+    kinds = {part.tensor_type.name for part in parts}
+    if len(kinds) == 1:
+        return next((known for known in weights.TYPES if known in kinds), "Q8_0")
+    return "F32" if kinds <= set(_FLOATS) else "Q8_0"
+
+
+def _order(file: _File, made: Architecture, name: str) -> Any:
+    """The order in which a tensor's rows are taken: halves of a head that rotate together, not neighbours."""
+    part = name.split(".")[-2]
+    if file.kind not in _INTERLEAVED or part not in ("attn_q", "attn_k"):
+        return slice(None)
+    heads = made.heads if part == "attn_q" else made.kv_heads
+    return np.arange(heads * made.head_dim).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+
+
+def _rows(tensor: Any, order: Any, blocks: bool) -> Rows:
+    outputs, inputs = _shape(tensor)
+    raw = tensor.data.view(np.uint8).reshape(outputs, -1)
+
+    def read(first: int, last: int) -> Bytes | Floats:
+        part = raw[first:last] if isinstance(order, slice) else raw[order[first:last]]
+        return part if blocks else _floats(part, tensor)
+
+    return Rows(outputs, inputs, read)
+
+
+def _floats(raw: Bytes, tensor: Any) -> Floats:
+    import gguf
+
+    try:
+        read: Floats = gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type)
+    except NotImplementedError:
+        raise _refuse(f"{tensor.name} is of type {tensor.tensor_type.name}") from None
+    return read.astype(np.float32, copy=False)
+
+
+def _vector(tensor: Any) -> Floats:
+    return _floats(tensor.data.view(np.uint8).reshape(-1), tensor)
+
+
+# ------------------------------------------------------------------------------ tokenizer
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_THREE_DIGITS, _ONE_DIGIT = _WORDS % "{1,3}", _WORDS % ""
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+_SPLITS = {
+    **dict.fromkeys((*_LLAMA3, "smaug-bpe"), _THREE_DIGITS),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _ONE_DIGIT),
+    "gpt-2": None,
+    "smollm": None,
+}
+"""How each known kind of tokenizer splits text into words; None: as GPT-2, which `tokenizers` has built in."""
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_NAMES = ("bos", "eos", "unknown", "padding")
+_ENDS = {
+    *(
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+    ),
+    *("<|end_of_text|>", "<end_of_utterance>"),
+}
+"""Spellings that llama.cpp takes for the end of an answer, whatever the metadata say."""
+
+
+def tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """The description of a ChatTokenizer, and the ids that end an answer, out of GGUF metadata."""
+    said = {
+        k.removeprefix("tokenizer.ggml."): v
+        for k, v in fields.items()
+        if k.startswith("tokenizer.ggml.")
+    }
+    kind, pre = said.get("model"), said.get("pre", "default")
+    if kind != "gpt2" or pre not in _SPLITS:
+        raise _refuse(f"its tokenizer is a {kind!r}, split as {pre!r}, which is not known here")
+    tokens, kinds = said["tokens"], said.get("token_type") or []
+    if len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
+        raise _refuse("its tokenizer has a token twice, or tokens without a type")
+    control = {i for i, kind in enumerate(kinds) if kind == _CONTROL or tokens[i] in _ENDS}
+    named = {name: said[f"{name}_token_id"] for name in _NAMES if f"{name}_token_id" in said}
+    ends = {said[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in said}
+    ends |= {i for i in control if tokens[i] in _ENDS}
+    backend = _backend(said, pre, control)
+    if said.get("add_bos_token", pre in _LLAMA3) and "bos" in named:
+        _begin(backend, tokens, named["bos"])
+    if said.get("add_eos_token", False):
+        raise _refuse("its tokenizer ends every text")
+    short = {"unknown": "unk", "padding": "pad"}
+    description = {
+        "backend": backend.to_str(),
+        "chat_template": fields.get("tokenizer.chat_template"),
+        "special_tokens": {f"{short.get(n, n)}_token": tokens[i] for n, i in named.items()},
+        "all_special_ids": sorted(control),
+    }
+    return description, sorted(ends)
+
+
+def _backend(said: Mapping[str, Any], pre: str, control: set[int]) -> Any:
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
+
+    tokens = said["tokens"]
+    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in said["merges"]]
+    used = (i for i, kind in enumerate(said["token_type"]) if kind != _UNUSED or i in control)
+    vocabulary = {tokens[i]: i for i in used}
+    try:
+        core = models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3)
+    except Exception as error:
+        raise _refuse(f"its tokenizer does not fit together ({error})") from None
+    made = Tokenizer(core)
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_SPLITS[pre] is None)
+    if (split := _SPLITS[pre]) is not None:
+        first: Any = pre_tokenizers.Split(Regex(split), behavior="isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_])
+    elif pre == "smollm":
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), bytes_]
+        )
+    else:
+        made.pre_tokenizer = bytes_
+    if pre == "qwen2":
+        made.normalizer = normalizers.NFC()
+    made.decoder = decoders.ByteLevel()
+    for i, kind in enumerate(said["token_type"]):
+        if i in control:
+            made.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False)])
+        elif kind == _USER_DEFINED:
+            made.add_tokens([AddedToken(tokens[i], normalized=False)])
+    return made
+
+
+def _begin(backend: Any, tokens: Sequence[str], bos: int) -> None:
+    """Every text begins with this token."""
+    from tokenizers import processors
+
+    special = {"id": "BOS", "ids": [bos], "tokens": [tokens[bos]]}
+    backend.post_processor = processors.TemplateProcessing(
+        single=["BOS", "$A"], special_tokens=[special]
+    )

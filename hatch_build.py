@@ -98,28 +98,6 @@ def instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
     return INSTRUCTION_SETS.get(target, {"plain": []})
 
 
-def jobs(
-    source: Path, compiler: Sequence[str], flags: Sequence[str], work: Path
-) -> list[tuple[Path, list[str]]]:
-    """Each object's file, and the command that makes it but for the output; what any processor runs comes first.
-
-    A linker keeps the first copy of a function that several objects have inline, and that must not be one
-    with instructions that another processor lacks.
-    """
-    files = sorted(source.glob("*.cpp"), key=lambda file: (file.stem == "kernels", file.stem))
-    shared = b"".join(path.read_bytes() for path in sorted(source.iterdir()) if path.suffix in (".h", ".hpp", ".inc"))
-    found = []
-    for file in files:
-        variants = instruction_sets(compiler) if file.stem == "kernels" else {"": []}
-        for name, own in variants.items():
-            define = [f"-DPASTALM_ISA={name}"] if name else []
-            command = [*compiler, *flags, *own, *define, "-c", str(file)]
-            made_of = "\0".join(command).encode() + shared + file.read_bytes()
-            digest = hashlib.sha256(made_of).hexdigest()[:16]
-            found.append((work / f"{file.stem}{name and '-'}{name}-{digest}.o", command))
-    return found
-
-
 def make(target: Path, command: Sequence[str]) -> Path:
     """Runs a command that writes `target`, which appears whole or not at all."""
     part = target.with_name(f".{os.getpid()}-{target.name}")
@@ -152,29 +130,64 @@ def link_flags(sanitizer: str | None, work: Path) -> list[str]:
     return ["-shared", "-pthread", f"-Wl,--version-script={exports}", *own]
 
 
+def jobs(
+    source: Path, compiler: Sequence[str], flags: Sequence[str], work: Path
+) -> list[tuple[Path, list[str]]]:
+    """Each object's file, and the command that makes it but for the output; what any processor runs comes first.
+
+    A linker keeps the first copy of a function that several objects have inline, and that must not be one
+    with instructions that another processor lacks.
+    """
+    files = sorted(source.glob("*.cpp"), key=lambda file: (file.stem == "kernels", file.stem))
+    shared = b"".join(path.read_bytes() for path in sorted(source.iterdir()) if path.suffix in (".h", ".hpp", ".inc"))
+    found = []
+    for file in files:
+        variants = instruction_sets(compiler) if file.stem == "kernels" else {"": []}
+        for name, own in variants.items():
+            define = [f"-DPASTALM_ISA={name}"] if name else []
+            command = [*compiler, *flags, *own, *define, "-c", str(file)]
+            made_of = "\0".join(command).encode() + shared + file.read_bytes()
+            digest = hashlib.sha256(made_of).hexdigest()[:16]
+            found.append((work / f"{file.stem}{name and '-'}{name}-{digest}.o", command))
+    return found
+
+
+def objects(compiler: Sequence[str], flags: Sequence[str], source: Path, work: Path) -> list[Path]:
+    """Compiles what is not there yet, all at once, and throws away what is of no use any more."""
+    wanted = jobs(source, compiler, flags, work)
+    if not wanted:
+        raise NotBuilt(f"no C++ sources in {source}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(lambda job: job[0] if job[0].exists() else make(*job), wanted))
+    for old in set(work.glob("*.o")) - set(made):
+        old.unlink()
+    return made
+
+
+def link(command: Sequence[str], work: Path) -> Path:
+    """The library that a command links, made again only for other objects."""
+    linked = work / f"lib-{hashlib.sha256(chr(0).join(command).encode()).hexdigest()[:16]}.so"
+    if not linked.exists():
+        try:
+            make(linked, command)
+        except NotBuilt:  # there may be no static libstdc++
+            make(linked, [part for part in command if not part.startswith("-static-")])
+    for old in set(work.glob("lib-*.so")) - {linked}:
+        old.unlink()
+    return linked
+
+
 def build(target: Path, sanitizer: str | None = None, source: Path = PACKAGE / "src", work: Path = WORK) -> Path:
     """Makes the library at `target`. Raises NotBuilt."""
     compiler = find_compiler()
-    flags = [*COMPILE, *(TRACEABLE + SANITIZERS[sanitizer] if sanitizer else [])]
+    checks = SANITIZERS[sanitizer] if sanitizer else []
+    flags = [*COMPILE, *(TRACEABLE if sanitizer else []), *checks]
     if sys.platform == "darwin":
         flags.append(f"-mmacosx-version-min={MACOS}")
     work = work / (sanitizer or "plain")
     with alone(work):
-        wanted = jobs(source, compiler, flags, work)
-        if not wanted:
-            raise NotBuilt(f"no C++ sources in {source}")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda job: job[0] if job[0].exists() else make(*job), wanted))
-        names = [str(path) for path in objects]
-        command = [*compiler, *names, *link_flags(sanitizer, work), *(SANITIZERS[sanitizer] if sanitizer else [])]
-        linked = work / f"lib-{hashlib.sha256(chr(0).join(command).encode()).hexdigest()[:16]}.so"
-        if not linked.exists():
-            try:
-                make(linked, command)
-            except NotBuilt:  # there may be no static libstdc++
-                make(linked, [part for part in command if not part.startswith("-static-")])
-        for old in {*work.glob("*.o"), *work.glob("lib-*.so")} - {linked, *objects}:
-            old.unlink()
+        made = objects(compiler, flags, source, work)
+        linked = link([*compiler, *map(str, made), *link_flags(sanitizer, work), *checks], work)
         if not target.exists() or target.read_bytes() != linked.read_bytes():
             part = target.with_name(f".{os.getpid()}-{target.name}")
             shutil.copy(linked, part)

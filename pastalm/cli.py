@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ from pastalm.errors import (
     RequestError,
 )
 from pastalm.layout import MIXED, POLICIES, Policy
+from pastalm.loading import missing
 from pastalm.models import EMBEDDED
 
 if TYPE_CHECKING:
@@ -42,9 +44,6 @@ if TYPE_CHECKING:
 
 DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_EXTRAS = {"fastapi": "server", "uvicorn": "server", "sse_starlette": "server", "prometheus_client": "server",
-           "openai": "remote", "trl": "train", "datasets": "train", "accelerate": "train", "llama_cpp": "llama-cpp"}
-"""Which extra of the package brings a module that may be missing; else `transformers`."""
 
 app = typer.Typer(
     name="pasta",
@@ -68,7 +67,12 @@ Model = Annotated[
 Adapter = Annotated[
     str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")]
+Engine = Annotated[
+    str, typer.Option(help="native, transformers, llama.cpp (GGUF files), or auto: native on a CPU, if it can.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Of the weights: auto, q8_0 or q4_0 (native), bfloat16, float16, float32 or float64.")
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer together; else the model's, 4096 at most.", min=2)
 ]
@@ -77,7 +81,7 @@ Counted = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Positions = Annotated[
-    str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that GGUF has).")
+    str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that llama.cpp has).")
 ]
 MaxTokens = Annotated[int, typer.Option(help="Bound on all decoded tokens, tags too.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -139,8 +143,7 @@ def _verb(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except PastaError as error:
             _fail(str(error), FAILED)
         except ModuleNotFoundError as error:
-            extra = _EXTRAS.get(error.name or "", "transformers")
-            _fail(f"{error.name} is missing: pip install 'pastalm[{extra}]'", FAILED)
+            _fail(missing(error), FAILED)
         except Exception as error:
             if os.environ.get("PASTA_DEBUG"):
                 raise
@@ -213,8 +216,28 @@ def _busy(message: str) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status(message) as status:
-        yield lambda text: status.update(text) if console.is_terminal else None
+    with console.status(message) as status, _told(status.update):
+        yield status.update
+
+
+@contextmanager
+def _told(progress: Callable[[str], None]) -> Iterator[None]:
+    """Within it the package's log is told: warnings a line each, what goes on to `progress`."""
+
+    class Teller(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            _say(f"pasta: {text}") if record.levelno >= logging.WARNING else progress(text)
+
+    log, teller = logging.getLogger("pastalm"), Teller()
+    before = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(teller)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+        log.setLevel(before)
 
 
 def _load(
@@ -229,6 +252,7 @@ def _load(
     base_url: str | None = None,
     tokenizer: str | None = None,
     prompted: bool = False,
+    engine: str = "auto",
 ) -> LLM:
     from pastalm import LLM, Limits
     from pastalm.layout import POLICIES
@@ -239,8 +263,8 @@ def _load(
     chosen = None if adapter == "none" else adapter
     policy: Policy | None = positions
     if base_url is not None:
-        if (adapter, dtype, device) != ("auto", "auto", "cpu"):
-            raise RequestError("the server has its weights: leave out --adapter, --dtype and --device")
+        if (adapter, dtype, device, engine) != ("auto", "auto", "cpu", "auto"):
+            raise RequestError("the server has its weights: leave out --adapter, --dtype, --device and --engine")
         with _busy(f"asking {base_url}"):
             return LLM.remote(
                 base_url,
@@ -256,6 +280,7 @@ def _load(
     with _busy(f"loading {model}"):
         return LLM(
             model,
+            engine=engine,
             adapter=chosen,
             dtype=dtype,
             positions=policy,
@@ -355,6 +380,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Complete the prompt, no chat template.")
     ] = False,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -397,6 +423,7 @@ def generate(
             base_url=base_url,
             tokenizer=tokenizer,
             prompted=prompted,
+            engine=engine,
         )
         stream = llm.stream(text if raw else _messages(text, system), params)
         title = f"{model} · {'asynchronous' if params.parallelism else 'sequential'}"
@@ -476,6 +503,7 @@ def chat(
     positions: Positions = None,
     max_threads: MaxThreads = 16,
     system: System = None,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     no_live: NoLive = False,
@@ -501,6 +529,7 @@ def chat(
         base_url=base_url,
         tokenizer=tokenizer,
         prompted=prompted,
+        engine=engine,
     )
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     live = _live() and not no_live
@@ -529,6 +558,7 @@ def demo(
     adapter: Adapter = "auto",
     prompt: Annotated[str, typer.Option(help="What to answer.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 1024,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     no_live: NoLive = False,
@@ -537,7 +567,7 @@ def demo(
     params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p) for p in (1, 0)]
     _quiet()
     _fetch(model)
-    llm = _load(model, adapter, dtype, device=device)
+    llm = _load(model, adapter, dtype, device=device, engine=engine)
     # the first steps of a process are slower than all later ones; neither answer should pay for that
     llm.chat(_messages(prompt, None), SamplingParams(max_tokens=8, temperature=0))
     live = _live() and not no_live
@@ -598,6 +628,7 @@ def serve(
     ] = 32,
     positions: Positions = None,
     max_threads: Annotated[int, typer.Option(help="Threads of an answer at once; others wait.")] = 16,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     base_url: BaseUrl = None,
@@ -636,6 +667,7 @@ def serve(
             base_url=base_url,
             tokenizer=tokenizer,
             prompted=prompted,
+            engine=engine,
         )
         where = f"[{host}]" if ":" in host else host
         _say(f"{settings.name} on http://{where}:{listening.getsockname()[1]}/v1")
@@ -939,6 +971,7 @@ def sample(
     max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.")] = 32,
     max_model_len: MaxModelLen = None,
     seed: Seed = 0,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
@@ -958,7 +991,13 @@ def sample(
     _quiet()
     _fetch(model)
     llm = _load(
-        model, adapter, dtype, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device
+        model,
+        adapter,
+        dtype,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        device=device,
+        engine=engine,
     )
     from pastalm.sample import Sampled
     from pastalm.sample import sample as run
@@ -1093,6 +1132,7 @@ def evaluate(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Leave prompts and answers out of the page.")] = False,
     seed: Seed = 0,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
@@ -1103,6 +1143,7 @@ def evaluate(
     from pastalm.eval.compare import markdown
     from pastalm.eval.evaluate import (
         BASELINE,
+        COPYING,
         build,
         check,
         compare_all,
@@ -1122,13 +1163,16 @@ def evaluate(
     if against is not None and against not in names:
         raise RequestError(f"--against names one of the systems, got {against!r}")
     units = _units(sigma or [], scorer or [])
+    if engine == "auto" and (copying := [name for name in names if name in COPYING]):
+        engine = "transformers"
+        _say(f"{' and '.join(copying)} runs on transformers, so every system does")
     _quiet()
     _fetch(model)
     few = 10 if any(s.startswith("sot") for s in systems) else 1  # the parts of one answer
 
     def loader(at_once: int) -> Callable[[str, Policy | None], LLM]:
         return lambda adapter, positions: _load(
-            model, adapter, dtype, positions, max_num_seqs=at_once, device=device
+            model, adapter, dtype, positions, max_num_seqs=at_once, device=device, engine=engine
         )
 
     by, remote = _scorers(list(units), model, baseline, judge, device, base_url, concurrency, price_in, price_out)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from pastalm import loading
 from pastalm.engine import Engine, Request, SamplingParams
-from pastalm.errors import CapabilityError, ModelError, RequestError
+from pastalm.errors import ModelError, RequestError
 from pastalm.events import Event, Finished, FinishReason, stamp
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
@@ -273,18 +274,20 @@ class Stream:
 class LLM:
     """A model that answers asynchronously.
 
-    model: the embedded model's name, a hub name, a folder, or a GGUF file, which llama.cpp runs.
-    adapter: "auto" takes the one that ships for this model, None none, else a folder. dtype "auto":
-    bfloat16 where the hardware has it. positions: the policy of layout.py (None: the engine's first).
-    max_num_seqs: responses at once; more wait. max_model_len: slots each may fill. compiled: steps of one
-    response as torch.compile makes them on a CPU, faster after minutes (transformers only). Raises
-    ModelError, CapabilityError, RequestError.
+    model: the embedded model's name, a hub name, a folder, or a GGUF file. engine: native, transformers or llama.cpp;
+    "auto" is native on a CPU, wherever that can run the model (`loading`, docs/engines.md). adapter: "auto" takes the
+    one that ships for this model, None none, else a folder. dtype: of the weights; q8_0 and q4_0 are native's, "auto"
+    is what each engine is good at. positions: the policy of layout.py (None: the engine's first). max_num_seqs:
+    responses at once; more wait. max_model_len: slots each may fill (None: the model's, 4096 at most). compiled: steps
+    of one response as torch.compile makes them on a CPU, faster after minutes (transformers). A context manager, which
+    closes it. Raises ModelError, CapabilityError, RequestError.
     """
 
     def __init__(
         self,
         model: str = EMBEDDED,
         *,
+        engine: str = "auto",
         adapter: str | None = "auto",
         dtype: str = "auto",
         device: str = "cpu",
@@ -294,35 +297,17 @@ class LLM:
         max_model_len: int | None = None,
         compiled: bool = False,
     ) -> None:
-        loaded: Loaded
-        engine: Engine
-        if model.endswith(".gguf"):
-            from pastalm import gguf_files
-            from pastalm.engines.llama_cpp import LlamaCppEngine
-
-            if adapter not in ("auto", None) or dtype != "auto":
-                raise RequestError("a GGUF file holds its adapter and its weight type: give neither")
-            if compiled:
-                raise CapabilityError("llama.cpp is compiled already: leave compiled=True out for GGUF files")
-            loaded = gguf_files.load(model, gpu_layers=0 if device == "cpu" else -1)
-            length = max_model_len or min(loaded.context_length, 4096)
-            engine = LlamaCppEngine(
-                loaded.model, max_num_seqs=max_num_seqs, max_model_len=length
-            )
-        else:
-            from pastalm import models
-            from pastalm.engines.transformers import TransformersEngine
-
-            loaded = models.load(model, adapter=adapter, dtype=dtype, device=device)
-            length = max_model_len or min(loaded.context_length, 4096)
-            engine = TransformersEngine(
-                loaded.model,
-                max_num_seqs=max_num_seqs,
-                max_model_len=length,
-                pack=True,
-                compiled=compiled,
-            )
-        self._begin(engine, loaded, positions, limits)
+        options = loading.Options(
+            engine=engine,
+            adapter=adapter,
+            dtype=dtype,
+            device=device,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            compiled=compiled,
+        )
+        loaded, made = loading.load(model, options)
+        self._begin(made, loaded, positions, limits)
 
     @classmethod
     def over(
@@ -388,7 +373,31 @@ class LLM:
     ) -> None:
         self.loaded = loaded
         self.positions: Policy = positions or engine.capabilities.positions[0]
-        self.driver = Driver(engine, loaded.vocabulary, limits=limits)
+        self._driver: Driver | None = Driver(engine, loaded.vocabulary, limits=limits)
+
+    @property
+    def driver(self) -> Driver:
+        """What it decodes with. Raises RequestError once it is closed."""
+        if self._driver is None:
+            raise RequestError("this LLM was closed: make another")
+        return self._driver
+
+    def close(self) -> None:
+        """Cancels what decodes, and frees cache and weights where Python does not; may be called again."""
+        driver, self._driver = self._driver, None
+        if driver is None:
+            return
+        for running in list(driver.running.values()):
+            driver.cancel(running)
+        for part in (driver.engine, self.loaded.model):
+            if (close := getattr(part, "close", None)) is not None:
+                close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None

@@ -14,6 +14,7 @@ from pydantic import Field
 from pastalm.engine import SamplingParams
 from pastalm.errors import PastaError
 from pastalm.llm import LLM
+from pastalm.loading import missing
 from pastalm.models import EMBEDDED
 
 
@@ -33,6 +34,7 @@ class Pasta(llm.Model):
         """As `pasta generate` has them."""
 
         model: str = Field(EMBEDDED, description="The embedded model, a hub name, a folder, or a GGUF file")
+        engine: str = Field("auto", description="native, transformers, llama.cpp, or auto: native on a CPU")
         adapter: str = Field("auto", description="A folder, none, or auto: the one that ships")
         temperature: float = Field(0.0, description="0 is greedy")
         max_tokens: int = Field(1024, description="Bound on all decoded tokens, tags too")
@@ -40,7 +42,7 @@ class Pasta(llm.Model):
         seed: int | None = Field(None, description="Makes sampling repeatable")
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[str, str], LLM] = {}
+        self._loaded: dict[tuple[str, str, str], LLM] = {}
 
     def execute(self, prompt: Any, stream: bool, response: Any, conversation: Any) -> Iterator[str]:
         """Yields the text as it becomes certain. Raises llm.ModelError."""
@@ -52,7 +54,8 @@ class Pasta(llm.Model):
                 parallelism=options.parallelism,
                 seed=options.seed,
             )
-            decoding = self._llm(options.model, options.adapter).stream(_messages(prompt, conversation), params)
+            here = self._llm(options.model, options.engine, options.adapter)
+            decoding = here.stream(_messages(prompt, conversation), params)
             transcript = decoding.transcript
             shown = 0
             for _ in decoding:
@@ -61,6 +64,8 @@ class Pasta(llm.Model):
                     shown += len(text)
         except PastaError as error:
             raise llm.ModelError(str(error)) from None
+        except ModuleNotFoundError as error:
+            raise llm.ModelError(missing(error)) from None
         response.set_usage(
             input=len(decoding.prompt_token_ids),
             output=transcript.tokens,
@@ -68,10 +73,11 @@ class Pasta(llm.Model):
         )
         response.response_json = {"annotated": transcript.annotated, "finish_reason": transcript.finish_reason}
 
-    def _llm(self, model: str, adapter: str) -> LLM:
-        key = (model, adapter)
+    def _llm(self, model: str, engine: str, adapter: str) -> LLM:
+        key = (model, engine, adapter)
         if key not in self._loaded:
-            self._loaded[key] = LLM(model, adapter=None if adapter == "none" else adapter, max_num_seqs=1)
+            chosen = None if adapter == "none" else adapter
+            self._loaded[key] = LLM(model, engine=engine, adapter=chosen, max_num_seqs=1)
         return self._loaded[key]
 
 

@@ -27,6 +27,8 @@ from pastalm.transcript import Transcript
 from tests.served import replaying
 from tests.test_models import byte_level, small_model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TRACE = Path(__file__).parent / "data" / "trace.jsonl"
 KEYS = {
     "text", "annotated", "tokens", "steps", "critical_path", "parallelism", "seconds",
@@ -338,7 +340,9 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     options = ("--prompts", prompts, "--baseline", "none", "--model", tiny, "--out", out, "--max-tokens", "16")
     result = pasta("eval", "own=none", "lookup", *options, "--scorer", "pmi", "--limit", "2")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.startswith("6 answers, 0 were there\n")
+    said = "lookup runs on transformers, so every system does\n"
+    assert result.stderr.startswith(f"{said}6 answers, 0 were there\n")
+    options += ("--engine", "transformers")
     assert [line.split(" | ")[0] for line in result.stdout.splitlines()[2:]] == ["| baseline", "| own", "| lookup"]
     result = pasta("eval", "own=none", "lookup", *options, "--scorer", "pmi", "--sigma", "pmi=20", "--public")
     assert result.exit_code == 0, result.stderr
@@ -357,6 +361,7 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0, again.stderr
     systems = json.loads((page.parent / "figures.json").read_text())["systems"]
     assert [name for name, told in systems.items() if "quality, pmi" in told["figures"]] == ["baseline", "lookup"]
+    complains(pasta("eval", "lookup", *options[:-1], "native"), 2, "transformers")
     options = ("--prompts", tmp_path / "none", *options[2:])
     complains(pasta("eval", "own=none", *options), 2, "cannot read")
 
@@ -365,6 +370,7 @@ def test_some_prompts_are_timed_alone_and_the_others_answered_together(tiny: Pat
     prompts = write(tmp_path / "p.jsonl", *({"index": i, "instruction": f"What of {i}?"} for i in range(5)))
     out = tmp_path / "out"
     options = ("--prompts", prompts, "--baseline", "none", "--model", tiny, "--out", out, "--max-tokens", "8")
+    options += ("--engine", "transformers")
     for written in (15, 0):
         result = pasta("eval", "own=none:overlap", "lookup", *options, "--requests", "3", "--timed", "2")
         assert result.exit_code == 0, result.stderr

@@ -19,6 +19,8 @@ from pastalm import models
 from pastalm.llm_plugin import Pasta
 from tests.test_models import BYTE_LEVEL, small_model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:

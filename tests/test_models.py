@@ -67,7 +67,7 @@ def small_model(size: int, *, tied: bool = True, layers: int = 2) -> LlamaForCau
     config = LlamaConfig(
         vocab_size=size,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,

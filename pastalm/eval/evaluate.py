@@ -34,6 +34,8 @@ METHODS: dict[str, Callable[[str, LLM], System]] = {
     "llma": lambda name, llm: Copying(name, llm, "references"),
 }
 """Methods that need no model of their own: they run on the baseline's."""
+COPYING = ("lookup", "llma")
+"""Those that run on the transformers engine only; beside them every system does, so that like is timed against like."""
 
 
 def check(wanted: Sequence[str]) -> list[str]:

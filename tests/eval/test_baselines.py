@@ -150,5 +150,5 @@ def test_copying_needs_transformers(tmp_path: Path) -> None:
 
     from pastalm.errors import CapabilityError
 
-    with pytest.raises(CapabilityError, match="no GGUF file"):
+    with pytest.raises(CapabilityError, match="transformers"):
         Copying("copied", SimpleNamespace(loaded=SimpleNamespace(model=object())))  # type: ignore[arg-type]

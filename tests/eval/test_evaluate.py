@@ -68,7 +68,13 @@ Load: TypeAlias = Callable[[str, Policy | None], LLM]
 @pytest.fixture(scope="module")
 def load(folder: str) -> Load:
     return lambda _, positions: LLM(
-        folder, adapter=None, dtype="float32", positions=positions, max_num_seqs=4, max_model_len=1024
+        folder,
+        engine="transformers",
+        adapter=None,
+        dtype="float32",
+        positions=positions,
+        max_num_seqs=4,
+        max_model_len=1024,
     )
 
 

@@ -116,7 +116,7 @@ def along(prompt: Sequence[int], tokens: Sequence[int], propose: Propose, *, max
 @dataclass(slots=True)
 class Copying:
     """source: "prompt" is prompt lookup, "references" LLMA, from the prompt's references. longest, shortest: tokens
-    that must match; draft: tokens copied. Raises CapabilityError for a model that llama.cpp runs."""
+    that must match; draft: tokens copied. Raises CapabilityError for a model that transformers does not run."""
 
     name: str
     llm: LLM
@@ -127,7 +127,7 @@ class Copying:
 
     def __post_init__(self) -> None:
         if not hasattr(self.llm.loaded.model, "get_decoder"):
-            raise CapabilityError("copying verifies drafts with transformers: give a model that is no GGUF file")
+            raise CapabilityError("copying verifies drafts by transformers: choose that engine, and no GGUF file")
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """See `System`. Critical path: forward passes."""

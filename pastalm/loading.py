@@ -1,0 +1,175 @@
+"""Which engine runs a model: its name and options in, what goes with it and an engine over its weights out.
+
+On a CPU that is the native engine. Where it cannot run a model, transformers does, or llama.cpp a GGUF file, and one
+warning says why; an engine that was asked for by name raises instead. A GPU, compiled steps and the types float16 and
+float64 are transformers' from the start. A native start of a model that is packed imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from pastalm.engine import Engine
+from pastalm.errors import CapabilityError, ModelError, RequestError, complaint
+from pastalm.models import Loaded
+
+if TYPE_CHECKING:
+    from pastalm.engines.native.weights import WeightType
+
+log = logging.getLogger("pastalm")
+
+ENGINES = ("auto", "native", "transformers", "llama.cpp")
+_PACKED: Mapping[str, WeightType] = {
+    "q8_0": "Q8_0", "q4_0": "Q4_0", "bfloat16": "BF16", "float16": "F16", "float32": "F32",
+}  # fmt: skip
+"""The native engine's weight type, by dtype."""
+_QUANTISED = ("q8_0", "q4_0")
+DTYPES = ("auto", *_PACKED, "float64")
+MAX_MODEL_LEN = 4096
+"""Of an engine, unless more is asked for, or the model takes less."""
+_EXTRAS = {
+    **dict.fromkeys(("tokenizers", "safetensors", "jinja2", "gguf", "huggingface_hub"), "native"),
+    **dict.fromkeys(("fastapi", "uvicorn", "sse_starlette", "prometheus_client"), "server"),
+    **dict.fromkeys(("trl", "datasets", "accelerate"), "train"),
+    "openai": "remote",
+    "llama_cpp": "llama-cpp",
+}
+"""Which extra of the package brings a module that may be missing; else `transformers`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a model is to run; as `LLM` has them."""
+
+    engine: str = "auto"
+    adapter: str | None = "auto"
+    dtype: str = "auto"
+    device: str = "cpu"
+    max_num_seqs: int = 8
+    max_model_len: int | None = None
+    compiled: bool = False
+
+    def length(self, loaded: Loaded) -> int:
+        return self.max_model_len or min(loaded.context_length, MAX_MODEL_LEN)
+
+
+Opened: TypeAlias = "tuple[Loaded, Engine]"
+
+
+def load(model: str, options: Options) -> Opened:
+    """A model and the engine that runs it. Raises RequestError for options that say nothing, CapabilityError for what
+    the engine does not offer, ModelError."""
+    gguf = model.endswith(".gguf")
+    if said := complaint(_sense(options, gguf)):
+        raise RequestError(said)
+    chosen = _choice(options, gguf)
+    if said := complaint(_offers(chosen, options, gguf)):
+        raise CapabilityError(said)
+    try:
+        return _LOADERS[chosen](model, options)
+    except CapabilityError as error:
+        other = _other(gguf)
+        if options.engine != "auto" or chosen == other or options.dtype in _QUANTISED:
+            raise
+        log.warning("%s; %s runs it", error, other)
+    return _LOADERS[other](model, options)
+
+
+def _choice(options: Options, gguf: bool) -> str:
+    if options.engine != "auto":
+        return options.engine
+    native = options.device == "cpu" and not options.compiled and options.dtype not in ("float16", "float64")
+    return "native" if native else _other(gguf)
+
+
+def _other(gguf: bool) -> str:
+    return "llama.cpp" if gguf else "transformers"
+
+
+def _sense(options: Options, gguf: bool) -> Iterator[tuple[bool, str]]:
+    """What must hold of the options, whichever the engine."""
+    yield options.engine in ENGINES, f"unknown engine {options.engine!r}: {', '.join(ENGINES)}"
+    yield options.dtype in DTYPES, f"unknown dtype {options.dtype!r}: {', '.join(DTYPES)}"
+    whole = not gguf or options.adapter in ("auto", None) and options.dtype == "auto"
+    yield whole, "a GGUF file holds its adapter and its weight type: give neither"
+
+
+def _offers(engine: str, options: Options, gguf: bool) -> Iterator[tuple[bool, str]]:
+    """What must hold of the options for an engine."""
+    if engine == "transformers":
+        yield not gguf, "transformers runs no GGUF files: choose native or llama.cpp"
+        yield options.dtype not in _QUANTISED, f"{options.dtype} is for the native engine, which runs on CPUs"
+        return
+    if engine == "native":
+        yield options.device == "cpu", f"the native engine runs on CPUs, not on {options.device}: leave out one of both"
+        yield options.dtype != "float64", "the native engine has no float64: choose transformers for it"
+    if engine == "llama.cpp":
+        yield gguf, "llama.cpp runs GGUF files: make one with pasta export"
+    yield not options.compiled, f"{engine} is compiled already: leave compiled=True to transformers"
+
+
+# ------------------------------------------------------------------------------ each engine
+
+
+def _native(model: str, options: Options) -> Opened:
+    from pastalm import packed_models
+    from pastalm.engines.native import library
+    from pastalm.engines.native.engine import NativeEngine
+    from pastalm.engines.native.model import NativeModel
+
+    library.library()  # before anything is packed for it
+    try:
+        if model.endswith(".gguf"):
+            packed = packed_models.load_gguf(model)
+        else:
+            weights = _PACKED.get(options.dtype, packed_models.DEFAULT)
+            packed = packed_models.load(model, adapter=options.adapter, weights=weights)
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{model} is not packed for this CPU yet; for that, once, {missing(error)}") from None
+    engine = NativeEngine(
+        NativeModel(packed.architecture, packed.tensors),
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.length(packed.loaded),
+        cache_type="F32" if options.dtype == "float32" else "BF16",
+    )
+    return packed.loaded, engine
+
+
+def _transformers(model: str, options: Options) -> Opened:
+    from pastalm import models
+    from pastalm.engines.transformers import TransformersEngine
+
+    loaded = models.load(model, adapter=options.adapter, dtype=options.dtype, device=options.device)
+    engine = TransformersEngine(
+        loaded.model,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.length(loaded),
+        pack=True,
+        compiled=options.compiled,
+    )
+    return loaded, engine
+
+
+def _llama_cpp(model: str, options: Options) -> Opened:
+    from pastalm import gguf_files
+    from pastalm.engines.llama_cpp import LlamaCppEngine
+
+    loaded = gguf_files.load(model, gpu_layers=0 if options.device == "cpu" else -1)
+    engine = LlamaCppEngine(loaded.model, max_num_seqs=options.max_num_seqs, max_model_len=options.length(loaded))
+    return loaded, engine
+
+
+_LOADERS: Mapping[str, Callable[[str, Options], Opened]] = {
+    "native": _native,
+    "transformers": _transformers,
+    "llama.cpp": _llama_cpp,
+}
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """One line about a module that is not installed."""
+    return f"{error.name} is missing: pip install 'pastalm[{_EXTRAS.get(error.name or '', 'transformers')}]'"

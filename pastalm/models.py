@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,9 @@ def _text_only(backend: Any) -> Any:
     for part in ("normalizer", "pre_tokenizer"):
         if (held := getattr(backend, part)) is not None:
             setattr(made, part, held)
-    for _, token in sorted(backend.get_added_tokens_decoder().items()):
-        add = made.add_special_tokens if token.special else made.add_tokens
-        add([token])
+    added = (token for _, token in sorted(backend.get_added_tokens_decoder().items()))
+    for special, tokens in groupby(added, key=lambda token: token.special):
+        (made.add_special_tokens if special else made.add_tokens)(list(tokens))
     made.encode_special_tokens = True
     return made
 

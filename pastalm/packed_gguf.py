@@ -8,13 +8,14 @@ for what is not known for certain: llama.cpp can run the file then.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pastalm import gguf_tokenizers
 from pastalm.engines.native import weights
 from pastalm.engines.native.weights import Architecture, Bytes, Floats, Rope, Rows, WeightType
 from pastalm.errors import CapabilityError, ModelError, complaint
@@ -42,12 +43,12 @@ def read(path: Path) -> Packable:
             f"cannot read {path} as a GGUF file: {str(error).splitlines()[0]}"
         ) from None
     made = _architecture(file)
-    described, eos = tokenizer(file.fields)
+    tokenizer, eos = gguf_tokenizers.from_metadata(file.fields)
     _check_tensors(file, made)
     return Packable(
         architecture=made,
         tensors=lambda: _tensors(file, made),
-        tokenizer=described,
+        tokenizer=tokenizer,
         eos=eos,
         sequential_marker=file.fields.get(MARKER_KEY),
         context_length=file["context_length"],
@@ -365,120 +366,3 @@ def _floats(raw: Bytes, tensor: Any) -> Floats:
 
 def _vector(tensor: Any) -> Floats:
     return _floats(tensor.data.view(np.uint8).reshape(-1), tensor)
-
-
-# ------------------------------------------------------------------------------ tokenizer
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_THREE_DIGITS, _ONE_DIGIT = _WORDS % "{1,3}", _WORDS % ""
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
-_SPLITS = {
-    **dict.fromkeys((*_LLAMA3, "smaug-bpe"), _THREE_DIGITS),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _ONE_DIGIT),
-    "gpt-2": None,
-    "smollm": None,
-}
-"""How each known kind of tokenizer splits text into words; None: as GPT-2, which `tokenizers` has built in."""
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-_NAMES = ("bos", "eos", "unknown", "padding")
-_ENDS = {
-    *(
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-    ),
-    *("<|end_of_text|>", "<end_of_utterance>"),
-}
-"""Spellings that llama.cpp takes for the end of an answer, whatever the metadata say."""
-
-
-def tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """The description of a ChatTokenizer, and the ids that end an answer, out of GGUF metadata."""
-    said = {
-        k.removeprefix("tokenizer.ggml."): v
-        for k, v in fields.items()
-        if k.startswith("tokenizer.ggml.")
-    }
-    kind, pre = said.get("model"), said.get("pre", "default")
-    if kind != "gpt2" or pre not in _SPLITS:
-        raise _refuse(f"its tokenizer is a {kind!r}, split as {pre!r}, which is not known here")
-    tokens, kinds = said["tokens"], said.get("token_type") or []
-    if len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
-        raise _refuse("its tokenizer has a token twice, or tokens without a type")
-    control = {i for i, kind in enumerate(kinds) if kind == _CONTROL or tokens[i] in _ENDS}
-    named = {name: said[f"{name}_token_id"] for name in _NAMES if f"{name}_token_id" in said}
-    ends = {said[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in said}
-    ends |= {i for i in control if tokens[i] in _ENDS}
-    backend = _backend(said, pre, control)
-    if said.get("add_bos_token", pre in _LLAMA3) and "bos" in named:
-        _begin(backend, tokens, named["bos"])
-    if said.get("add_eos_token", False):
-        raise _refuse("its tokenizer ends every text")
-    short = {"unknown": "unk", "padding": "pad"}
-    description = {
-        "backend": backend.to_str(),
-        "chat_template": fields.get("tokenizer.chat_template"),
-        "special_tokens": {f"{short.get(n, n)}_token": tokens[i] for n, i in named.items()},
-        "all_special_ids": sorted(control),
-    }
-    return description, sorted(ends)
-
-
-def _backend(said: Mapping[str, Any], pre: str, control: set[int]) -> Any:
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-    )
-
-    tokens = said["tokens"]
-    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in said["merges"]]
-    used = (i for i, kind in enumerate(said["token_type"]) if kind != _UNUSED or i in control)
-    vocabulary = {tokens[i]: i for i in used}
-    try:
-        core = models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3)
-    except Exception as error:
-        raise _refuse(f"its tokenizer does not fit together ({error})") from None
-    made = Tokenizer(core)
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_SPLITS[pre] is None)
-    if (split := _SPLITS[pre]) is not None:
-        first: Any = pre_tokenizers.Split(Regex(split), behavior="isolated")
-        made.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_])
-    elif pre == "smollm":
-        made.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), bytes_]
-        )
-    else:
-        made.pre_tokenizer = bytes_
-    if pre == "qwen2":
-        made.normalizer = normalizers.NFC()
-    made.decoder = decoders.ByteLevel()
-    for i, kind in enumerate(said["token_type"]):
-        if i in control:
-            made.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
-            made.add_tokens([AddedToken(tokens[i], normalized=False)])
-    return made
-
-
-def _begin(backend: Any, tokens: Sequence[str], bos: int) -> None:
-    """Every text begins with this token."""
-    from tokenizers import processors
-
-    special = {"id": "BOS", "ids": [bos], "tokens": [tokens[bos]]}
-    backend.post_processor = processors.TemplateProcessing(
-        single=["BOS", "$A"], special_tokens=[special]
-    )

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as cores
 from transformers import PreTrainedTokenizerFast
 
-from pastalm import gguf_files, models, packed_gguf, packed_models
+from pastalm import gguf_files, gguf_tokenizers, models, packed_gguf, packed_models
 from pastalm.engines.native import weights
 from pastalm.errors import CapabilityError, ModelError
 from pastalm.models import Loaded
@@ -58,7 +58,7 @@ WAYS = {
         ]
     ),
 }
-for name, pattern in packed_gguf._SPLITS.items():
+for name, pattern in gguf_tokenizers.SPLITS.items():
     if pattern is not None:
         WAYS[name] = pre_tokenizers.Sequence(
             [
@@ -100,19 +100,73 @@ def prepared(tokenizer: Any, model: Any) -> Loaded:
     )
 
 
-@pytest.fixture(scope="module", params=WAYS)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def sentence_pieces(writer: Any) -> int:
+    """Writes a tokenizer of Gemma's kind; its number of tokens."""
+    control = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        *TAG_TOKENS.values(),
+    ]
+    words = ["  ", "   ", "\n\n", "<think>"]
+    core = Tokenizer(cores.BPE())
+    core.normalizer = normalizers.Replace(" ", "\u2581")
+    core.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    learnt = sorted(core.get_vocab(), key=core.token_to_id)
+    learnt = sorted(learnt, key=lambda token: len(token) == 1)  # characters come last, as in Gemma
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    kinds = gguf.TokenType
+    table = [(t, kinds.CONTROL) for t in control] + [(t, kinds.USER_DEFINED) for t in words]
+    table[3] = ("<unk>", kinds.UNKNOWN)
+    table += [(t, kinds.BYTE) for t in bytes_] + [
+        (t, kinds.NORMAL) for t in learnt if t not in words
+    ]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([token for token, _ in table])
+    writer.add_token_types([kind for _, kind in table])
+    writer.add_token_scores([-float(i) for i in range(len(table))])
+    writer.add_add_space_prefix(False)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_chat_template(GEMMA_TEMPLATE)
+    writer.add_string(gguf_files.MARKER_KEY, "In one piece.")
+    return len(table)
+
+
+@pytest.fixture(scope="module", params=[*WAYS, "gemma"])
 def spoken(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Loaded, Packed]:
     """The kind of tokenizer; a file of such a kind as llama.cpp reads it, and as we do."""
-    way, patch = request.param, pytest.MonkeyPatch()
-    tokenizer = trained(way)
-    model = random_model("Llama", vocab_size=len(tokenizer) + 3)
-    folder = tmp_path_factory.mktemp("gguf")
-    with patch.context() as patched:
+    way, folder = request.param, tmp_path_factory.mktemp("gguf")
+    file = folder / "tiny.gguf"
+    with pytest.MonkeyPatch().context() as patched:
         patched.setenv("PASTALM_CACHE", str(folder))
-        patched.setattr(gguf_files, "_SPLITS", ((way, "ByteLevel"),))
-        file = gguf_files.export(prepared(tokenizer, model), folder / "tiny.gguf", "F32")
+        if way == "gemma":
+            size = sentence_pieces(gguf.GGUFWriter(folder / "unused", "gemma3"))
+            write(
+                random_model("Gemma3", vocab_size=size, **SCALED),
+                file,
+                "gemma3",
+                tokens=sentence_pieces,
+            )
+        else:
+            tokenizer = trained(way)
+            patched.setattr(gguf_files, "_SPLITS", ((way, "ByteLevel"),))
+            model = random_model("Llama", vocab_size=len(tokenizer) + 3)
+            gguf_files.export(prepared(tokenizer, model), file, "F32")
         packed = packed_models.load_gguf(file)
     return way, gguf_files.load(file), packed
 
@@ -149,7 +203,7 @@ def test_prompts_are_llama_cpps(
 ) -> None:
     way, theirs, ours = spoken
     messages = [{"role": "user", "content": as_trained(way, text)}]
-    if system is not None:
+    if system is not None and way != "gemma":
         messages.insert(0, {"role": "system", "content": as_trained(way, system)})
     assert models.chat_prompt(ours.loaded, messages, marker=marker) == (
         models.chat_prompt(theirs, messages, marker=marker)
@@ -194,9 +248,17 @@ Metadata = dict[str, Any]
 Change = Callable[[Metadata, dict[str, Any]], None]
 
 
-def write(model: Any, path: Path, kind: str, change: Change = lambda *_: None) -> Path:
-    """A model in float32 as converters write it. change: may alter metadata and tensors before."""
-    tokenizer, config = trained("gpt-2"), model.config
+def write(
+    model: Any,
+    path: Path,
+    kind: str,
+    change: Change = lambda *_: None,
+    *,
+    tokens: Callable[[Any], int] | None = None,
+) -> Path:
+    """A model in float32 as converters write it. change: may alter metadata and tensors before. tokens: writes the
+    tokenizer; None: a byte-level one."""
+    config = model.config
     gemma = kind.startswith("gemma")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     metadata: Metadata = {
@@ -248,10 +310,12 @@ def write(model: Any, path: Path, kind: str, change: Change = lambda *_: None) -
             list: writer.add_array,
         }
         add[type(value)](key, value)
-    patch = pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.setattr(gguf_files, "_SPLITS", (("gpt-2", "ByteLevel"),))
-        gguf_files._write_tokenizer(writer, prepared(tokenizer, model))
+    if tokens is not None:
+        tokens(writer)
+    else:
+        with pytest.MonkeyPatch().context() as patched:
+            patched.setattr(gguf_files, "_SPLITS", (("gpt-2", "ByteLevel"),))
+            gguf_files._write_tokenizer(writer, prepared(trained("gpt-2"), model))
     for name, tensor in tensors.items():
         array, kind_ = tensor if isinstance(tensor, tuple) else (tensor, None)
         writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind_)
@@ -541,9 +605,9 @@ TOKENS = {
     ],
 )
 def test_a_tokenizer_that_is_not_known_is_refused(change: dict[str, Any]) -> None:
-    packed_gguf.tokenizer(TOKENS)
+    gguf_tokenizers.from_metadata(TOKENS)
     with pytest.raises(CapabilityError, match="tokenizer"):
-        packed_gguf.tokenizer(
+        gguf_tokenizers.from_metadata(
             TOKENS | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
         )
 
@@ -583,7 +647,15 @@ def test_the_embedded_models_ids_are_llama_cpps(
     assert list(ours.vocabulary.encode(text)) == list(theirs.vocabulary.encode(text))
     messages = [{"role": "user", "content": text}]
     assert models.chat_prompt(ours.loaded, messages) == models.chat_prompt(theirs, messages)
-    assert ours.vocabulary.eos == theirs.vocabulary.eos
+
+
+def test_the_embedded_model_ends_as_in_llama_cpp(embedded: tuple[Path, Loaded, Packed]) -> None:
+    """Which takes the name of a repository, a token for code, for an end too."""
+    _, theirs, ours = embedded
+    assert theirs.vocabulary.eos - ours.vocabulary.eos == {
+        ours.tokenizer.convert_tokens_to_ids("<reponame>")
+    }
+    assert ours.vocabulary.eos <= theirs.vocabulary.eos
 
 
 def test_the_embedded_models_weights_are_the_files(embedded: tuple[Path, Loaded, Packed]) -> None:

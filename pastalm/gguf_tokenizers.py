@@ -1,0 +1,177 @@
+"""The tokenizer that GGUF metadata describe, without llama.cpp: byte-level BPE of known kinds, and SentencePiece's BPE.
+
+Ids are llama.cpp's; only characters are composed first where a model was trained so (Qwen), which llama.cpp does not
+do. A kind of tokenizer that is not known for certain is refused with a CapabilityError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from pastalm.errors import CapabilityError
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+"""Take a word that is a token as that token, whatever the merges say; texts begin with a token of their own."""
+SPLITS: dict[str, str | None] = {
+    **dict.fromkeys((*_LLAMA3, "smaug-bpe"), _WORDS % "{1,3}"),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _WORDS % ""),
+    "gpt-2": None,
+    "smollm": None,
+}
+"""Into which words each known kind of byte-level BPE splits a text; None: as GPT-2, which `tokenizers` has built in."""
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
+    *("<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>"),
+}
+"""Spellings that llama.cpp takes for the end of an answer, whatever the metadata say."""
+
+
+def from_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """The description of a ChatTokenizer, and the ids that end an answer."""
+    said = _Said(metadata)
+    if said.model == "gpt2" and said.pre in SPLITS:
+        backend = _byte_level(said)
+    elif said.model == "llama" and not said.get("add_space_prefix", True):
+        backend = _sentence_pieces(said)
+    else:
+        raise _refuse(f"is a {said.model!r}, split as {said.pre!r}")
+    kinds = said.kinds
+    control = [said.tokens[i] for i in sorted(said.control)]
+    backend.add_special_tokens([_added(token, special=True) for token in control])
+    words = [
+        t for i, t in enumerate(said.tokens) if kinds[i] == _USER_DEFINED and i not in said.control
+    ]
+    backend.add_tokens([_added(token, special=False) for token in words])
+    _begin(backend, said)
+    description = {
+        "backend": backend.to_str(),
+        "chat_template": metadata.get("tokenizer.chat_template"),
+        "special_tokens": {f"{_NAMES[n]}_token": said.tokens[i] for n, i in said.named.items()},
+        "all_special_ids": sorted(said.control),
+    }
+    return description, sorted(said.ends)
+
+
+def _refuse(said: str) -> CapabilityError:
+    return CapabilityError(f"the native engine cannot run this GGUF file: its tokenizer {said}")
+
+
+class _Said:
+    """What metadata say of a tokenizer."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._metadata = metadata
+        self.model, self.pre = self.get("model"), self.get("pre", "default")
+        self.tokens: list[str] = self.get("tokens", [])
+        self.kinds: list[int] = self.get("token_type", [])
+        if len(set(self.tokens)) != len(self.tokens) or len(self.kinds) != len(self.tokens):
+            raise _refuse("has a token twice, or tokens without a type")
+        if self.get("add_eos_token", False):
+            raise _refuse("ends every text")
+
+    def get(self, key: str, otherwise: Any = None) -> Any:
+        return self._metadata.get(f"tokenizer.ggml.{key}", otherwise)
+
+    @cached_property
+    def control(self) -> set[int]:
+        """Ids that are no text."""
+        kinds = enumerate(self.kinds)
+        return {i for i, kind in kinds if kind in (_CONTROL, _UNKNOWN) or self.tokens[i] in _ENDS}
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        said = {name: self.get(f"{name}_token_id") for name in _NAMES}
+        return {name: i for name, i in said.items() if i is not None and i < len(self.tokens)}
+
+    @cached_property
+    def ends(self) -> set[int]:
+        said = {self.get(f"{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+        return said | {i for i in self.control if self.tokens[i] in _ENDS}
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of the tokens; those that only fill up the table are none."""
+        unused = {i for i, kind in enumerate(self.kinds) if kind == _UNUSED} - self.control
+        return {token: i for i, token in enumerate(self.tokens) if i not in unused}
+
+
+def _added(token: str, *, special: bool) -> Any:
+    from tokenizers import AddedToken
+
+    return AddedToken(token, special=special, normalized=False)
+
+
+def _core(said: _Said, merges: list[tuple[str, str]], **options: Any) -> Any:
+    from tokenizers import Tokenizer, models
+
+    try:
+        return Tokenizer(models.BPE(said.vocabulary, merges, **options))
+    except Exception as error:
+        raise _refuse(f"does not fit together ({error})") from None
+
+
+def _byte_level(said: _Said) -> Any:
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in said.get("merges", [])]
+    made = _core(said, merges, ignore_merges=said.pre in _LLAMA3)
+    split = SPLITS[said.pre]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
+    if split is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(split), behavior="isolated"))
+    elif said.pre == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    made.decoder = decoders.ByteLevel()
+    if said.pre == "qwen2":
+        made.normalizer = normalizers.NFC()
+    return made
+
+
+def _sentence_pieces(said: _Said) -> Any:
+    """Merges in the order of the scores of what comes of them; a character that is no token is its bytes."""
+    from tokenizers import decoders, normalizers
+
+    scores = said.get("scores", [])
+    if len(scores) != len(said.tokens):
+        raise _refuse("has no scores")
+    found = sorted(_merges(said), key=lambda merge: -scores[said.vocabulary["".join(merge)]])
+    made = _core(said, found, byte_fallback=True)
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return made
+
+
+def _merges(said: _Said) -> Iterator[tuple[str, str]]:
+    """Every way in which a token can be made of two."""
+    none = said.control | {i for i, kind in enumerate(said.kinds) if kind == _BYTE}
+    words = {token: i for token, i in said.vocabulary.items() if i not in none}
+    for word in words:
+        for at in range(1, len(word)):
+            if word[:at] in words and word[at:] in words:
+                yield word[:at], word[at:]
+
+
+def _begin(backend: Any, said: _Said) -> None:
+    """What every text begins with, if with anything."""
+    from tokenizers import processors
+
+    if (
+        said.get("add_bos_token", said.pre in _LLAMA3 or said.model == "llama")
+        and "bos" in said.named
+    ):
+        i = said.named["bos"]
+        first = {"id": "BOS", "ids": [i], "tokens": [said.tokens[i]]}
+        backend.post_processor = processors.TemplateProcessing(
+            single=["BOS", "$A"], special_tokens=[first]
+        )

@@ -785,7 +785,6 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "processors": os.cpu_count(),
         "bfloat16 on the CPU": _bfloat16(),
-        "native CPU engine": _native(),
         "packages": {name: installed(name) for name in packages},
         "engines": _engines(),
         "models": _models(),
@@ -801,17 +800,6 @@ def _bfloat16() -> str:
         return "unknown: torch is not installed"
 
 
-def _native() -> str:
-    """What the native engine runs with here, or what is missing."""
-    from pastalm.engines.native import library
-
-    loaded = library.load()
-    if loaded is None:
-        return library.unavailable()
-    kernels = loaded.pastalm_kernels().decode()
-    return f"works: {kernels} kernels, {library.default_threads()} threads (OMP_NUM_THREADS)"
-
-
 _ENGINES = {"scripted": "", "transformers": "transformers", "llama_cpp": "llama-cpp", "openai": "remote"}
 """Modules of engines, and the extra of the package that brings what each needs."""
 
@@ -820,7 +808,7 @@ def _engines() -> dict[str, str]:
     """What each engine that works here declares, and how to get the others."""
     from importlib import import_module
 
-    found = {}
+    found = {"native": _native()}
     for module, extra in _ENGINES.items():
         try:
             engine = import_module(f"pastalm.engines.{module}")
@@ -829,6 +817,16 @@ def _engines() -> dict[str, str]:
         except ImportError:
             found[module.replace("_", ".")] = f"pip install 'pastalm[{extra}]'"
     return found
+
+
+def _native() -> str:
+    """What our own engine for CPUs runs with here, or what is missing."""
+    from pastalm.engines.native import engine, library, model
+
+    if reason := library.unavailable():
+        return reason
+    kernels = library.library().pastalm_kernels().decode()
+    return f"works: {engine.CAPABILITIES}; {kernels} kernels, {model.processors()} threads"
 
 
 def _models() -> dict[str, str]:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from pastalm import models
 from pastalm.cli import app
 from pastalm.engines import transformers
+from pastalm.engines.native import library
 from pastalm.events import from_json
 from pastalm.lang import parse, strip
 from pastalm.transcript import Transcript
@@ -280,6 +281,7 @@ def test_env_says_what_works() -> None:
     facts = json.loads(pasta("env", "--json").stdout)
     assert facts["engines"]["transformers"] == f"works: {transformers.CAPABILITIES}"
     assert "positions promised, overlap" in facts["engines"]["scripted"]
+    assert facts["engines"]["native"].startswith(library.unavailable() or "works: Llama")
     assert facts["engines"]["llama.cpp"].startswith(("works: GGUF", "pip install"))
     assert facts["python"] == sys.version.split()[0]
     assert "transformers" in pasta("env").stdout

@@ -151,15 +151,6 @@ def test_a_library_that_does_not_fit_is_not_used(
     assert says in library.unavailable() and "\n" not in library.unavailable()
 
 
-def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, threads in (("3", 3), ("5,2", 5)):
-        monkeypatch.setenv("OMP_NUM_THREADS", value)
-        assert library.default_threads() == threads
-    for value in ("", "0", "many"):
-        monkeypatch.setenv("OMP_NUM_THREADS", value)
-        assert 1 <= library.default_threads() <= (os.cpu_count() or 1)
-
-
 # ------------------------------------------------------------------------------ building it
 
 PUBLIC = 'extern "C" __attribute__((visibility("default")))'

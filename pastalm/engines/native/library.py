@@ -160,14 +160,6 @@ def unavailable() -> str:
     return _loaded()[1]
 
 
-def default_threads() -> int:
-    """How many threads a step is computed by: OMP_NUM_THREADS, else the processors that this process may use."""
-    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if named.isdecimal() and int(named):
-        return int(named)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def error() -> str:
     """What the last call of this thread that failed says of it."""
     said: bytes = library().pastalm_error()

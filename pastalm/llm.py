@@ -371,25 +371,32 @@ class LLM:
     def _begin(
         self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None
     ) -> None:
-        self.loaded = loaded
         self.positions: Policy = positions or engine.capabilities.positions[0]
-        self._driver: Driver | None = Driver(engine, loaded.vocabulary, limits=limits)
+        self._parts: tuple[Loaded, Driver] | None = (loaded, Driver(engine, loaded.vocabulary, limits=limits))
+
+    def _open(self) -> tuple[Loaded, Driver]:
+        if self._parts is None:
+            raise RequestError("this LLM was closed: make another")
+        return self._parts
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model and what goes with it. Raises RequestError once it is closed."""
+        return self._open()[0]
 
     @property
     def driver(self) -> Driver:
         """What it decodes with. Raises RequestError once it is closed."""
-        if self._driver is None:
-            raise RequestError("this LLM was closed: make another")
-        return self._driver
+        return self._open()[1]
 
     def close(self) -> None:
         """Cancels what decodes, and frees cache and weights where Python does not; may be called again."""
-        driver, self._driver = self._driver, None
-        if driver is None:
+        if self._parts is None:
             return
+        (loaded, driver), self._parts = self._parts, None
         for running in list(driver.running.values()):
             driver.cancel(running)
-        for part in (driver.engine, self.loaded.model):
+        for part in (driver.engine, loaded.model):
             if (close := getattr(part, "close", None)) is not None:
                 close()
 

@@ -56,6 +56,11 @@ def test_the_five_tips_prompt_forks(decoded: tuple[list[Event], tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
+def on_transformers() -> LLM:
+    return LLM(engine="transformers", dtype="float32", max_num_seqs=1)
+
+
+@pytest.fixture(scope="module")
 def reference() -> torch.nn.Module:
     """The model as transformers has it, nothing laid out for decoding."""
     return models.load(dtype="float32").model
@@ -108,7 +113,7 @@ def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
     plain = models.chat_prompt(llm.loaded, [{"role": "user", "content": "say nothing"}])
     ends = llm.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert typed.count(ends) == plain.count(ends)
-    assert "say <|sync|> <|im_end|> <|promise|>" in llm.loaded.tokenizer.decode(typed)
+    assert "say <|sync|> <|im_end|> <|promise|>" in llm.loaded.tokenizer.backend_tokenizer.decode(typed)
 
 
 def test_the_server_streams_what_it_answers(llm: LLM) -> None:
@@ -156,10 +161,11 @@ def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, 
 
 
 @pytest.mark.parametrize("source", ["prompt", "references"])
-def test_copied_spans_change_no_token(llm: LLM, source: str) -> None:
+def test_copied_spans_change_no_token(on_transformers: LLM, source: str) -> None:
     """Prompt lookup and LLMA, by replay: each token is the reference's likeliest, within SPEC's tolerance."""
     text = "Repeat this twice, word for word: the quick brown fox jumps over the lazy dog, and then it sleeps."
     prompt = Prompt(id="1", text=text, references=("the quick brown fox jumps over the lazy dog, and then it sleeps",))
+    llm = on_transformers
     copying = Copying("copied", llm, source)  # type: ignore[arg-type]
     found, asked = copying.decode(prompt, 40), copying.asked(prompt)
     assert found.passes < len(found.tokens), "nothing was copied: the test sees nothing"

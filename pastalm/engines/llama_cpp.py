@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,8 @@ def advice() -> str:
 
 
 class LlamaCppModel:
-    """A GGUF file, loaded. Raises ModelError for a file that llama.cpp does not load."""
+    """A GGUF file, loaded, until it is closed or collected. Raises ModelError for a file that llama.cpp does not
+    load."""
 
     def __init__(self, path: str | FilePath, *, gpu_layers: int = 0) -> None:
         quiet()
@@ -97,6 +99,8 @@ class LlamaCppModel:
         self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise ModelError(f"llama.cpp cannot load {path} ({_reason()}): give a whole GGUF file")
+        self._free = weakref.finalize(self, llama_cpp.llama_model_free, self.pointer)
+        self._free.atexit = False  # a step may still run
         self.vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
         self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
         self.context_length: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
@@ -109,9 +113,8 @@ class LlamaCppModel:
 
     def close(self) -> None:
         """Frees the weights. The engines that use them must be closed before."""
-        if self.pointer:
-            llama_cpp.llama_model_free(self.pointer)
-            self.pointer = None
+        self._free()
+        self.pointer = None
 
 
 @dataclass(slots=True)
@@ -145,6 +148,12 @@ class _Cache:
     def copy(self, source: int, target: int, first: int, stop: int = -1) -> None:
         """The cells of `source` at positions first .. stop - 1 belong to `target` too."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, first, stop)
+
+
+def _free(model: LlamaCppModel, context: Any, batch: Any) -> None:
+    """Frees a context; that it holds the model lets the weights outlive it, whatever is collected first."""
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
 
 
 class LlamaCppEngine(BatchingEngine):
@@ -194,7 +203,6 @@ class LlamaCppEngine(BatchingEngine):
         params.n_seq_max = MAX_SEQUENCES
         params.n_threads = params.n_threads_batch = threads or _processors()
         params.kv_unified = params.swa_full = params.no_perf = True
-        self._model = model  # the weights must outlive the context
         _said.clear()
         self._context = llama_cpp.llama_init_from_model(model.pointer, params)
         if not self._context:
@@ -203,17 +211,17 @@ class LlamaCppEngine(BatchingEngine):
                 "max_num_seqs or max_model_len"
             )
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, MAX_SEQUENCES)
+        self._free = weakref.finalize(self, _free, model, self._context, self._batch)
+        self._free.atexit = False
         self._seen: tuple[tuple[int, int], Floats] = (0, 0), np.empty((0, self._size), np.float32)
         self._cache = _Cache(self._context)
         self._places: dict[str, _Place] = {}
         self._remembered: OrderedDict[int, Ints] = OrderedDict()
 
     def close(self) -> None:
-        """Frees the cache; the engine cannot be used any more."""
-        if self._context:
-            llama_cpp.llama_batch_free(self._batch)
-            llama_cpp.llama_free(self._context)
-            self._context = None
+        """Frees the cache, as being collected does; the engine cannot be used any more."""
+        self._free()
+        self._context = None
 
     def forget(self) -> None:
         """Forgets the prompts that are remembered."""

@@ -72,6 +72,7 @@ class NativeModel:
             raise ModelError(f"the native engine cannot run this model: {lib.error()}")
         self.close = weakref.finalize(self, self._library.pastalm_model_free, self.pointer)
         """Frees the library's part; the model and its pools cannot be used any more."""
+        self.close.atexit = False  # a step may still run
 
     def _layer(self, i: int) -> lib.Layer:
         a = self.architecture
@@ -104,6 +105,7 @@ class Pool:
         if not self.pointer:
             raise ModelError(f"{lib.error()}: lower max_num_seqs or max_model_len")
         self.close = weakref.finalize(self, self._library.pastalm_pool_free, self.pointer)
+        self.close.atexit = False
         self.slot_bytes: int = self._library.pastalm_pool_bytes(self.pointer)
         """Bytes of keys and values of one token."""
 

@@ -101,9 +101,11 @@ def main() -> None:
     if chosen.out.is_file():
         done = [Answer(**json.loads(line)) for line in chosen.out.read_text().splitlines()]
     there = {(a.id, a.system) for a in done}
-    systems = {f"ours, llama.cpp, {path.stem}": LLM(str(path), max_num_seqs=1) for path in chosen.gguf}
+    systems = {
+        f"ours, llama.cpp, {path.stem}": LLM(str(path), engine="llama.cpp", max_num_seqs=1) for path in chosen.gguf
+    }
     if not chosen.no_transformers:
-        systems["ours, transformers"] = LLM(max_num_seqs=1)
+        systems["ours, transformers"] = LLM(engine="transformers", max_num_seqs=1)
     against = LlamaCpp(chosen.against, 4096)
     for turn, (identity, prompt) in enumerate(named[: chosen.limit]):
         order = list(systems.items())

@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", type=Path, help="JSONL with `instruction`")
     parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--engine", default="auto")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
@@ -56,7 +57,7 @@ def main() -> None:
     chosen = parser.parse_args()
     prompts = [p.text for p in read(chosen.prompts) if len(p.text) < 1000]
     random.Random(chosen.seed).shuffle(prompts)
-    llm = LLM(chosen.model, max_num_seqs=max(chosen.requests), max_model_len=1024)
+    llm = LLM(chosen.model, engine=chosen.engine, max_num_seqs=max(chosen.requests), max_model_len=1024)
     batch(llm, prompts[:1], 1, 16)
     print("| requests | decoding | text tokens/s (range) | tokens/s | p50 s | p95 s | ms a text token |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -1,7 +1,8 @@
 """Memory: bytes of KV cache a token, and whether anything leaks over many requests.
 
-    python benchmarks/memory.py                  # the embedded model, transformers
-    python benchmarks/memory.py --model m.gguf   # on llama.cpp
+    python benchmarks/memory.py                          # the embedded model on the native engine
+    python benchmarks/memory.py --engine transformers
+    python benchmarks/memory.py --engine llama.cpp --model m.gguf
 
 Requests of random prompts come and go, some cancelled half-way; resident memory is read after each
 hundred. Prints one line each, and the growth between the second and the last.
@@ -24,10 +25,11 @@ WORDS = ("sleep", "water", "food", "rest", "walk", "read", "write", "house", "ri
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--engine", default="auto")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--max-tokens", type=int, default=48)
     chosen = parser.parse_args()
-    llm = LLM(chosen.model, max_num_seqs=16, max_model_len=512)
+    llm = LLM(chosen.model, engine=chosen.engine, max_num_seqs=16, max_model_len=512)
     engine = llm.driver.engine
     pool = getattr(engine, "_pool", None)
     rng = random.Random(0)
@@ -50,7 +52,9 @@ def main() -> None:
             print(f"{number} requests: {resident[-1]:.0f} MiB resident", flush=True)
     if len(resident) > 1:
         print(f"growth after the first two hundred: {resident[-1] - resident[1]:+.1f} MiB")
-    if pool is not None:
+    if engine.capabilities.name == "native":
+        print(f"KV cache: {pool.slot_bytes} bytes a token")
+    elif pool is not None:
         keys = sum(layer.keys.nbytes + layer.values.nbytes for layer in pool.layers)
         config = llm.loaded.model.config
         heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)

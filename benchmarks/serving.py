@@ -224,7 +224,8 @@ def main() -> None:
     process = psutil.Process(chosen.pid) if chosen.pid else None
     clients = Clients(chosen.url, chosen.model, events=chosen.check)
     clients.ask(Request(every[0], 16), 1.0)
-    reference = LLM(chosen.model, adapter=chosen.adapter, dtype="float32", max_num_seqs=1) if chosen.check else None
+    options = {"engine": "transformers", "adapter": chosen.adapter, "dtype": "float32", "max_num_seqs": 1}
+    reference = LLM(chosen.model, **options) if chosen.check else None
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     said = Counter[str]()
     for turn in range(1 if chosen.check else chosen.rounds):

@@ -30,7 +30,8 @@ def main(
     adapter: str = "auto",
 ) -> None:
     """Prints a line for each method; exits with 1 if a token lies outside the tolerance."""
-    llm = LLM(adapter=None if adapter == "none" else adapter, dtype=dtype, max_num_seqs=1)
+    chosen = None if adapter == "none" else adapter
+    llm = LLM(engine="transformers", adapter=chosen, dtype=dtype, max_num_seqs=1)
     asked = prompts.read(source, limit)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0)
     own = {p.id: llm.chat([{"role": "user", "content": p.text}], params)[0].outputs[0].token_ids for p in asked}

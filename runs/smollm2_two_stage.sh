@@ -26,7 +26,7 @@ train() { # train KIND OUT ARGUMENTS...
   local kind=$1 out=$2; shift 2
   [ -s "$out/adapter/README.md" ] || "$pasta" train "$kind" "$@" --out "$out" --device "$device"
 }
-sample() { "$pasta" sample "$@" --max-num-seqs "$seqs" --device "$device"; }
+sample() { "$pasta" sample "$@" --engine transformers --max-num-seqs "$seqs" --device "$device"; }
 
 # 1. prompts: of our own making, and those of rows under Apache-2.0; the model's own answers to them
 whole prompts_own.jsonl "$python" "$here/prompts.py" "$own_prompts"

@@ -41,11 +41,13 @@ LIBRARY = PACKAGE / "libpastalm.so"
 REASON = PACKAGE / "not_built.txt"
 WORK = ROOT / "build" / "native"
 
+AVX512 = [f"-m{x}" for x in ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c"]]
 INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "plain": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [f"-m{x}" for x in ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c"]],
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
     },
     "aarch64": {"plain": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]},
 }

@@ -58,7 +58,7 @@ def engine() -> Iterator[Callable[..., NativeEngine]]:
 
 
 def errors(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> list[float]:
-    """Of each token the largest difference between the engine's logits and one masked forward pass, over their spread."""
+    """Of each token the largest difference between the engine's logits and one masked pass, over their spread."""
     linear = Linear(script.prompt, script.record, script.policy)
     n = len(linear.entries)
     visible = linear.visible if hiding else np.tril(np.ones((n, n), dtype=np.bool_))
@@ -115,7 +115,7 @@ PARTS = {
 """The parts of a packed model, and what transformers calls their modules."""
 
 
-@pytest.fixture(params=["avx512", "avx2", "neon", "plain"])
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "neon", "plain"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     found = library.library()
     before = found.pastalm_kernels()
@@ -187,7 +187,7 @@ def load_unpacked(model: PreTrainedModel, packed: NativeModel) -> None:
             put({"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}[part], rows)
 
 
-def test_a_cache_in_bfloat16_is_near(engine: Callable[..., NativeEngine]) -> None:
+def test_a_cache_in_bfloat16_is_near(engine: Callable[..., NativeEngine], kernels: None) -> None:
     (script,) = random_scripts(3, "promised", 1)
     play(engine(cache_type="BF16"), [script])
     assert CLOSE < error(reference("llama"), script) < 0.1

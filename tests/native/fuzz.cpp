@@ -12,12 +12,13 @@
 #include <string>
 #include <thread>
 
+#include "draw.h"
 #include "random_models.h"
 
 namespace {
 
 const std::vector<int> TYPES = {PASTALM_Q4, PASTALM_Q8, PASTALM_BF16, PASTALM_F32, PASTALM_F16};
-const char *const KERNELS[] = {"plain", "avx2", "avx512", "avx512-vnni", "neon", "neon-dotprod"};
+const char *const KERNELS[] = {"plain", "avx2", "avx512", "avx512bf16", "neon"};
 constexpr float NONE = -12345.f; /* what no logit is */
 
 struct Caller {
@@ -273,6 +274,39 @@ void strange_pool(Caller &by, Model &model, Model &other) {
     by.must_refuse(failed, "a pool of another shape");
 }
 
+/* Rows of logits, some of them infinite or no numbers, and what is drawn from each. */
+template <class Float>
+void draw(Caller &by) {
+  Random &random = by.random;
+  const int rows = random.between(1, 5), size = random.between(1, random.once_in(5) ? 3000 : 130);
+  std::vector<std::vector<Float>> logits;
+  std::vector<const void *> addresses;
+  std::vector<double> temperatures;
+  std::vector<uint64_t> keys;
+  for (int r = 0; r < rows; r++) {
+    logits.emplace_back(size_t(size));
+    const float scale = random.once_in(5) ? 1e30f : 10;
+    for (Float &x : logits.back()) x = Float(random.real(-scale, scale));
+    for (int i = random.once_in(3) ? random.below(4) : 0; i; i--)
+      logits.back()[size_t(random.below(size))] =
+          std::numeric_limits<Float>::infinity() * Float(random.of({1, -1, 0})); /* 0: not a number */
+    addresses.push_back(logits.back().data());
+    temperatures.push_back(std::pow(10.0, double(random.real(-40, 40)) / (random.once_in(4) ? 1 : 40)));
+    keys.push_back(random.bits());
+  }
+  std::vector<int64_t> tokens(size_t(rows), -1);
+  auto call = [&](int n, int width) {
+    return pastalm_draw(n, width, sizeof(Float) == 8, addresses.data(), temperatures.data(), keys.data(), tokens.data());
+  };
+  by.must(call(rows, size) == 0, "a draw was refused");
+  for (int64_t token : tokens) by.must(token >= 0 && token < size, "drew token " + std::to_string(token));
+  const std::vector<int64_t> before = tokens;
+  by.must(call(rows, random.of({0, -1, INT_MIN})) != 0 && call(-1, size) != 0, "not refused: a draw from nothing");
+  temperatures[size_t(random.below(rows))] = random.of({0, -1}), addresses[0] = random.once_in(2) ? nullptr : addresses[0];
+  by.must(call(rows, size) != 0, "not refused: a draw at no temperature");
+  by.must(tokens == before, "a draw that was refused wrote tokens");
+}
+
 void one_plan(Caller &by, std::vector<std::unique_ptr<Model>> &models) {
   Random &random = by.random;
   Model &model = *models[size_t(random.below(int(models.size())))];
@@ -291,8 +325,10 @@ void one_plan(Caller &by, std::vector<std::unique_ptr<Model>> &models) {
     wrong_pool(by, model, pool);
   } else if (kind < 17) {
     strange_pool(by, model, *models[size_t(random.below(int(models.size())))]);
-  } else if (kind < 27) {
+  } else if (kind < 25) {
     move_slots(by, pool);
+  } else if (kind < 28) {
+    random.once_in(2) ? draw<float>(by) : draw<double>(by);
   } else if (kind < 50) {
     const Plan plan(random, model.weights.config, pool.slots, 40);
     const std::vector<float> before = logits_of(by, plan, model, pool);

@@ -1,4 +1,5 @@
-/* The arithmetic of a step, compiled once for each instruction set: -DPASTALM_ISA=plain, avx2, avx512 or neon.
+/* The arithmetic of a step, compiled once for each instruction set: -DPASTALM_ISA=plain, avx2, avx512,
+ * avx512bf16 or neon.
  *
  * Products read each block of weights once for all rows of a tile: further rows cost arithmetic only, which few rows
  * have to spare while weights come from memory. Attention reads each page once for all query rows of a tile; rows
@@ -41,6 +42,10 @@ INLINE void add_group(const char *quants, const char *scales, const int8_t *q, c
   UNROLL for (int r = 0; r < M; r++) add_product(sums[r], as_floats(acc[r].end()), by_output * all(scale[r]));
 }
 
+/* Weights are asked for this many bytes before they are needed: processors foresee a run up to the end of its page only,
+ * and with several rows they look too late. */
+constexpr int64_t AHEAD = 4096;
+
 template <int M, bool NARROW>
 INLINE void add_bytes_block(const char *block, const Rows &rows, int64_t row, Sums<M> &sums) {
   const int64_t groups = rows.width / GROUP, panel = row / PANEL_ROWS, within = row % PANEL_ROWS;
@@ -49,6 +54,7 @@ INLINE void add_bytes_block(const char *block, const Rows &rows, int64_t row, Su
   const int32_t *offset = rows.offset + panel * PANEL_ROWS * groups + within;
   constexpr int64_t size = NARROW ? 256 : 512;
   for (int64_t g = 0; g < groups; g += 2) {
+    UNROLL for (int64_t i = 0; i < 64 + 2 * size; i += 64) __builtin_prefetch(block + AHEAD + i);
     add_group<M, NARROW>(block + 64, block, q, scale, offset, sums);
     if (g + 1 == groups) break;
     add_group<M, NARROW>(block + 64 + size, block + 32, q + PANEL_ROWS * GROUP, scale + PANEL_ROWS, offset + PANEL_ROWS,
@@ -290,150 +296,164 @@ void write(const pastalm_pool &pool, int64_t slot, int32_t layer, int32_t head, 
   }
 }
 
-/* 16 and 16 elements that lie interleaved (bfloat16) or `apart` elements from each other (float32). */
-template <int TYPE>
-INLINE void load_pair(const char *from, int64_t at, int64_t apart, Floats &first, Floats &second) {
-  if (TYPE == PASTALM_F32) {
-    first = load(reinterpret_cast<const float *>(from) + at);
-    second = load(reinterpret_cast<const float *>(from) + at + apart);
-  } else {
-    const Ints pair = load_ints(from + at * 2);
-    first = lower_halves(pair), second = higher_halves(pair);
-  }
-}
-
 /* ------------------------------------------------------------------------------ attention */
 
-template <int TYPE, int R>
-INLINE void score_page(const char *keys, int64_t head_dim, const float *const *queries, Floats (&scores)[R]) {
-  UNROLL for (int r = 0; r < R; r++) scores[r] = all(0);
-  for (int64_t d = 0; d < head_dim; d += 2) {
-    Floats even, odd;
-    load_pair<TYPE>(keys, d * PAGE, PAGE, even, odd);
-    UNROLL for (int r = 0; r < R; r++) {
-      add_product(scores[r], even, all(queries[r][d]));
-      add_product(scores[r], odd, all(queries[r][d + 1]));
-    }
-  }
-}
-
-/* out[r][16 * c ..] += weights[r][s] * values[s][16 * c ..], C columns of 16 at once. */
-template <int TYPE, int R, int C>
-INLINE void add_values(const char *values, int64_t head_dim, int64_t column, const float *const *weights,
-                       float *const *out) {
-  Floats acc[R][C];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = load(out[r] + column + c * LANES);
-  for (int s = 0; s < PAGE; s += 2) {
-    UNROLL for (int c = 0; c < C; c++) {
-      Floats even, odd;
-      const int64_t d = column + c * LANES;
-      load_pair<TYPE>(values, TYPE == PASTALM_F32 ? s * head_dim + d : (s / 2 * head_dim + d) * 2, head_dim, even, odd);
-      UNROLL for (int r = 0; r < R; r++) {
-        add_product(acc[r][c], even, all(weights[r][s]));
-        add_product(acc[r][c], odd, all(weights[r][s + 1]));
-      }
-    }
-  }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(out[r] + column + c * LANES, acc[r][c]);
-}
-
-#if defined(SIMD_AVX512)
-constexpr int COLUMNS(int rows) { return rows <= 6 ? 4 : 2; }
-#else
-constexpr int COLUMNS(int rows) { return rows <= 2 ? 2 : 1; }
-#endif
-
-template <int TYPE, int R>
-void score(const Cache &cache, const Tile &tile, int first, int64_t page, int64_t at, int64_t stride, float softcap_,
-           float *scores, Floats *most) {
-  Floats own[R];
-  score_page<TYPE, R>(static_cast<const char *>(cache.keys) + page * PAGE * cache.head_dim * (TYPE == PASTALM_F32 ? 4 : 2),
-                      cache.head_dim, tile.queries + first, own);
-  for (int r = 0; r < R; r++) {
-    Floats x = own[r];
-    if (softcap_ > 0) x = hyperbolic_tangent(x * all(1 / softcap_)) * all(softcap_);
-    x = hide(x, tile.visible[first + r][page]);
-    most[first + r] = larger(most[first + r], x);
-    store(scores + (first + r) * stride + at, x);
-  }
-}
-
-template <int TYPE, int R>
-void weigh(const Cache &cache, const Tile &tile, int first, int64_t page, int64_t at, int64_t stride,
-           const float *scores) {
-  const int64_t d = cache.head_dim;
-  const char *values = static_cast<const char *>(cache.values) + page * PAGE * d * (TYPE == PASTALM_F32 ? 4 : 2);
-  const float *weights[R];
-  float *out[R];
-  UNROLL for (int r = 0; r < R; r++) weights[r] = scores + (first + r) * stride + at, out[r] = tile.partials[first + r] + 2;
-  constexpr int C = COLUMNS(R);
-  int64_t column = 0;
-  for (; column + C * LANES <= d; column += C * LANES) add_values<TYPE, R, C>(values, d, column, weights, out);
-  for (; column < d; column += LANES) add_values<TYPE, R, 1>(values, d, column, weights, out);
-}
-
-/* Which rows of the tile see a page: from the first to the last that does. */
-INLINE void seers(const Tile &tile, int64_t page, int &first, int &last) {
-  first = 0, last = tile.rows;
-  while (first < last && !tile.visible[first][page]) first++;
-  while (last > first && !tile.visible[last - 1][page]) last--;
-}
-
-template <int TYPE>
-void attend_typed(const Cache &cache, const Tile &tile, const int32_t *pages, int64_t count, float softcap_,
-                  float *scores) {
-  const int64_t stride = count * PAGE;
+/* One tile over some pages, in the memory of one thread. Rows lie beside each other, so that any run of them is read
+ * with one address:
+ *   queries  [head_dim / 2][MOST_ROWS] pairs
+ *   weights  [pages][MOST_ROWS][16]: scores, then in the same place 8 pairs of weights
+ *   sums     [head_dim / 16][MOST_ROWS][16]: weighted values */
+template <bool BFLOAT16>
+struct Attention {
+  typedef typename Pairs<BFLOAT16>::One One;
+  static constexpr int64_t SIZE = BFLOAT16 ? 2 : 4;
+  const Cache &cache;
+  const Tile &tile;
+  const int32_t *pages;
+  const int64_t count;
+  One *queries;
+  float *weights, *sums;
   Floats most[MOST_ROWS];
-  for (int r = 0; r < tile.rows; r++) most[r] = all(-INFINITY);
+
+  Attention(const Cache &c, const Tile &t, const int32_t *p, int64_t n, float *scratch)
+      : cache(c), tile(t), pages(p), count(n), weights(scratch), sums(scratch + n * MOST_ROWS * PAGE) {
+    queries = reinterpret_cast<One *>(sums + MOST_ROWS * c.head_dim);
+    for (int64_t d = 0; d < c.head_dim; d += 2)
+      for (int r = 0; r < t.rows; r++)
+        queries[d / 2 * MOST_ROWS + r] = Pairs<BFLOAT16>::one(t.queries[r][d], t.queries[r][d + 1]);
+    for (int r = 0; r < t.rows; r++) most[r] = all(-INFINITY);
+    for (int64_t i = 0; i < MOST_ROWS * c.head_dim; i += LANES) store(sums + i, all(0));
+  }
+
+  float *row(int64_t i, int r) const { return weights + (i * MOST_ROWS + r) * PAGE; }
+  const char *page(const void *from, int64_t i) const {
+    return static_cast<const char *>(from) + pages[i] * PAGE * cache.head_dim * SIZE;
+  }
+
+  /* Which rows see a page: from the first to the last that does. */
+  void seers(int64_t i, int &first, int &last) const {
+    first = 0, last = tile.rows;
+    while (first < last && !tile.visible[first][pages[i]]) first++;
+    while (last > first && !tile.visible[last - 1][pages[i]]) last--;
+  }
+
+  template <int R>
+  void score(int64_t i, int first, float softcap_) {
+    Floats own[R];
+    UNROLL for (int r = 0; r < R; r++) own[r] = all(0);
+    const char *keys = page(cache.keys, i);
+    const One *q = queries + first;
+    for (int64_t d = 0; d < cache.head_dim; d += 2, keys += 2 * PAGE * SIZE, q += MOST_ROWS) {
+      const Pairs<BFLOAT16> pairs = Pairs<BFLOAT16>::at(keys, PAGE);
+      UNROLL for (int r = 0; r < R; r++) pairs.add_to(own[r], q[r]);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      if (softcap_ > 0) own[r] = hyperbolic_tangent(own[r] * all(1 / softcap_)) * all(softcap_);
+      own[r] = hide(own[r], tile.visible[first + r][pages[i]]);
+      most[first + r] = larger(most[first + r], own[r]);
+      store(row(i, first + r), own[r]);
+    }
+  }
+
+  /* sums += weights * values of pages i .. end - 1, C columns of 16 at once. */
+  template <int R, int C>
+  void weigh(int64_t i, int64_t end, int first, int64_t column) {
+    Floats own[R][C];
+    float *to = sums + (column / LANES * MOST_ROWS + first) * LANES;
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) own[r][c] = load(to + (c * MOST_ROWS + r) * LANES);
+    for (; i < end; i++) {
+      const char *values = page(cache.values, i) + column * SIZE * (BFLOAT16 ? 2 : 1);
+      const One *w = reinterpret_cast<const One *>(row(i, first));
+      constexpr int64_t stride = PAGE * sizeof(float) / sizeof(One);
+      for (int s = 0; s < PAGE / 2; s++, values += 2 * cache.head_dim * SIZE)
+        UNROLL for (int c = 0; c < C; c++) {
+          const Pairs<BFLOAT16> pairs = Pairs<BFLOAT16>::at(values + c * LANES * SIZE * (BFLOAT16 ? 2 : 1), cache.head_dim);
+          UNROLL for (int r = 0; r < R; r++) pairs.add_to(own[r][c], w[r * stride + s]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(to + (c * MOST_ROWS + r) * LANES, own[r][c]);
+  }
+
+  template <int R>
+  void weigh_all(int64_t i, int64_t end, int first) {
+#if defined(SIMD_AVX512)
+    constexpr int C = R <= 6 ? 4 : 2;
+#else
+    constexpr int C = R <= 2 ? 2 : 1;
+#endif
+    int64_t column = 0;
+    for (; column + C * LANES <= cache.head_dim; column += C * LANES) weigh<R, C>(i, end, first, column);
+    for (; column < cache.head_dim; column += LANES) weigh<R, 1>(i, end, first, column);
+  }
+
 #if defined(SIMD_AVX512)
 #define EVERY_SIZE(DO) DO(12) DO(9) DO(6) DO(4) DO(3) DO(2) DO(1)
 #else
 #define EVERY_SIZE(DO) DO(4) DO(3) DO(2) DO(1)
 #endif
-  for (int64_t i = 0; i < count; i++) {
-    int first, last;
-    seers(tile, pages[i], first, last);
-    for (int r = 0; r < tile.rows; r++) /* the others do not see it */
-      if (r < first || r >= last) store(scores + r * stride + i * PAGE, all(-INFINITY));
-    while (first < last) {
-#define DO(R) \
-  if (last - first >= R) { score<TYPE, R>(cache, tile, first, pages[i], i * PAGE, stride, softcap_, scores, most); first += R; continue; }
-      EVERY_SIZE(DO)
-#undef DO
+#define SCORE(R) if (last - first >= R) { score<R>(i, first, softcap_); first += R; continue; }
+#define WEIGH(R) if (last - first >= R) { weigh_all<R>(i, end, first); first += R; continue; }
+
+  void score_all(float softcap_) {
+    for (int64_t i = 0; i < count; i++) {
+      int first, last;
+      seers(i, first, last);
+      while (first < last) {
+        EVERY_SIZE(SCORE)
+      }
     }
   }
-  for (int r = 0; r < tile.rows; r++) {
-    const float top = largest(most[r]);
-    float *own = scores + r * stride, *partial = tile.partials[r];
-    Floats total = all(0);
-    const Floats from = all(top == -INFINITY ? 0 : top); /* who sees nothing weighs nothing */
-    for (int64_t i = 0; i < stride; i += PAGE) {
-      const Floats weight = exponential(load(own + i) - from);
-      total = total + weight;
-      store(own + i, weight);
+
+  /* Scores become weights, relative to each row's largest. Who sees nothing weighs nothing. */
+  void soften() {
+    Floats total[MOST_ROWS], from[MOST_ROWS];
+    for (int r = 0; r < tile.rows; r++) {
+      const float top = largest(most[r]);
+      tile.partials[r][0] = top;
+      from[r] = all(top == -INFINITY ? 0 : top), total[r] = all(0);
     }
-    partial[0] = top;
-    partial[1] = sum(total);
-    for (int64_t i = 0; i < cache.head_dim; i += LANES) store(partial + 2 + i, all(0));
-  }
-  for (int64_t i = 0; i < count; i++) {
-    int first, last;
-    seers(tile, pages[i], first, last);
-    while (first < last) {
-#define DO(R) \
-  if (last - first >= R) { weigh<TYPE, R>(cache, tile, first, pages[i], i * PAGE, stride, scores); first += R; continue; }
-      EVERY_SIZE(DO)
-#undef DO
+    for (int64_t i = 0; i < count; i++) {
+      int first, last;
+      seers(i, first, last);
+      for (int r = first; r < last; r++) {
+        const Floats weight = exponential(load(row(i, r)) - from[r]);
+        total[r] = total[r] + weight;
+        Pairs<BFLOAT16>::store_ones(reinterpret_cast<One *>(row(i, r)), weight);
+      }
     }
+    for (int r = 0; r < tile.rows; r++) tile.partials[r][1] = sum(total[r]);
   }
-}
+
+  /* Pages that the same rows see are added up in one go. */
+  void weigh_pages() {
+    for (int64_t i = 0, end; i < count; i = end) {
+      int first, last, next_first, next_last;
+      seers(i, first, last);
+      for (end = i + 1; end < count; end++) {
+        seers(end, next_first, next_last);
+        if (next_first != first || next_last != last) break;
+      }
+      while (first < last) {
+        EVERY_SIZE(WEIGH)
+      }
+    }
+    for (int r = 0; r < tile.rows; r++)
+      for (int64_t d = 0; d < cache.head_dim; d += LANES)
+        store(tile.partials[r] + 2 + d, load(sums + (d / LANES * MOST_ROWS + r) * LANES));
+  }
+};
 
 void attend(int32_t type, const Cache &cache, const Tile &tile, const int32_t *pages, int64_t count, float softcap_,
-            float *scores) {
+            float *scratch) {
+  auto run = [&](auto &&attention) {
+    attention.score_all(softcap_);
+    attention.soften();
+    attention.weigh_pages();
+  };
   if (type == PASTALM_F32)
-    attend_typed<PASTALM_F32>(cache, tile, pages, count, softcap_, scores);
+    run(Attention<false>(cache, tile, pages, count, scratch));
   else
-    attend_typed<PASTALM_BF16>(cache, tile, pages, count, softcap_, scores);
+    run(Attention<true>(cache, tile, pages, count, scratch));
 }
 
 void merge(const float *partials, int64_t splits, int64_t apart, int64_t head_dim, float *out) {

@@ -56,6 +56,8 @@ struct Tile {
   float *partials[MOST_ROWS]; /* [2 + head_dim]: largest score, sum of weights, weighted sum of values */
 };
 
+inline int64_t scratch_of(int64_t pages, int64_t head_dim) { return MOST_ROWS * (pages * PAGE + 2 * head_dim); }
+
 struct Kernels {
   const char *name;
   /* out[row * stride + output], for blocks first_block .. last_block - 1 of the matrix (the first output of which is
@@ -73,16 +75,17 @@ struct Kernels {
   void (*rotate)(float *head, const float *cosine, const float *sine, int64_t half);
   void (*softcap)(float *x, int64_t count, float cap);
   void (*write)(const pastalm_pool &pool, int64_t slot, int32_t layer, int32_t head, const float *key, const float *value);
-  /* Some of the pages (ascending, of the request's) for one tile; scores: [MOST_ROWS][16 * pages]. */
+  /* Some of the pages (ascending, of the request's) for one tile. scratch: [scratch_of(count, head_dim)]. */
   void (*attend)(int32_t type, const Cache &cache, const Tile &tile, const int32_t *pages, int64_t count, float softcap,
-                 float *scores);
+                 float *scratch);
   /* The partials of one query row as one: [splits][2 + head_dim] -> [head_dim]. */
   void (*merge)(const float *partials, int64_t splits, int64_t apart, int64_t head_dim, float *out);
 };
 
 const Kernels *plain_kernels();
 const Kernels *avx2_kernels();
-const Kernels *avx512_kernels();
+const Kernels *avx512_kernels();     /* with VNNI: products of bytes */
+const Kernels *avx512bf16_kernels(); /* and products of bfloat16, for attention */
 const Kernels *neon_kernels();
 
 }  // namespace pastalm

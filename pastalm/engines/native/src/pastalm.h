@@ -84,7 +84,7 @@ typedef struct {
 
 int32_t pastalm_abi(void);
 const char *pastalm_error(void);   /* of the calling thread's last failure */
-const char *pastalm_kernels(void); /* "avx512-vnni", "avx2", "neon-dotprod", "plain": what this processor runs */
+const char *pastalm_kernels(void); /* "avx512bf16", "avx512", "avx2", "neon", "plain": what this processor runs */
 int32_t pastalm_use_kernels(const char *name); /* for tests: these from now on, where the processor has them */
 
 pastalm_model *pastalm_model_new(const pastalm_config *config, const pastalm_layer *layers, const pastalm_rope *ropes);

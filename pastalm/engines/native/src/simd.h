@@ -67,7 +67,7 @@ INLINE Ints load_ints(const void *from) {
 }
 INLINE Floats all(float value) {
   Floats x;
-  EACH x.part[i] = FloatRegister{} + value;
+  EACH x.part[i] = value - FloatRegister{}; /* x - 0 is x, and the compiler knows it; 0 + x is not */
   return x;
 }
 INLINE Ints all_ints(int32_t value) {
@@ -188,6 +188,52 @@ INLINE Floats hide(const Floats &a, uint16_t seen) {
 #endif
   return x;
 }
+
+/* What attention multiplies: 16 pairs of keys or values by one pair, the same for all. `Pairs::One` is such a pair as it
+ * is kept: two floats, or, where the processor multiplies bfloat16, two of those in one word. */
+template <bool BFLOAT16>
+struct Pairs {
+  struct One {
+    float first, second;
+  };
+  Floats even, odd;
+
+  /* bfloat16 lie in pairs; float32 in two runs of 16, `apart` from each other. */
+  static INLINE Pairs at(const void *from, int64_t apart) {
+    if (BFLOAT16) {
+      const Ints words = load_ints(from);
+      return {lower_halves(words), higher_halves(words)};
+    }
+    const float *floats = static_cast<const float *>(from);
+    return {load(floats), load(floats + apart)};
+  }
+  static INLINE One one(float first, float second) { return {first, second}; }
+  static INLINE void store_ones(One *to, const Floats &from) { store(&to->first, from); } /* 8 of 16 floats */
+  INLINE void add_to(Floats &sum, const One &by) const {
+    add_product(sum, even, all(by.first));
+    add_product(sum, odd, all(by.second));
+  }
+};
+#if defined(SIMD_AVX512) && defined(__AVX512BF16__)
+template <>
+struct Pairs<true> {
+  typedef int32_t One;
+  Ints words;
+
+  static INLINE Pairs at(const void *from, int64_t) { return {load_ints(from)}; }
+  static INLINE One one(float first, float second) {
+    const __m128bh both = _mm_cvtneps_pbh(_mm_set_ps(0, 0, second, first));
+    return _mm_cvtsi128_si32((__m128i)both);
+  }
+  static INLINE void store_ones(One *to, const Floats &from) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), (__m256i)_mm512_cvtneps_pbh((__m512)from.part[0]));
+  }
+  INLINE void add_to(Floats &sum, One by) const {
+    sum.part[0] = (FloatRegister)_mm512_dpbf16_ps((__m512)sum.part[0], (__m512bh)words.part[0],
+                                                  (__m512bh)_mm512_set1_epi32(by));
+  }
+};
+#endif
 
 INLINE float half_to_float(uint16_t half) { /* any float16 but infinities and NaN, which weights do not hold */
   uint32_t sign = (uint32_t)(half & 0x8000) << 16, bits = (uint32_t)(half & 0x7fff) << 13;

@@ -43,9 +43,10 @@ std::vector<const Kernels *> possible() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found.push_back(avx512_kernels());
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(avx512bf16_kernels());
+  if (avx512) found.push_back(avx512_kernels());
   if (avx2) found.push_back(avx2_kernels()); /* every processor with AVX2 has F16C */
 #elif defined(__aarch64__)
   if (getauxval(AT_HWCAP) & (1 << 20)) found.push_back(neon_kernels()); /* HWCAP_ASIMDDP */
@@ -274,7 +275,7 @@ struct Step {
   }
 
   /* One tile, one key head, one share of the pages. */
-  void attend(int32_t layer, const Sight &sight, const Part &part, int32_t head, int64_t split, float *scores) {
+  void attend(int32_t layer, const Sight &sight, const Part &part, int32_t head, int64_t split, float *scratch) {
     const pastalm_group &g = group[part.group];
     const int64_t begin = split * split_pages, end = std::min<int64_t>(begin + split_pages, part.pages.size());
     Tile tile;
@@ -294,7 +295,7 @@ struct Step {
       return;
     }
     const Cache cache{pool.at(layer, 0, head, g.base / PAGE), pool.at(layer, 1, head, g.base / PAGE), head_dim};
-    kernels.attend(pool.type, cache, tile, part.pages.data() + begin, end - begin, config.attention_softcap, scores);
+    kernels.attend(pool.type, cache, tile, part.pages.data() + begin, end - begin, config.attention_softcap, scratch);
   }
 
   void run(int thread) {
@@ -415,7 +416,7 @@ struct Step {
     for (size_t r = 0; r < model.ropes.size(); r++)
       model.cosines[r].of(n * 2 * model.ropes[r].inverse_frequencies.count);
     for (Buffer<float> &own : model.scratch)
-      own.of(std::max<size_t>(ROWS_AT_ONCE * 2 * GROUP, MOST_ROWS * split_pages * PAGE));
+      own.of(std::max<size_t>(ROWS_AT_ONCE * 2 * GROUP, scratch_of(split_pages, head_dim)));
     for (std::atomic<int32_t> &next : model.counters) next.store(0, std::memory_order_relaxed);
   }
 };

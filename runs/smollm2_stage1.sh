@@ -24,7 +24,7 @@ for row in rows[:160]:
     print(json.dumps({"id": row["id"], "prompt": row["prompt"]}))
 PYTHON
 for mode in "" --sequential; do
-  "$pasta" sample prompts.jsonl own.jsonl --adapter stage1/adapter --max-tokens 384 --max-num-seqs 64 $mode
+  "$pasta" sample prompts.jsonl own.jsonl --adapter stage1/adapter --max-tokens 384 --engine transformers --max-num-seqs 64 $mode
 done
 
 # 4. go on, unlearning what those answers repeat until they are cut off

@@ -1,13 +1,14 @@
 """Seconds per answer, asynchronous on our engines, against the fastest sequential decoding there is here.
 
-    pasta export q4_0.gguf --gguf Q4_0 && pasta export q8_0.gguf --gguf Q8_0
-    python benchmarks/answers.py PROMPTS.jsonl --gguf q8_0.gguf --against q4_0.gguf --out answers.jsonl
+    pasta export q4_0.gguf --gguf Q4_0 --adapter adapters/lambda2
+    python benchmarks/answers.py PROMPTS.jsonl --native adapters/lambda2 --against q4_0.gguf --out answers.jsonl
 
 Each prompt is answered greedily by each engine; the text that came out is then decoded once more
-sequentially, forced, by llama.cpp's own API with the file of `--against`: the same text in both, so an
-answer that is only shorter gains nothing. `cost` is time / (sequential time / theoretical speedup),
-length-matched: 1.0 where threads are free and a step costs what it costs there. Resumable; figures are
-geometric means over prompts with 95 % bootstrap intervals.
+sequentially, forced, by llama.cpp's own API with the file of `--against`, and by the engine itself: the same
+text in all, so an answer that is only shorter gains nothing. `cost` is time / (sequential time / theoretical
+speedup), length-matched: 1.0 where threads are free and a step costs what it costs there. `own` is the engine's
+own sequential time over its time, `own of theory` that over the theoretical speedup: 1.0 where threads are free.
+Resumable; figures are geometric means over prompts with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from forkjoin import LlamaCpp
+from forkjoin import LlamaCpp, processor
 
 from pastalm import LLM, SamplingParams, prompts
+from pastalm.engine import Request
 from pastalm.eval.means import mean
+from pastalm.events import Decoded, Forked
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt on one system. sequential: seconds for the same text on the system compared with."""
+    """One prompt on one system. sequential: seconds for the same text on the system compared with; own: on the same
+    engine, one token after the other."""
 
     id: str
     system: str
@@ -35,6 +40,7 @@ class Answer:
     critical_path: int
     seconds: float
     sequential: float
+    own: float
 
     @property
     def figures(self) -> dict[str, float]:
@@ -44,6 +50,8 @@ class Answer:
             "theoretical": theoretical,
             "realized": speedup,
             "cost": theoretical / speedup,
+            "own": self.own / self.seconds,
+            "own of theory": self.own / self.seconds / theoretical,
             "seconds": self.seconds,
             "sequential seconds": self.sequential,
         }
@@ -67,12 +75,29 @@ def answer(name: str, llm: LLM, against: LlamaCpp, identity: str, prompt: str) -
         critical_path=found.critical_path,
         seconds=found.seconds,
         sequential=against.force(list(stream.prompt_token_ids), text),
+        own=force(llm, stream.prompt_token_ids, text),
     )
 
 
+def force(llm: LLM, prompt: tuple[int, ...], tokens: list[int]) -> float:
+    """Seconds to decode given tokens one by one after a prompt on the engine alone, prefill included."""
+    engine, name = llm.driver.engine, "forced"
+    engine.forget()  # type: ignore[attr-defined]
+    params = SamplingParams(temperature=0, max_tokens=len(tokens) + 8)
+    begun = time.perf_counter()
+    engine.add(Request(id=name, prompt_token_ids=prompt, params=params, positions=llm.positions))
+    engine.apply(name, Forked(path=()))
+    for token in tokens:
+        engine.step()
+        engine.apply(name, Decoded(path=(), token=token))
+    seconds = time.perf_counter() - begun
+    engine.cancel(name)
+    return seconds
+
+
 def table(answers: list[Answer]) -> str:
-    lines = ["| system | prompts | theoretical | realized | cost | seconds | sequential seconds |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = list(answers[0].figures) if answers else []
+    lines = [f"| system | prompts | {' | '.join(columns)} |", "| --- " * (len(columns) + 2) + "|"]
     named: dict[str, list[dict[str, float]]] = {}
     for a in answers:
         named.setdefault(a.system, []).append(a.figures)
@@ -88,9 +113,11 @@ def table(answers: list[Answer]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", type=Path, help="JSONL with `instruction`")
+    parser.add_argument("--native", action="append", default=[], metavar="ADAPTER", help="on our native engine")
+    parser.add_argument("--dtype", default="auto", help="weights of the native engine")
     parser.add_argument("--gguf", type=Path, action="append", default=[], help="for our llama.cpp engine")
     parser.add_argument("--against", type=Path, required=True, help="for llama.cpp, sequential")
-    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--transformers", action="store_true", help="and on transformers, the adapter that ships")
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -104,8 +131,13 @@ def main() -> None:
     systems = {
         f"ours, llama.cpp, {path.stem}": LLM(str(path), engine="llama.cpp", max_num_seqs=1) for path in chosen.gguf
     }
-    if not chosen.no_transformers:
+    for adapter in chosen.native:
+        name = f"ours, native, {Path(adapter).name}, {chosen.dtype}"
+        systems[name] = LLM(engine="native", adapter=adapter, dtype=chosen.dtype, max_num_seqs=1)
+    if chosen.transformers:
         systems["ours, transformers"] = LLM(engine="transformers", max_num_seqs=1)
+    if not systems:
+        parser.error("give a system: --native, --gguf or --transformers")
     against = LlamaCpp(chosen.against, 4096)
     for turn, (identity, prompt) in enumerate(named[: chosen.limit]):
         order = list(systems.items())
@@ -117,7 +149,7 @@ def main() -> None:
                 file.write(json.dumps(asdict(done[-1])) + "\n")
             f = done[-1].figures
             print(f"{turn + 1} {identity} {name}: realized {f['realized']:.2f}, cost {f['cost']:.2f}", flush=True)
-    print(table(done))
+    print(f"{table(done)}\n\n{processor()}; against {chosen.against.name}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python benchmarks/forkjoin.py                          # the embedded model, transformers
     python benchmarks/forkjoin.py --gguf answer-q8_0.gguf  # and llama.cpp with that file
+    python benchmarks/forkjoin.py --native Q4_0 Q8_0 --gguf answer-q4_0.gguf --no-transformers --prefix 2048
     python benchmarks/forkjoin.py --compiled               # and our engine with torch.compile
     python benchmarks/forkjoin.py --openai http://127.0.0.1:8000/v1   # and a vLLM server of the same model
     python benchmarks/forkjoin.py --device cuda --shape gemma-7b      # random weights of that shape on a GPU
 
-The plan: a prefix of 512 tokens, k branches of 128 tokens each, a join, 32 tokens after it; token ids
+The plan: a prefix of 512 tokens (`--prefix`), k branches of 128 tokens each, a join, 32 tokens after it; token ids
 are given, ends are ignored, so what a model would say does not matter. Systems that cannot join stop
 after the branches. Every round runs all systems at one k, one after the other; figures are medians
 over rounds with the smallest and the largest. `forward` is the model's forward alone, on the inputs
@@ -20,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -39,7 +41,7 @@ from pastalm import models
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.events import Blocked, Decoded, Finished, Forked, Joined
 
-THREADS = (1, 2, 4, 8, 16)
+THREADS = (1, 2, 3, 4, 8, 16)
 BATCH = 512
 """Tokens in one call of llama.cpp at most."""
 
@@ -141,6 +143,8 @@ class Ours:
         pool, running = getattr(self.engine, "_pool", None), self.engine._running[name]  # type: ignore
         if pool is None:
             return None
+        if hasattr(pool, "slot_bytes"):
+            return pool.slot_bytes * running.layout.used
         a_slot = sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in pool.layers)
         return a_slot * running.layout.used
 
@@ -446,6 +450,23 @@ def on_gpu(chosen: argparse.Namespace, length: int) -> list[System]:
     return found
 
 
+def processor() -> str:
+    """The processor's own name, as far as the system says it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return f"{named[1] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def native(model: str, kind: str, length: int) -> Engine:
+    """The native engine with one range; model: a name or folder, or a GGUF file (kind: as it is)."""
+    from pastalm import packed_models
+    from pastalm.engines.native.engine import NativeEngine
+    from pastalm.engines.native.model import NativeModel
+
+    packed = packed_models.load_gguf(model) if model.endswith(".gguf") else packed_models.load(model, weights=kind)
+    return NativeEngine(NativeModel(packed.architecture, packed.tensors), max_num_seqs=1, max_model_len=length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=models.EMBEDDED)
@@ -453,18 +474,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=random_llama.SHAPES, help="random weights instead of --model")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
-    parser.add_argument("--only-gguf", action="store_true")
+    parser.add_argument("--native", nargs="+", default=[], help="weight types for the native engine")
+    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--prefix", type=int, default=512)
     parser.add_argument("--compiled", action="store_true", help="and our engine compiled (minutes)")
     parser.add_argument("--openai", help="base URL of a vLLM server of the same model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
     parser.add_argument("--json", type=Path, help="write the rows there too")
     chosen = parser.parse_args()
-    plan, systems = Plan(), list[System]()
+    plan, systems = Plan(prefix=chosen.prefix), list[System]()
     length = plan.prefix + max(chosen.threads) * plan.branch + plan.after + 128
     if chosen.device != "cpu":
         systems += on_gpu(chosen, length)
-    elif not chosen.only_gguf:
+    elif not chosen.no_transformers:
         from pastalm.engines.transformers import TransformersEngine
 
         loaded = models.load(chosen.model, dtype=chosen.dtype)
@@ -478,6 +501,8 @@ def main() -> None:
             systems.append(Ours("ours, compiled", engine))
             for k in chosen.threads:
                 systems[-1].run(Plan(prefix=32, branch=4, after=2), k)
+    for kind in chosen.native:
+        systems.append(Ours(f"ours, native {kind}", native(chosen.model, kind, length)))
     if chosen.gguf:
         from pastalm.engines.llama_cpp import LlamaCppEngine, LlamaCppModel
 
@@ -506,7 +531,7 @@ def main() -> None:
         held = torch.cuda.max_memory_allocated() / 1e9
         print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, peak {held:.1f} GB of its memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\n{platform.processor() or platform.machine()}, peak memory {peak:.0f} MB")
+    print(f"\n{processor()}, peak memory {peak:.0f} MB")
     if chosen.json:
         chosen.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n")
 

@@ -90,6 +90,7 @@ def load(
     of the embedding where they are one; None: as the others. Raises ModelError, CapabilityError."""
     folder = models.pull(name)
     chosen = models.adapter_folder(name, adapter)
+    _check_kind(folder)
     origin = Origin(name, (folder, *([chosen] if chosen else ())), (weights, head or weights))
     return _kept(origin, lambda: _packable(name, adapter, *origin.types))
 
@@ -333,7 +334,7 @@ _ROPES = ("default", "linear", "llama3", "yarn")
 def architecture(config: Any) -> Architecture:
     """What transformers' configuration says, in numbers. Raises CapabilityError for what the engine cannot do."""
     if said := complaint(_checks(config)):
-        raise CapabilityError(f"the native engine cannot run this model: {said}")
+        raise _refuse(said)
     gemma = config.model_type in _GEMMA
     ropes, layer_ropes = _ropes(config)
     scale = getattr(config, "query_pre_attn_scalar", None) if gemma else None
@@ -464,7 +465,7 @@ def _architecture_of(model: Any) -> Architecture:
     made = architecture(config)
     name = model.__class__.__name__
     if name != _CLASSES[config.model_type]:
-        raise CapabilityError(f"the native engine cannot run this model: {name} is not known to it")
+        raise _refuse(f"{name} is not known to it")
     table = model.get_input_embeddings().weight
     if config.model_type in _GEMMA:
         scale = torch.tensor(config.hidden_size**0.5).to(table.dtype)  # the model rounds it so
@@ -480,9 +481,7 @@ def _tensors(
     sources = _sources(state, made)
     tied = _tied(model)
     if unknown := sorted(set(state) - {name for names in sources.values() for name in names}):
-        raise CapabilityError(
-            f"the native engine cannot run this model: it does not know {unknown[0]}"
-        )
+        raise _refuse(f"it does not know {unknown[0]}")
     added = np.float32(1 if model.config.model_type in _GEMMA else 0)
     for name, of in sources.items():
         parts = [state[n].detach() for n in of]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -412,6 +413,20 @@ def test_what_cannot_be_packed_leaves_nothing_behind(folder: Path) -> None:
     assert [
         f.name for f in (folder.parent / "cache" / "packed").iterdir() if f.name != "hashes.json"
     ] == []
+
+
+def test_what_is_refused_is_refused_before_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("weights are read"))
+    (folder / "config.json").write_text(json.dumps(told | {"mlp_bias": True}))
+    with pytest.raises(CapabilityError, match="biases"):
+        packed_models.load(str(folder))
+    monkeypatch.setattr(packed_models, "_contents", lambda *_: pytest.fail("files are hashed"))
+    (folder / "config.json").write_text(json.dumps(told | {"model_type": "mixtral"}))
+    with pytest.raises(CapabilityError, match="mixtral"):
+        packed_models.load(str(folder))
 
 
 @pytest.mark.parametrize("missing", ["nowhere/at/all", "./none"])

@@ -119,7 +119,34 @@ class Packable:
     context_length: int
 
 
+def _refuse(said: str) -> CapabilityError:
+    return CapabilityError(f"the native engine cannot run this model: {said}")
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuses a type of model that is not known before its files are hashed."""
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, LookupError):
+        return  # loading the model says what is wrong
+    if kind not in _CLASSES:
+        raise _refuse(f"it is of type {kind!r}, not one of {', '.join(_CLASSES)}")
+
+
+def _check_configuration(folder: Path) -> None:
+    """Refuses before weights are read, which another engine would then have to read again."""
+    from transformers import AutoConfig
+
+    try:
+        with models.quiet():
+            config = AutoConfig.from_pretrained(folder)
+    except Exception:
+        return  # loading the model says what is wrong
+    architecture(config)
+
+
 def _packable(name: str, adapter: str | None, type: WeightType, head_type: WeightType) -> Packable:
+    _check_configuration(models.pull(name))
     loaded = models.load(name, adapter=adapter, dtype="stored")
     made = _architecture_of(loaded.model)
     return Packable(

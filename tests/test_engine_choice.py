@@ -114,7 +114,9 @@ def test_what_cannot_be_is_a_line(model: str, options: dict[str, Any], kind: typ
 
 
 @native
-def test_a_model_that_it_cannot_run_goes_to_transformers(odd: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_it_cannot_run_goes_to_transformers(
+    odd: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LLM(odd) as llm:
         assert engine_of(llm) == "transformers"
         assert llm.chat(HELLO, PARAMS)[0].outputs[0].token_ids
@@ -122,6 +124,7 @@ def test_a_model_that_it_cannot_run_goes_to_transformers(odd: str, caplog: pytes
     assert record.levelno == logging.WARNING
     assert "its MLP has biases" in record.message and "transformers" in record.message
     assert "\n" not in record.message
+    monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("weights are read to be refused"))
     for refused in ({"engine": "native"}, {"dtype": "q4_0"}):
         with pytest.raises(CapabilityError, match="its MLP has biases"):
             LLM(odd, **refused)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -29,7 +31,8 @@ _BLOCK = 16
 _GGML_BYTES = {"Q4_0": 18, "Q8_0": 34}
 _GROUP_BYTES = {"Q4_0": 256, "Q8_0": 512}
 _SLICE = 1 << 20
-"""Elements that are worked on at once."""
+"""Elements that a thread works on at once."""
+_THREADS = 8
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
@@ -166,11 +169,17 @@ def by_turns(gate: Rows, up: Rows) -> Rows:
 
 
 def pack_rows(rows: Rows, type: WeightType, *, blocks: bool = False) -> Matrix:
-    """`pack`, or `from_blocks`, of rows that are read a slice at a time."""
+    """`pack`, or `from_blocks`, of rows that are read a slice at a time, by several threads."""
     outputs, inputs, read = rows
     matrix = empty(type, outputs, inputs)
-    for first, last in slices(outputs, inputs):
-        (fill_blocks if blocks else fill)(matrix, first, read(first, last))
+    put = fill_blocks if blocks else fill
+
+    def pack_slice(bounds: tuple[int, int]) -> None:
+        put(matrix, bounds[0], read(*bounds))
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as threads:
+        for _ in threads.map(pack_slice, slices(outputs, inputs)):
+            pass
     return matrix
 
 

@@ -255,6 +255,7 @@ def test_a_wheel_without_the_library_is_pure_and_says_why(tree: Path, why: str) 
         made = wheel(tree, CXX="nothing")
     assert made.name.endswith("-py3-none-any.whl")
     assert contents(made) == {"not_built.txt"}
+    assert not (tree / NATIVE / "libpastalm.so").exists(), "it is not what the sources say"
     with zipfile.ZipFile(made) as opened:
         said = opened.read(f"{NATIVE}/not_built.txt").decode()
     assert why in said and said.count("\n") == 1

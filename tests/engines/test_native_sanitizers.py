@@ -6,6 +6,8 @@ runs under a sanitizer: tests/native/fuzz.cpp calls the C interface, with right 
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from tests.native.programs import agree, compiler, need, program, run
@@ -23,6 +25,12 @@ def test_no_byte_is_touched_that_is_not_ours() -> None:
 def test_threads_do_not_race() -> None:
     """ThreadSanitizer; two callers with models of their own, whose steps run on up to four threads each."""
     assert "no surprise" in run([program("fuzz", "thread"), "5000", "2", "2"])
+
+
+def test_where_memory_ends_calls_fail_and_nothing_else_does() -> None:
+    if sys.platform != "linux":
+        pytest.skip("limits are set as on Linux")
+    assert "no surprise" in run([program("limits")])
 
 
 def test_neon_computes_what_others_compute() -> None:

@@ -25,13 +25,14 @@ from pastalm import LLM, SamplingParams, models
 from pastalm.engine import Engine, Request
 from pastalm.events import Decoded, Forked
 
-START = """
-import resource, sys, time
+START = r"""
+import re, sys, time
 begun = time.perf_counter()
 from pastalm import LLM, SamplingParams
 llm = LLM(sys.argv[1], dtype=sys.argv[2], max_num_seqs=1)
 llm.chat([{"role": "user", "content": "Say hello."}], SamplingParams(temperature=0, max_tokens=1))
-print(time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+seconds = time.perf_counter() - begun
+print(seconds, int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) / 1024)
 """
 
 

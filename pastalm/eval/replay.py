@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pastalm.engines.native.weights import Matrix, Tensors, unpack
 from pastalm.events import Decoded, Event, Path, TokenSet
 from pastalm.layout import Layout, Policy, decoded_rows
 
@@ -60,6 +61,35 @@ def gaps(model: Any, row: Row) -> list[float]:
         input_ids=torch.tensor([row.ids]), position_ids=positions, attention_mask=mask, use_cache=False
     ).logits[0]
     return [_gap(logits[chosen.after].float(), chosen) for chosen in row.chosen]
+
+
+@torch.inference_mode()
+def load_unpacked(model: Any, tensors: Tensors) -> None:
+    """Gives a transformers model of the Llama kind the matrices that packed ones stand for, in place: what the native
+    engine computes is then to be compared with float activations over the same weights."""
+    modules = dict(model.named_modules())
+    whole = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    for name, held in tensors.items():
+        if not isinstance(held, Matrix):
+            continue
+        rows, (layer, _, part) = unpack(held), name.rpartition(".")
+        if part in whole:
+            targets = [whole[part]]
+        else:
+            targets = [modules[f"model.layers.{layer}.{inner}"] for inner in _INSIDE[part]]
+        if part == "gate_up":
+            rows = rows.reshape(-1, 2, 32, rows.shape[1]).swapaxes(0, 1).reshape(rows.shape)
+        for target, own in zip(targets, np.split(rows, np.cumsum([len(t.weight) for t in targets])[:-1]), strict=True):
+            target.weight.copy_(torch.from_numpy(own))
+
+
+_INSIDE = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""transformers' modules that a packed matrix of a layer holds, in its order."""
 
 
 def told(gaps: Sequence[float]) -> str:

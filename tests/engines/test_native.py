@@ -18,6 +18,7 @@ from pastalm.engines.native.engine import NativeEngine
 from pastalm.engines.native.model import NativeModel
 from pastalm.engines.native.weights import Matrix, WeightType, pack, unpack
 from pastalm.errors import CapabilityError, RequestError
+from pastalm.eval.replay import load_unpacked
 from pastalm.events import Decoded, Finished, Forked
 from pastalm.layout import Policy
 from tests.laws.oracle import Linear
@@ -140,7 +141,7 @@ def test_kernels_compute_what_the_weights_stand_for(kind: WeightType, part: str,
     engine = NativeEngine(made, max_model_len=512, cache_type="F32")
     play(engine, [script])
     model = tiny_model("qwen2", dtype=torch.float32)
-    load_unpacked(model, made)
+    load_unpacked(model, made.tensors)
     if kind.startswith("Q"):
         assert error(model, script) > 10 * CLOSE, "rounding shows"
         for name, module in model.named_modules():
@@ -158,33 +159,6 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     groups = x.unflatten(-1, (-1, 32))
     most = groups.abs().amax(-1, keepdim=True)
     return ((groups * (127 / most)).round() * (most / 127)).nan_to_num().flatten(-2)
-
-
-def load_unpacked(model: PreTrainedModel, packed: NativeModel) -> None:
-    """Gives a model the weights that a packed one stands for."""
-    state = model.state_dict()
-
-    def put(name: str, rows: np.ndarray) -> None:
-        state[name].copy_(torch.from_numpy(np.ascontiguousarray(rows)))
-
-    for name, held in packed.tensors.items():
-        if not isinstance(held, Matrix):
-            continue
-        rows = unpack(held)
-        layer, _, part = name.rpartition(".")
-        prefix = f"model.layers.{layer}"
-        if part == "qkv":
-            sizes = [len(state[f"{prefix}.self_attn.{p}_proj.weight"]) for p in "qkv"]
-            for p, own in zip("qkv", np.split(rows, np.cumsum(sizes)[:-1]), strict=True):
-                put(f"{prefix}.self_attn.{p}_proj.weight", own)
-        elif part == "gate_up":
-            pairs = rows.reshape(-1, 2, 32, rows.shape[1])
-            for i, p in enumerate(("gate", "up")):
-                put(f"{prefix}.mlp.{p}_proj.weight", pairs[:, i].reshape(-1, rows.shape[1]))
-        elif part in ("down", "attention_out"):
-            put(f"{prefix}." + {"down": "mlp.down_proj", "attention_out": "self_attn.o_proj"}[part] + ".weight", rows)
-        else:
-            put({"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}[part], rows)
 
 
 def test_a_cache_in_bfloat16_is_near(engine: Callable[..., NativeEngine], kernels: None) -> None:

@@ -82,7 +82,7 @@ class Thread:
     """A thread as the interpreter knows it. budget: tokens it may still decode, its children's grants
     taken out. reach: bound on its next position id. room: the least budget and the greatest reach at which
     it can make a promise as long as its last one. key: of its own topic. group: unjoined children and
-    their topics' keys."""
+    their topics' keys. last: what the text before its next token ends in."""
 
     path: Path
     budget: int
@@ -97,6 +97,7 @@ class Thread:
     group: dict[Path, str] = field(default_factory=dict)
     resume: tuple[int, ...] = ()
     carry: str = ""
+    last: str = "\n"
     scanner: Scanner = field(default_factory=Scanner)
     characters: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -133,6 +134,8 @@ class Interpreter:
         tags = vocabulary.tags
         self._open = (tags.async_open,) if tags else tuple(vocabulary.encode("<async>"))
         self._close = (tags.async_close,) if tags else tuple(vocabulary.encode("</async>"))
+        self._newline = tuple(vocabulary.encode("\n"))
+        self._chunk_end = len(self._newline) + len(self._close)
         self._digits = max(map(len, vocabulary.numbers)) if tags else 0
         self._digit_ids = {i for ids in vocabulary.numbers for i in ids} if tags else set()
         self._silent = vocabulary.eos.union(tags.ids if tags else ())
@@ -183,6 +186,7 @@ class Interpreter:
         thread.budget -= 1
         thread.reach += 1
         text = thread.characters.decode(self._vocabulary.piece(sampled.token))
+        thread.last = text or thread.last
         return self._went_on(thread, sampled, sampled.token, text)
 
     def _tag(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
@@ -196,8 +200,11 @@ class Interpreter:
             return
         inside = thread.mode != "text"
         text, promise = self._take(thread, token)
+        thread.last = text or thread.last
         ended = not inside and self._ends(thread, token)
         forced: list[int] = []
+        if ended and (newline := self._newline_due(thread)):
+            token, *forced = (*newline, *self._close)
         while not (ended or promise) and (only := self._only(thread)) is not None:
             forced.append(only)
             _, promise = self._take(thread, only)
@@ -235,7 +242,7 @@ class Interpreter:
         if child is not None and promise is not None:
             yield from self._fork(child, promise)
         if ended:
-            yield from self._end(thread, "stop")
+            yield from self._end(thread, "stop", self._newline_due(thread))
         elif spent:
             yield from self._cut(thread)
 
@@ -367,16 +374,16 @@ class Interpreter:
     def _room(self, depth: int, tokens: int, spare: int) -> tuple[int, float]:
         """The least budget and the greatest reach of a thread at which `spare` more tokens, a chunk of that length
         and its own end fit."""
-        grant, close = self._grant(tokens), len(self._close)
-        after = self._positions(depth) - tokens - CHUNK_TAGS - close
+        grant, end = self._grant(tokens), self._chunk_end if depth else len(self._close)
+        after = self._positions(depth) - tokens - CHUNK_TAGS - end
         within = self._positions(depth + 1) - grant
-        fits = grant > len(self._open) + close
-        return spare + grant + close, min(after, within) - spare if fits else -math.inf
+        fits = grant > len(self._open) + self._chunk_end
+        return spare + grant + end, min(after, within) - spare if fits else -math.inf
 
     def _positions(self, depth: int) -> float:
         """Positions that a thread may use: each leaves its parent those of its sync and its end."""
         limit = self._limits.max_position
-        return math.inf if limit is None else limit - depth * (1 + len(self._close))
+        return math.inf if limit is None else limit - depth * (1 + self._chunk_end)
 
     def _grant(self, tokens: int) -> int:
         return min(self._limits.max_chunk_tokens, 2 * tokens + CHUNK_SLACK)
@@ -423,6 +430,7 @@ class Interpreter:
             thread.carry = text + thread.carry
             yield from self._sync(thread, sampled.token)
             return
+        thread.last = text or thread.last
         is_tag = not text and bool(thread.scanner.held or marks)
         yield from self._went_on(
             thread, sampled, sampled.token, text, tag=is_tag, promise=promise, ended=ended
@@ -456,11 +464,13 @@ class Interpreter:
             "queued",
             key=key,
             resume=self._open,
+            last=parent.last,
         )
         parent.forks += 1
         parent.budget -= grant
         parent.reach += promise.tokens + CHUNK_TAGS
         parent.group[path] = key
+        parent.last = "\n"  # as every chunk ends in white space
         parent.room = self._room(len(parent.path), promise.tokens, self._spelling)
         self.threads[path] = child
         self._unfinished += 1
@@ -521,15 +531,25 @@ class Interpreter:
 
     def _spent(self, thread: Thread) -> bool:
         """Whether only the end of the thread still fits into its budget and the positions."""
-        end = len(self._close) if thread.path else 0
+        end = self._chunk_end if thread.path else 0
         return thread.budget <= end or thread.reach >= self._positions(len(thread.path)) - end
 
     def _cut(self, thread: Thread, reason: FinishReason = "length", why: str = "") -> Iterator[Event]:
-        """Ends a thread at its budget; a child's end tag, whose place was reserved, is forced."""
-        forced = self._close if thread.path else ()
-        thread.budget -= len(forced)
-        thread.reach += len(forced)
-        yield from self._end(thread, reason, forced, why)
+        """Ends a thread at its budget; a chunk's end, whose place was reserved, is forced."""
+        close = self._close if thread.path else ()
+        thread.budget -= len(close)
+        thread.reach += len(close)
+        yield from self._end(thread, reason, (*self._newline_due(thread), *close), why)
+
+    def _newline_due(self, thread: Thread) -> tuple[int, ...]:
+        """The newline that is forced at the end of a chunk where the text does not end in white space, so that nothing
+        runs into it. Its text comes with what the end releases."""
+        if not thread.path or (thread.carry or thread.last)[-1:].isspace():
+            return ()
+        thread.carry += "\n"
+        thread.budget -= len(self._newline)
+        thread.reach += len(self._newline)
+        return self._newline
 
     def _end(
         self, thread: Thread, reason: FinishReason, forced: Iterable[int] = (), why: str = ""

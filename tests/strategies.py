@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from pastalm.lang import LENGTHS, Async, Document, Node, Promise, Sync, Text, normalize
+from pastalm.lang import (
+    LENGTHS,
+    Async,
+    AsyncClose,
+    Document,
+    Mark,
+    Node,
+    Promise,
+    Sync,
+    Text,
+    linearize,
+    nest,
+    normalize,
+)
 
 LOOK_ALIKES = (
     "<", "</", "\\", "<\\", "<\\\\", "promise", "async", "/async", "sync", "sync/>", "<sync/>", "<async>",
@@ -21,6 +34,19 @@ words = st.text(
 ).filter(lambda word: len(word.split()) == 1)
 topics = st.lists(words, min_size=1, max_size=3).map(" ".join).filter(lambda t: t == " ".join(t.split()))
 promises = st.builds(Promise, topics, st.sampled_from(LENGTHS))
+
+
+def as_decoded(document: Document) -> Document:
+    """A script as it is played: where a chunk ends and the text does not end in white space, a newline."""
+    marks, last = list[Mark](), " "
+    for mark in linearize(document):
+        if isinstance(mark, Text):
+            last = mark.text[-1]
+        elif isinstance(mark, AsyncClose) and not last.isspace():
+            last = "\n"
+            marks.append(Text(last))
+        marks.append(mark)
+    return nest(marks)
 
 
 def _chunks(bodies: st.SearchStrategy[Document]) -> st.SearchStrategy[tuple[Node, ...]]:

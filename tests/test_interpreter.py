@@ -63,7 +63,7 @@ def test_a_child_does_not_see_the_end_that_its_parent_is_forced_to() -> None:
     """Where the grant takes all but the parent's end, the child still forks from the promise."""
     player = Player(max_tokens=600)
     parent = player.promise("a", 100)
-    tag, grant, end = 6, 2 * 20 + CHUNK_SLACK, 1
+    tag, grant, end = 6, 2 * 20 + CHUNK_SLACK, 2
     while player.interpreter.threads[parent].budget > tag + grant + end:
         player.sample(97, parent)
     child = player.promise("b", 20, parent)  # Player holds: forked right after the promise
@@ -348,13 +348,60 @@ def test_a_child_gets_its_grant_and_its_parent_what_is_left(tokens: int, cap: in
     assert player.reasons()[child] == "length"
 
 
-def test_a_cap_forces_the_end_of_the_chunk() -> None:
+@pytest.mark.parametrize(("said", "newline"), [("a", "\n"), (" ", ""), ("é", "\n"), ("\n", "")])
+def test_a_cap_forces_the_end_of_the_chunk(said: str, newline: str) -> None:
+    """Behind a newline where it would end in the middle of a line; nothing runs into it in either case."""
     player = Player()
     child = player.promise("a", 10)
     while child in player.live:
-        player.sample(97, child)
+        player.sample(said.encode()[player.interpreter.threads[child].budget % len(said.encode())], child)
     finished = next(e for e in player.events if isinstance(e, Finished))
-    assert (finished.path, finished.reason, finished.forced) == (child, "length", (TAGS.async_close,))
+    assert (finished.path, finished.reason) == (child, "length")
+    assert finished.forced == (*newline.encode(), TAGS.async_close)
+    assert finished.text == newline
+
+
+def test_a_chunk_that_ends_inside_a_line_ends_it() -> None:
+    player = Player(max_tokens=600)
+    first, second = player.promise("a", 20), player.promise("b", 20)
+    player.say("3. Venmo", first)
+    decoded, finished = player.sample(TAGS.async_close, first)
+    assert isinstance(decoded, Decoded)
+    assert isinstance(finished, Finished)
+    assert (decoded.token, decoded.forced, decoded.replaced) == (10, (TAGS.async_close,), True)
+    assert (decoded.text, decoded.logprob, finished.text) == ("", None, "\n")
+    player.say("4. Zelle ", second)
+    assert player.sample(TAGS.async_close, second)[0].forced == ()
+    assert (player.text(first), player.text(second)) == ("3. Venmo\n", "4. Zelle ")
+
+
+def test_the_newline_of_a_chunk_in_xml_stands_behind_the_tag_that_was_written() -> None:
+    player = Player(XML_BYTES)
+    player.say(XML)
+    *_, finished = player.say("b</async>", (0,))
+    assert isinstance(finished, Finished)
+    assert (finished.forced, finished.text) == ((10,), "\n")
+
+
+def test_a_chunk_that_ends_in_a_chunk_needs_no_newline_of_its_own() -> None:
+    player = Player(max_tokens=900)
+    child = player.promise("a", 100)
+    player.say("b", child)
+    inner = player.promise("b", 10, child)
+    assert _kinds(player.sample(TAGS.async_close, child)) == ["decoded", "finished"]
+    player.sample(TAGS.async_close, inner)
+    assert (player.text(child), player.text(inner)) == ("b", "\n")
+
+
+def test_an_empty_chunk_gets_a_newline_only_inside_a_line() -> None:
+    player = Player(max_tokens=900)
+    first = player.promise("a", 20)
+    player.say("b ")
+    second = player.promise("b", 20)
+    player.say("c")
+    third = player.promise("c", 20)
+    assert [player.sample(TAGS.async_close, path)[-1].forced for path in (first, second, third)] == [()] * 3
+    assert [player.text(path) for path in (first, second, third)] == ["", "", "\n"]
 
 
 def test_what_a_child_leaves_returns_at_the_join() -> None:
@@ -482,7 +529,7 @@ def test_an_unprepared_model_forks_syncs_and_ends(vocabulary: object) -> None:
     assert isinstance(joined, Joined)
     player.say("end")
     player.sample(EOS)
-    assert (player.text(), player.text((0,))) == ("Two: onend", "child")
+    assert (player.text(), player.text((0,))) == ("Two: onend", "child\n")
     assert set(player.reasons().values()) == {"stop"}
 
 
@@ -533,7 +580,7 @@ def test_the_end_token_ends_a_child_of_an_unprepared_model() -> None:
     player.say("some <b", (0,))
     player.sample(EOS, (0,))
     assert player.reasons() == {(0,): "stop"}
-    assert player.text((0,)) == "some <b"
+    assert player.text((0,)) == "some <b\n"
 
 
 @pytest.mark.parametrize(

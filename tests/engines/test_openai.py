@@ -42,6 +42,7 @@ from pastalm.vocabulary import TAG_TOKENS, Pieces, Vocabulary
 from tests.laws.test_replay import PLENTY, ROOM, roomy
 from tests.play import PIECES
 from tests.served import Parts, Reply, llama_cpp_server, streaming
+from tests.strategies import as_decoded
 
 PREPARED = byte_vocabulary()
 TAGS = PREPARED.tags
@@ -204,7 +205,7 @@ def waiting(document: Document) -> Document:
     return normalize(kept)
 
 
-written = roomy.map(waiting)
+written = roomy.map(waiting).map(as_decoded)
 
 
 @settings(max_examples=25)

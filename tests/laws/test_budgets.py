@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pastalm.events import Decoded, Event, Finished, Path
 from pastalm.interpreter import Limits
-from pastalm.lang import Sync, parse, strip
+from pastalm.lang import AsyncClose, Document, Sync, Text, linearize, parse, strip
 from pastalm.transcript import Transcript
 from pastalm.vocabulary import Vocabulary
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
@@ -77,9 +77,19 @@ def _ended(player: Player) -> None:
             assert max(player.positions(policy), default=0) < limit
 
 
+def _apart(document: Document) -> None:
+    """Nothing runs into a chunk: where one ends, the text so far ends in white space."""
+    last = " "
+    for mark in linearize(document):
+        last = mark.text[-1] if isinstance(mark, Text) else last
+        assert not isinstance(mark, AsyncClose) or last.isspace()
+
+
 def _told(player: Player) -> None:
     """The transcript of it holds together."""
     transcript = Transcript(player.events)
+    if "abort" not in player.reasons().values():
+        _apart(transcript.document)
     assert parse(transcript.annotated) == transcript.document
     assert strip(transcript.document) == transcript.text == transcript.settled
     assert transcript.tokens == player.tokens == len(list(transcript.linear_tokens()))

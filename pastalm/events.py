@@ -118,9 +118,9 @@ class Joined(_Event):
 class Finished(_Event):
     """Thread `path` ended: `stop` by its own end token or a stop string, `length` by a budget, or `abort`.
 
-    text: reader's text that the end adds: what was held back as a possible tag, the newline of a chunk that would end
-    inside a line. cut: the whole answer is cut before this character (there a stop string was found). why: of an `abort` that the engine
-    was the cause of, one line for people.
+    text: reader's text that the end adds: what was held back as a possible tag, the newline of a chunk that
+    would end inside a line. cut: the whole answer is cut before this character (there a stop string was
+    found). why: of an `abort` that the engine was the cause of, one line for people.
     """
 
     reason: FinishReason = "stop"

@@ -195,13 +195,14 @@ def test_code_for_better_processors_is_linked_last(source: Path) -> None:
     assert names[1] == "kernels-plain"
 
 
-def test_the_library_offers_its_interface_and_nothing_else() -> None:
+def test_a_library_offers_its_interface_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    compiler()
     need("nm")
-    if library.unavailable() or sys.platform != "linux":
-        pytest.skip(library.unavailable() or "symbols are listed on Linux")
-    said = run(["nm", "-D", "--defined-only", "--format=just-symbols", hatch_build.LIBRARY]).split()
-    assert set(library.SIGNATURES) <= set(said)
-    assert all(name.startswith("pastalm_") for name in said)
+    if sys.platform != "linux":
+        pytest.skip("symbols are listed as on Linux")
+    (source / "two.cpp").write_text(f"#include <string>\n{PUBLIC} void other(int i) {{ throw std::to_string(i); }}\n")
+    built = hatch_build.build(tmp_path / "out.so", source=source, work=tmp_path / "work")
+    assert run(["nm", "-D", "--defined-only", "--format=just-symbols", built]).split() == ["pastalm_abi"]
 
 
 @pytest.fixture
@@ -288,7 +289,7 @@ def test_kernels_agree() -> None:
     compiler()
     plainly = run([program("logits"), "plain", "1"])
     for name in kernels()[1:]:
-        agree(plainly, run([program("logits"), name, "1"]))
+        agree(plainly, run([program("logits"), name, "1"]), 0.03 if name.endswith("bf16") else 1e-4)
 
 
 def test_random_plans_and_wrong_ones() -> None:

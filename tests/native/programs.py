@@ -76,10 +76,11 @@ def kernels() -> list[str]:
     return [line.partition(":")[0] for line in said.splitlines()]
 
 
-def agree(some: str, others: str) -> None:
+def agree(some: str, others: str, typically: float = 1e-4) -> None:
     """What two runs of logits.cpp say is the same, by the largest difference as a share of the largest logit.
 
     Rounding may flip where an activation is quantised, or a key or a value becomes bfloat16; nothing else may differ.
+    typically: half of those steps differ by less (kernels that compute in bfloat16 by more than others).
     """
     off: dict[bool, list[float]] = {True: [], False: []}
     for some_line, other_line in zip(some.splitlines(), others.splitlines(), strict=True):
@@ -89,4 +90,4 @@ def agree(some: str, others: str) -> None:
             a, b = np.array(x, float), np.array(y, float)
             off[kind == pool == "3"].append(np.abs(a - b).max() / np.abs(a).max())
     assert max(off[True]) < 1e-4
-    assert max(off[False]) < 0.05 and np.median(off[False]) < 1e-4
+    assert max(off[False]) < 0.1 and np.median(off[False]) < typically

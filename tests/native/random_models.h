@@ -3,6 +3,7 @@
  * it is seen by a sanitizer. */
 #ifndef RANDOM_MODELS_H
 #define RANDOM_MODELS_H
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -67,7 +68,7 @@ struct Weights {
     config.threads = random.once_in(4) ? random.between(2, 4) : 1;
     config.epsilon = 1e-5f;
     config.embedding_scale = random.once_in(3) ? random.real(1, 8) : 1;
-    config.attention_scale = random.real(.05f, .5f);
+    config.attention_scale = random.real(.5f, 1.5f) / std::sqrt(float(config.head_dim));
     config.attention_softcap = random.once_in(4) ? 20.f : 0.f;
     config.logit_softcap = random.once_in(4) ? 30.f : 0.f;
     config.embedding = matrix(random, type(), config.vocabulary, config.hidden);

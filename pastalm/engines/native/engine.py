@@ -133,7 +133,7 @@ class NativeEngine(BatchingEngine):
                 np.array([len(where) - 1] if last else [], dtype=np.int32),
             )
         self._memory[own] = prompt.copy()
-        main.logits = logits[0] if logits is not None and len(logits) else None
+        main.logits = logits[0].copy() if logits is not None and len(logits) else None
 
     # ------------------------------------------------------------------ decoding
 

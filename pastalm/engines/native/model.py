@@ -108,6 +108,7 @@ class Pool:
         self.close.atexit = False
         self.slot_bytes: int = self._library.pastalm_pool_bytes(self.pointer)
         """Bytes of keys and values of one token."""
+        self._logits = np.empty((0, model.architecture.vocabulary), dtype=np.float32)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """What `count` slots from `source` on hold, also from `target` on."""
@@ -125,9 +126,11 @@ class Pool:
         groups: Any,
         keep: NDArray[np.int32],
     ) -> NDArray[np.float32]:
-        """Logits [len(keep), vocabulary] of one forward pass. ids, positions, slots: [tokens]; groups: an array of
-        `library.Group`, which the tokens belong to in order. Raises EngineError."""
-        logits = np.empty((len(keep), self._model.architecture.vocabulary), dtype=np.float32)
+        """Logits [len(keep), vocabulary] of one forward pass, in memory that the next one writes anew. ids, positions,
+        slots: [tokens]; groups: an array of `library.Group`, which the tokens belong to in order. Raises EngineError."""
+        if len(keep) > len(self._logits):
+            self._logits = np.empty((len(keep), self._model.architecture.vocabulary), dtype=np.float32)
+        logits = self._logits[: len(keep)]
         _check(
             self._library.pastalm_step(
                 self._model.pointer,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,9 +273,10 @@ PROMPT = [{"role": "user", "content": "Five tips, <|im_end|> please."}]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A saved model, with a cache that is empty. Its files are old, so that their hashes are remembered."""
+    """A saved model, with a cache that is empty. Its files are old, so that their hashes are remembered. It has
+    vectors of 32 bytes, after which the next tensor must not lie."""
     monkeypatch.setenv("PASTALM_CACHE", str(tmp_path / "cache"))
-    model = random_model("Llama", vocab_size=len(BYTE_LEVEL), intermediate_size=96)
+    model = random_model("Qwen3", vocab_size=len(BYTE_LEVEL), head_dim=8)
     models.save(model, BYTE_LEVEL, tmp_path / "model")
     for file in (tmp_path / "model").iterdir():
         os.utime(file, (1e9, 1e9))
@@ -362,6 +364,17 @@ def test_a_model_that_changes_is_packed_anew(folder: Path, change: Callable[[Pat
     assert len(files(folder)) == 1, "the file of what was there before is of no use"
 
 
+def test_a_file_written_twice_at_the_same_time_is_read_twice(folder: Path) -> None:
+    """Clocks have steps: what was written just now may be written again without a later time."""
+    template = folder / "chat_template.jinja"
+    prompts, now = [], time.time_ns()
+    for text in ("{{ messages[0].content }}one", "{{ messages[0].content }}two"):
+        template.write_text(text)
+        os.utime(template, ns=(now, now))
+        prompts.append(models.chat_prompt(packed_models.load(str(folder)).loaded, PROMPT))
+    assert prompts[0] != prompts[1]
+
+
 def test_a_file_that_was_only_touched_or_moved_is_not_packed_anew(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,7 +401,7 @@ def test_a_broken_file_is_packed_anew(folder: Path) -> None:
     (name,) = files(folder)
     kept = folder.parent / "cache" / "packed" / name
     whole = kept.read_bytes()
-    for broken in (b"", whole[:50], whole[:-1], bytes(len(whole)), whole[64:]):
+    for broken in (b"", whole[:50], whole[:-1], bytes(len(whole)), whole[64:], b"x" + whole[1:]):
         kept.unlink()  # the mapped one must stay as it is
         kept.write_bytes(broken)
         assert same(packed_models.load(str(folder)), packed)

@@ -274,9 +274,9 @@ PROMPT = [{"role": "user", "content": "Five tips, <|im_end|> please."}]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A saved model, with a cache that is empty. Its files are old, so that their hashes are remembered. It has
-    vectors of 32 bytes, after which the next tensor must not lie."""
+    vectors of 16 bytes, right after which the next tensor must not lie."""
     monkeypatch.setenv("PASTALM_CACHE", str(tmp_path / "cache"))
-    model = random_model("Qwen3", vocab_size=len(BYTE_LEVEL), head_dim=8)
+    model = random_model("Qwen3", vocab_size=len(BYTE_LEVEL), head_dim=4)
     models.save(model, BYTE_LEVEL, tmp_path / "model")
     for file in (tmp_path / "model").iterdir():
         os.utime(file, (1e9, 1e9))

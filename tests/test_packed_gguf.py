@@ -378,6 +378,13 @@ FILES: dict[str, tuple[str, str, dict[str, Any], Change | None, bool]] = {
     ),
     "llama, tied": ("llama", "Llama", {"tie_word_embeddings": True}, None, True),
     "llama, linear": ("llama", "Llama", {"rope_parameters": LINEAR}, linear, True),
+    "llama, usual base": (
+        "llama",
+        "Llama",
+        {},
+        lambda metadata, _: metadata.pop("rope.freq_base"),
+        True,
+    ),
     "llama, yarn": ("llama", "Llama", {"rope_parameters": YARN}, yarn, True),
     "llama, divisors": ("llama", "Llama", {}, divisors, False),
     "qwen2": ("qwen2", "Qwen2", {}, None, True),
@@ -495,6 +502,39 @@ def test_weights_are_taken_as_they_are_where_the_engine_has_their_type(
             assert equal(matrix, weights.pack(rows, "Q8_0")), name
     if kind in weights.TYPES:
         assert packed.tensors["1.gate_up"].type == kind  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_no_block_is_quantised_anew(kind: str, tmp_path: Path) -> None:
+    """These would come out otherwise: no quantisation makes them."""
+    of = getattr(gguf.GGMLQuantizationType, kind)
+    block, size = gguf.GGML_QUANT_SIZES[of]
+    rng = np.random.default_rng(0)
+
+    def other(_: Metadata, tensors: dict[str, Any]) -> None:
+        for name, array in tensors.items():
+            if (
+                "attn_q." in name
+                or "attn_k." in name
+                or "attn_v." in name
+                or "ffn_" in name
+                and array.ndim == 2
+            ):
+                blocks = rng.integers(0, 256, (len(array), array.shape[1] // block, size), np.uint8)
+                blocks[..., :2] = np.full(blocks.shape[:2], 0.01, np.float16)[..., None].view(
+                    np.uint8
+                )
+                tensors[name] = (blocks.reshape(len(array), -1), of)
+
+    model = random_model("Llama", vocab_size=len(trained("gpt-2")), num_hidden_layers=2)
+    file = write(model, tmp_path / "tiny.gguf", "llama", other)
+    tensors = packed_models.load_gguf(file).tensors
+    for name, (kinds, rows) in expected(file, model).items():
+        if kinds == {kind}:
+            matrix = tensors[name]
+            assert isinstance(matrix, weights.Matrix) and matrix.type == kind
+            assert np.array_equal(weights.unpack(matrix), rows), name
+            assert not equal(matrix, weights.pack(rows, matrix.type)), name
 
 
 def test_a_matrix_of_several_types_has_the_one_that_holds_them(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A saved model, with a cache that is empty. Its files are old, so that their hashes are remembered. It has
     vectors of 16 bytes, right after which the next tensor must not lie."""
     monkeypatch.setenv("PASTALM_CACHE", str(tmp_path / "cache"))
-    model = random_model("Qwen3", vocab_size=len(BYTE_LEVEL), head_dim=4)
+    model = random_model("Qwen3", vocab_size=len(BYTE_LEVEL), head_dim=4, num_attention_heads=8)
     models.save(model, BYTE_LEVEL, tmp_path / "model")
     for file in (tmp_path / "model").iterdir():
         os.utime(file, (1e9, 1e9))

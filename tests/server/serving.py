@@ -179,15 +179,20 @@ def tiny_parts() -> tuple[Any, Any]:
     return model.to(torch.float64).eval(), tokenizer
 
 
-def tiny(max_num_seqs: int = 4, max_model_len: int = 512) -> LLM:
-    """An LLM over the small random model."""
+def tiny(max_num_seqs: int = 4, max_model_len: int = 512, *, native: bool = False) -> LLM:
+    """An LLM over the small random model, on transformers in float64 or on the native engine in float32."""
+    from pastalm.engines.native.engine import NativeEngine
+    from pastalm.engines.native.model import NativeModel
     from pastalm.engines.transformers import TransformersEngine
+    from pastalm.packed_models import from_model
 
     model, tokenizer = tiny_parts()
     vocabulary = models.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])
     here = Loaded("played", model, tokenizer, vocabulary, True, "Write the answer in one piece.", 2048)
-    engine = TransformersEngine(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
-    return LLM.over(engine, here)
+    sizes = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
+    if native:
+        return LLM.over(NativeEngine(NativeModel(*from_model(model.float(), "F32")), cache_type="F32", **sizes), here)
+    return LLM.over(TransformersEngine(model, **sizes), here)
 
 
 def forking(llm: LLM) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Many clients at once, some of them rude, and an engine that fails: no answer is lost, crossed or left running.
 
-Over a small random model in float64, where an answer does not hang on its company: each is held against the same
-request alone. No test asserts speed.
+Over a small random model in float64, where an answer does not hang on its company, and in float32 on the native engine,
+where it has not been seen to: each is held against the same request alone. No test asserts speed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pytest
 from pastalm import LLM, EngineError, SamplingParams, models
 from pastalm.engine import Request as EngineRequest
 from pastalm.engine import SampledToken
+from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine
 from pastalm.events import from_json
 from pastalm.transcript import Transcript
@@ -47,6 +48,7 @@ from tests.server.serving import (
     tiny_parts,
 )
 
+BUILT = pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable())
 WORDS = ["five", "tips", "for", "sleeping", "well", "and", "why", "they", "help", "naive", "cafe", "say"]
 
 # ------------------------------------------------------------------------------ mixed load
@@ -130,13 +132,15 @@ def bad(served: Served, i: int) -> None:
     assert patiently(url, wrong[i % len(wrong)])[0] == (413 if i % len(wrong) == 4 else 400)
 
 
-def test_many_clients_get_what_each_would_get_alone() -> None:
-    reference, rng = tiny(max_num_seqs=1), random.Random(0)
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=BUILT)])
+def test_many_clients_get_what_each_would_get_alone(native: bool) -> None:
+    reference, rng = tiny(max_num_seqs=1, native=native), random.Random(0)
     bias = forking(reference)
     bodies = [request_of(rng, bias) for _ in range(90)]
     expected = [alone(reference, body) for body in bodies]
     assert len({text for texts in expected for text in texts}) > 60, "crossed answers would not show"
-    with serving(tiny(max_num_seqs=4), max_queue=6, max_body=20_000) as served, ThreadPoolExecutor(12) as clients:
+    llm = tiny(max_num_seqs=4, native=native)
+    with serving(llm, max_queue=6, max_body=20_000) as served, ThreadPoolExecutor(12) as clients:
         good = {i: clients.submit(asked, served, body) for i, body in enumerate(bodies)}
         rude = [clients.submit(leaving, served, bodies[i]) for i in range(0, 90, 10)]
         rude += [clients.submit(bad, served, i) for i in range(10)]

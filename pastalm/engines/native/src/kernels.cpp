@@ -54,7 +54,8 @@ INLINE void add_bytes_block(const char *block, const Rows &rows, int64_t row, Su
   const int32_t *offset = rows.offset + panel * PANEL_ROWS * groups + within;
   constexpr int64_t size = NARROW ? 256 : 512;
   for (int64_t g = 0; g < groups; g += 2) {
-    UNROLL for (int64_t i = 0; i < 64 + 2 * size; i += 64) __builtin_prefetch(block + AHEAD + i);
+    /* 0, 0: read once in a step, so that it need not push all else out of the caches */
+    UNROLL for (int64_t i = 0; i < 64 + 2 * size; i += 64) __builtin_prefetch(block + AHEAD + i, 0, 0);
     add_group<M, NARROW>(block + 64, block, q, scale, offset, sums);
     if (g + 1 == groups) break;
     add_group<M, NARROW>(block + 64 + size, block + 32, q + PANEL_ROWS * GROUP, scale + PANEL_ROWS, offset + PANEL_ROWS,
@@ -171,20 +172,11 @@ void bytes(const Rows &rows, int64_t row, int64_t column, int64_t width) {
     const Floats low = load(x), high = load(x + LANES);
     const float most = largest(larger(absolute(low), absolute(high)));
     const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
-    const float magic = 12582912.0f; /* adding it rounds to a whole number, which its lowest bits then are */
-    float lanes[GROUP];
-    store(lanes, low * all(inverse) + all(magic));
-    store(lanes + LANES, high * all(inverse) + all(magic));
-    int32_t total = 0;
-    for (int i = 0; i < GROUP; i++) {
-      int32_t bits;
-      memcpy(&bits, &lanes[i], 4);
-      const int8_t whole = (int8_t)(uint8_t)bits;
-      rows.q[at * GROUP + i] = whole;
-      total += whole;
-    }
+    const Ints first = nearest(low * all(inverse)), second = nearest(high * all(inverse));
+    store_bytes(rows.q + at * GROUP, first);
+    store_bytes(rows.q + at * GROUP + LANES, second);
     rows.scale[at] = scale;
-    rows.offset[at] = -8 * total;
+    rows.offset[at] = -8 * (sum(first) + sum(second));
   }
 }
 

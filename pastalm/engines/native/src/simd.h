@@ -133,6 +133,27 @@ INLINE float largest(const Floats &a) {
   return best;
 }
 
+INLINE int32_t sum(const Ints &a) {
+  IntRegister all_parts = a.part[0];
+  UNROLL for (int i = 1; i < PARTS; i++) all_parts += a.part[i];
+  int32_t total = 0;
+  UNROLL for (int i = 0; i < PER; i++) total += all_parts[i];
+  return total;
+}
+constexpr float ROUNDING = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number, which the lowest bits hold */
+INLINE Ints nearest(const Floats &a) {
+  Ints x;
+  EACH x.part[i] = (IntRegister)(a.part[i] + ROUNDING) - 0x4b400000;
+  return x;
+}
+INLINE void store_bytes(int8_t *to, const Ints &a) {
+  typedef int8_t Narrow __attribute__((vector_size(PER)));
+  EACH {
+    const Narrow bytes = __builtin_convertvector(a.part[i], Narrow);
+    memcpy(to + i * PER, &bytes, PER);
+  }
+}
+
 /* e to the x within 2 units in the last place; 0 from -87.3 down, so that what is hidden (-inf) weighs nothing. */
 INLINE Floats exponential(const Floats &x) {
   Floats y;
@@ -142,8 +163,7 @@ INLINE Floats exponential(const Floats &x) {
     IntRegister gone = v <= low;
     v = v < low ? low : v;
     v = v > high ? high : v;
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    FloatRegister n = (v * 1.44269504f + magic) - magic;
+    FloatRegister n = (v * 1.44269504f + ROUNDING) - ROUNDING;
     FloatRegister r = v - n * 0.693359375f + n * 2.12194440e-4f;
     FloatRegister p = FloatRegister{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;

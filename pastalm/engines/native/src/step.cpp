@@ -210,30 +210,35 @@ struct Step {
 
   /* ---------------------------------------------------------- tasks */
 
-  /* Tasks 0 .. count - 1 of one phase, each done by one thread, `chunk` of them taken at once; then all wait. */
+  /* Tasks 0 .. count - 1 of one phase, in runs [first, last) that one thread does: large ones first, single tasks at the
+   * end, so that all are done at about the same time, also where another program slows a thread. Then all wait. */
   template <typename F>
-  void each(size_t phase, int64_t count, int64_t chunk, F &&task) {
+  void each(size_t phase, int64_t count, F &&task) {
     std::atomic<int32_t> &next = model.counters[phase];
-    for (;;) {
-      const int64_t first = (int64_t)next.fetch_add(1, std::memory_order_relaxed) * chunk;
-      if (first >= count) break;
-      task(first, std::min(first + chunk, count));
+    int32_t first = next.load(std::memory_order_relaxed), last;
+    while (first < count) {
+      last = first + std::max((int32_t)(count - first) / (2 * model.team.size()), 1);
+      if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+      task(first, last);
+      first = next.load(std::memory_order_relaxed);
     }
     model.team.barrier();
+  }
+
+  template <typename F>
+  void each_one(size_t phase, int64_t count, F &&task) {
+    each(phase, count, [&](int64_t first, int64_t last_) {
+      for (int64_t i = first; i < last_; i++) task(i);
+    });
   }
 
   /* A matrix by some rows, in runs of blocks. */
   void multiply(size_t phase, const pastalm_matrix &m, const Rows &rows, int64_t count, float *out, int64_t stride,
                 bool add, const pastalm_vector *bias) {
     const float *b = bias && bias->count ? bias->data : nullptr;
-    each(phase, blocks(m), chunk_of(blocks(m), 1), [&](int64_t first, int64_t last_) {
+    each(phase, blocks(m), [&](int64_t first, int64_t last_) {
       kernels.product(m, rows, 0, count, first, last_, out + first * BLOCK, stride, add, b);
     });
-  }
-
-  int64_t chunk_of(int64_t count, int64_t multiple) const {
-    const int64_t each_ = count / (4 * model.team.size() * multiple);
-    return std::max<int64_t>(each_, 1) * multiple;
   }
 
   /* ---------------------------------------------------------- phases */
@@ -302,7 +307,7 @@ struct Step {
     const int64_t n = tokens;
     float *scratch = model.scratch[thread].data;
     size_t phase = 0;
-    each(phase++, n, 1, [&](int64_t t, int64_t) {
+    each_one(phase++, n, [&](int64_t t) {
       kernels.embed(config.embedding, ids[t], config.embedding_scale, x + t * config.hidden);
       turn(t);
       advance(t, nullptr, model.layers[0].input_norm, hidden, t, model.layers[0].qkv.type);
@@ -311,15 +316,13 @@ struct Step {
       const pastalm_layer &layer = model.layers[l];
       const Sight &sight = sights[sight_of[l]];
       multiply(phase++, layer.qkv, hidden, n, qkv, qkv_width, false, &layer.qkv_bias);
-      each(phase++, n * config.kv_heads, std::max<int64_t>(n * config.kv_heads / (4 * model.team.size()), 1),
-           [&](int64_t first, int64_t last_) {
-             for (int64_t i = first; i < last_; i++) place(l, i / config.kv_heads, (int32_t)(i % config.kv_heads));
-           });
-      each(phase++, (int64_t)sight.parts.size() * config.kv_heads * splits, 1, [&](int64_t i, int64_t) {
+      each_one(phase++, n * config.kv_heads,
+               [&](int64_t i) { place(l, i / config.kv_heads, (int32_t)(i % config.kv_heads)); });
+      each_one(phase++, (int64_t)sight.parts.size() * config.kv_heads * splits, [&](int64_t i) {
         const int64_t part = i / (config.kv_heads * splits), rest = i % (config.kv_heads * splits);
         attend(l, sight, sight.parts[part], (int32_t)(rest / splits), rest % splits, scratch);
       });
-      each(phase++, n, 1, [&](int64_t t, int64_t) {
+      each_one(phase++, n, [&](int64_t t) {
         for (int32_t h = 0; h < config.heads; h++)
           kernels.merge(partial(t, h, 0), splits, 2 + head_dim, head_dim, attended.x + t * queries + h * head_dim);
         if (in_bytes(layer.attention_out.type)) kernels.bytes(attended, t, 0, queries);
@@ -327,7 +330,7 @@ struct Step {
       const bool after = layer.attention_post_norm.count > 0;
       multiply(phase++, layer.attention_out, attended, n, after ? delta : x, config.hidden, !after,
                &layer.attention_out_bias);
-      each(phase++, n, 1, [&](int64_t t, int64_t) {
+      each_one(phase++, n, [&](int64_t t) {
         advance(t, &layer.attention_post_norm, layer.mlp_norm, hidden, t, layer.gate_up.type);
       });
       feed_forward(phase++, layer, scratch);
@@ -335,7 +338,7 @@ struct Step {
       multiply(phase++, layer.down, mlp, n, after_mlp ? delta : x, config.hidden, !after_mlp, nullptr);
       if (l + 1 < config.layers) {
         const pastalm_layer &next = model.layers[l + 1];
-        each(phase++, n, 1, [&](int64_t t, int64_t) {
+        each_one(phase++, n, [&](int64_t t) {
           advance(t, &layer.mlp_post_norm, next.input_norm, hidden, t, next.qkv.type);
         });
       }
@@ -347,16 +350,15 @@ struct Step {
   void feed_forward(size_t phase, const pastalm_layer &layer, float *scratch) {
     constexpr int64_t unit = 2 * GROUP / BLOCK;
     const int64_t count = config.intermediate / GROUP;
-    each(phase, count, chunk_of(count, 1), [&](int64_t first, int64_t last_) {
-      for (int64_t i = first; i < last_; i++)
-        for (int64_t from = 0; from < tokens; from += ROWS_AT_ONCE) {
-          const int64_t to = std::min<int64_t>(from + ROWS_AT_ONCE, tokens);
-          kernels.product(layer.gate_up, hidden, from, to, i * unit, (i + 1) * unit, scratch, 2 * GROUP, false, nullptr);
-          for (int64_t t = from; t < to; t++) {
-            const float *gate = scratch + (t - from) * 2 * GROUP;
-            kernels.gated(gate, gate + GROUP, config.activation, t, i * GROUP, in_bytes(layer.down.type), mlp);
-          }
+    each_one(phase, count, [&](int64_t i) {
+      for (int64_t from = 0; from < tokens; from += ROWS_AT_ONCE) {
+        const int64_t to = std::min<int64_t>(from + ROWS_AT_ONCE, tokens);
+        kernels.product(layer.gate_up, hidden, from, to, i * unit, (i + 1) * unit, scratch, 2 * GROUP, false, nullptr);
+        for (int64_t t = from; t < to; t++) {
+          const float *gate = scratch + (t - from) * 2 * GROUP;
+          kernels.gated(gate, gate + GROUP, config.activation, t, i * GROUP, in_bytes(layer.down.type), mlp);
         }
+      }
     });
   }
 
@@ -377,10 +379,10 @@ struct Step {
   /* The logits of the tokens that are kept. */
   void finish(size_t phase) {
     if (!kept) return;
-    each(phase++, kept, 1, [&](int64_t i, int64_t) {
+    each_one(phase++, kept, [&](int64_t i) {
       advance(keep[i], &model.layers.back().mlp_post_norm, config.norm, last, i, config.head.type);
     });
-    each(phase, blocks(config.head), chunk_of(blocks(config.head), 1), [&](int64_t first, int64_t last_) {
+    each(phase, blocks(config.head), [&](int64_t first, int64_t last_) {
       float *out = logits + first * BLOCK;
       kernels.product(config.head, last, 0, kept, first, last_, out, config.vocabulary, false, nullptr);
       const int64_t width = std::min<int64_t>(last_ * BLOCK, config.vocabulary) - first * BLOCK;

@@ -5,7 +5,8 @@
 
 Each prompt is answered greedily by each engine; the text that came out is then decoded once more
 sequentially, forced, by llama.cpp's own API with the file of `--against`, and by the engine itself: the same
-text in all, so an answer that is only shorter gains nothing. `cost` is time / (sequential time / theoretical
+text in all, so an answer that is only shorter gains nothing. The native engine has weights of that file's type
+unless `--dtype` says otherwise. `cost` is time / (sequential time / theoretical
 speedup), length-matched: 1.0 where threads are free and a step costs what it costs there. `own` is the engine's
 own sequential time over its time, `own of theory` that over the theoretical speedup: 1.0 where threads are free.
 Resumable; figures are geometric means over prompts with 95 % bootstrap intervals.
@@ -95,6 +96,16 @@ def force(llm: LLM, prompt: tuple[int, ...], tokens: list[int]) -> float:
     return seconds
 
 
+def weight_type(file: Path) -> str:
+    """What the matrices of a GGUF file are, as `dtype` says it."""
+    import gguf
+
+    named = gguf.GGMLQuantizationType
+    names = {named.Q4_0: "q4_0", named.Q8_0: "q8_0", named.BF16: "bfloat16", named.F16: "float16", named.F32: "float32"}
+    tensors = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    return names.get(tensors["blk.0.attn_q.weight"], "auto")
+
+
 def table(answers: list[Answer]) -> str:
     columns = list(answers[0].figures) if answers else []
     lines = [f"| system | prompts | {' | '.join(columns)} |", "| --- " * (len(columns) + 2) + "|"]
@@ -114,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", type=Path, help="JSONL with `instruction`")
     parser.add_argument("--native", action="append", default=[], metavar="ADAPTER", help="on our native engine")
-    parser.add_argument("--dtype", default="auto", help="weights of the native engine")
+    parser.add_argument("--dtype", help="weights of the native engine (those of --against, so that both read as much)")
     parser.add_argument("--gguf", type=Path, action="append", default=[], help="for our llama.cpp engine")
     parser.add_argument("--against", type=Path, required=True, help="for llama.cpp, sequential")
     parser.add_argument("--transformers", action="store_true", help="and on transformers, the adapter that ships")
@@ -131,9 +142,10 @@ def main() -> None:
     systems = {
         f"ours, llama.cpp, {path.stem}": LLM(str(path), engine="llama.cpp", max_num_seqs=1) for path in chosen.gguf
     }
+    dtype = chosen.dtype or weight_type(chosen.against)
     for adapter in chosen.native:
-        name = f"ours, native, {Path(adapter).name}, {chosen.dtype}"
-        systems[name] = LLM(engine="native", adapter=adapter, dtype=chosen.dtype, max_num_seqs=1)
+        name = f"ours, native, {Path(adapter).name}, {dtype}"
+        systems[name] = LLM(engine="native", adapter=adapter, dtype=dtype, max_num_seqs=1)
     if chosen.transformers:
         systems["ours, transformers"] = LLM(engine="transformers", max_num_seqs=1)
     if not systems:

@@ -49,7 +49,10 @@ log = logging.getLogger(__name__)
 
 Tensor = tuple[str, Matrix | Floats]
 DEFAULT: WeightType = "Q8_0"
-"""Weights of a model for which no type is asked."""
+"""Of weights, unless another type is asked for. On the embedded model it costs 0.4 % of perplexity beside bfloat16, 4 bits
+a fifth (benchmarks/README.md)."""
+_HEADS: Mapping[WeightType, WeightType] = {"Q4_0": "Q8_0"}
+"""The head's type where it is not that of the other weights: as in GGML's files of 4 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,11 +90,11 @@ def load(
     head: WeightType | None = None,
 ) -> Packed:
     """Base and adapter, merged and packed. name, adapter: as for `models.load`. head: the weight type of the head, and
-    of the embedding where they are one; None: as the others. Raises ModelError, CapabilityError."""
+    of the embedding where they are one; None: as the others, but Q8_0 beside Q4_0. Raises ModelError, CapabilityError."""
     folder = models.pull(name)
     chosen = models.adapter_folder(name, adapter)
     _check_kind(folder)
-    origin = Origin(name, (folder, *([chosen] if chosen else ())), (weights, head or weights))
+    origin = Origin(name, (folder, *([chosen] if chosen else ())), (weights, head or _HEADS.get(weights, weights)))
     return _kept(origin, lambda: _packable(name, adapter, *origin.types))
 
 

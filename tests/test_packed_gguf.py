@@ -6,6 +6,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as cores
 from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +36,7 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("PASTALM_CACHE", str(folder))
     return folder
@@ -49,31 +50,20 @@ WORDS = [
     "naïve café 你好吗 🙂🙂 e\u0301 \r\n\r\n  x\ty    z\u00a0w /path/to [INST] #hash",
     "<|im_end|> <think>12</think> ١٢٣ Ⅷ ½ ''S 'd",
 ] * 9
-WAYS = {
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    ),
-}
-for name, pattern in gguf_tokenizers.SPLITS.items():
-    if pattern is not None:
-        WAYS[name] = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+WHOLE = ["\u0120zebra", "zebras", "cafe"]
+"""Tokens that no merge makes: " zebra", "zebras", "cafe"."""
 
 
-def trained(way: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of such a kind, with tags, a word of its own and a token that begins texts."""
+@cache
+def trained() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with tags, a word of its own and a token that begins texts. Its merges go across every
+    boundary, so that it matters how a text is split into words."""
     core = Tokenizer(cores.BPE())
-    core.pre_tokenizer, core.decoder = WAYS[way], decoders.ByteLevel()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420,
+        vocab_size=560,
+        max_token_length=8,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIALS],
         show_progress=False,
@@ -85,6 +75,18 @@ def trained(way: str) -> PreTrainedTokenizerFast:
     )
     made.chat_template = "{{ bos_token }}" + TEMPLATE
     return made
+
+
+def with_whole_words(patched: pytest.MonkeyPatch) -> None:
+    """Files that are written have the tokens of WHOLE in the place of the last that fill up."""
+    add_list, add_types = gguf.GGUFWriter.add_token_list, gguf.GGUFWriter.add_token_types
+    kinds = [gguf.TokenType.NORMAL] * len(WHOLE)
+    patched.setattr(
+        gguf.GGUFWriter, "add_token_list", lambda w, t: add_list(w, [*t[: -len(WHOLE)], *WHOLE])
+    )
+    patched.setattr(
+        gguf.GGUFWriter, "add_token_types", lambda w, t: add_types(w, [*t[: -len(WHOLE)], *kinds])
+    )
 
 
 def prepared(tokenizer: Any, model: Any) -> Loaded:
@@ -145,7 +147,7 @@ def sentence_pieces(writer: Any) -> int:
     return len(table)
 
 
-@pytest.fixture(scope="module", params=[*WAYS, "gemma"])
+@pytest.fixture(scope="module", params=[*gguf_tokenizers.SPLITS, "gemma"])
 def spoken(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Loaded, Packed]:
@@ -163,10 +165,10 @@ def spoken(
                 tokens=sentence_pieces,
             )
         else:
-            tokenizer = trained(way)
             patched.setattr(gguf_files, "_SPLITS", ((way, "ByteLevel"),))
-            model = random_model("Llama", vocab_size=len(tokenizer) + 3)
-            gguf_files.export(prepared(tokenizer, model), file, "F32")
+            with_whole_words(patched)
+            model = random_model("Llama", vocab_size=len(trained()) + 5)
+            gguf_files.export(prepared(trained(), model), file, "F32")
         packed = packed_models.load_gguf(file)
     return way, gguf_files.load(file), packed
 
@@ -174,7 +176,14 @@ def spoken(
 TEXTS = st.lists(
     st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=8)
     | st.text("abcsSdDtTlL' 0123\n\r\t.,ée\u0301你🙂", max_size=8)
-    | st.sampled_from([*SPECIALS, "<think>", "  ", "'ll", "Five tips"]),
+    | st.sampled_from(
+        [*SPECIALS, "<think>", "  ", "'ll", " zebra", "zebras", "cafe", "12345", "\n\n"]
+    )
+    | st.builds(
+        lambda words, at, size: words[at : at + size],
+        st.sampled_from(WORDS),
+        *[st.integers(0, 60)] * 2,
+    ),
     max_size=8,
 ).map("".join)
 ONCE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -208,6 +217,13 @@ def test_prompts_are_llama_cpps(
     assert models.chat_prompt(ours.loaded, messages, marker=marker) == (
         models.chat_prompt(theirs, messages, marker=marker)
     )
+
+
+def test_a_word_that_no_merge_makes_is_a_token_for_some(spoken: tuple[str, Loaded, Packed]) -> None:
+    way, theirs, ours = spoken
+    whole = way in ("llama-bpe", "llama3", "llama-v3", "falcon3")
+    for vocabulary in (ours.vocabulary, theirs.vocabulary):
+        assert (len(vocabulary.encode(" zebra")) == 1) == whole
 
 
 def test_the_vocabulary_is_llama_cpps(spoken: tuple[str, Loaded, Packed]) -> None:
@@ -315,7 +331,7 @@ def write(
     else:
         with pytest.MonkeyPatch().context() as patched:
             patched.setattr(gguf_files, "_SPLITS", (("gpt-2", "ByteLevel"),))
-            gguf_files._write_tokenizer(writer, prepared(trained("gpt-2"), model))
+            gguf_files._write_tokenizer(writer, prepared(trained(), model))
     for name, tensor in tensors.items():
         array, kind_ = tensor if isinstance(tensor, tuple) else (tensor, None)
         writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind_)
@@ -430,7 +446,7 @@ FILES: dict[str, tuple[str, str, dict[str, Any], Change | None, bool]] = {
 @pytest.mark.parametrize("case", FILES)
 def test_a_file_computes_what_llama_cpp_and_transformers_do(case: str, tmp_path: Path) -> None:
     kind, name, changes, change, same_model = FILES[case]
-    size = len(trained("gpt-2"))
+    size = len(trained())
     model = random_model(name, **(WIDE | {"vocab_size": size, "rms_norm_eps": 1e-5} | changes))
     path = write(model, tmp_path / "tiny.gguf", kind, change or (lambda *_: None))
     packed = packed_models.load_gguf(path)
@@ -482,7 +498,7 @@ def expected(file: Path, model: Any) -> dict[str, tuple[set[str], Any]]:
 def test_weights_are_taken_as_they_are_where_the_engine_has_their_type(
     kind: str, tmp_path: Path
 ) -> None:
-    tokenizer = trained("smollm")
+    tokenizer = trained()
     model = random_model(
         "Llama",
         vocab_size=len(tokenizer),
@@ -526,7 +542,7 @@ def test_no_block_is_quantised_anew(kind: str, tmp_path: Path) -> None:
                 )
                 tensors[name] = (blocks.reshape(len(array), -1), of)
 
-    model = random_model("Llama", vocab_size=len(trained("gpt-2")), num_hidden_layers=2)
+    model = random_model("Llama", vocab_size=len(trained()), num_hidden_layers=2)
     file = write(model, tmp_path / "tiny.gguf", "llama", other)
     tensors = packed_models.load_gguf(file).tensors
     for name, (kinds, rows) in expected(file, model).items():
@@ -546,7 +562,7 @@ def test_a_matrix_of_several_types_has_the_one_that_holds_them(tmp_path: Path) -
             q4,
         )
 
-    model = random_model("Llama", vocab_size=len(trained("gpt-2")), num_hidden_layers=2)
+    model = random_model("Llama", vocab_size=len(trained()), num_hidden_layers=2)
     file = write(model, tmp_path / "tiny.gguf", "llama", mixed)
     tensors, rows = packed_models.load_gguf(file).tensors, expected(file, model)
     for name, kind in (("0.qkv", "F32"), ("1.gate_up", "Q8_0"), ("0.down", "F32")):
@@ -557,7 +573,7 @@ def test_a_matrix_of_several_types_has_the_one_that_holds_them(tmp_path: Path) -
 
 
 def test_the_next_start_needs_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model("Llama", vocab_size=len(trained("gpt-2")))
+    model = random_model("Llama", vocab_size=len(trained()))
     file = write(model, tmp_path / "tiny.gguf", "llama")
     packed = packed_models.load_gguf(file)
     monkeypatch.setattr(packed_gguf, "read", None)
@@ -614,9 +630,9 @@ def test_what_is_not_certain_is_refused(
     kind: str, change: Change, said: str, tmp_path: Path
 ) -> None:
     if kind == "gemma2":
-        model = random_model("Gemma2", vocab_size=len(trained("gpt-2")), **SCALED)
+        model = random_model("Gemma2", vocab_size=len(trained()), **SCALED)
     else:
-        model = random_model("Llama", vocab_size=len(trained("gpt-2")))
+        model = random_model("Llama", vocab_size=len(trained()))
     file = write(model, tmp_path / "tiny.gguf", kind, change)
     with pytest.raises(CapabilityError, match=said) as raised:
         packed_models.load_gguf(file)
@@ -653,7 +669,7 @@ def test_a_tokenizer_that_is_not_known_is_refused(change: dict[str, Any]) -> Non
 
 
 def test_what_is_no_gguf_file_is_an_error(tmp_path: Path) -> None:
-    model = random_model("Llama", vocab_size=len(trained("gpt-2")))
+    model = random_model("Llama", vocab_size=len(trained()))
     whole = write(model, tmp_path / "tiny.gguf", "llama").read_bytes()
     for broken in (b"", b"no GGUF at all", whole[:30], whole[: len(whole) // 2], whole[:-100]):
         (tmp_path / "broken.gguf").write_bytes(broken)

@@ -3,8 +3,9 @@
     python benchmarks/exact.py PROMPTS.jsonl --adapter adapters/lambda2 --limit 10
 
 Answers are decoded greedily, then one masked forward pass of transformers in float32, with the weights that the packed
-ones stand for, says how far each token's logit lies from the largest that was allowed: 0 where the engine chose as float
-activations would. `perplexity`: of given answers (the first of `outputs` of a row) after their prompts, by the engine.
+ones stand for, says how far each token's logit lies from the largest that was allowed: 0 where the engine chose as
+float activations would. `perplexity`: of given answers (the first of a row's `outputs`) after their prompts, as
+passes of 512 tokens have them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import numpy as np
 from forkjoin import processor
 
 from pastalm import LLM, SamplingParams, models, prompts
-from pastalm.engine import Request
+from pastalm.engines.native import library
+from pastalm.engines.native.engine import CHUNK
+from pastalm.engines.native.model import PAGE, NativeModel, Pool
 from pastalm.eval.replay import load_unpacked, replay
-from pastalm.events import Decoded, Forked
 
 
 def answered(llm: LLM, reference: object, texts: list[str], most: int) -> list[float]:
@@ -34,26 +36,17 @@ def answered(llm: LLM, reference: object, texts: list[str], most: int) -> list[f
 
 
 def surprise(llm: LLM, prompt: list[int], tokens: list[int]) -> list[float]:
-    """-log p of each token after a prompt, as the engine has it."""
-    engine, name, found = llm.driver.engine, "given", list[float]()
-    params = SamplingParams(temperature=0, max_tokens=len(tokens) + 1)
-    engine.add(Request(id=name, prompt_token_ids=tuple(prompt), params=params, positions=llm.positions))
-    engine.apply(name, Forked(path=()))
-    now: list[int] = []
-
-    def take(_: str, __: object, logits: np.ndarray) -> None:
-        row = logits.astype(np.float64)
-        top = row.max()
-        found.append(float(np.log(np.exp(row - top).sum()) + top - row[now[0]]))
-
-    engine.on_logits = take  # type: ignore[attr-defined]
-    for token in tokens:
-        now[:] = [token]
-        engine.step()
-        engine.apply(name, Decoded(path=(), token=token))
-    engine.on_logits = None  # type: ignore[attr-defined]
-    engine.cancel(name)
-    return found
+    """-log p of each token after a prompt, as one pass of the step has it."""
+    ids = [*prompt, *tokens][:CHUNK]
+    n, pages = len(ids), -(-len(ids) // PAGE)
+    pool = Pool(NativeModel(llm.loaded.model.architecture, llm.loaded.model.tensors), pages * PAGE)
+    where = np.arange(n, dtype=np.int32)
+    words = np.packbits(np.arange(pages * PAGE) <= where[:, None], axis=1, bitorder="little")
+    groups = (library.Group * 1)(library.Group(0, n, 0, pages, words.ctypes.data))
+    logits = pool.step(np.array(ids, np.int32), where, where, groups, where[len(prompt) - 1 : -1]).astype(np.float64)
+    given = np.array(ids[len(prompt) :])
+    top = logits.max(1)
+    return list(np.log(np.exp(logits - top[:, None]).sum(1)) + top - logits[np.arange(len(given)), given])
 
 
 def main() -> None:
@@ -78,7 +71,8 @@ def main() -> None:
         found = []
         for row in rows:
             prompt = llm.encode([{"role": "user", "content": row["instruction"]}], SamplingParams(parallelism=0))
-            found += surprise(llm, prompt, [*llm.loaded.vocabulary.encode(next(iter(row["outputs"].values())))][:512])
+            if len(prompt) < CHUNK:
+                found += surprise(llm, prompt, [*llm.loaded.vocabulary.encode(next(iter(row["outputs"].values())))])
         perplexity = f"{math.exp(np.mean(found)):.3f}" if found else ""
         print(f"| {dtype} | {len(gaps)} | {' | '.join(shares)} | {gaps.max():.3g} | {perplexity} |", flush=True)
         llm.close()

@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 
 Tensor = tuple[str, Matrix | Floats]
 DEFAULT: WeightType = "Q8_0"
-"""Of weights, unless another type is asked for. On the embedded model it costs 0.4 % of perplexity beside bfloat16, 4 bits
-a fifth (benchmarks/README.md)."""
+"""Of weights, unless another type is asked for. On the embedded model it costs half a percent of perplexity beside
+bfloat16, 4 bits a fifth (benchmarks/README.md)."""
 _HEADS: Mapping[WeightType, WeightType] = {"Q4_0": "Q8_0"}
 """The head's type where it is not that of the other weights: as in GGML's files of 4 bits."""
 
@@ -89,8 +89,9 @@ def load(
     weights: WeightType = DEFAULT,
     head: WeightType | None = None,
 ) -> Packed:
-    """Base and adapter, merged and packed. name, adapter: as for `models.load`. head: the weight type of the head, and
-    of the embedding where they are one; None: as the others, but Q8_0 beside Q4_0. Raises ModelError, CapabilityError."""
+    """Base and adapter, merged and packed. name, adapter: as for `models.load`. head: the weight type of the head,
+    and of the embedding where they are one; None: as the others, but Q8_0 beside Q4_0. Raises ModelError,
+    CapabilityError."""
     folder = models.pull(name)
     chosen = models.adapter_folder(name, adapter)
     _check_kind(folder)

@@ -126,8 +126,11 @@ class Pool:
         groups: Any,
         keep: NDArray[np.int32],
     ) -> NDArray[np.float32]:
-        """Logits [len(keep), vocabulary] of one forward pass, in memory that the next one writes anew. ids, positions,
-        slots: [tokens]; groups: an array of `library.Group`, which the tokens belong to in order. Raises EngineError."""
+        """Logits [len(keep), vocabulary] of one forward pass, in memory that the next one writes anew.
+
+        ids, positions, slots: [tokens]. groups: an array of `library.Group`, which the tokens belong to in order. keep:
+        the tokens whose logits are wanted, ascending. Raises EngineError.
+        """
         if len(keep) > len(self._logits):
             self._logits = np.empty((len(keep), self._model.architecture.vocabulary), dtype=np.float32)
         logits = self._logits[: len(keep)]

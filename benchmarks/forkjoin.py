@@ -299,8 +299,10 @@ class LlamaCpp:
         api = self._api
         memory = api.llama_get_memory(self._context)
         api.llama_memory_clear(memory, True)
-        n = plan.prefix
-        self._decode(plan.prompt(), list(range(n)), [0] * n, 1)
+        n, prompt = plan.prefix, plan.prompt()
+        for begin in range(0, n, BATCH):
+            part = prompt[begin : begin + BATCH]
+            self._decode(part, list(range(begin, begin + len(part))), [0] * len(part), 1)
         for k in range(1, threads):
             api.llama_memory_seq_cp(memory, 0, k, 0, -1)
         steps = []

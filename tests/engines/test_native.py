@@ -17,7 +17,7 @@ from pastalm.engines.native import library
 from pastalm.engines.native.engine import NativeEngine
 from pastalm.engines.native.model import NativeModel
 from pastalm.engines.native.weights import Matrix, WeightType, pack, unpack
-from pastalm.errors import CapabilityError, RequestError
+from pastalm.errors import CapabilityError, EngineError, RequestError
 from pastalm.eval.replay import load_unpacked
 from pastalm.events import Decoded, Finished, Forked
 from pastalm.layout import Policy
@@ -241,6 +241,15 @@ def test_a_full_pool_waits_and_a_cancelled_request_leaves_at_once(engine: Callab
     running.cancel("b")
     assert not running.has_unfinished()
     assert answer(running, PROMPT) == alone
+
+
+def test_a_closed_engine_says_so(engine: Callable[..., NativeEngine]) -> None:
+    running = engine()
+    running.add(Request(id="a", prompt_token_ids=PROMPT, params=PARAMS))
+    running.apply("a", Forked(path=()))
+    running._pool.close()
+    with pytest.raises(EngineError, match="closed"):
+        running.step()
 
 
 def test_what_cannot_be_is_one_line(engine: Callable[..., NativeEngine]) -> None:

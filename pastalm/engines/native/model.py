@@ -99,6 +99,8 @@ class Pool:
     """Keys and values for `slots` tokens of a model, in bfloat16 or float32; memory is taken as it is first written."""
 
     def __init__(self, model: NativeModel, slots: int, type: str = "BF16") -> None:
+        if not model.close.alive:
+            raise EngineError("the model is closed: make another")
         self._library, self._model = lib.library(), model
         self.slots = slots
         self.pointer: int | None = self._library.pastalm_pool_new(model.pointer, slots, lib.WEIGHT_TYPES[type])
@@ -112,10 +114,12 @@ class Pool:
 
     def copy(self, source: int, target: int, count: int) -> None:
         """What `count` slots from `source` on hold, also from `target` on."""
+        self._check_open()
         _check(self._library.pastalm_pool_copy(self.pointer, source, target, count))
 
     def clear(self, first: int, count: int) -> None:
         """Gives back the memory of some slots."""
+        self._check_open()
         _check(self._library.pastalm_pool_clear(self.pointer, first, count))
 
     def step(
@@ -131,6 +135,7 @@ class Pool:
         ids, positions, slots: [tokens]. groups: an array of `library.Group`, which the tokens belong to in order. keep:
         the tokens whose logits are wanted, ascending. Raises EngineError.
         """
+        self._check_open()
         if len(keep) > len(self._logits):
             self._logits = np.empty((len(keep), self._model.architecture.vocabulary), dtype=np.float32)
         logits = self._logits[: len(keep)]
@@ -150,6 +155,10 @@ class Pool:
             )
         )
         return logits
+
+    def _check_open(self) -> None:
+        if not (self.close.alive and self._model.close.alive):
+            raise EngineError("the engine is closed: make another")
 
 
 def _vector(values: NDArray[np.float32] | None) -> lib.Vector:

@@ -83,8 +83,10 @@ class _Said:
     @cached_property
     def control(self) -> set[int]:
         """Ids that are no text."""
-        kinds = enumerate(self.kinds)
-        return {i for i, kind in kinds if kind in (_CONTROL, _UNKNOWN) or self.tokens[i] in _ENDS}
+        ends = {
+            i for i, token in enumerate(self.tokens) if token in _ENDS and self.kinds[i] != _UNUSED
+        }
+        return ends | {i for i, kind in enumerate(self.kinds) if kind in (_CONTROL, _UNKNOWN)}
 
     @cached_property
     def named(self) -> dict[str, int]:
@@ -99,8 +101,8 @@ class _Said:
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Ids of the tokens; those that only fill up the table are none."""
-        unused = {i for i, kind in enumerate(self.kinds) if kind == _UNUSED} - self.control
-        return {token: i for i, token in enumerate(self.tokens) if i not in unused}
+        pairs = zip(self.tokens, self.kinds, strict=True)
+        return {token: i for i, (token, kind) in enumerate(pairs) if kind != _UNUSED}
 
 
 def _added(token: str, *, special: bool) -> Any:

@@ -33,7 +33,7 @@ TEMPLATES = [
         {% if m.role == 'tool' %}{% continue %}{% endif %}
         {% if loop.index0 > 3 %}{% break %}{% endif %}
         {% set seen.count = seen.count + 1 %}
-    {{- '[' ~ m.role ~ ']' }}
+    {{- '[' ~ m.role ~ ']' }}{% if m.name is defined %}named{% endif %}
     {% generation %}{{ m.content.strip() }}{{ eos_token }}{% endgeneration %}
     {%- endfor %}
 {{ {'count': seen.count, 'text': messages[-1].content} | tojson }} {{ dict(a=1) | tojson(indent=2) }}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,10 +150,11 @@ class NativeEngine(BatchingEngine):
             np.array(keep, dtype=np.int32),
         )
 
-    def _groups(self, seen: Sequence[tuple[int, NDArray[np.uint8]]]) -> object:
-        """The requests of a pass for the library: ranges, and what each token sees, as words [tokens, bytes]. They
-        must live as long as what is returned."""
-        groups, first = (lib.Group * len(seen))(), 0
+    def _groups(self, seen: Sequence[tuple[int, NDArray[np.uint8]]]) -> Any:
+        """The requests of a pass for the library, an array of its `Group`: ranges, and what each token sees, as words
+        [tokens, bytes], which it keeps alive."""
+        groups: Any = (lib.Group * len(seen))()
+        first = 0
         for i, (own, words) in enumerate(seen):
             count, size = words.shape
             groups[i] = lib.Group(first, count, own * self._range, size // 2, words.ctypes.data)

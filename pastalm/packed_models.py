@@ -95,7 +95,11 @@ def load(
     folder = models.pull(name)
     chosen = models.adapter_folder(name, adapter)
     _check_kind(folder)
-    origin = Origin(name, (folder, *([chosen] if chosen else ())), (weights, head or _HEADS.get(weights, weights)))
+    origin = Origin(
+        name,
+        (folder, *([chosen] if chosen else ())),
+        (weights, head or _HEADS.get(weights, weights)),
+    )
     return _kept(origin, lambda: _packable(name, adapter, *origin.types))
 
 
@@ -185,6 +189,8 @@ _PROLOGUE = struct.Struct("<16sQQ32x")
 _MAGIC = b"pastalm packed\n\0"
 _PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
 """What belongs to a model, or to an adapter, among the files of its folder."""
+_UNREAD = 30 * 24 * 3600.0
+"""Seconds after which a packed file that nothing reads goes, once another is written."""
 _SETTLED = 2.0
 """Seconds after which a file that is written again is sure to have another time."""
 
@@ -205,15 +211,22 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
     place, contents = _names(origin, folder)
     path = next(folder.glob(f"*-{contents}.packed"), folder / f"{place}-{contents}.packed")
     if (packed := _read(path, origin.name)) is not None:
+        with contextlib.suppress(OSError):
+            os.utime(path)  # it is in use
         return packed
-    log.info("packing %s for this CPU, once", origin.name)
     made = make()
     with contextlib.suppress(OSError):
         _write(path, made)
-        for old in folder.glob(f"{place}-*.packed"):  # of what lay at the same place before
-            if old != path:
-                old.unlink(missing_ok=True)
+        _tidy(folder, place, path)
     return _read(path, origin.name) or _packed(origin.name, made, dict(made.tensors()))
+
+
+def _tidy(folder: Path, place: str, new: Path) -> None:
+    """Removes what lay at the same place before, and what nothing has read for long."""
+    for old in folder.glob("*.packed"):
+        unread = time.time() - old.stat().st_mtime > _UNREAD
+        if old != new and (unread or old.name.startswith(f"{place}-")):
+            old.unlink(missing_ok=True)
 
 
 def _names(origin: Origin, cache: Path) -> tuple[str, str]:

@@ -386,14 +386,25 @@ def test_a_file_that_was_only_touched_or_moved_is_not_packed_anew(
 
 
 def test_each_weight_type_has_its_own_file(folder: Path) -> None:
-    asked: list[tuple[Any, Any]] = [("Q8_0", None), ("Q4_0", None), ("Q4_0", "Q8_0"), ("F32", None)]
+    asked: list[tuple[Any, Any]] = [("Q8_0", None), ("Q4_0", None), ("Q4_0", "Q4_0"), ("F32", None)]
+    heads = ["Q8_0", "Q8_0", "Q4_0", "F32"]
     made = [packed_models.load(str(folder), weights=kind, head=head) for kind, head in asked]
     assert len(files(folder)) == len(asked)
-    for (kind, head), packed in zip(asked, made, strict=True):
+    for (kind, head), stands, packed in zip(asked, heads, made, strict=True):
         again = packed_models.load(str(folder), weights=kind, head=head)
         assert same(again, packed)
         assert again.tensors["0.down"].type == kind  # type: ignore[union-attr]
-        assert again.tensors["head"].type == (head or kind)  # type: ignore[union-attr]
+        assert again.tensors["head"].type == stands  # type: ignore[union-attr]
+
+
+def test_what_nothing_has_read_for_long_goes(folder: Path) -> None:
+    for kind in ("Q8_0", "Q4_0"):
+        packed_models.load(str(folder), weights=kind)  # type: ignore[arg-type]
+    for name in files(folder):
+        os.utime(folder.parent / "cache" / "packed" / name, (1e9, 1e9))
+    packed_models.load(str(folder), weights="Q8_0")
+    packed_models.load(str(folder), weights="F16")
+    assert [name.split("-")[1] for name in files(folder)] == ["F16", "Q8_0"]
 
 
 def test_a_broken_file_is_packed_anew(folder: Path) -> None:

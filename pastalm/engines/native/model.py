@@ -64,7 +64,7 @@ class NativeModel:
             logit_softcap=a.logit_softcap,
             embedding=self._matrix("embedding"),
             head=self._matrix("head" if "head" in tensors else "embedding"),
-            norm=_vector(self.tensors["norm"]),
+            norm=self._named("norm"),
         )
         self._kept = frequencies
         self.pointer: int | None = self._library.pastalm_model_new(byref(config), layers, ropes)
@@ -78,11 +78,14 @@ class NativeModel:
         a = self.architecture
         matrices = {name: self._matrix(f"{i}.{name}") for name in ("qkv", "attention_out", "gate_up", "down")}
         vectors = {
-            field[0]: _vector(self.tensors.get(f"{i}.{field[0]}"))
+            field[0]: self._named(f"{i}.{field[0]}")
             for field in lib.Layer._fields_
             if field[1] is lib.Vector
         }
         return lib.Layer(**matrices, **vectors, rope=a.layer_ropes[i], window=a.windows[i])
+
+    def _named(self, name: str) -> lib.Vector:
+        return _vector(self.tensors.get(name))
 
     def _matrix(self, name: str) -> lib.Matrix:
         held: Matrix = self.tensors[name]

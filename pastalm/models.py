@@ -377,7 +377,7 @@ def load(
     vocabulary = vocabulary_of(
         tokenizer, eos=end_tokens(model, tokenizer), size=model.get_input_embeddings().weight.shape[0]
     )
-    model = model.to(device=device, dtype=None if dtype == "stored" else _dtype(dtype, device)).eval()
+    model = _cast(model, device, None if dtype == "stored" else _dtype(dtype, device)).eval()
     model.requires_grad_(False)
     return Loaded(
         name=name,
@@ -388,6 +388,17 @@ def load(
         sequential_marker=marker,
         context_length=int(getattr(model.config, "max_position_embeddings", 2048)),
     )
+
+
+def _cast(model: Any, device: str, dtype: Any) -> Any:
+    """The model's weights in another type, in place. Its buffers keep their own: rotary frequencies rounded to bfloat16
+    would turn what is 500 positions away by most of a radian."""
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    model.to(device=device, dtype=dtype)
+    for module, own in buffers:
+        for name, buffer in own.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return model
 
 
 def load_base(folder: Path, *, dtype: str = "float32") -> tuple[Any, Any]:

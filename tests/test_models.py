@@ -188,6 +188,17 @@ def test_a_saved_model_loads_identical_and_prepared(tmp_path: Path) -> None:
         assert torch.equal(loaded.model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_rotary_frequencies_are_not_rounded_with_the_weights(tmp_path: Path, dtype: str) -> None:
+    pasta.save(small_model(len(BYTE_LEVEL)), copy.deepcopy(BYTE_LEVEL), tmp_path)
+    as_float32 = dict(pasta.load(str(tmp_path), dtype="float32").model.named_buffers())
+    rounded = pasta.load(str(tmp_path), dtype=dtype).model
+    assert rounded.dtype == getattr(torch, dtype)
+    assert as_float32
+    for name, buffer in rounded.named_buffers():
+        assert torch.equal(buffer.float(), as_float32[name])
+
+
 # ------------------------------------------------------------------------------ adapters
 
 

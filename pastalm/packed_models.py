@@ -214,6 +214,7 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
         with contextlib.suppress(OSError):
             os.utime(path)  # it is in use
         return packed
+    log.info("packing %s for this CPU, once", origin.name)
     made = make()
     with contextlib.suppress(OSError):
         _write(path, made)

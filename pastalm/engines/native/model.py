@@ -22,14 +22,16 @@ from pastalm.errors import EngineError, ModelError
 
 PAGE = lib.PAGE
 CACHE_TYPES = ("BF16", "F32")
+MOST_THREADS = 256
 
 
 def processors() -> int:
     """Threads of a step: OMP_NUM_THREADS, else the processors that this process may use."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if chosen.isdigit() and int(chosen):
-        return int(chosen)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(int(chosen), MOST_THREADS)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_THREADS)
 
 
 class NativeModel:

@@ -62,6 +62,7 @@ typedef struct {
 } pastalm_rope;
 
 typedef struct {
+  /* intermediate: a multiple of 32; head_dim: of 16, 1024 at most; threads: 1 to 256 */
   int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, ropes, activation, threads;
   float epsilon;           /* of the norms */
   float embedding_scale;   /* 1: none */
@@ -90,18 +91,18 @@ int32_t pastalm_use_kernels(const char *name); /* for tests: these from now on, 
 pastalm_model *pastalm_model_new(const pastalm_config *config, const pastalm_layer *layers, const pastalm_rope *ropes);
 void pastalm_model_free(pastalm_model *model);
 
-/* Keys and values for `slots` tokens, in bfloat16 or float32; memory is taken when it is first written.
+/* Keys and values for `slots` tokens (a multiple of 16), in bfloat16 or float32; memory is taken when it is first written.
  * pastalm_pool_bytes: of one slot. */
 pastalm_pool *pastalm_pool_new(const pastalm_model *model, int64_t slots, int32_t type);
 void pastalm_pool_free(pastalm_pool *pool);
 int64_t pastalm_pool_bytes(const pastalm_pool *pool);
-/* What slots from .. from + count - 1 hold, also in to .. to + count - 1. */
+/* What slots from .. from + count - 1 hold, also in to .. to + count - 1, which are others. */
 int32_t pastalm_pool_copy(pastalm_pool *pool, int64_t from, int64_t to, int64_t count);
-/* Gives the memory of some slots back; they read as zeros. */
+/* Gives the memory of some slots back, by pages of 16; they read as zeros. */
 int32_t pastalm_pool_clear(pastalm_pool *pool, int64_t first, int64_t count);
 
 /* One forward pass. ids, positions, slots: [tokens], no slot twice; what a token sees is written before it is read, so
- * tokens of one step may see each other. keep: [kept] tokens whose logits are wanted; logits: [kept][vocabulary]. */
+ * tokens of one step may see each other. keep: [kept] tokens whose logits are wanted, ascending; logits: [kept][vocabulary]. */
 int32_t pastalm_step(pastalm_model *model, pastalm_pool *pool, int32_t tokens, const int32_t *ids,
                      const int32_t *positions, const int32_t *slots, int32_t groups, const pastalm_group *group,
                      int32_t kept, const int32_t *keep, float *logits);

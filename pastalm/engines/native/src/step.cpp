@@ -15,7 +15,7 @@
 
 #include "kernels.h"
 #include "threads.h"
-#if defined(__aarch64__)
+#if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -48,8 +48,10 @@ std::vector<const Kernels *> possible() {
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(avx512bf16_kernels());
   if (avx512) found.push_back(avx512_kernels());
   if (avx2) found.push_back(avx2_kernels()); /* every processor with AVX2 has F16C */
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && defined(__linux__)
   if (getauxval(AT_HWCAP) & (1 << 20)) found.push_back(neon_kernels()); /* HWCAP_ASIMDDP */
+#elif defined(__aarch64__)
+  found.push_back(neon_kernels()); /* every processor of Apple's has the products */
 #endif
   found.push_back(plain_kernels());
   return found;
@@ -492,7 +494,7 @@ bool check_step(const pastalm_model *model, const pastalm_pool *pool, const Step
   for (int32_t g = 0; g < s.groups; g++) {
     const pastalm_group &own = s.group[g];
     if (own.first != next || own.count < 1 || own.count > s.tokens - next)
-      return fail("group %d has tokens %d to %d", g, own.first, own.first + own.count);
+      return fail("group %d has %d tokens from %d on", g, own.count, own.first);
     if (own.base < 0 || own.base % PAGE || own.pages < 1 || own.pages > (pool->slots - own.base) / PAGE)
       return fail("group %d reads %d pages from slot %d", g, own.pages, own.base);
     if (!own.visible) return fail("group %d sees nothing", g);
@@ -509,7 +511,7 @@ bool check_step(const pastalm_model *model, const pastalm_pool *pool, const Step
 bool check_slots(const pastalm_pool *pool, int64_t first, int64_t count) {
   if (!pool) return fail("no pool");
   return (first >= 0 && count >= 0 && count <= pool->slots && first <= pool->slots - count) ||
-         fail("slots %lld to %lld are not in the pool", (long long)first, (long long)(first + count));
+         fail("%lld slots from %lld on are not in the pool", (long long)count, (long long)first);
 }
 
 /* Where element 0 of a slot's keys or values lies, and how many bytes run on from there. */
@@ -641,7 +643,11 @@ EXPORT int32_t pastalm_pool_clear(pastalm_pool *pool, int64_t first, int64_t cou
           char *begin = pool->at(l, which, h, first / PAGE), *end = begin + count / PAGE * pool->page_bytes();
           char *inner = reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page);
           char *outer = reinterpret_cast<char *>(reinterpret_cast<uintptr_t>(end) / page * page);
+#if defined(__linux__) /* elsewhere what is given back need not read as zeros */
           if (inner >= outer || madvise(inner, outer - inner, MADV_DONTNEED)) inner = outer = end;
+#else
+          inner = outer = end;
+#endif
           memset(begin, 0, inner - begin);
           memset(outer, 0, end - outer);
         }

@@ -19,10 +19,17 @@ inline void pause() {
 }  // namespace
 
 Team::Team(int size) : size_(size) {
-  for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+  try {
+    for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+  } catch (...) { /* the system has no more threads: those that began end first */
+    end();
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { end(); }
+
+void Team::end() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     ending_ = true;

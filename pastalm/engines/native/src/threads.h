@@ -29,6 +29,7 @@ class Team {
 
  private:
   void serve(int index);
+  void end();
 
   const int size_;
   void (*work_)(void *, int) = nullptr;

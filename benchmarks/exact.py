@@ -35,11 +35,10 @@ def answered(llm: LLM, reference: object, texts: list[str], most: int) -> list[f
     return gaps
 
 
-def surprise(llm: LLM, prompt: list[int], tokens: list[int]) -> list[float]:
-    """-log p of each token after a prompt, as one pass of the step has it."""
+def surprise(pool: Pool, prompt: list[int], tokens: list[int]) -> list[float]:
+    """-log p of each token after a prompt, as one pass of the step has it. pool: of CHUNK slots."""
     ids = [*prompt, *tokens][:CHUNK]
     n, pages = len(ids), -(-len(ids) // PAGE)
-    pool = Pool(NativeModel(llm.loaded.model.architecture, llm.loaded.model.tensors), pages * PAGE)
     where = np.arange(n, dtype=np.int32)
     words = np.packbits(np.arange(pages * PAGE) <= where[:, None], axis=1, bitorder="little")
     groups = (library.Group * 1)(library.Group(0, n, 0, pages, words.ctypes.data))
@@ -69,10 +68,11 @@ def main() -> None:
         gaps = np.array(answered(llm, reference, texts, chosen.max_tokens))
         shares = [f"{np.mean(gaps <= limit):.2%}" for limit in (0, 1e-3, 1e-2, 0.5)]
         found = []
+        pool = Pool(NativeModel(llm.loaded.model.architecture, llm.loaded.model.tensors), CHUNK)
         for row in rows:
             prompt = llm.encode([{"role": "user", "content": row["instruction"]}], SamplingParams(parallelism=0))
             if len(prompt) < CHUNK:
-                found += surprise(llm, prompt, [*llm.loaded.vocabulary.encode(next(iter(row["outputs"].values())))])
+                found += surprise(pool, prompt, [*llm.loaded.vocabulary.encode(next(iter(row["outputs"].values())))])
         perplexity = f"{math.exp(np.mean(found)):.3f}" if found else ""
         print(f"| {dtype} | {len(gaps)} | {' | '.join(shares)} | {gaps.max():.3g} | {perplexity} |", flush=True)
         llm.close()

@@ -185,8 +185,7 @@ class BatchingEngine(ABC):
         tokens = np.zeros(places, dtype=np.int64)
         tokens[:n] = request.prompt_token_ids
         readable = np.arange(places) < n
-        paged = {} if self._page == 1 else {"page": self._page}
-        layout = Layout(n, places, request.positions, **paged)
+        layout = Layout(n, places, request.positions, page=self._page)
         bias = Bias.of(request.logit_bias)
         self._waiting[request.id] = Response(request, layout, tokens, readable, bias, n)
 

@@ -72,7 +72,6 @@ class NativeEngine(BatchingEngine):
         self._range = -(-(capacity + capacity // SPARE) // PAGE) * PAGE
         self._pool = Pool(model, max_num_seqs * self._range, cache_type)
         self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
-        self._written = [0] * max_num_seqs
         self._free = set(range(max_num_seqs))
 
     def close(self) -> None:

@@ -514,7 +514,7 @@ bool check_slots(const pastalm_pool *pool, int64_t first, int64_t count) {
          fail("%lld slots from %lld on are not in the pool", (long long)count, (long long)first);
 }
 
-/* Where element 0 of a slot's keys or values lies, and how many bytes run on from there. */
+/* Keys (which 0) or values of one slot of a page, also in a slot of another page. */
 void copy_slot(const pastalm_pool &pool, char *from_page, char *to_page, int which, int64_t from, int64_t to) {
   const int64_t d = pool.head_dim, size = pool.element();
   for (int64_t i = 0; i < d; i++) {

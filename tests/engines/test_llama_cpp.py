@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -19,9 +18,8 @@ from pastalm.errors import CapabilityError, EngineError, ModelError, RequestErro
 from pastalm.events import Blocked, Decoded, Finished, Forked, Joined
 from pastalm.models import Loaded, vocabulary_of
 from pastalm.vocabulary import TAG_TOKENS
-from tests.laws.oracle import Linear
-from tests.laws.reference import reference_logits
-from tests.laws.script import Script, play, random_scripts
+from tests.laws.replayed import error
+from tests.laws.script import play, random_scripts
 from tests.laws.test_exactness import SCHEDULES
 from tests.laws.tiny import EOS, SIZE, tiny_model
 
@@ -93,19 +91,6 @@ def engine(weights: engines.LlamaCppModel) -> Iterator[Callable[..., engines.Lla
     yield make
     for one in made:
         one.close()
-
-
-def error(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> float:
-    """Largest difference between the engine's logits and one masked forward pass, over their spread."""
-    linear = Linear(script.prompt, script.record, script.policy)
-    n = len(linear.entries)
-    visible = linear.visible if hiding else np.tril(np.ones((n, n), dtype=np.bool_))
-    want = reference_logits(model, linear.tokens, linear.positions, visible)
-    assert len(script.logits) > 10
-    return max(
-        float((logits - want[linear.place[path, index]]).abs().max())
-        for (path, index), logits in script.logits.items()
-    ) / float(want.std())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

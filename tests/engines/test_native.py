@@ -21,9 +21,8 @@ from pastalm.errors import CapabilityError, EngineError, RequestError
 from pastalm.eval.replay import load_unpacked
 from pastalm.events import Decoded, Finished, Forked
 from pastalm.layout import Policy
-from tests.laws.oracle import Linear
-from tests.laws.reference import reference_logits
-from tests.laws.script import Script, play, random_scripts
+from tests.laws.replayed import error, errors
+from tests.laws.script import play, random_scripts
 from tests.laws.test_exactness import SCHEDULES
 from tests.laws.tiny import ARCHITECTURES, MORE_ARCHITECTURES, tiny_model
 
@@ -56,24 +55,6 @@ def engine() -> Iterator[Callable[..., NativeEngine]]:
     yield make
     for one in made:
         one._pool.close()
-
-
-def errors(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> list[float]:
-    """Of each token the largest difference between the engine's logits and one masked pass, over their spread."""
-    linear = Linear(script.prompt, script.record, script.policy)
-    n = len(linear.entries)
-    visible = linear.visible if hiding else np.tril(np.ones((n, n), dtype=np.bool_))
-    want = reference_logits(model, linear.tokens, linear.positions, visible)
-    assert len(script.logits) > 10
-    spread = float(want.std())
-    return [
-        float((logits - want[linear.place[path, index]]).abs().max()) / spread
-        for (path, index), logits in script.logits.items()
-    ]
-
-
-def error(model: PreTrainedModel, script: Script, *, hiding: bool = True) -> float:
-    return max(errors(model, script, hiding=hiding))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -19,7 +19,9 @@ class Answer:
     """One answer to one prompt. choice: which of several. sequential: decoded with forking off. annotated:
     PASTA-LANG. tokens: with tags; critical_path, steps: as in SPEC "Figures". seconds: to its end, first_seconds: to
     the first character that a reader sees; matched_seconds: the same text decoded sequentially, forced (None: not
-    measured). threads: of `Transcript.to_dict`, where kept. category: of the prompt."""
+    measured). threads: of `Transcript.to_dict`, where kept. token_ids: all decoded tokens in linear order, tags too, under
+    the model that answered; forced: the places in it of those that no thread sampled. Both empty: not kept. category: of
+    the prompt."""
 
     id: str
     choice: int = 0
@@ -34,6 +36,8 @@ class Answer:
     first_seconds: float | None = None
     matched_seconds: float | None = None
     threads: tuple[dict[str, Any], ...] = ()
+    token_ids: tuple[int, ...] = ()
+    forced: tuple[int, ...] = ()
     category: str = ""
     source: str = ""
     licence: str = ""
@@ -93,6 +97,18 @@ def figures(transcript: Transcript) -> dict[str, Any]:
     }
 
 
+def sampled(transcript: Transcript) -> dict[str, Any]:
+    """The fields of an Answer that say which tokens it is made of. Of an answer that a stop string cut: none, as its
+    tokens say more than its text."""
+    if transcript.was_cut:
+        return {}
+    tokens = list(transcript.sampled_tokens())
+    return {
+        "token_ids": tuple(token for token, _ in tokens),
+        "forced": tuple(place for place, (_, by_thread) in enumerate(tokens) if not by_thread),
+    }
+
+
 def read(path: Path) -> list[Answer]:
     """All answers of a file, their PASTA-LANG checked. Raises DataError with the line that cannot be read."""
     found = list(_answers(jsonl.read(path)))
@@ -117,6 +133,7 @@ def _answers(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Answer]:
         try:
             known |= {key: int(row[key]) for key in numbers}
             known["threads"] = tuple(row.get("threads", ()))
+            known |= {key: tuple(map(int, row.get(key, ()))) for key in ("token_ids", "forced")}
             answer = Answer(**known)
             parse(answer.annotated)
         except (TypeError, ValueError, LanguageError) as error:

@@ -76,6 +76,7 @@ def answer(
         sequential=params.parallelism == 0,
         threads=tuple(running.transcript.to_dict()["threads"]) if threads else (),
         **answers.figures(running.transcript),
+        **(answers.sampled(running.transcript) if llm.loaded.prepared else {}),
     )
 
 

@@ -38,6 +38,8 @@ class ThreadRecord:
     parts: list[str | Decoded | Path | Sync] = field(default_factory=list)
     token_ids: list[int | Path] = field(default_factory=list)
     """Tokens in order; a child's path stands where the child does in linear form."""
+    forced: set[int] = field(default_factory=set)
+    """Places in `token_ids` of tokens that the thread did not sample."""
 
     @property
     def parent(self) -> Path | None:
@@ -93,8 +95,9 @@ class Transcript:
             if event.children:
                 thread.parts.append(Sync())
                 thread.depth = max(thread.depth, *(self.threads[c].depth for c in event.children))
+        sync = isinstance(event, Joined) and bool(event.children)  # it was sampled, and is only fed late
         for token in event.forced:
-            self._count(thread, token)
+            self._count(thread, token, forced=not sync)
         if isinstance(event, Finished):
             self._end(thread, event)
 
@@ -111,15 +114,17 @@ class Transcript:
         self._unfinished += 1
 
     def _append(self, thread: ThreadRecord, event: Decoded) -> None:
-        self._count(thread, event.token)
+        self._count(thread, event.token, forced=event.replaced)
         if event.logprob is not None and not event.tag:
             thread.parts.append(event)
         else:
             thread.write(event.text)
 
-    def _count(self, thread: ThreadRecord, token: int) -> None:
+    def _count(self, thread: ThreadRecord, token: int, *, forced: bool) -> None:
         thread.tokens += 1
         thread.depth += 1
+        if forced:
+            thread.forced.add(len(thread.token_ids))
         thread.token_ids.append(token)
         self.tokens += 1
         if thread.depth > self.critical_path:
@@ -245,6 +250,17 @@ class Transcript:
             else:
                 yield path, token
 
+    def sampled_tokens(self, path: Path = ()) -> Iterator[tuple[int, bool]]:
+        """Every decoded token in linear order, and whether its thread sampled it (it was not forced, nor put in the
+        place of another)."""
+        if (thread := self.threads.get(path)) is None:
+            return
+        for place, token in enumerate(thread.token_ids):
+            if isinstance(token, tuple):
+                yield from self.sampled_tokens(token)
+            else:
+                yield token, place not in thread.forced
+
     def logprobs(self) -> Iterator[Decoded]:
         """The text's tokens with their log-probabilities, in document order (tags: only in the trace)."""
         return (token for _, token in self.scored())
@@ -276,6 +292,11 @@ class Transcript:
     @property
     def finished(self) -> bool:
         return bool(self.threads) and not self._unfinished
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether a stop string cut the text."""
+        return self._cut is not None
 
     @property
     def finish_reason(self) -> FinishReason | None:

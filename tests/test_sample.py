@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pastalm import LLM, SamplingParams, models
+from pastalm import answers as kept_answers
 from pastalm.errors import DataError
 from pastalm.lang import parse
 from pastalm.prompts import Prompt
@@ -22,6 +25,16 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = tmp_path_factory.mktemp("model")
     models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder)
     return LLM(str(folder), dtype="float64", max_num_seqs=3, max_model_len=256)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A model that has the tags, and says them now and then."""
+    folder = tmp_path_factory.mktemp("prepared")
+    tokenizer, model = copy.deepcopy(BYTE_LEVEL), small_model(len(BYTE_LEVEL))
+    models.prepare(model, tokenizer)
+    models.save(model, tokenizer, folder)
+    return LLM(str(folder), dtype="float64", max_num_seqs=3, max_model_len=512)
 
 
 PROMPTS = [*(Prompt(id=str(i), text=f"What of {i}?") for i in range(5)), Prompt(id="long", text="x " * 300)]
@@ -70,3 +83,23 @@ def test_files_that_cannot_be_used_are_one_clear_line(
     with pytest.raises(DataError, match="cannot write"):
         sample(llm, PROMPTS, odd / "out.jsonl", PARAMS)
     assert not llm.driver.running
+
+
+def test_answers_keep_the_tokens_that_were_sampled(llm: LLM, prepared: LLM, tmp_path: Path) -> None:
+    """In linear order, which of them no thread sampled beside them: what was forced, or put in the place of another."""
+    out = tmp_path / "out.jsonl"
+    sample(prepared, PROMPTS[:5], out, replace(PARAMS, max_tokens=150))
+    rows = kept_answers.read(out)
+    vocabulary = prepared.loaded.vocabulary
+    assert vocabulary.tags is not None
+    assert any(row.chunks for row in rows)
+    for row in rows:
+        assert len(row.token_ids) == row.tokens and set(row.forced) <= set(range(row.tokens))
+        assert vocabulary.text(row.token_ids).startswith(row.text.partition("\n")[0])
+        opened = [i for i, token in enumerate(row.token_ids) if token == vocabulary.tags.async_open]
+        syncs = [i for i, token in enumerate(row.token_ids) if token == vocabulary.tags.sync]
+        assert set(opened) <= set(row.forced) and not set(syncs) & set(row.forced)
+        assert kept_answers.read(out) == rows
+    assert any(list(vocabulary.encode(row.text)) != list(row.token_ids) for row in rows if not row.chunks)
+    sample(llm, PROMPTS[:1], tmp_path / "plain.jsonl", PARAMS)
+    assert not any(row.token_ids for row in kept_answers.read(tmp_path / "plain.jsonl"))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pastalm.errors import CapabilityError, RequestError, complaint
+from pastalm.errors import CapabilityError, RequestError, check_text, complaint
 from pastalm.events import Event, Path
 from pastalm.events import SampledToken as SampledToken
 from pastalm.layout import Policy
@@ -30,6 +30,9 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0 or -1: off. max_tokens bounds all decoded tokens of the
     response, tags too. seed None draws one. logprobs: how many top log-probabilities to return
     beside the sampled token's. parallelism: odds of forking are multiplied by it; 0 turns it off.
+    ignore_eos: the end of the model's vocabulary ends nothing. stop_token_ids: each ends the answer where it
+    stands, and is not part of its text. min_tokens: before so many, neither those nor the end may be sampled, and no
+    stop string counts (the main thread's own tokens, and those of the chunks that it has joined).
     """
 
     n: int = 1
@@ -44,6 +47,8 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] | list[int] | None = None
     parallelism: float = 1.0
 
     def __post_init__(self) -> None:
@@ -55,16 +60,22 @@ class SamplingParams:
             (0 <= self.min_p <= 1, "min_p must be in [0, 1]"),
             (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
             (self.max_tokens >= 1, "max_tokens must be 1 or more"),
+            (0 <= self.min_tokens <= self.max_tokens, "min_tokens must be in 0..max_tokens"),
+            (min(self.stop_token_ids or (0,)) >= 0, "stop_token_ids must be token ids"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in 0..20"),
             (self.parallelism >= 0, "parallelism must be 0 or more"),
             (
                 all(map(math.isfinite, (self.temperature, self.repetition_penalty, self.parallelism))),
                 "temperature, repetition_penalty and parallelism must be finite",
             ),
+            (all(isinstance(stop, str) for stop in self.stop_strings), "stop must be one text or several"),
             (all(self.stop_strings), "a stop string must not be empty"),
+            (all(map(math.isfinite, (self.logit_bias or {}).values())), "the values of logit_bias must be finite"),
         )
         if said := complaint(checks):
             raise RequestError(said)
+        for stop in self.stop_strings:
+            check_text(stop, "a stop string")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -109,6 +120,8 @@ class Capabilities:
     untagged: bool = False
     """Whether tags can be kept out of a whole response where `allowed` is not honoured."""
     logprobs: bool = True
+    prompt_logprobs: bool = False
+    """Whether it scores given tokens (`score`)."""
     exact: bool = False
     """Whether float64 laws hold on it."""
     max_model_len: int = 0
@@ -126,6 +139,7 @@ class Capabilities:
                 f"offers positions {' and '.join(self.positions)}, not {request.positions!r}",
             ),
             (self.logprobs or params.logprobs is None, "gives no log-probabilities"),
+            (self.masks or params.min_tokens == 0, "cannot forbid the end: leave out min_tokens"),
             (
                 self.masks or self.untagged or params.parallelism > 0,
                 "cannot forbid tags: parallelism 0 is not possible",
@@ -139,6 +153,7 @@ class Capabilities:
         offered = (
             (self.masks, "grammar masks"),
             (self.logprobs, "logprobs"),
+            (self.prompt_logprobs, "logprobs of prompts"),
             (self.exact, "exact in float64"),
         )
         parts = [self.weights, f"positions {', '.join(self.positions)}"]

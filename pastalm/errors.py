@@ -52,6 +52,20 @@ class RemoteError(PastaError):
     """A server cannot be reached, or refuses everything that this run asks."""
 
 
+def check_text(text: str, name: str) -> None:
+    """Raises RequestError where a text holds half of a surrogate pair, which no encoding can write: it comes of bytes
+    that are not UTF-8 on a command line, and of JSON that holds such halves."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # as Python's surrogateescape has it
+            what = f"is not UTF-8: byte 0x{code - 0xDC00:02x}"
+        else:
+            what = f"holds half of a surrogate pair, U+{code:04X},"
+        raise RequestError(f"{name} {what} at character {error.start}; give whole characters, as UTF-8") from None
+
+
 def complaint(checks: Iterable[tuple[bool, str]]) -> str | None:
     """What the first failed check says; None if all of them (whether it holds, what else) hold."""
     return next((said for holds, said in checks if not holds), None)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pastalm import loading
 from pastalm.engine import Engine, Request, SamplingParams
-from pastalm.errors import ModelError, RequestError
+from pastalm.errors import ModelError, RequestError, check_text
 from pastalm.events import Event, Finished, FinishReason, stamp
 from pastalm.interpreter import Interpreter, Limits
 from pastalm.layout import Policy
@@ -410,6 +410,8 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[RequestOutput]:
         """Completes raw prompts (text, or token ids), all at once; outputs in their order."""
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+            raise RequestError(f"prompts are texts or lists of token ids, not {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         each: Sequence[Any] = [prompts] if single else prompts
         return self._run([self._encode(p) for p in each], params or SamplingParams(), list(each))
@@ -421,7 +423,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation, or several at once, through the model's chat template."""
         params = params or SamplingParams()
-        many: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        single = not messages or isinstance(messages, str | bytes | Mapping) or isinstance(messages[0], Mapping)
+        many: Sequence[Any] = [messages] if single else messages
         return self._run([self._conversation(m, params) for m in many], params, [None] * len(many))
 
     def stream(
@@ -449,13 +452,16 @@ class LLM:
     def encode(self, prompt: Prompt | Sequence[Message], params: SamplingParams) -> list[int]:
         """Token ids of a raw prompt, or of a conversation as the chat template has it. Raises RequestError,
         ModelError."""
-        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         return self._conversation(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a raw prompt. A tag's spelling in it is text, other special tokens are themselves."""
         if not isinstance(prompt, str):
+            if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+                raise RequestError(f"a prompt is text, token ids or messages, not {type(prompt).__name__}")
             return list(prompt)
+        check_text(prompt, "the prompt")
         spelled = re.compile("(" + "|".join(map(re.escape, TAG_TOKENS.values())) + ")")
         ids: list[int] = []
         for i, part in enumerate(spelled.split(prompt)):
@@ -470,8 +476,14 @@ class LLM:
         for an empty one."""
         from pastalm import models
 
+        if isinstance(messages, str | bytes) or not all(isinstance(message, Mapping) for message in messages):
+            raise RequestError("messages are dictionaries, each with a role and a content")
         if not messages or not str(messages[-1].get("content", "")).strip():
             raise RequestError("the prompt is empty: say something")
+        for i, message in enumerate(messages):
+            for key, value in message.items():
+                if isinstance(value, str):
+                    check_text(value, f"{key} of message {i}")
         marker = self.loaded.sequential_marker if params.parallelism == 0 else self.loaded.teaching
         ids: list[int] = models.chat_prompt(self.loaded, messages, marker=marker)
         return ids

@@ -24,6 +24,7 @@ Source: PASTA section 4 (interpreter, positions "Pred-10X").
 
 from __future__ import annotations
 
+import codecs
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,10 +34,10 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.errors import CapabilityError
+from pastalm.errors import CapabilityError, DataError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
 from pastalm.lang import CHUNK_TAGS, AsyncClose, AsyncOpen, Document, Promise, Text, linearize
-from pastalm.vocabulary import Vocabulary
+from pastalm.vocabulary import Tags, Vocabulary
 
 Policy: TypeAlias = Literal["promised", "overlap", "serial"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -270,6 +271,87 @@ def unroll(document: Document, vocabulary: Vocabulary, *, eos: int | None = None
     yield Finished(path=())
 
 
+def retell(token_ids: Sequence[int], vocabulary: Vocabulary, *, forced: Iterable[int] = ()) -> Iterator[Event]:
+    """The events that decoded some tokens, given in linear order, tags too. forced: places of tokens that no thread
+    sampled; they come back as `replaced`. Text stands on the events, as the interpreter puts it there. Raises DataError
+    where the tokens are no response of a model with these tags."""
+    tags = vocabulary.tags
+    assert tags is not None, "tokens tell threads only under a prepared vocabulary"
+    given = frozenset(forced)
+    thread = _Retold(())
+    threads = [thread]
+    yield Forked(path=())
+    for place, token in enumerate(token_ids):
+        if token == tags.async_open:
+            if thread.promise is None:
+                raise DataError("a chunk begins without its promise")
+            promise, thread.promise = thread.promise, None
+            thread = thread.child()
+            threads.append(thread)
+            yield Forked(path=thread.path, topic=promise.topic, promised=promise.tokens, forced=(token,))
+        elif token == tags.sync and thread.unjoined:
+            yield Joined(path=thread.path, children=tuple(thread.unjoined), forced=(token,))
+            thread.unjoined.clear()
+        else:
+            text = thread.text(token, vocabulary, tags, forced=place in given)
+            yield Decoded(path=thread.path, token=token, text=text, tag=token in tags.ids, replaced=place in given)
+            if token == tags.async_close and thread.path:
+                yield Finished(path=thread.path)
+                threads.pop()
+                thread = threads[-1]
+    if thread.path:
+        raise DataError("a chunk has no end")
+    yield Finished(path=())
+
+
+@dataclass(slots=True)
+class _Retold:
+    """A thread whose tokens are told again. tag: tokens of a promise so far, None outside of one. promise: the one that
+    was just completed."""
+
+    path: Path
+    forks: int = 0
+    unjoined: list[Path] = field(default_factory=list)
+    tag: list[int] | None = None
+    promise: Promise | None = None
+    characters: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
+    )
+
+    def child(self) -> _Retold:
+        """The thread that keeps the promise."""
+        made = _Retold((*self.path, self.forks))
+        self.unjoined.append(made.path)
+        self.forks += 1
+        return made
+
+    def text(self, token: int, vocabulary: Vocabulary, tags: Tags, *, forced: bool) -> str:
+        """The reader's text that a token adds."""
+        self.promise = None
+        if self.tag is not None:
+            self._promise(token, vocabulary, tags)
+            return ""
+        if token == tags.promise:
+            self.tag = []
+        if token in tags.ids or token in vocabulary.eos:
+            text = "" if forced else self.characters.decode(b"", final=True)
+            self.characters.reset()
+            return text
+        return self.characters.decode(vocabulary.piece(token))
+
+    def _promise(self, token: int, vocabulary: Vocabulary, tags: Tags) -> None:
+        """Goes on with a promise, which its last token completes."""
+        assert self.tag is not None
+        if token != tags.promise_end:
+            self.tag.append(token)
+            return
+        at = self.tag.index(tags.tokens) if tags.tokens in self.tag else len(self.tag)
+        length = vocabulary.numbers.get(tuple(self.tag[at + 1 :]))
+        if length is None:
+            raise DataError("a promise names no length")
+        self.promise, self.tag = Promise.clip(vocabulary.text(self.tag[:at]), length), None
+
+
 IGNORED = -100
 """The label of a token that is not in the loss."""
 
@@ -279,18 +361,37 @@ class Packed:
     """One response as one training sequence of n tokens, thread after thread.
 
     input_ids, position_ids, labels: [n]; labels[i] is input_ids[i] or -100, and belongs to the logits
-    at i - 1 (the caller's loss shifts by one, as the field's trainers do). visible: [n, n] bool,
-    visible[i, j]: i sees j. paths: each token's thread.
+    at i - 1 (the caller's loss shifts by one, as the field's trainers do). paths: each token's thread. order: [n], how
+    many tokens were decoded before each. joins: the chunks that a thread reads from its token of that `order` on; None:
+    the sequence is an ordinary causal one, whatever threads it is made of. It holds nothing of size n x n.
     """
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    visible: NDArray[np.bool_]
     paths: tuple[Path, ...]
+    order: NDArray[np.int64]
+    joins: tuple[tuple[int, tuple[Path, ...]], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def visible(self) -> NDArray[np.bool_]:
+        """[n, n] bool, made when asked for; visible[i, j]: i sees j."""
+        n = len(self)
+        if self.joins is None:
+            return np.tri(n, dtype=np.bool_)
+        layout, joins, begun = Layout(0, n), dict(self.joins), {()}
+        rows = np.empty((n, n), dtype=np.bool_)
+        for place, i in enumerate(np.argsort(self.order).tolist()):
+            path = self.paths[i]
+            if path not in begun:
+                layout.fork(path, 0)
+                begun.add(path)
+            layout.join(path, joins.get(place, ()))
+            rows[i] = layout.decode(path, 0).row[self.order]
+        return rows
 
 
 def pack(
@@ -310,11 +411,23 @@ def pack(
     stays in: the model sampled it, it was only fed late.
     """
     events = list(unroll(document, vocabulary, eos=eos))
-    if oracle:
-        events = _foreseen(events)
+    return pack_events(prompt, _foreseen(events) if oracle else events, vocabulary, policy)
+
+
+def pack_events(
+    prompt: Sequence[int], events: Iterable[Event], vocabulary: Vocabulary, policy: Policy = "promised"
+) -> Packed:
+    """`pack` for events in linear order. What was put in the place of a sampled token is left out of the loss."""
+    events = list(events)
     length = len(prompt) + sum(map(_tokens, events))
     layout = Layout(len(prompt), length, policy)
-    placed = [token for event in events for token in layout.apply(event)]
+    placed, joins, unsampled = list[Placed](), list[tuple[int, tuple[Path, ...]]](), set[int]()
+    for event in events:
+        if isinstance(event, Joined):
+            joins.append((layout.used, event.children))
+        elif isinstance(event, Decoded) and event.replaced:
+            unsampled.add(layout.used)
+        placed += layout.apply(event)
     rank = {path: i for i, path in enumerate(dict.fromkeys(((), *(t.path for t in placed))))}
     placed.sort(key=lambda t: rank[t.path])  # stable: linear order within a thread
     order = np.array([*range(len(prompt)), *(t.place for t in placed)], dtype=np.int64)
@@ -323,13 +436,14 @@ def pack(
     labels[: len(prompt)] = IGNORED
     if vocabulary.tags is not None:
         labels[ids == vocabulary.tags.async_open] = IGNORED
-    rows = [np.arange(length) <= i for i in range(len(prompt))] + [t.row for t in placed]
+    labels[np.isin(order, list(unsampled))] = IGNORED
     return Packed(
         input_ids=ids,
         position_ids=layout.positions[order],
         labels=labels,
-        visible=np.stack(rows)[:, order],
         paths=((),) * len(prompt) + tuple(t.path for t in placed),
+        order=order,
+        joins=tuple(joins),
     )
 
 
@@ -395,6 +509,6 @@ def _row(tokens: list[int], paths: list[Path], context: list[int], own: list[int
         input_ids=ids,
         position_ids=np.arange(n),
         labels=labels,
-        visible=np.tril(np.ones((n, n), dtype=np.bool_)),
         paths=tuple(paths[i] for i in places),
+        order=np.arange(n),
     )

@@ -263,8 +263,9 @@ def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
         input_ids=packed.input_ids[:end],
         position_ids=packed.position_ids[:end],
         labels=labels[:end],
-        visible=packed.visible[:end, :end],
         paths=packed.paths[:end],
+        order=packed.order[:end],
+        joins=packed.joins,
     )
 
 

@@ -82,7 +82,8 @@ class Thread:
     """A thread as the interpreter knows it. budget: tokens it may still decode, its children's grants
     taken out. reach: bound on its next position id. room: the least budget and the greatest reach at which
     it can make a promise as long as its last one. key: of its own topic. group: unjoined children and
-    their topics' keys. last: what the text before its next token ends in."""
+    their topics' keys. last: what the text before its next token ends in. origin: `written` and `budget` when it began;
+    lent: budgets of the children in its group."""
 
     path: Path
     budget: int
@@ -93,6 +94,8 @@ class Thread:
     tag: list[int] = field(default_factory=list)
     topic: str = ""
     key: str = ""
+    origin: int = 0
+    lent: int = 0
     forks: int = 0
     group: dict[Path, str] = field(default_factory=dict)
     resume: tuple[int, ...] = ()
@@ -102,6 +105,12 @@ class Thread:
     characters: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
     )
+
+    @property
+    def written(self) -> int:
+        """Tokens up to here: its own, those of the chunks it has joined, and what its parent had when it promised. So
+        it does not depend on how far others are that decode beside it."""
+        return self.origin - self.budget - self.lent
 
 
 def _distinct(thread: Thread, topic: str) -> bool:
@@ -113,7 +122,8 @@ def _distinct(thread: Thread, topic: str) -> bool:
 class Interpreter:
     """The threads of one response.
 
-    prompt_length: tokens of the prompt (positions begin there). parallelism 0 turns forking off.
+    prompt_length: tokens of the prompt (positions begin there). parallelism 0 turns forking off. ignore_eos,
+    min_tokens, stop_token_ids: as of SamplingParams; stopped: the threads that such a token has ended.
     """
 
     def __init__(
@@ -125,11 +135,16 @@ class Interpreter:
         limits: Limits | None = None,
         parallelism: float = 1.0,
         ignore_eos: bool = False,
+        min_tokens: int = 0,
+        stop_token_ids: Iterable[int] = (),
     ) -> None:
         self._vocabulary = vocabulary
         self._limits = limits or Limits()
         self._forking = parallelism > 0
         self._ignore_eos = ignore_eos
+        self._min_tokens = min_tokens
+        self._stops = frozenset(stop_token_ids)
+        self.stopped: list[Path] = []
         self._queue: deque[Thread] = deque()
         tags = vocabulary.tags
         self._open = (tags.async_open,) if tags else tuple(vocabulary.encode("<async>"))
@@ -139,9 +154,9 @@ class Interpreter:
         self._digits = max(map(len, vocabulary.numbers)) if tags else 0
         self._digit_ids = {i for ids in vocabulary.numbers for i in ids} if tags else set()
         self._silent = vocabulary.eos.union(tags.ids if tags else ())
-        self._masks: dict[tuple[bool, bool, bool], TokenSet] = {}
+        self._masks: dict[tuple[bool, bool, bool, bool], TokenSet] = {}
         self._spelling = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + self._digits if tags else 0
-        self._main = Thread((), max_tokens, prompt_length, self._room(0, LENGTH_STEP, self._spelling))
+        self._main = Thread((), max_tokens, prompt_length, self._room(0, LENGTH_STEP, self._spelling), origin=max_tokens)
         self.threads: dict[Path, Thread] = {(): self._main}
         self._unfinished = 1
         self._spelled: dict[str, frozenset[int]] = {}
@@ -162,7 +177,7 @@ class Interpreter:
             return list(self._cut(thread, "abort", sampled.lost))
         if self._vocabulary.tags is None:
             return list(self._write(thread, sampled))
-        if thread.mode == "text" and sampled.token not in self._silent:
+        if thread.mode == "text" and sampled.token not in self._silent and sampled.token not in self._stops:
             return list(self._say(thread, sampled))
         return list(self._tag(thread, sampled))
 
@@ -178,6 +193,11 @@ class Interpreter:
     @property
     def finished(self) -> bool:
         return not self._unfinished
+
+    @property
+    def written(self) -> int:
+        """Tokens that the main thread has written, those of the chunks that it has joined among them."""
+        return self._main.written
 
     # ------------------------------------------------------------------ prepared models
 
@@ -202,6 +222,8 @@ class Interpreter:
         text, promise = self._take(thread, token)
         thread.last = text or thread.last
         ended = not inside and self._ends(thread, token)
+        if ended and thread.path and token in self._stops:
+            token = tags.async_close
         forced: list[int] = []
         if ended and (newline := self._newline_due(thread)):
             token, *forced = (*newline, *self._close)
@@ -285,6 +307,9 @@ class Interpreter:
         return "", None
 
     def _ends(self, thread: Thread, token: int) -> bool:
+        if token in self._stops:
+            self.stopped.append(thread.path)
+            return True
         if thread.path:
             return token == self._tags.async_close or token in self._vocabulary.eos
         return token in self._vocabulary.eos and not self._ignore_eos
@@ -316,19 +341,21 @@ class Interpreter:
     def _allowed(self, thread: Thread) -> TokenSet | None:
         """The ids that a thread may sample next."""
         tags = self._vocabulary.tags
+        early = thread.written < self._min_tokens
         if tags is None:
-            return None
+            return TokenSet(self._vocabulary.eos | self._stops, inverted=True) if early else None
         if thread.mode == "number":
             return TokenSet(frozenset(self._lengths(thread)))
         if thread.mode == "topic":
             return TokenSet(frozenset(self._banned_in_topic(thread)), inverted=True)
-        key = (not self._may_promise(thread), not thread.group, bool(thread.path))
+        key = (not self._may_promise(thread), not thread.group, bool(thread.path), early)
         if key not in self._masks:
             banned = {tags.tokens, tags.promise_end, tags.async_open}
             banned |= {tags.promise} if key[0] else set()
             banned |= {tags.sync} if key[1] else set()
             banned |= self._vocabulary.eos if key[2] or self._ignore_eos else set()
             banned |= set() if key[2] else {tags.async_close}
+            banned |= self._stops | (set() if key[2] else self._vocabulary.eos) if early else set()
             self._masks[key] = TokenSet(frozenset(banned), inverted=True)
         return self._masks[key]
 
@@ -409,6 +436,9 @@ class Interpreter:
         thread.budget -= 1
         thread.reach += 1
         ended = sampled.token in self._vocabulary.eos and (bool(thread.path) or not self._ignore_eos)
+        if sampled.token in self._stops and not thread.scanner.held:
+            self.stopped.append(thread.path)
+            ended = True
         text, thread.carry = thread.carry, ""
         promise: Promise | None = None
         sync = False
@@ -465,9 +495,11 @@ class Interpreter:
             key=key,
             resume=self._open,
             last=parent.last,
+            origin=parent.written + grant,
         )
         parent.forks += 1
         parent.budget -= grant
+        parent.lent += grant
         parent.reach += promise.tokens + CHUNK_TAGS
         parent.group[path] = key
         parent.last = "\n"  # as every chunk ends in white space
@@ -511,6 +543,7 @@ class Interpreter:
             thread.budget += child.budget
             thread.reach = max(thread.reach, child.reach + 1)  # the sync's own, under `overlap`
         thread.group.clear()
+        thread.lent = 0
         thread.state = "live"
         forced, thread.resume = thread.resume, ()
         return Joined(path=thread.path, children=children, forced=forced, allowed=self._allowed(thread))

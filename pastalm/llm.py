@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from pastalm import loading
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.errors import ModelError, RequestError, check_text
-from pastalm.events import Event, Finished, FinishReason, stamp
+from pastalm.events import Event, Finished, FinishReason, Path, stamp
 from pastalm.interpreter import Interpreter, Limits
+from pastalm.lang import Sync
 from pastalm.layout import Policy
 from pastalm.models import EMBEDDED
 from pastalm.transcript import Transcript, begins
@@ -35,7 +36,8 @@ Prompt: TypeAlias = "str | Sequence[int]"
 @dataclass(slots=True)
 class Running:
     """A response that is being decoded. searched: characters of its settled text in which no stop string begins and
-    ends."""
+    ends. free: how many parts of the main thread are too early for stop strings (None: all so far). ended: chunks
+    that a stop token ended, and after how many parts."""
 
     request: Request
     interpreter: Interpreter
@@ -43,20 +45,74 @@ class Running:
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     searched: int = 0
+    free: int | None = None
+    ended: dict[Path, int] = field(default_factory=dict)
+
+    def note(self) -> None:
+        """Takes in what the interpreter says of ends, after the events of which it says it."""
+        params, threads = self.request.params, self.transcript.threads
+        if self.free is None and self.interpreter.written >= params.min_tokens:
+            self.free = len(threads[()].parts) if params.min_tokens else 0
+        for path in filter(None, self.interpreter.stopped):
+            if path not in self.ended and threads[path].state == "done":
+                last = threads[path].parts[-1:]
+                self.ended[path] = len(threads[path].parts) - (last == ["\n"])  # what the end of a chunk forces
 
     def stopped(self) -> int | None:
-        """Where the answer is to be cut: where the first stop string begins in the text that is certain, if one does
-        and no other may yet turn out to begin before it. Looks at what is new alone."""
+        """Where the answer is to be cut: where a stop token stood or the first stop string begins in the text that is
+        certain, if one does and no other may yet turn out to begin before it."""
+        ends = (place(self.transcript, path, parts) for path, parts in self.ended.items())
+        end = min((at for at in ends if at is not None), default=None)
+        found = self._string(end)
+        return end if found is None else found
+
+    def _string(self, end: int | None) -> int | None:
+        """Where the first stop string begins in the text before character `end`. Looks at what is new alone."""
         strings = self.request.params.stop_strings
-        if not strings:
+        if not strings or self.free is None:
             return None
+        early = place(self.transcript, (), self.free) if self.free else 0
+        if early is None:
+            return None
+        self.searched = max(self.searched, early)
         start = max(0, self.searched - max(map(len, strings)) + 1)
-        text = self.transcript.settled_from(start)
+        text = self.transcript.settled_from(start)[: None if end is None else end - start]
+        known = self.searched - start
         self.searched = start + len(text)
-        found = min((at for at in map(text.find, strings) if at >= 0), default=None)
-        if found is None or not self.transcript.finished and min(begins(text, s) for s in strings) < found:
+        places = (text.find(s, max(0, known - len(s) + 1)) for s in strings)
+        found = min((at for at in places if at >= 0), default=None)
+        over = self.transcript.finished or end is not None
+        if found is None or not over and min(_may_begin(text, s, known) for s in strings) < found:
             return None
         return start + found
+
+
+def _may_begin(text: str, stop: str, known: int) -> int:
+    """Where a stop string begins, or may, that does not end in the first `known` characters."""
+    start = max(0, known - len(stop) + 1)
+    return start + begins(text[start:], stop)
+
+
+def place(transcript: Transcript, path: Path, parts: int) -> int | None:
+    """Characters of the text before part number `parts` of a thread; None while what stands before it may grow."""
+    at: int = 0
+    here: Path = ()
+    while True:
+        for i, part in enumerate(transcript.threads[here].parts):
+            if here == path and i == parts:
+                return at
+            if not isinstance(part, tuple):
+                at += 0 if isinstance(part, Sync) else len(part if isinstance(part, str) else part.text)
+            elif path[: len(part)] == part:
+                here = part
+                break
+            else:
+                within = [t for p, t in transcript.threads.items() if p[: len(part)] == part]
+                if any(thread.state != "done" for thread in within):
+                    return None
+                at += sum(len(thread.text) for thread in within)
+        else:
+            return at
 
 
 class Driver:
@@ -109,6 +165,8 @@ class Driver:
             limits=self.limits,
             parallelism=params.parallelism,
             ignore_eos=params.ignore_eos,
+            min_tokens=params.min_tokens,
+            stop_token_ids=params.stop_token_ids or (),
         )
         self.engine.add(request)
         running = Running(request, interpreter)
@@ -151,6 +209,7 @@ class Driver:
     def _take(self, running: Running, events: list[Event]) -> list[Event]:
         """Stamps events, applies them to transcript and engine, and ends all at a stop string."""
         batch = self._note(running, events)
+        running.note()
         cut = running.stopped()
         if cut is not None:
             batch += self._note(running, running.interpreter.finish("stop"))

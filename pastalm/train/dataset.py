@@ -13,17 +13,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 
 from pastalm import answers, jsonl
 from pastalm.errors import DataError, LanguageError, RequestError
+from pastalm.events import Event
 from pastalm.events import Path as ThreadPath
 from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, parse, strip
-from pastalm.layout import IGNORED, MIXED, Packed, Policy, pack, pack_serial
+from pastalm.layout import IGNORED, MIXED, Packed, Policy, pack, pack_events, pack_serial, retell
 from pastalm.models import SEQUENTIAL_MARKER, encode_chat
+from pastalm.transcript import Transcript
 from pastalm.vocabulary import Vocabulary
 
 Lengths = Literal["tens", "fixed", "oracle"]
@@ -229,9 +231,50 @@ def read_repeats(
         ids = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": answer.prompt}], marker=marker)
         if answer.finish_reason != "length" or len(ids) > mix.max_prompt_tokens:
             continue
-        packed = repeated(pack(ids, answer.document, vocabulary, "promised", eos=eos), vocabulary)
+        whole, _ = pack_sampled(ids, answer, vocabulary, "promised", eos=eos)
+        packed = repeated(whole, vocabulary)
         if packed is not None and len(packed) <= mix.max_prompt_tokens + 2 * mix.max_tokens:
             yield Example(packed, answer.id, "repeat", "own answers", "the model's own")
+
+
+class Said(Protocol):
+    """A sampled answer: of answers.py, or scored."""
+
+    @property
+    def annotated(self) -> str: ...
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def forced(self) -> Sequence[int]: ...
+
+
+def pack_sampled(
+    prompt: Sequence[int], answer: Said, vocabulary: Vocabulary, policy: Policy, *, eos: int
+) -> tuple[Packed, bool]:
+    """A model's own answer as one sequence of the very tokens that it sampled, those labelled; and True. False where
+    it holds none of this vocabulary: then its text is encoded, and ends in `eos` if it ended by itself. Raises
+    DataError for what is no PASTA-LANG."""
+    if events := _resampled(answer, vocabulary):
+        return pack_events(prompt, events, vocabulary, policy), True
+    try:
+        document = parse(answer.annotated)
+    except LanguageError as error:
+        raise DataError(f"{error}; sample it again") from None
+    end = eos if answer.finish_reason == "stop" else None
+    return pack(prompt, document, vocabulary, policy, eos=end), False
+
+
+def _resampled(answer: Said, vocabulary: Vocabulary) -> list[Event]:
+    """The events that decoded an answer; none where its tokens do not spell it."""
+    if not answer.token_ids or not all(0 <= token < vocabulary.size for token in answer.token_ids):
+        return []
+    try:
+        events = list(retell(answer.token_ids, vocabulary, forced=answer.forced))
+    except DataError:
+        return []
+    return events if Transcript(events).annotated == answer.annotated else []
 
 
 def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:

@@ -26,14 +26,13 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from pastalm import jsonl, models, scored
-from pastalm.errors import DataError, LanguageError, RequestError
-from pastalm.lang import Document, parse
-from pastalm.layout import MIXED, Packed, Policy, pack
+from pastalm import models, scored
+from pastalm.errors import DataError, RequestError
+from pastalm.layout import MIXED, Packed, Policy
 from pastalm.models import encode_chat
 from pastalm.scored import Length, Scored
-from pastalm.train import run
-from pastalm.train.dataset import collate, provenance
+from pastalm.train import bookkeeping, run
+from pastalm.train.dataset import collate, pack_sampled, provenance
 from pastalm.train.loss import bonbon, log_probs
 from pastalm.vocabulary import Vocabulary
 
@@ -66,7 +65,8 @@ class PreferenceConfig(run.RunConfig):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The best and the worst answer to a prompt, packed, and how far apart they are in score."""
+    """The best and the worst answer to a prompt, packed, and how far apart they are in score. sampled: they are made
+    of the tokens that were sampled."""
 
     better: Packed
     worse: Packed
@@ -74,6 +74,7 @@ class Pair:
     gap: float
     source: str
     licence: str
+    sampled: bool
 
     def __len__(self) -> int:
         """Tokens of the longer one."""
@@ -105,26 +106,21 @@ def pairs(
     for best, worst, gap in choose(rows, config.lambda_, sigma, config.length):
         prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": best.prompt}])
         policy = rng.choices(list(config.positions), list(config.positions.values()))[0]
-        better, worse = (
-            _packed(prompt, one, vocabulary, policy, eos) for one in (best, worst)
-        )
+        (better, one), (worse, other) = (_packed(prompt, said, vocabulary, policy, eos) for said in (best, worst))
         if len(prompt) > config.max_prompt_tokens or len(better) > len(prompt) + config.max_tokens:
             continue
         if len(worse) <= len(prompt) + 2 * config.max_tokens:
-            yield Pair(better, worse, best.id, gap, best.source, best.licence)
+            yield Pair(better, worse, best.id, gap, best.source, best.licence, one and other)
 
 
 def _packed(
     prompt: Sequence[int], answer: Scored, vocabulary: Vocabulary, policy: Policy, eos: int
-) -> Packed:
-    """An answer that was cut off has no end to learn or to unlearn."""
+) -> tuple[Packed, bool]:
+    """As `pack_sampled`: an answer that was cut off has no end to learn or to unlearn."""
     try:
-        document: Document = parse(answer.annotated)
-    except LanguageError as error:
-        raise DataError(f"answer {answer.choice} to {answer.id!r}: {error}; sample it again") from None
-    return pack(
-        prompt, document, vocabulary, policy, eos=eos if answer.finish_reason == "stop" else None
-    )
+        return pack_sampled(prompt, answer, vocabulary, policy, eos=eos)
+    except DataError as error:
+        raise DataError(f"answer {answer.choice} to {answer.id!r}: {error}") from None
 
 
 def batches(chosen: Sequence[Pair], tokens: int, *, seed: int = 0) -> list[list[int]]:
@@ -188,6 +184,8 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     chosen = list(pairs(rows, base.tokenizer, base.vocabulary, config, eos=base.eos))
     if not chosen:
         raise DataError(f"{config.data}: no two answers to one prompt differ in score; sample more to each")
+    if anew := sum(not pair.sampled for pair in chosen):
+        progress(f"{anew} of {len(chosen)} pairs keep no sampled tokens of this model: their text is encoded anew")
     both = [one for pair in chosen for one in (pair.better, pair.worse)]
     data = provenance(both, [("pairs", pair.source or "not stated", pair.licence) for pair in chosen])
     data |= {"sigma": sigma, "samples": before}
@@ -236,21 +234,19 @@ def _reference(
     config: PreferenceConfig, model: Any, chosen: Sequence[Pair], progress: Callable[[str], None]
 ) -> Tensor:
     """log p0 of both answers of each pair [n, 2], computed once and kept in `out/reference.jsonl`."""
-    path = config.out / "reference.jsonl"
-    there = {row["id"]: row["log_probs"] for _, row in jsonl.resume(path)} if config.resume else {}
-    if not config.resume:
-        path.unlink(missing_ok=True)
-    todo = [pair for pair in chosen if pair.id not in there]
     model.eval()
-    with jsonl.Appender(path) as file, torch.no_grad(), run.autocast(config):
-        for number, batch in enumerate(batches(todo, config.batch_tokens)):
-            inputs = {k: v.to(model.device) for k, v in inputs_of([todo[i] for i in batch]).items()}
-            for i, found in zip(batch, log_probs(model, inputs).view(-1, 2).tolist(), strict=True):
-                file.write({"id": todo[i].id, "log_probs": found})
-                there[todo[i].id] = found
-            if number % 20 == 0:
-                progress(f"log-probabilities of {len(there)}/{len(chosen)} pairs before training")
-    return torch.tensor([there[pair.id] for pair in chosen])
+
+    def compute(batch: Sequence[int]) -> list[list[float]]:
+        inputs = {k: v.to(model.device) for k, v in inputs_of([chosen[i] for i in batch]).items()}
+        with torch.no_grad(), run.autocast(config):
+            found: list[list[float]] = log_probs(model, inputs).view(-1, 2).tolist()
+        return found
+
+    def say(there: int) -> None:
+        progress(f"log-probabilities of {there}/{len(chosen)} pairs before training")
+
+    keys = [bookkeeping.digest(pair.better, pair.worse) for pair in chosen]
+    return torch.tensor(bookkeeping.remembered(config, keys, batches(chosen, config.batch_tokens), compute, say))
 
 
 def _trainer(

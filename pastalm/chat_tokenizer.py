@@ -93,8 +93,10 @@ class ChatTokenizer:
         *,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
+        **names: Any,
     ) -> str:
-        """The conversation as text. Raises what the template raises, ValueError where there is none."""
+        """The conversation as text. names: what the template may read beside. Raises what the template raises,
+        ValueError where there is none."""
         if tokenize or self.chat_template is None or not messages:
             raise ValueError(
                 "only text comes from a chat template, and it takes at least one message"
@@ -103,7 +105,7 @@ class ChatTokenizer:
             self.chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            **self.special_tokens_map,
+            **{**self.special_tokens_map, **names},
         )
 
 
@@ -114,10 +116,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **names: Any) -
     """A conversation by a template, under transformers' conventions. Raises what the template raises."""
     plain = [_plain({k: v for k, v in message.items() if v is not None}) for message in messages]
     text: str = _compiled(template).render(
-        messages=[_with_reasoning(message) for message in plain],
-        tools=None,
-        documents=None,
-        **names,
+        {"tools": None, "documents": None, **_plain(names), "messages": [_with_reasoning(m) for m in plain]}
     )
     return text
 

@@ -83,9 +83,9 @@ class GgufTokenizer:
         return {"input_ids": ids}
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **more: Any
     ) -> str:
-        """The conversation as text. Raises what the template raises."""
+        """The conversation as text. more: what the template may read beside. Raises what the template raises."""
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         ids = {
@@ -96,7 +96,7 @@ class GgufTokenizer:
         formatter = Jinja2ChatFormatter(
             self.chat_template or "", add_generation_prompt=add_generation_prompt, **names
         )
-        text: str = formatter(messages=[dict(m) for m in messages]).prompt
+        text: str = formatter(messages=[dict(m) for m in messages], **more).prompt
         return text
 
 

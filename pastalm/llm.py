@@ -27,7 +27,7 @@ from pastalm.transcript import Transcript, begins
 from pastalm.vocabulary import TAG_TOKENS, Vocabulary
 
 if TYPE_CHECKING:
-    from pastalm.models import Loaded
+    from pastalm.models import Loaded, Rendering
 
 Message: TypeAlias = "Mapping[str, str]"
 Prompt: TypeAlias = "str | Sequence[int]"
@@ -508,13 +508,23 @@ class LLM:
         ids = self.encode(prompt, params)
         return self.driver.submit(ids, params, choice=choice, seed=seed, positions=self.positions)
 
-    def encode(self, prompt: Prompt | Sequence[Message], params: SamplingParams) -> list[int]:
-        """Token ids of a raw prompt, or of a conversation as the chat template has it. Raises RequestError,
-        ModelError."""
+    def encode(
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams,
+        *,
+        rendering: Rendering | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Token ids of a raw prompt, or of a conversation as the chat template has it. rendering: of a conversation.
+        add_special_tokens: whether a raw prompt begins with what the tokenizer puts before a text. Raises
+        RequestError, ModelError."""
         chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        return self._conversation(prompt, params) if chat else self._encode(prompt)  # type: ignore[arg-type]
+        if chat:
+            return self._conversation(prompt, params, rendering)
+        return self._encode(prompt, add_special_tokens)  # type: ignore[arg-type]
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. A tag's spelling in it is text, other special tokens are themselves."""
         if not isinstance(prompt, str):
             if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
@@ -526,10 +536,15 @@ class LLM:
         for i, part in enumerate(spelled.split(prompt)):
             if part:
                 special = i % 2 == 0
-                ids += self.loaded.tokenizer(part)["input_ids"] if special else self.loaded.vocabulary.encode(part)
+                if special:
+                    ids += self.loaded.tokenizer(part, add_special_tokens=add_special_tokens)["input_ids"]
+                else:
+                    ids += self.loaded.vocabulary.encode(part)
         return ids
 
-    def _conversation(self, messages: Any, params: SamplingParams) -> list[int]:
+    def _conversation(
+        self, messages: Any, params: SamplingParams, rendering: Rendering | None = None
+    ) -> list[int]:
         """Token ids of a conversation up to where the answer begins, with the marker of sequential answers where
         the model has one and `params` asks for that, else with what the model has to be taught. Raises RequestError
         for an empty one."""
@@ -544,7 +559,7 @@ class LLM:
                 if isinstance(value, str):
                     check_text(value, f"{key} of message {i}")
         marker = self.loaded.sequential_marker if params.parallelism == 0 else self.loaded.teaching
-        ids: list[int] = models.chat_prompt(self.loaded, messages, marker=marker)
+        ids: list[int] = models.chat_prompt(self.loaded, messages, marker=marker, rendering=rendering)
         return ids
 
     def _run(

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -529,8 +529,39 @@ def _first_line(error: Exception) -> str:
 _PLACE = re.compile("\ue000(\\d+)\ue001")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """How a chat template renders a conversation; names as transformers'. Raises RequestError.
+
+    add_generation_prompt: what opens the answer stands at its end. continue_final_message: the last message is left
+    open there instead, so that the answer goes on with it. names: what the template may read beside the messages.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    names: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt exclude each other: give one")
+        if odd := sorted(_OWN_NAMES.intersection(self.names)):
+            raise RequestError(f"chat_template_kwargs cannot set {odd[0]}: leave it out")
+
+
+_OWN_NAMES = {"messages", "conversation", "tokenize", "chat_template", "return_dict", "return_tensors"} | {
+    "add_generation_prompt", "continue_final_message", "raise_exception", "self", "tokenizer"
+}  # fmt: skip
+"""What of a rendering is not the template's to read."""
+_OPEN = "\ue003"
+"""Stands where the last message is left open."""
+
+
 def chat_prompt(
-    loaded: Loaded, messages: Sequence[Mapping[str, str]], *, marker: str | None = None
+    loaded: Loaded,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    marker: str | None = None,
+    rendering: Rendering | None = None,
 ) -> list[int]:
     """Token ids of a conversation through the model's chat template, ready for its answer.
 
@@ -538,15 +569,16 @@ def chat_prompt(
     system message (the template's own if there is none). Raises ModelError if there is no template,
     RequestError for messages it cannot render.
     """
-    return encode_chat(loaded.tokenizer, loaded.vocabulary, messages, marker=marker)
+    return encode_chat(loaded.tokenizer, loaded.vocabulary, messages, marker=marker, rendering=rendering)
 
 
 def encode_chat(
     tokenizer: Any,
     vocabulary: Vocabulary,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     marker: str | None = None,
+    rendering: Rendering | None = None,
 ) -> list[int]:
     """`chat_prompt` for a tokenizer and its vocabulary."""
     if not tokenizer.chat_template:
@@ -554,7 +586,7 @@ def encode_chat(
             "this model has no chat template: give a raw prompt (generate --raw), or for a server's its --tokenizer"
         )
     spelled = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    spelled |= {*TAG_TOKENS.values(), "\ue000"}
+    spelled |= {*TAG_TOKENS.values(), "\ue000", _OPEN}
     pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
     wanted = (m.get(key) for m in messages for key in ("role", "content"))
     if not messages or not all(isinstance(value, str) for value in wanted):
@@ -565,11 +597,20 @@ def encode_chat(
         held.append(found[0])
         return f"\ue000{len(held) - 1}\ue001"
 
+    def hidden(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(hide, value)
+        if isinstance(value, Mapping):
+            return {hidden(key): hidden(item) for key, item in value.items()}
+        return [hidden(item) for item in value] if isinstance(value, list | tuple) else value
+
+    rendering = rendering or Rendering()
     if marker is not None:
         messages = _marked(tokenizer, messages, marker)
-    hidden = [{**m, "content": pattern.sub(hide, m["content"])} for m in messages]
+    plain = [{**m, **{key: hidden(value) for key, value in m.items() if key != "role"}} for m in messages]
+    text = _rendered(tokenizer, plain, replace(rendering, names=hidden(rendering.names)))
     ids: list[int] = []
-    for i, part in enumerate(_PLACE.split(_render(tokenizer, hidden))):
+    for i, part in enumerate(_PLACE.split(text)):
         if i % 2:
             ids += vocabulary.encode(held[int(part)])
         elif part:
@@ -577,10 +618,27 @@ def encode_chat(
     return ids
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering) -> str:
+    """The conversation as text. Raises RequestError, also where the template leaves out what was said with tools."""
+    calls = [call for m in messages for call in m.get("tool_calls") or ()]
+    if rendering.continue_final_message:
+        messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _OPEN}]
+    text = _render(tokenizer, messages, add_generation_prompt=rendering.add_generation_prompt, **rendering.names)
+    if not all(call["function"]["name"] in text for call in calls):
+        raise RequestError("this model's chat template shows no tool_calls: leave them out of the messages")
+    if rendering.continue_final_message:
+        text, found, _ = text.rpartition(_OPEN)
+        if not found:
+            raise RequestError("this model's chat template cannot leave the final message open")
+    return text
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **names: Any
+) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **names
         )
     except Exception as error:
         raise RequestError(f"the chat template refuses these messages: {_first_line(error)}") from None

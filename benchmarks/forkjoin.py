@@ -483,6 +483,7 @@ def main() -> None:
     parser.add_argument("--openai", help="base URL of a vLLM server of the same model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
+    parser.add_argument("--systems", nargs="+", help="of the systems only these, by name")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     chosen = parser.parse_args()
     plan, systems = Plan(prefix=chosen.prefix), list[System]()
@@ -513,6 +514,8 @@ def main() -> None:
         systems.append(LlamaCppGenerate(chosen.gguf, length))
     if chosen.openai:
         systems.append(Completions(chosen.openai))
+    if chosen.systems:
+        systems = [system for system in systems if system.name in chosen.systems]
     head = "system", "k", "ms a step (range)", "tokens/s, branches", "over k = 1", "whole plan", "KV, MB", "of theory"
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     rows = []

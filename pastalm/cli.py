@@ -2,25 +2,31 @@
 
 Contract: the answer goes to stdout, everything else to stderr. An error is one line. Exit codes: 0; 1
 for a failure; 2 for what the user gave and cannot be used; 130 for Ctrl-C, after printing what is
-there. The live view is drawn only where stdout is a terminal.
+there. The live view is drawn only where stdout is a terminal that takes UTF-8. What a stdout of another encoding
+cannot write is written as Python's escapes (`\\u6f22`), in JSON as JSON's. An option that would do nothing beside the
+others is refused.
 """
 
 from __future__ import annotations
 
+import codecs
+import errno
 import functools
+import inspect
 import json
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from pastalm.engine import SamplingParams
 from pastalm.errors import (
@@ -29,6 +35,7 @@ from pastalm.errors import (
     ModelError,
     PastaError,
     RequestError,
+    check_text,
 )
 from pastalm.layout import MIXED, POLICIES, Policy
 from pastalm.loading import missing
@@ -45,8 +52,41 @@ if TYPE_CHECKING:
 DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _Group(TyperGroup):
+    """The verbs; what is wrong with their options is one line too, and stdout loses nothing."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except _UsageError as error:
+            said: str = error.format_message()  # type: ignore[attr-defined]
+            context: typer.Context = error.ctx  # type: ignore[attr-defined]
+            if "\n" in said:  # the help, where no verb was given
+                print(said, file=sys.stderr)
+            else:
+                _print_error(f"{said} Try {context.command_path} --help" if context else said)
+            code = BAD_INPUT
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+
 app = typer.Typer(
     name="pasta",
+    cls=_Group,
     help="Language models that decode the independent parts of an answer at the same time.",
     no_args_is_help=True,
     add_completion=False,
@@ -58,7 +98,6 @@ train = typer.Typer(
 )
 app.add_typer(train, name="train")
 
-_P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 Model = Annotated[
@@ -116,18 +155,32 @@ def main() -> None:
 # ------------------------------------------------------------------------------ errors
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _print_error(message: str) -> None:
     print("pasta: " + " ".join(message.split()), file=sys.stderr)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _print_error(message)
     raise typer.Exit(code)
 
 
-def _verb(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A verb whose errors are one line and the right exit code."""
+def _drop_stdout() -> None:
+    """What Python still holds for a stdout that takes no more would raise once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Why a write fails that is no mistake of anybody's."""
+
+
+def _verb(function: Callable[..., _R]) -> Callable[..., _R]:
+    """A verb whose errors are one line and the right exit code, and whose arguments are text and each of use."""
 
     @functools.wraps(function)
-    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def guarded(context: typer.Context, **arguments: Any) -> _R:
         try:
-            result = function(*args, **kwargs)
+            _check_arguments(context, arguments)
+            result = function(**arguments)
             sys.stdout.flush()
             return result
         except typer.Exit:
@@ -135,8 +188,7 @@ def _verb(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except KeyboardInterrupt:
             _fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
-            # what Python still holds for the closed stdout would raise once more at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _drop_stdout()
             _fail("stdout was closed before the end", FAILED)
         except (RequestError, CapabilityError, ModelError, DataError) as error:
             _fail(str(error), BAD_INPUT)
@@ -145,12 +197,78 @@ def _verb(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except ModuleNotFoundError as error:
             _fail(missing(error), FAILED)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                _drop_stdout()
+                _fail(f"cannot write: {error.strerror}", FAILED)
             if os.environ.get("PASTA_DEBUG"):
                 raise
             what = f"{type(error).__name__}: {error}"[:300]
             _fail(f"internal error, please report it ({what}); PASTA_DEBUG=1 shows where", FAILED)
 
+    signature = inspect.signature(function, eval_str=True)
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [*signature.parameters.values(), context]
+    guarded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    guarded.__annotations__ = {**function.__annotations__, "context": typer.Context}
     return guarded
+
+
+def _check_arguments(context: typer.Context, arguments: Mapping[str, Any]) -> None:
+    """Raises RequestError for an argument that is no text (names of files may be), and for an option that does
+    nothing beside the others."""
+    named = {p.name or "": p.opts[0] if p.opts[0].startswith("-") else f"the {p.name}" for p in context.command.params}
+    for name, value in arguments.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and name != "file":
+                check_text(text, named[name])
+    for names, idle, why in _IDLE.get(context.command.name or "", ()):
+        for name in names:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE" and idle(arguments):
+                raise RequestError(f"{named[name]} does nothing {why}: leave out one of them")
+
+
+_Rule = tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str]
+"""Options, when they do nothing, and that in words."""
+_GREEDY: _Rule = ("top_p", "top_k", "min_p"), lambda a: a["temperature"] == 0, "at --temperature 0, which is greedy"
+_FORKING: tuple[_Rule, ...] = (
+    (("parallelism",), lambda a: a["sequential"], "with --sequential"),
+    (
+        ("positions", "max_threads"),
+        lambda a: a["sequential"] or a["parallelism"] == 0,
+        "where nothing forks (--sequential, --parallelism 0)",
+    ),
+)
+_ASKING = ("base_url", "concurrency", "price_in", "price_out")
+"""Options of a large model that is asked."""
+
+
+def _judged(arguments: Mapping[str, Any]) -> bool:
+    named = [*(arguments["scorer"] or ()), *(given.partition("=")[0] for given in arguments["sigma"] or ())]
+    return "judge" in named
+
+
+_IDLE: Mapping[str, tuple[_Rule, ...]] = {
+    "generate": (*_FORKING, _GREEDY, (("system",), lambda a: a["raw"], "with --raw, which has no messages")),
+    "chat": _FORKING,
+    "replay": ((("speed",), lambda a: a["as_json"] or a["no_live"], "without the live view (--json, --no-live)"),),
+    "serve": ((("max_model_len",), lambda a: a["base_url"] is not None, "with --base-url, whose server has its own"),),
+    "annotate": (
+        ((*_ASKING, "model", "max_tokens"), lambda a: a["annotator"] != "openai", "without --annotator openai"),
+    ),
+    "sample": (_GREEDY,),
+    "score": (
+        (_ASKING, lambda a: a["scorer"] != "judge", "without --scorer judge"),
+        (("adapter", "device"), lambda a: a["scorer"] != "pmi", "without --scorer pmi"),
+        (("references",), lambda a: a["scorer"] != "reference", "without --scorer reference"),
+    ),
+    "eval": (
+        ((*_ASKING, "judge", "gamed"), lambda a: not _judged(a), "without --scorer judge"),
+        (("timed",), lambda a: a["requests"] == 1, "without --requests above 1"),
+    ),
+    "sft": ((("lora_rank",), lambda a: a["full"], "with --full, which trains all weights"),),
+}
+"""By the name of a verb."""
 
 
 def _quiet() -> None:
@@ -207,7 +325,16 @@ def _open_trace(path: Path | None) -> TextIO | None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    """One line, in escapes of JSON's own where stdout does not take every character."""
+    print(json.dumps(value, ensure_ascii=not _takes_everything()))
+
+
+def _takes_everything() -> bool:
+    """Whether stdout is UTF-8."""
+    try:
+        return codecs.lookup(sys.stdout.encoding or "").name == "utf-8"
+    except LookupError:
+        return False
 
 
 @contextmanager
@@ -292,7 +419,7 @@ def _load(
 
 
 def _live() -> bool:
-    return sys.stdout.isatty()
+    return sys.stdout.isatty() and _takes_everything()
 
 
 def _shown(
@@ -325,13 +452,21 @@ def _decode(stream: Stream, output: Output, trace: TextIO | None = None) -> bool
             stream.interrupted = lambda: ctrl_c.pressed
             for event in stream:
                 if trace is not None:
-                    trace.write(to_json(event) + "\n")
-                    trace.flush()
+                    _append(trace, to_json(event))
                 output.apply(event)
     finally:
         stream.cancel()
     output.close()
     return ctrl_c.pressed
+
+
+def _append(file: TextIO, line: str) -> None:
+    """One more line of a file that is being written. Raises DataError."""
+    try:
+        file.write(line + "\n")
+        file.flush()
+    except OSError as error:
+        raise DataError(f"cannot write {file.name}: {error.strerror}") from None
 
 
 def _conclude(
@@ -444,9 +579,6 @@ def replay(
     speed: Annotated[float, typer.Option(help="Times as fast as it was.")] = 1.0,
     as_json: AsJson = False,
     no_live: NoLive = False,
-    base_url: BaseUrl = None,
-    tokenizer: Tokenizer = None,
-    prompted: Prompted = False,
 ) -> None:
     """Show a trace again, without a model."""
     from pastalm.view import Silent, paced
@@ -547,7 +679,11 @@ def _ask() -> str | None:
     """The next line of the user; None at the end."""
     prompt = "> " if sys.stdin.isatty() else ""
     print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not {error.encoding.upper()} (at byte {error.start})") from None
+    check_text(line, "the line")
     return line.strip() or None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -22,7 +23,7 @@ from pastalm import models
 from pastalm.cli import app
 from pastalm.engines import transformers
 from pastalm.engines.native import library
-from pastalm.events import from_json
+from pastalm.events import Decoded, Finished, Forked, from_json, to_json
 from pastalm.lang import parse, strip
 from pastalm.transcript import Transcript
 from tests.served import replaying
@@ -162,6 +163,60 @@ def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
     complains(pasta("generate", "hello", "--trace", tmp_path / "no" / "x.jsonl"), 2, "cannot write")
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("generate", "hi", "--raw", "--system", "Be kind."),
+        ("generate", "hi", "--sequential", "--parallelism", "2"),
+        ("generate", "hi", "--sequential", "--max-threads", "2"),
+        ("generate", "hi", "--parallelism", "0", "--positions", "overlap"),
+        ("generate", "hi", "--top-p", "0.9"),
+        ("generate", "hi", "--temperature", "0", "--top-k", "9"),
+        ("generate", "hi", "--min-p", "0.1"),
+        ("chat", "--sequential", "--parallelism", "2"),
+        ("replay", TRACE, "--json", "--speed", "2"),
+        ("serve", "--base-url", "http://127.0.0.1:9/v1", "--max-model-len", "99"),
+        ("annotate", "a", "b", "--base-url", "http://127.0.0.1:9/v1"),
+        ("annotate", "a", "b", "--annotator", "apar", "--model", "m"),
+        ("annotate", "a", "b", "--max-tokens", "9"),
+        ("sample", "a", "b", "--top-p", "0.5"),
+        ("score", "a", "b", "--baseline", "c", "--concurrency", "2"),
+        ("score", "a", "b", "--baseline", "c", "--references", "d"),
+        ("score", "a", "b", "--baseline", "c", "--scorer", "judge", "--adapter", "e"),
+        ("eval", "m=none", "--prompts", "a", "--baseline", "none", "--out", "b", "--judge", "x"),
+        ("eval", "m=none", "--prompts", "a", "--baseline", "none", "--out", "b", "--timed", "3"),
+        ("train", "sft", "a", "--out", "b", "--full", "--lora-rank", "4"),
+    ],
+    ids=lambda asked: " ".join(map(str, asked)).replace(str(TRACE), "TRACE"),
+)
+def test_an_option_that_would_do_nothing_is_refused(asked: tuple[str | Path, ...]) -> None:
+    complains(pasta(*asked), 2, "does nothing")
+
+
+@pytest.mark.parametrize("option", [("--base-url", "http://x/v1"), ("--tokenizer", "x"), ("--prompted",)])
+def test_a_replay_asks_no_model(option: tuple[str, ...]) -> None:
+    complains(pasta("replay", TRACE, *option), 2, option[0], "pasta replay --help")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("generate",), "prompt"),
+        (("generate", "hi", "--nonsense"), "--nonsense"),
+        (("generate", "hi", "--seed", "x"), "--seed"),
+        (("serve", "--port", "70000"), "--port"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_one_line(asked: tuple[str, ...], said: str) -> None:
+    complains(pasta(*asked), 2, said, "--help")
+
+
+def test_no_verb_shows_the_help_and_help_is_no_failure() -> None:
+    assert (nothing := pasta()).exit_code == 2 and "Commands:" in nothing.stderr
+    assert (asked := pasta("--help")).exit_code == 0 and "Commands:" in asked.stdout
+
+
 # ------------------------------------------------------------------------------ answers
 
 
@@ -197,12 +252,15 @@ def test_a_chat_goes_on_until_its_input_ends(tiny: Path) -> None:
     assert result.stderr.count("tokens/s") == 2
 
 
-def process(*arguments: str | Path) -> subprocess.Popen[bytes]:
+def process(
+    *arguments: str | Path, stdin: int | None = None, stdout: int = subprocess.PIPE, env: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "pastalm.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
+        stdin=stdin,
+        stdout=stdout,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
     )
 
 
@@ -227,11 +285,122 @@ def test_ctrl_c_prints_what_is_there(answering: subprocess.Popen[bytes]) -> None
     assert len(lines) == 2 and "stopped" in lines[0] and "interrupted" in lines[1]
 
 
-def test_a_closed_stdout_ends_it_in_one_line(answering: subprocess.Popen[bytes]) -> None:
-    assert answering.stdout is not None and answering.stderr is not None
-    answering.stdout.close()
-    assert answering.wait(timeout=100) == 1
-    assert answering.stderr.read() == b"pasta: stdout was closed before the end\n"
+@pytest.mark.parametrize("asked", ["generate", "json", "replay", "parse", "env"])
+def test_a_closed_stdout_ends_it_in_one_line(tiny: Path, asked: str) -> None:
+    """Nobody ever reads from it, so that the first write fails, however fast the answer is."""
+    model = ("generate", "hello", "--model", tiny, "--raw", "--max-tokens", "8", "--sequential")
+    arguments: dict[str, tuple[str | Path, ...]] = {
+        "generate": model,
+        "json": (*model, "--json"),
+        "replay": ("replay", TRACE),
+        "parse": ("parse", TRACE, "--render"),
+        "env": ("env",),
+    }
+    reading, writing = os.pipe()
+    os.close(reading)
+    running = process(*arguments[asked], stdout=writing)
+    os.close(writing)
+    _, err = running.communicate(timeout=100)
+    assert running.returncode == 1
+    assert err == b"pasta: stdout was closed before the end\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize("asked", [("replay", TRACE), ("replay", TRACE, "--json")], ids=["text", "json"])
+def test_a_stdout_that_takes_no_more_is_one_line(asked: tuple[str | Path, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        running = process(*asked, stdout=full.fileno())
+        _, err = running.communicate(timeout=100)
+    assert running.returncode == 1
+    assert err.decode().splitlines() == ["pasta: cannot write: No space left on device"]
+
+
+# ------------------------------------------------------------------------------ text that is none, and stdouts
+
+
+HALF = "caf\udce9"
+"""What Python makes of the argument `caf\xe9`."""
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("generate", HALF),
+        ("generate", "--raw", HALF),
+        ("generate", "hello", "--system", HALF),
+        ("generate", "hello", "--stop", "x", "--stop", HALF),
+        ("generate", "hello", "--model", HALF),
+        ("generate", "hello", "--base-url", f"http://{HALF}/v1"),
+        ("chat", "--system", HALF),
+        ("demo", "--prompt", HALF),
+        ("serve", "--name", HALF),
+        ("serve", "--api-key", HALF),
+        ("pull", HALF),
+        ("eval", f"mine={HALF}", "--prompts", "x", "--baseline", "none", "--out", "y"),
+    ],
+    ids=" ".join,
+)
+def test_an_argument_that_is_no_text_is_one_line(asked: tuple[str, ...]) -> None:
+    complains(pasta(*asked), 2, "not UTF-8", "0xe9")
+
+
+def test_half_a_character_in_an_argument_is_one_line() -> None:
+    complains(pasta("generate", "a \ud83d"), 2, "half of a surrogate pair", "U+D83D")
+
+
+def test_bytes_that_are_no_text_on_the_real_command_line(tiny: Path) -> None:
+    command = [sys.executable, "-m", "pastalm.cli", "generate", b"caf\xe9", "--model", str(tiny)]
+    done = subprocess.run(command, capture_output=True, timeout=100, check=False)
+    assert done.returncode == 2 and done.stdout == b""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(b"pasta: ") and b"UTF-8" in done.stderr
+
+
+def test_lines_of_a_chat_that_are_no_text(tiny: Path) -> None:
+    asked = ("chat", "--model", tiny, "--max-tokens", "4")
+    complains(pasta(*asked, stdin=b"caf\xe9\n"), 2, "UTF-8")
+    running = process(*asked, stdin=subprocess.PIPE, env={"PYTHONIOENCODING": "utf-8:surrogateescape"})
+    out, err = running.communicate(b"caf\xe9\n", timeout=100)
+    assert (running.returncode, out) == (2, b"")
+    assert len(err.splitlines()) == 1 and b"not UTF-8" in err
+
+
+def foreign(tmp_path: Path) -> Path:
+    """A trace of an answer that most encodings cannot write."""
+    events = (
+        Forked(path=()),
+        Decoded(path=(), token=1, text="caf\xe9 \u2014 \u6f22 \U0001f35d"),
+        Finished(path=()),
+    )
+    path = tmp_path / "foreign.jsonl"
+    path.write_text("".join(to_json(event) + "\n" for event in events), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "ascii:strict", "latin-1", "cp437"])
+def test_an_answer_is_not_lost_on_a_stdout_that_cannot_write_it(tmp_path: Path, encoding: str) -> None:
+    trace = foreign(tmp_path)
+    answer = Transcript(map(from_json, trace.read_text(encoding="utf-8").splitlines())).text
+    running = process("replay", trace, env={"PYTHONIOENCODING": encoding})
+    out, _ = running.communicate(timeout=100)
+    assert running.returncode == 0
+    assert out.decode("ascii").strip() if encoding.startswith("ascii") else out
+    written = out.decode(encoding.partition(":")[0]).rstrip("\r\n")
+    assert "\\u6f22 \\U0001f35d" in written
+    assert re.sub(r"\\(?:x..|u.{4}|U.{8})", lambda m: m[0].encode().decode("unicode_escape"), written) == answer
+    running = process("replay", trace, "--json", env={"PYTHONIOENCODING": encoding})
+    out, _ = running.communicate(timeout=100)
+    assert running.returncode == 0
+    assert json.loads(out.decode(encoding.partition(":")[0]))["text"] == answer
+
+
+@pytest.mark.parametrize("form", [(), ("--strip",), ("--render",)], ids=["json", "strip", "render"])
+def test_a_parsed_document_is_not_lost_either(tmp_path: Path, form: tuple[str, ...]) -> None:
+    source = tmp_path / "document.txt"
+    source.write_text("caf\xe9 \u6f22", encoding="utf-8")
+    running = process("parse", source, *form, env={"PYTHONIOENCODING": "ascii"})
+    out, err = running.communicate(timeout=100)
+    assert (running.returncode, err) == (0, b"")
+    assert b"\\u6f22" in out
 
 
 # ------------------------------------------------------------------------------ without a model

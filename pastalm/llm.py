@@ -527,9 +527,10 @@ class LLM:
     def _encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. A tag's spelling in it is text, other special tokens are themselves."""
         if not isinstance(prompt, str):
-            if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            ids = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else [""]
+            if not all(isinstance(token, int) for token in ids):
                 raise RequestError(f"a prompt is text, token ids or messages, not {type(prompt).__name__}")
-            return list(prompt)
+            return [int(token) for token in ids]
         check_text(prompt, "the prompt")
         spelled = re.compile("(" + "|".join(map(re.escape, TAG_TOKENS.values())) + ")")
         ids: list[int] = []

@@ -183,6 +183,11 @@ class Engine(Protocol):
         if the pass only fed the ends of threads). Where the forward passes are a server's, a step is a round:
         what has come of each thread, after waiting a moment for the first."""
 
+    def score(self, token_ids: Sequence[int], logprobs: int) -> list[SampledToken] | None:
+        """Each given token but the first with its raw log-probability behind those before it, and the `logprobs`
+        likeliest in its place; None while there is no room. To be asked where `prompt_logprobs` is offered.
+        Raises RequestError."""
+
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
 

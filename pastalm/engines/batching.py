@@ -10,18 +10,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.engine import Capabilities, Request, SampledToken, Schedule
+from pastalm.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
 from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key
 from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import Layout, Placed
+
+SCORED = 128
+"""Given tokens that are scored in one pass: each has a row of logits."""
 
 Bools = NDArray[np.bool_]
 Rows: TypeAlias = Any
@@ -136,7 +139,7 @@ class BatchingEngine(ABC):
         schedule: Schedule | None = None,
         sampler: Sampler | None = None,
     ) -> None:
-        self.capabilities = capabilities
+        self.capabilities = replace(capabilities, prompt_logprobs=True)
         self.on_logits: Callable[[str, Path, Any], None] | None = None
         self._capacity = capabilities.max_model_len
         self._size = vocabulary_size
@@ -227,6 +230,36 @@ class BatchingEngine(ABC):
         if not (fed or sampled) and chosen is None and any(r.pending for r in self._running.values()):
             raise EngineError("no thread finds a place in the cache: lower max_threads or max_num_seqs")
         return sampled
+
+    def score(self, token_ids: Sequence[int], logprobs: int) -> list[SampledToken] | None:
+        """Each given token but the first with its log-probability; None while there is no room. The first is a prompt,
+        the others are forced behind it, `SCORED` of them in a pass. Raises RequestError."""
+        first, *rest = token_ids
+        if not rest:
+            return []
+        params = SamplingParams(temperature=0, max_tokens=len(rest), logprobs=logprobs, parallelism=0)
+        request = Request(id="score", prompt_token_ids=(first,), params=params)
+        self.add(request)
+        self.apply(request.id, Forked(path=()))
+        response = self._waiting.pop(request.id)
+        if not self._place(response):
+            return None
+        try:
+            scored = self._scores(response, self._sampler.stack([response.main.logits]), rest[:1])
+            self._lay(response, response.main, Joined(path=(), forced=tuple(rest[:-1])))
+            for start in range(1, len(rest), SCORED):
+                tokens = rest[start : start + SCORED]
+                due, response.pending = response.pending[: len(tokens)], response.pending[len(tokens) :]
+                scored += self._scores(response, self._forward([(response, due)], list(range(len(due)))), tokens)
+        finally:
+            self._leave(response)
+        return scored
+
+    def _scores(self, response: Response, logits: Rows, tokens: Sequence[int]) -> list[SampledToken]:
+        """Given tokens with their log-probabilities by the logits [len(tokens), vocabulary]."""
+        params = response.request.params
+        draws = [Draw(params, allowed=TokenSet(frozenset({token}))) for token in tokens]
+        return [_token(response, response.main, sampled) for sampled in self._sampler(logits, draws)]
 
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)

@@ -527,10 +527,11 @@ class LLM:
     def _encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. A tag's spelling in it is text, other special tokens are themselves."""
         if not isinstance(prompt, str):
-            ids = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else [""]
-            if not all(isinstance(token, int) for token in ids):
+            tokens: Any = prompt
+            listed = isinstance(tokens, Sequence) and not isinstance(tokens, bytes)
+            if not listed or not all(isinstance(token, int) for token in tokens):
                 raise RequestError(f"a prompt is text, token ids or messages, not {type(prompt).__name__}")
-            return [int(token) for token in ids]
+            return list(tokens)
         check_text(prompt, "the prompt")
         spelled = re.compile("(" + "|".join(map(re.escape, TAG_TOKENS.values())) + ")")
         ids: list[int] = []

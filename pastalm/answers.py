@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pastalm import jsonl
 from pastalm.errors import DataError, LanguageError
+from pastalm.jsonl import Bad
 from pastalm.lang import Async, Document, parse, strip
 from pastalm.prompts import Prompt
 from pastalm.transcript import Transcript
@@ -109,33 +110,70 @@ def sampled(transcript: Transcript) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> list[Answer]:
-    """All answers of a file, their PASTA-LANG checked. Raises DataError with the line that cannot be read."""
-    found = list(_answers(jsonl.read(path)))
+KIND = jsonl.Kind(
+    command="sample",
+    name="an answer",
+    fields=("id", "prompt", "annotated", "finish_reason", "choice", "tokens", "critical_path"),
+)
+"""Rows of `pasta sample`."""
+_NUMBERS = ("choice", "tokens", "critical_path")
+
+
+def read(path: Path, *, bad: Bad | None = None) -> list[Answer]:
+    """All answers of a file, their PASTA-LANG checked. Raises DataError with the line that cannot be read, unless `bad`
+    takes it."""
+    found = list(parsed(jsonl.read(path, bad=bad), bad=bad))
     if not found:
-        raise DataError(f"{path} is empty: sample some answers first (pasta sample)")
+        raise DataError(f"{path} has no answers: sample some first (pasta sample)")
     return found
 
 
-def resume(path: Path) -> list[Answer]:
-    """What an earlier run wrote, as `jsonl.resume`. Raises DataError."""
-    return list(_answers(jsonl.resume(path)))
-
-
-def _answers(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Answer]:
-    names = {f.name for f in fields(Answer)}
-    strings, numbers = ("id", "prompt", "annotated", "finish_reason"), ("choice", "tokens", "critical_path")
-    for where, row in lines:
-        if missing := [key for key in (*strings, *numbers) if key not in row]:
-            raise DataError(f"{where}: not an answer ({missing[0]!r} is missing): use another file")
-        known = {key: value for key, value in row.items() if key in names}
-        known |= {key: jsonl.string(row, key, where) for key in strings}
+def parsed(rows: Iterable[tuple[str, dict[str, Any]]], *, bad: Bad | None = None) -> Iterator[Answer]:
+    """The answers that rows stand for. Raises DataError for one that is none, unless `bad` takes it."""
+    for where, row in rows:
         try:
-            known |= {key: int(row[key]) for key in numbers}
-            known["threads"] = tuple(row.get("threads", ()))
-            known |= {key: tuple(map(int, row.get(key, ()))) for key in ("token_ids", "forced")}
-            answer = Answer(**known)
-            parse(answer.annotated)
-        except (TypeError, ValueError, LanguageError) as error:
-            raise DataError(f"{where}: not an answer ({error}): sample it again (pasta sample)") from None
-        yield answer
+            yield _answer(where, row)
+        except DataError as error:
+            if bad is None:
+                raise
+            bad(error)
+
+
+def _answer(where: str, row: Mapping[str, Any]) -> Answer:
+    if missing := [key for key in KIND.fields if key not in row]:
+        raise DataError(f"{where}: not an answer ({missing[0]!r} is missing): use another file")
+    names = {f.name for f in fields(Answer)}
+    known = {key: value for key, value in row.items() if key in names}
+    known |= {key: jsonl.string(row, key, where) for key in KIND.fields if key not in _NUMBERS}
+    try:
+        known |= {key: int(row[key]) for key in _NUMBERS}
+        known["threads"] = tuple(row.get("threads", ()))
+        known |= {key: tuple(map(int, row.get(key, ()))) for key in ("token_ids", "forced")}
+        answer = Answer(**known)
+        parse(answer.annotated)
+    except (TypeError, ValueError, LanguageError) as error:
+        raise DataError(f"{where}: not an answer ({error}): sample it again (pasta sample)") from None
+    return answer
+
+
+def results(
+    path: Path, kind: jsonl.Kind, made: Mapping[str, Any], asked: Sequence[Prompt], *, overwrite: bool = False
+) -> tuple[jsonl.Results, list[Answer]]:
+    """A file that answers are written to, and those that are there. In the end they stand in order of the prompts.
+    Raises DataError as `jsonl.Results`, also for an answer to another prompt of the same id."""
+    places = jsonl.by_place((prompt.id for prompt in asked), lambda row: row["id"])
+    file = jsonl.Results(
+        path,
+        kind,
+        made,
+        overwrite=overwrite,
+        order=lambda row: (places(row), row["choice"], not row.get("sequential", False)),
+    )
+    texts = {prompt.id: prompt.text for prompt in asked}
+    there = list(parsed(file.rows))
+    for found in there:
+        if texts.get(found.id, found.prompt) != found.prompt:
+            raise DataError(
+                f"{path} answers another prompt of id {found.id!r}: give another file, or --overwrite to start anew"
+            )
+    return file, there

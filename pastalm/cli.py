@@ -145,6 +145,12 @@ Prompted = Annotated[
 Concurrency = Annotated[int, typer.Option(help="Questions to the server at once.")]
 PriceIn = Annotated[float, typer.Option(help="Dollars for a million tokens in, to count the cost.")]
 PriceOut = Annotated[float, typer.Option(help="Dollars for a million tokens out.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start anew: what an earlier run of this command wrote there makes way.")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Name rows that cannot be used, and go on without them.")
+]
 
 
 def main() -> None:
@@ -983,7 +989,11 @@ def _models() -> dict[str, str]:
 @_verb
 def annotate(
     source: Annotated[
-        Path, typer.Argument(help="JSONL: {id, prompt, response} a line, or what pasta sample wrote.")
+        Path,
+        typer.Argument(
+            help="JSON or JSONL, also .gz: {prompt, response}, Alpaca's, messages, ShareGPT's, or what pasta sample"
+            " wrote."
+        ),
     ],
     target: Annotated[
         Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")
@@ -1005,6 +1015,8 @@ def annotate(
     tokenizer: Annotated[
         str, typer.Option(help="The model whose tokens promised lengths count.")
     ] = EMBEDDED,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Mark the independent parts of existing answers in PASTA-LANG."""
     from pastalm.train.annotate import Annotator, Counts, Row, Structural, annotate_file
@@ -1042,6 +1054,11 @@ def annotate(
                 count_tokens,
                 limit=limit,
                 max_repetition=max_repetition,
+                models=_tokenizer_of(tokenizer)
+                | {"annotator": annotator}
+                | ({} if remote is None else {"model": remote.model, "max_tokens": max_tokens}),
+                overwrite=overwrite,
+                bad=_skipped(skip_bad),
                 progress=progress,
             )
         finally:
@@ -1071,6 +1088,36 @@ def _remote(
     return Remote(base_url, model, concurrency=concurrency, usage=usage)
 
 
+def _skipped(skip: bool) -> Callable[[PastaError], None] | None:
+    """Names a row that is left out; None: none is."""
+    return (lambda error: _print_error(f"left out: {error}")) if skip else None
+
+
+def _tokenizer_of(model: str) -> dict[str, Any]:
+    """For the header of a file: whose tokens count."""
+    from pastalm import contents
+
+    return {"tokenizer": contents.of_file(_fetch(model) / "tokenizer.json") | {"name": Path(model).name}}
+
+
+def _models_of(model: str, adapter: str) -> dict[str, Any]:
+    """For the header of a file: what answers or scores, by its contents."""
+    from pastalm import contents
+
+    _fetch(model)
+    return {
+        "model": contents.of_model(model),
+        "adapter": contents.of_adapter(model, None if adapter == "none" else adapter),
+    }
+
+
+def _check_apart(target: Path, *sources: Path | None) -> None:
+    """Raises DataError where results would be written over what they are made from."""
+    for source in sources:
+        if source is not None and source.exists() and target.exists() and target.samefile(source):
+            raise DataError(f"{target} is what is read: give another file for the result")
+
+
 def _token_counter(model: str) -> Callable[[str], int]:
     """Tokens of a text under a model's vocabulary, without loading the model."""
     path = _fetch(model) / "tokenizer.json"
@@ -1084,7 +1131,11 @@ def _token_counter(model: str) -> Callable[[str], int]:
 
 
 Prompts = Annotated[
-    Path, typer.Argument(help="JSONL of {id, prompt}, or of AlpacaEval's, MT-bench's or Spec-Bench's form.")
+    Path,
+    typer.Argument(
+        help="JSON or JSONL, also .gz: {prompt}, Alpaca's, AlpacaEval's, messages, ShareGPT's, MT-bench's or"
+        " Spec-Bench's."
+    ),
 ]
 
 
@@ -1108,11 +1159,16 @@ def sample(
     engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Let a model answer many prompts at once, as data to finetune on."""
-    from pastalm import prompts
+    from pastalm import answers, prompts
+    from pastalm.sample import Sampled, made
+    from pastalm.sample import sample as run
 
-    asked = prompts.read(source, limit)
+    _check_apart(target, source)
+    asked = prompts.read(source, limit, bad=_skipped(skip_bad))
     params = SamplingParams(
         n=n,
         temperature=temperature,
@@ -1123,7 +1179,10 @@ def sample(
         parallelism=0 if sequential else 1,
     )
     _quiet()
-    _fetch(model)
+    told = _models_of(model, adapter) | {
+        "engine": engine, "dtype": dtype, "device": device, "max_model_len": max_model_len
+    }  # fmt: skip
+    answers.results(target, answers.KIND, made(params, told), asked, overwrite=overwrite)  # before a model is loaded
     llm = _load(
         model,
         adapter,
@@ -1133,16 +1192,22 @@ def sample(
         device=device,
         engine=engine,
     )
-    from pastalm.sample import Sampled
-    from pastalm.sample import sample as run
-
     with _busy(f"answering {source.name}") as say:
 
         def progress(counts: Sampled) -> None:
             if counts.written % 10 == 0:
                 say(f"{counts.written} answers, {counts.tokens} tokens")
 
-        counts = run(llm, asked, target, params, progress=progress)
+        counts = run(
+            llm,
+            asked,
+            target,
+            params,
+            models=told,
+            overwrite=overwrite,
+            progress=progress,
+            refuse=lambda error: _print_error(f"left out: {error}"),
+        )
     ended = ", ".join(f"{many} {why}" for why, many in sorted(counts.ended.items())) or "none"
     print(
         f"{counts.written} answers written ({ended}; {counts.tokens} tokens), {counts.skipped} were there, "
@@ -1167,7 +1232,7 @@ def score(
         str, typer.Option(help="pmi: that of the model finetuned without tags, or none.")
     ] = "none",
     references: Annotated[
-        Path | None, typer.Option(help="JSONL: {id, reference or response or output} a line.")
+        Path | None, typer.Option(help="JSON or JSONL: {id, reference or response or output} each.")
     ] = None,
     base_url: BaseUrl = None,
     concurrency: Concurrency = 8,
@@ -1180,9 +1245,11 @@ def score(
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
     tokenizer: Annotated[str, typer.Option(help="The model whose tokens count.")] = EMBEDDED,
     device: Device = "cpu",
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score sampled answers by speed and quality against the baseline's."""
-    from pastalm import scored
+    from pastalm import jsonl, scored
     from pastalm.eval.score import Counts
     from pastalm.eval.score import score as run
 
@@ -1190,10 +1257,13 @@ def score(
     for path in (samples, baseline, references):
         if path is not None and not path.is_file():
             raise DataError(f"no file {path}")
-    _quiet()
-    count_tokens = _token_counter(tokenizer)
     if scorer == "reference" and references is None:
         raise RequestError("scoring by reference needs --references")
+    _check_apart(target, samples, baseline, references)
+    _quiet()
+    count_tokens = _token_counter(tokenizer)
+    told = _scoring(scorer, model, adapter, model, device) | _tokenizer_of(tokenizer)
+    jsonl.Results(target, scored.KIND, {"scorer": scorer, **told}, overwrite=overwrite)  # before a model is loaded
     (by,), remote = _scorers([scorer], model, adapter, model, device, base_url, concurrency, price_in, price_out)
     with _busy(f"scoring {samples.name}") as say:
 
@@ -1202,7 +1272,17 @@ def score(
             say(said if remote is None else f"{said}; {remote.usage}")
 
         counts = run(
-            samples, baseline, target, by, count_tokens, references=references, limit=limit, progress=progress
+            samples,
+            baseline,
+            target,
+            by,
+            count_tokens,
+            references=references,
+            limit=limit,
+            models=told,
+            overwrite=overwrite,
+            bad=_skipped(skip_bad),
+            progress=progress,
         )
     unscored = ", ".join(f"{n} {why}" for why, n in counts.unscored.items()) or "none"
     print(
@@ -1227,7 +1307,8 @@ def evaluate(
     prompts: Annotated[
         Path,
         typer.Option(
-            help="JSON or JSONL as AlpacaEval's, MT-bench's, Spec-Bench's, or {id, prompt}; alpaca_eval: the hub's."
+            help="JSON or JSONL, also .gz: {prompt}, Alpaca's, AlpacaEval's, messages, ShareGPT's, MT-bench's or"
+            " Spec-Bench's; alpaca_eval: the hub's."
         ),
     ],
     baseline: Annotated[str, typer.Option(help="Adapter of the sequential baseline; none: the model as it is.")],
@@ -1269,6 +1350,8 @@ def evaluate(
     engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare systems by speed and quality: a table, pictures, a page."""
     from pastalm import prompts as files
@@ -1280,7 +1363,10 @@ def evaluate(
         COPYING,
         build,
         check,
+        check_answers,
+        check_folder,
         compare_all,
+        described,
         score_all,
         win_rates,
     )
@@ -1290,7 +1376,7 @@ def evaluate(
     counted = check_length(length)
     if str(prompts) == alpaca.NAME and not prompts.exists():
         prompts = alpaca.fetch()
-    asked = files.read(prompts, limit)
+    asked = files.read(prompts, limit, bad=_skipped(skip_bad))
     names = check(systems)
     if begin not in ("decode", "score", "report"):
         raise RequestError(f"--from takes decode, score or report, got {begin!r}")
@@ -1301,7 +1387,14 @@ def evaluate(
         engine = "transformers"
         _say(f"{' and '.join(copying)} runs on transformers, so every system does")
     _quiet()
-    _fetch(model)
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "requests": requests, "matched": matched, "seed": seed or 0}
+    settings |= {"engine": engine, "dtype": dtype, "device": device}
+    adapters = {name: _adapter_of(model, name, begin != "decode") for name in {baseline, *map(_adapter, systems)}}
+    made = described(systems, adapters.get, baseline, {**_models_of(model, "none"), **settings})
+    if begin == "decode":
+        check_folder(out, made, asked, overwrite=overwrite)
+    else:
+        check_answers(out, {name: told for name, told in made.items() if told["adapter"] != _ELSEWHERE})
     few = 10 if any(s.startswith("sot") for s in systems) else 1  # the parts of one answer
 
     def loader(at_once: int) -> Callable[[str, Policy | None], LLM]:
@@ -1327,6 +1420,9 @@ def evaluate(
                 matched=base if matched else None,
                 max_tokens=max_tokens,
                 seed=seed or 0,
+                among=asked,
+                made=made,
+                overwrite=overwrite,
                 progress=lambda c, _: say(f"{c.prompts} of {len(alone)} prompts"),
             )
         if begin == "decode" and requests > 1:
@@ -1337,6 +1433,9 @@ def evaluate(
                 out / "answers",
                 max_tokens=max_tokens,
                 timed=not alone,
+                among=asked,
+                made=made,
+                overwrite=overwrite and not alone,
                 progress=lambda c, _: say(f"{c.written} answers, {c.skipped} were there"),
             )
     refused = "".join(f"; {n} refused: {why}" for why, n in counts.refused.items())
@@ -1348,6 +1447,9 @@ def evaluate(
             by,
             count_tokens,
             references=prompts,
+            models={name: _scoring(name, model, baseline, judge, device) | _tokenizer_of(model) for name in units},
+            overwrite=overwrite,
+            bad=_skipped(skip_bad),
             progress=lambda what, c: say(f"{what}: {c.written} answers{'' if remote is None else f'; {remote.usage}'}"),
         )
     for name, reasons in missing.items():
@@ -1375,6 +1477,30 @@ def evaluate(
     print(page, file=sys.stderr)
 
 
+_ELSEWHERE = {"name": "", "sha256": ""}
+"""Stands for an adapter that is not on this machine."""
+
+
+def _adapter(system: str) -> str:
+    from pastalm.eval.evaluate import asked
+
+    return asked(system).adapter
+
+
+def _adapter_of(model: str, adapter: str, may_lack: bool) -> dict[str, str] | None:
+    """An adapter by its contents. may_lack: answers may have been decoded on another machine."""
+    from pastalm import contents
+
+    if adapter in ("", "none"):
+        return None
+    try:
+        return contents.of_adapter(model, adapter)
+    except ModelError:
+        if may_lack:
+            return _ELSEWHERE
+        raise
+
+
 def _units(given: list[str], scorers: list[str]) -> dict[str, float | None]:
     """The unit of each scorer that was asked for."""
     units: dict[str, float | None] = dict.fromkeys(scorers)
@@ -1387,6 +1513,13 @@ def _units(given: list[str], scorers: list[str]) -> dict[str, float | None]:
         if units[name] is not None and not 0 < float(value) < float("inf"):
             raise RequestError(f"a unit must be above 0, got {entry!r}")
     return units
+
+
+def _scoring(scorer: str, model: str, adapter: str, judge: str | None, device: str) -> dict[str, Any]:
+    """For the header of a file: what scores, by its contents."""
+    if scorer == "pmi":
+        return _models_of(model, adapter) | {"device": device}
+    return {"judge": judge} if scorer == "judge" else {}
 
 
 def _scorers(
@@ -1426,7 +1559,6 @@ Out = Annotated[Path, typer.Option(help="Folder for checkpoints, log and adapter
 MIX = ",".join(f"{policy}={weight}" for policy, weight in MIXED.items())
 Policies = Annotated[str, typer.Option(help=f"Positions to train on, with weights: {MIX}.")]
 SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
-Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")]
 Full = Annotated[bool, typer.Option("--full", help="Train all weights, and save a whole model.")]
 GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
@@ -1487,7 +1619,7 @@ def sft(
     full: Full = False,
     gradient_checkpointing: GradientCheckpointing = False,
     flex: Flex = False,
-    resume: Resume = True,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
     seed: int = 0,
 ) -> None:
@@ -1531,7 +1663,7 @@ def sft(
         full=full,
         gradient_checkpointing=gradient_checkpointing,
         flex=flex,
-        resume=resume,
+        overwrite=overwrite,
         device=device,
         seed=seed,
     )
@@ -1563,7 +1695,7 @@ def prefer(
     full: Full = False,
     gradient_checkpointing: GradientCheckpointing = False,
     flex: Flex = False,
-    resume: Resume = True,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
     seed: int = 0,
 ) -> None:
@@ -1596,7 +1728,7 @@ def prefer(
         full=full,
         gradient_checkpointing=gradient_checkpointing,
         flex=flex,
-        resume=resume,
+        overwrite=overwrite,
         device=device,
         seed=seed,
     )

@@ -20,7 +20,6 @@ import os
 import re
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pastalm import models
+from pastalm import contents, disk, models
 from pastalm.chat_tokenizer import ChatTokenizer, described
 from pastalm.engines.native import weights
 from pastalm.engines.native.weights import (
@@ -187,12 +186,8 @@ _FORMAT = 1
 _PROLOGUE = struct.Struct("<16sQQ32x")
 """A magic word; where the header begins; how long it is."""
 _MAGIC = b"pastalm packed\n\0"
-_PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
-"""What belongs to a model, or to an adapter, among the files of its folder."""
 _UNREAD = 30 * 24 * 3600.0
 """Seconds after which a packed file that nothing reads goes, once another is written."""
-_SETTLED = 2.0
-"""Seconds after which a file that is written again is sure to have another time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +203,8 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
     """The packed file of an origin, written now if there is none. Where none can be written, the model is packed in
     memory."""
     folder = models.cache_folder() / "packed"
-    place, contents = _names(origin, folder)
-    path = next(folder.glob(f"*-{contents}.packed"), folder / f"{place}-{contents}.packed")
+    place, held = _names(origin)
+    path = next(folder.glob(f"*-{held}.packed"), folder / f"{place}-{held}.packed")
     if (packed := _read(path, origin.name)) is not None:
         with contextlib.suppress(OSError):
             os.utime(path)  # it is in use
@@ -230,68 +225,21 @@ def _tidy(folder: Path, place: str, new: Path) -> None:
             old.unlink(missing_ok=True)
 
 
-def _names(origin: Origin, cache: Path) -> tuple[str, str]:
+def _names(origin: Origin) -> tuple[str, str]:
     """Of where an origin lies and of what is in it, for the name of its packed file."""
-    contents = [_contents(path, cache) for path in origin.paths]
+    found = [contents.files(path) for path in origin.paths]
     slug = re.sub(r"[^a-z0-9.]+", "-", Path(origin.name).name.lower())
     place = _hash([str(path.resolve()) for path in origin.paths], origin.types)[:8]
     named = "-".join((slug, *dict.fromkeys(origin.types), place))
-    return named, _hash(_FORMAT, weights.fingerprint(), contents, origin.types)
+    return named, _hash(_FORMAT, weights.fingerprint(), found, origin.types)
 
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _contents(path: Path, cache: Path) -> list[tuple[str, str]]:
-    """Names and hashes of a folder's files, or of one file. Contents are read once: as long as size and time of a
-    file are what they were, so is its hash."""
-    if path.is_file():
-        files = {"": path}
-    else:
-        files = {f.name: f for f in sorted(path.iterdir()) if f.suffix in _PARTS and f.is_file()}
-    memory = cache / "hashes.json"
-    try:
-        known: dict[str, list[Any]] = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = {}
-    before = dict(known)
-    found = [(name, _digest(file, known)) for name, file in files.items()]
-    if known != before:
-        with contextlib.suppress(OSError), _replacing(memory) as opened:  # else they are read again
-            opened.write(json.dumps(known).encode())
-    return found
-
-
-def _digest(file: Path, known: dict[str, list[Any]]) -> str:
-    """The hash of a file's contents, out of `known` or put there."""
-    stat, key = file.stat(), str(file.resolve())
-    state = [stat.st_size, stat.st_mtime_ns]
-    if known.get(key, [])[:2] == state:
-        return str(known[key][2])
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    known.pop(key, None)
-    if time.time() - stat.st_mtime > _SETTLED:
-        known[key] = [*state, digest]
-    return digest
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes a path's place once it is whole. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".packing-") as scratch:
-        made = Path(scratch) / "made"
-        with made.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(path)
-
-
 def _write(path: Path, made: Packable) -> None:
-    with _replacing(path) as file:
+    with disk.replacing(path) as file:
         file.write(bytes(_PROLOGUE.size))
         places = {}
         for name, tensor in made.tensors():

@@ -6,12 +6,13 @@ goes on where it was cut off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from pastalm import answers, jsonl
+from pastalm import answers
 from pastalm.answers import Answer
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
@@ -21,7 +22,7 @@ from pastalm.prompts import Prompt
 
 @dataclass(slots=True)
 class Sampled:
-    """What a run did. skipped: answers that were there; tokens: of those it wrote; refused: prompts that
+    """What a run did. skipped: answers that were there; tokens: of those it wrote; refused: answers to prompts that
     do not fit."""
 
     written: int = 0
@@ -31,27 +32,45 @@ class Sampled:
     refused: int = 0
 
 
+def made(params: SamplingParams, models: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides an answer beside its prompt, its choice and whether it forks, which stand in its row. models: what
+    they are, by their contents."""
+    chosen = {key: getattr(params, key) for key in _DECIDING}
+    return {**models, "seed": params.seed, **chosen}
+
+
+_DECIDING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+
+
 def sample(
     llm: LLM,
     asked: Sequence[Prompt],
     target: Path,
     params: SamplingParams,
     *,
+    models: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
     progress: Callable[[Sampled], None] = lambda _: None,
+    refuse: Callable[[RequestError], None] = lambda _: None,
 ) -> Sampled:
     """`params.n` answers to each prompt, as many at once as the engine takes.
 
     A seed makes each answer a matter of its prompt's place, its choice and the seed alone, in whatever
-    company it is decoded. Raises DataError for files that cannot be read or written.
+    company it is decoded. models: what answers, for the file's header. overwrite: answers that are there make way.
+    refuse: is told of a prompt that does not fit. Raises DataError for files that cannot be read or written, or were
+    made otherwise.
     """
-    there = {answer.key for answer in answers.resume(target)}
+    results, there = answers.results(
+        target, answers.KIND, made(params, models or {}), asked, overwrite=overwrite
+    )
     counts = Sampled()
-    tasks = _missing(llm, asked, params, there, counts)
+    tasks = _missing(llm, asked, params, {found.key for found in there}, counts)
     most = llm.driver.engine.capabilities.max_num_seqs
-    with jsonl.Appender(target) as file, closing(at_once(llm.driver, tasks, most)) as ended:
+    with results as file, closing(at_once(llm.driver, tasks, most)) as ended:
         for found in ended:
             if isinstance(found, RequestError):  # longer than the context
                 counts.refused += 1
+                refuse(found)
                 continue
             file.write(found.to_dict())
             counts.written += 1
@@ -65,10 +84,13 @@ def answer(
     llm: LLM, prompt: Prompt, params: SamplingParams, *, choice: int = 0, place: int = 0, threads: bool = False
 ) -> Task[Answer]:
     """One answer to a prompt, its seed the parameters' and its prompt's place. threads: keep what its timeline is drawn
-    from. Raises RequestError for a prompt longer than the context."""
+    from. Raises RequestError for a prompt that is empty or longer than the context."""
     seed = None if params.seed is None else params.seed + place
     messages = [{"role": "user", "content": prompt.text}]
-    running = llm.submit(messages, replace(params, n=1), choice=choice, seed=seed)[0]
+    try:
+        running = llm.submit(messages, replace(params, n=1), choice=choice, seed=seed)[0]
+    except RequestError as error:
+        raise RequestError(f"prompt {prompt.id!r}: {error}") from None
     yield [running]
     return answers.to(
         prompt,
@@ -88,5 +110,5 @@ def _missing(
         for choice in range(params.n):
             if (prompt.id, choice, params.parallelism == 0) in there:
                 counts.skipped += 1
-            elif prompt.text.strip():
+            else:
                 yield answer(llm, prompt, params, choice=choice, place=place)

@@ -8,7 +8,7 @@ differences over the stage-1 samples (ours; METHOD of the offline runs).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +17,7 @@ import numpy as np
 
 from pastalm import jsonl
 from pastalm.errors import DataError, RequestError
+from pastalm.jsonl import Bad
 
 Length = Literal["theoretical", "matched", "smaller", "parallelism"]
 """Tokens that a speedup divides by the critical path: those of the baseline's answer (the paper's), the answer's own
@@ -28,7 +29,7 @@ text, the smaller of the two, which neither a short nor a padded answer can rais
 class Scored:
     """One sampled answer. tokens: with tags; text_tokens: of the reader's text; baseline_tokens: of the baseline's
     answer. difference: the scorer's number less the baseline's, in its unit; win: a judge's probability. Both
-    None: it could not be scored."""
+    None: it could not be scored. token_ids, forced: as in answers.py. against: a hash of what it was held against."""
 
     id: str
     choice: int
@@ -45,6 +46,9 @@ class Scored:
     repetition: float = 0.0
     source: str = ""
     licence: str = ""
+    token_ids: tuple[int, ...] = ()
+    forced: tuple[int, ...] = ()
+    against: str = ""
 
     def speedup(self, length: Length = "theoretical") -> float:
         """Larger is faster; 1 is the sequential baseline."""
@@ -73,17 +77,36 @@ class Scored:
         return asdict(self)
 
 
-def read(path: Path) -> list[Scored]:
-    """What `pasta score` wrote. Raises DataError with the line that is something else."""
+KIND = jsonl.Kind(
+    command="score", name="a scored answer", fields=("id", "choice", "prompt", "annotated", "scorer", "baseline_tokens")
+)
+"""Rows of `pasta score`."""
+_STRINGS = ("id", "prompt", "annotated", "finish_reason", "scorer")
+
+
+def read(path: Path, *, bad: Bad | None = None) -> list[Scored]:
+    """What `pasta score` wrote. Raises DataError with the line that is something else, unless `bad` takes it."""
     found = []
-    for where, row in jsonl.read(path):
+    for where, row in jsonl.read(path, bad=bad):
         try:
-            found.append(Scored(**row))
-        except TypeError as error:
-            raise DataError(f"{where}: not a scored answer ({error}): make it with pasta score") from None
+            found.append(parsed(where, row))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad(error)
     if not found:
         raise DataError(f"{path} is empty: score some answers first (pasta score)")
     return found
+
+
+def parsed(where: str, row: Mapping[str, Any]) -> Scored:
+    """The scored answer that a row stands for. Raises DataError."""
+    try:
+        tokens = {key: tuple(map(int, row.get(key, ()))) for key in ("token_ids", "forced")}
+        strings = {key: jsonl.string(row, key, where) for key in _STRINGS if key in row}
+        return Scored(**{**row, **strings, **tokens})
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: not a scored answer ({error}): make it with pasta score") from None
 
 
 def spread(rows: Sequence[Scored]) -> float:

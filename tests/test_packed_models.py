@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from pastalm import models, packed_models
+from pastalm import contents, models, packed_models
 from pastalm.engines.native import weights
 from pastalm.errors import CapabilityError, ModelError
 from pastalm.packed_models import Packed
@@ -447,7 +447,7 @@ def test_what_is_refused_is_refused_before_it_is_read(
     (folder / "config.json").write_text(json.dumps(told | {"mlp_bias": True}))
     with pytest.raises(CapabilityError, match="biases"):
         packed_models.load(str(folder))
-    monkeypatch.setattr(packed_models, "_contents", lambda *_: pytest.fail("files are hashed"))
+    monkeypatch.setattr(contents, "files", lambda *_: pytest.fail("files are hashed"))
     (folder / "config.json").write_text(json.dumps(told | {"model_type": "mixtral"}))
     with pytest.raises(CapabilityError, match="mixtral"):
         packed_models.load(str(folder))

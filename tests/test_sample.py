@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pastalm import LLM, SamplingParams, models
+from pastalm import LLM, SamplingParams, jsonl, models
 from pastalm import answers as kept_answers
 from pastalm.errors import DataError
 from pastalm.lang import parse
@@ -41,7 +41,7 @@ PROMPTS = [*(Prompt(id=str(i), text=f"What of {i}?") for i in range(5)), Prompt(
 
 
 def answers(path: Path) -> dict[tuple[str, int], str]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for _, row in jsonl.read(path)]
     assert len({(r["id"], r["choice"]) for r in rows}) == len(rows)
     for row in rows:
         parse(row["annotated"])
@@ -55,7 +55,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     counts = sample(llm, PROMPTS, whole, PARAMS)
     assert (counts.written, counts.refused, counts.skipped) == (10, 2, 0)
-    assert counts.tokens == sum(json.loads(x)["tokens"] for x in whole.read_text().splitlines())
+    assert counts.tokens == sum(row["tokens"] for _, row in jsonl.read(whole))
     assert sum(counts.ended.values()) == 10
 
     def stop(counts: Sampled) -> None:
@@ -70,6 +70,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(
     counts = sample(llm, PROMPTS, broken, PARAMS)
     assert (counts.written, counts.skipped) == (6, 4)
     assert answers(broken) == answers(whole)
+    assert broken.read_bytes() == whole.read_bytes()
     assert len(set(answers(whole).values())) > 5  # choices and prompts differ
 
 

@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pastalm import answers, scored
-from pastalm.errors import RequestError
-from pastalm.eval import alpaca
+from pastalm import answers, jsonl, scored
+from pastalm.errors import DataError, RequestError
+from pastalm.eval import alpaca, measure
 from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.baselines.skeleton import SkeletonOfThought
 from pastalm.eval.compare import CountTokens, Row, figures, pairs
@@ -21,8 +23,10 @@ from pastalm.eval.means import Mean, mean
 from pastalm.eval.quality import Scorer
 from pastalm.eval.score import Counts, score
 from pastalm.eval.systems import Decoding, System
+from pastalm.jsonl import Bad
 from pastalm.layout import POLICIES, Policy
 from pastalm.llm import LLM
+from pastalm.prompts import Prompt
 from pastalm.scored import Length
 
 BASELINE = "baseline"
@@ -38,15 +42,35 @@ COPYING = ("lookup", "llma")
 """Those that run on the transformers engine only; beside them every system does, so that like is timed against like."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A system as a command line names it. adapter: "" for a method; policy: None for the engine's first."""
+
+    name: str
+    adapter: str = ""
+    policy: Policy | None = None
+    off: bool = False
+
+
+def asked(entry: str) -> Asked:
+    """A method, or NAME=ADAPTER; NAME=ADAPTER:off is that adapter with its tags off, NAME=ADAPTER:POLICY with those
+    positions. Raises RequestError for what is none of these."""
+    name, given, adapter = entry.partition("=")
+    if not given:
+        if name not in METHODS:
+            raise RequestError(f"unknown system {entry!r}: use NAME=ADAPTER, {', '.join(METHODS)}")
+        return Asked(name)
+    folder, _, how = adapter.rpartition(":")
+    policy = next((known for known in POLICIES if known == how), None)
+    return Asked(name, folder if policy or how == "off" else adapter, policy, how == "off")
+
+
 def check(wanted: Sequence[str]) -> list[str]:
-    """The names of the systems of a command line, the baseline's first: a method, or NAME=ADAPTER; NAME=ADAPTER:off is
-    that adapter with its tags off, NAME=ADAPTER:POLICY with those positions. Raises RequestError for what is none of
-    these, or named twice."""
+    """The names of the systems of a command line, the baseline's first. Raises RequestError as `asked`, and for a name
+    that is given twice or is no name of a file."""
     names = [BASELINE]
     for entry in wanted:
-        name, given, _ = entry.partition("=")
-        if not given and name not in METHODS:
-            raise RequestError(f"unknown system {entry!r}: use NAME=ADAPTER, {', '.join(METHODS)}")
+        name = asked(entry).name
         if name in names or not name or "/" in name:
             raise RequestError(f"{name!r} cannot name a system: use a name of its own, without a slash")
         names.append(name)
@@ -58,15 +82,55 @@ def build(wanted: Sequence[str], baseline: Decoding, load: Callable[[str, Policy
     that adapter, and those positions (None: the engine's first). Raises as `check`, and what `load` raises."""
     check(wanted)
     yield baseline
-    for entry in wanted:
-        name, given, adapter = entry.partition("=")
-        if given:
-            folder, _, how = adapter.rpartition(":")
-            policy = next((known for known in POLICIES if known == how), None)
-            folder = folder if policy or how == "off" else adapter
-            yield Decoding(name, load(folder, policy), parallelism=0.0 if how == "off" else 1.0)
+    for one in map(asked, wanted):
+        if one.adapter:
+            yield Decoding(one.name, load(one.adapter, one.policy), parallelism=0.0 if one.off else 1.0)
         else:
-            yield METHODS[name](name, baseline.llm)
+            yield METHODS[one.name](one.name, baseline.llm)
+
+
+def described(
+    wanted: Sequence[str],
+    adapter_of: Callable[[str], dict[str, str] | None],
+    baseline: str,
+    settings: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """What each system of a command line is, by its contents: the header of its file. adapter_of: name and hash of an
+    adapter. settings: what they have in common. Raises RequestError, ModelError."""
+    base = {"adapter": adapter_of(baseline), **settings}
+    found = {BASELINE: {"method": "sequential", **base}}
+    for one in map(asked, wanted):
+        if one.adapter:
+            method = "sequential" if one.off else "asynchronous"
+            found[one.name] = {**base, "method": method, "adapter": adapter_of(one.adapter), "positions": one.policy}
+        else:
+            found[one.name] = {**base, "method": one.name}
+    return found
+
+
+def check_folder(
+    folder: Path, made: Mapping[str, Mapping[str, Any]], prompts: Sequence[Prompt], *, overwrite: bool
+) -> None:
+    """Raises DataError where a system's answers are there already and were made otherwise, before anything is decoded
+    or written."""
+    for name in made:
+        measure.results(folder / "answers", name, made, prompts, overwrite=overwrite)
+
+
+WHAT = ("model", "adapter", "method", "positions")
+"""What a system is, beside how it was measured."""
+
+
+def check_answers(folder: Path, made: Mapping[str, Mapping[str, Any]]) -> None:
+    """The same where answers are only to be read: that they are those of the systems named, as far as files say what
+    made them, and adapters are here (which are then in `made`)."""
+    for name, asked in made.items():
+        path = folder / "answers" / f"{name}.jsonl"
+        if (there := jsonl.header(path)) is None:
+            continue
+        kept = [key for key in WHAT if key in asked]
+        if apart := jsonl.differences({k: there.get(k) for k in kept}, {k: asked[k] for k in kept}):
+            raise DataError(f"{path} holds the answers of another system ({'; '.join(apart)}): name that one")
 
 
 def score_all(
@@ -76,10 +140,13 @@ def score_all(
     count_tokens: CountTokens,
     *,
     references: Path,
+    models: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+    bad: Bad | None = None,
     progress: Callable[[str, Counts], None] = lambda *_: None,
 ) -> dict[str, dict[str, int]]:
     """Scores the answers of every system against the baseline's; the answers without a verdict, by scorer and
-    reason. Raises DataError, RemoteError."""
+    reason. models: what each scorer is; overwrite, bad: as of `score`. Raises DataError, RemoteError."""
     missing: dict[str, dict[str, int]] = {}
     base = folder / "answers" / f"{BASELINE}.jsonl"
     for scorer in scorers:
@@ -89,7 +156,18 @@ def score_all(
             def say(counts: Counts, name: str = name, scorer: Scorer = scorer) -> None:
                 progress(f"{name} by {scorer.name}", counts)
 
-            counts = score(source, base, target, scorer, count_tokens, references=references, progress=say)
+            counts = score(
+                source,
+                base,
+                target,
+                scorer,
+                count_tokens,
+                references=references,
+                models=(models or {}).get(scorer.name),
+                overwrite=overwrite,
+                bad=bad,
+                progress=say,
+            )
             for why, many in counts.unscored.items():
                 table = missing.setdefault(scorer.name, {})
                 table[why] = table.get(why, 0) + many
@@ -110,7 +188,7 @@ def compare_all(
         name: {
             scorer: scored.read(path)
             for scorer in sigmas
-            if (path := folder / "scored" / f"{name}.{scorer}.jsonl").is_file() and path.stat().st_size
+            if (path := folder / "scored" / f"{name}.{scorer}.jsonl").is_file() and any(jsonl.read(path))
         }
         for name in names
     }

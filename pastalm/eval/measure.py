@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pastalm import answers, jsonl
 from pastalm.answers import Answer
@@ -50,6 +51,10 @@ def spread(prompts: Sequence[Prompt], many: int) -> list[Prompt]:
     return [prompts[i * len(prompts) // many] for i in range(many)]
 
 
+KIND = replace(answers.KIND, command="eval")
+"""Rows of a system's file."""
+
+
 def measure(
     systems: Sequence[System],
     prompts: Sequence[Prompt],
@@ -58,19 +63,26 @@ def measure(
     matched: Decoding | None = None,
     max_tokens: int = 1024,
     seed: int = 0,
+    among: Sequence[Prompt] | None = None,
+    made: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
     progress: Callable[[Counts, Answer], None] = lambda *_: None,
 ) -> Counts:
     """Every system's answer to every prompt that it has not answered yet, to `folder`/NAME.jsonl.
 
-    matched: the system on which texts are decoded again, forced (None: they are not). Raises DataError for files
-    that cannot be read or written.
+    matched: the system on which texts are decoded again, forced (None: they are not). among: all prompts of the file,
+    by which answers stand in the end (None: these). made: what each system is, for the header of its file. overwrite:
+    answers that are there make way. Raises DataError for files that cannot be read or written, or were made otherwise.
     """
-    files = {system.name: folder / f"{system.name}.jsonl" for system in systems}
-    there = {name: {found.id for found in answers.resume(path)} for name, path in files.items()}
+    opened = {
+        system.name: results(folder, system.name, made or {}, among or prompts, overwrite=overwrite)
+        for system in systems
+    }
+    there = {name: {found.id for found in rows} for name, (_, rows) in opened.items()}
     counts = Counts()
     shuffled = random.Random(seed).sample(list(prompts), len(prompts))
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(jsonl.Appender(path)) for name, path in files.items()}
+        writers = {name: stack.enter_context(file) for name, (file, _) in opened.items()}
         for turn, prompt in enumerate(shuffled):
             first = turn % len(systems)
             for system in [*systems[first:], *systems[:first]]:
@@ -80,7 +92,7 @@ def measure(
                 try:
                     found = system.answer(prompt, max_tokens)
                 except RequestError as error:
-                    counts.refuse(error)
+                    counts.refuse(RequestError(f"prompt {prompt.id!r}: {error}"))
                     continue
                 if matched is not None:
                     found = replace(found, matched_seconds=_forced(matched, found))
@@ -89,6 +101,13 @@ def measure(
                 progress(counts, found)
             counts.prompts += 1
     return counts
+
+
+def results(
+    folder: Path, name: str, made: Mapping[str, Mapping[str, Any]], asked: Sequence[Prompt], *, overwrite: bool = False
+) -> tuple[jsonl.Results, list[Answer]]:
+    """The file of a system's answers, and those that are there. Raises DataError as `answers.results`."""
+    return answers.results(folder / f"{name}.jsonl", KIND, made.get(name, {}), asked, overwrite=overwrite)
 
 
 def _forced(system: Decoding, found: Answer) -> float | None:
@@ -110,19 +129,22 @@ def under_load(
     *,
     max_tokens: int = 1024,
     timed: bool = True,
+    among: Sequence[Prompt] | None = None,
+    made: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
     progress: Callable[[Counts, Answer], None] = lambda *_: None,
 ) -> Counts:
     """As `measure`, but system after system, each with as many requests at once as its engine takes. timed: an answer's
     seconds are those it took in that company; else none are written."""
     counts = Counts(prompts=len(prompts))
     for system in systems:
-        path = folder / f"{system.name}.jsonl"
-        there = {found.id for found in answers.resume(path)}
+        opened, rows = results(folder, system.name, made or {}, among or prompts, overwrite=overwrite)
+        there = {found.id for found in rows}
         tasks = [system.task(prompt, max_tokens) for prompt in prompts if prompt.id not in there]
         counts.skipped += len(prompts) - len(tasks)
         driver = system.llm.driver
         most = driver.engine.capabilities.max_num_seqs
-        with jsonl.Appender(path) as file, closing(at_once(driver, tasks, most)) as ended:
+        with opened as file, closing(at_once(driver, tasks, most)) as ended:
             for found in ended:
                 if isinstance(found, RequestError):
                     counts.refuse(found)

@@ -62,7 +62,8 @@ class Verdict:
 
 
 class Scorer(Protocol):
-    """Holds answers against their baseline's."""
+    """Holds answers against their baseline's. One with a true `asks` costs a question for each, and is asked about none
+    twice."""
 
     name: str
 
@@ -104,11 +105,14 @@ def _differences(
     score: Callable[[Sequence[Candidate]], list[float]], candidates: Sequence[Candidate], known: dict[Candidate, float]
 ) -> list[Verdict]:
     """Each answer's number less its baseline's, which is scored once for all answers to a prompt, of all systems.
-    known: the baselines' numbers, kept from call to call."""
+    known: the baselines' numbers, kept from call to call. What a number was computed beside never hangs on what was
+    known: the same answers give the same numbers, to the last bit."""
     baselines = [c.sequential() for c in candidates]
-    wanted = [c for c in dict.fromkeys([*baselines, *candidates]) if c not in known]
-    found = known | dict(zip(wanted, score(wanted), strict=True))
-    known.update((c, found[c]) for c in baselines)
+    if not known.keys() >= set(baselines):
+        wanted = list(dict.fromkeys(baselines))
+        known.update(zip(wanted, score(wanted), strict=True))
+    own = [c for c in dict.fromkeys(candidates) if c not in set(baselines)]
+    found = known | dict(zip(own, score(own) if own else (), strict=True))
     return [Verdict(difference=found[c] - found[b]) for c, b in zip(candidates, baselines, strict=True)]
 
 
@@ -156,6 +160,7 @@ class Judge:
 
     remote: Remote[tuple[int, bool]]
     name: str = field(default="judge", init=False)
+    asks: bool = field(default=True, init=False)
 
     def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         self.remote.options = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}

@@ -8,15 +8,19 @@ again and it is asked about again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
-from pastalm import answers, jsonl, prompts
+from pastalm import answers, jsonl, prompts, scored
 from pastalm.answers import Answer
 from pastalm.errors import DataError
 from pastalm.eval.quality import Candidate, Scorer, Verdict
+from pastalm.jsonl import Bad
 from pastalm.scored import Scored
 from pastalm.wording import repetition
 
@@ -41,70 +45,114 @@ def score(
     *,
     references: Path | None = None,
     limit: int | None = None,
+    models: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    bad: Bad | None = None,
     progress: Callable[[Counts], None] = lambda _: None,
 ) -> Counts:
     """Scores the answers, those to a prompt together.
 
-    count_tokens: tokens of a text under the model's vocabulary. limit: prompts to look at. Raises DataError for
-    files that cannot be read or do not fit together, RemoteError where a judge fails; what was written is whole.
+    count_tokens: tokens of a text under the model's vocabulary. limit: prompts to look at. models: what scores and what
+    counts tokens, for the file's header. overwrite: scores that are there make way. bad: is told of answers that cannot
+    be used. Raises DataError for files that cannot be read, do not fit together or were made otherwise, RemoteError
+    where a judge fails; what was written is whole.
     """
-    base = {answer.id: answer for answer in answers.read(baselines)}
-    known = {p.id: next(iter(p.references), None) for p in prompts.read(references)} if references is not None else {}
-    counts = Counts()
-    there = _there(target, scorer)
-    groups = islice(_by_prompt(samples), limit)
-    with jsonl.Appender(target) as file:
+    for given in (samples, baselines, references):
+        if given is not None and given.exists() and target.exists() and target.samefile(given):
+            raise DataError(f"{target} is what is to be scored, or scored by: give another file for the result")
+    base = {answer.id: answer for answer in answers.read(baselines, bad=bad)}
+    known = prompts.read_references(references, bad=bad) if references is not None else {}
+    found = sorted(answers.read(samples, bad=bad), key=lambda row: (row.id, row.choice))
+    chosen = [row for _, rows in islice(groupby(found, key=lambda row: row.id), limit) for row in rows]
+    chosen = list(_with_baseline(chosen, base, baselines, bad))
+    pairs = {(row.id, row.choice): _candidate(row, base[row.id], known.get(row.id)) for row in chosen}
+    places = jsonl.by_place(pairs, lambda row: (row["id"], row["choice"]))
+    header = {"scorer": scorer.name, **(models or {})}
+    results = jsonl.Results(target, scored.KIND, header, overwrite=overwrite, order=places)
+    there = set(_there(results, {(row.id, row.choice): row for row in chosen}, pairs))
+    counts = Counts(skipped=len(there))
+    groups = groupby(chosen, key=lambda row: row.id)
+    with results as file:
         while some := list(_some(groups)):
-            todo = [row for row in some if (row.id, row.choice) not in there]
-            counts.skipped += len(some) - len(todo)
-            if missing := {row.id for row in todo} - set(base):
-                raise DataError(
-                    f"{baselines} has no answer to prompt {min(missing)!r}: sample the baseline on all prompts"
-                )
-            candidates = [Candidate(r.prompt, r.text, r.chunks, base[r.id].text, known.get(r.id)) for r in todo]
-            for row, candidate, verdict in zip(todo, candidates, scorer.compare(candidates), strict=True):
+            missing = [row for row in some if (row.id, row.choice) not in there]
+            # what a model says of a text hangs on its company by the last bits: with one, all are scored again
+            todo = missing if getattr(scorer, "asks", False) or not missing else some
+            candidates = [pairs[row.id, row.choice] for row in todo]
+            verdicts = zip(todo, candidates, scorer.compare(candidates) if todo else (), strict=True)
+            for row, candidate, verdict in verdicts:
+                if (row.id, row.choice) in there:
+                    continue
                 if verdict.why:
                     counts.unscored[verdict.why] = counts.unscored.get(verdict.why, 0) + 1
                     continue
-                scored = _scored(row, candidate.text, verdict, base[row.id].tokens, scorer.name, count_tokens)
-                file.write(scored.to_dict())
+                file.write(_scored(row, candidate, verdict, base[row.id].tokens, scorer.name, count_tokens).to_dict())
                 counts.written += 1
             progress(counts)
     return counts
+
+
+def _with_baseline(
+    rows: Iterable[Answer], base: Mapping[str, Answer], baselines: Path, bad: Bad | None
+) -> Iterator[Answer]:
+    """Those that can be held against something. Raises DataError for the others, unless `bad` takes it."""
+    for row in rows:
+        if row.id in base:
+            yield row
+            continue
+        error = DataError(f"{baselines} has no answer to prompt {row.id!r}: sample the baseline on all prompts")
+        if bad is None:
+            raise error
+        bad(error)
+
+
+def _candidate(row: Answer, baseline: Answer, reference: str | None) -> Candidate:
+    return Candidate(row.prompt, row.text, row.chunks, baseline.text, reference)
+
+
+def _against(candidate: Candidate) -> str:
+    """A hash of what an answer is held against."""
+    held = json.dumps([candidate.baseline, candidate.reference])
+    return hashlib.sha256(held.encode()).hexdigest()[:16]
 
 
 AT_ONCE = 64
 """Answers that are scored together, at least: a judge is asked many questions at once, a model fills its batches."""
 
 
-def _some(groups: Iterator[tuple[str, list[Answer]]]) -> Iterator[Answer]:
+def _some(groups: Iterator[tuple[str, Iterator[Answer]]]) -> Iterator[Answer]:
     """All answers to the next prompts."""
     found = 0
     for _, rows in groups:
-        yield from rows
-        found += len(rows)
+        for row in rows:
+            yield row
+            found += 1
         if found >= AT_ONCE:
             return
 
 
-def _there(target: Path, scorer: Scorer) -> set[tuple[str, int]]:
-    there = set()
-    for where, row in jsonl.resume(target):
-        if row.get("scorer") != scorer.name:
-            raise DataError(f"{where}: scored by {row.get('scorer')!r}, not by {scorer.name}: use another file")
-        there.add((str(row["id"]), int(row["choice"])))
-    return there
-
-
-def _by_prompt(samples: Path) -> Iterator[tuple[str, list[Answer]]]:
-    """All answers to each prompt, which may lie apart in the file, in order of the prompts."""
-    rows = sorted(answers.read(samples), key=lambda r: (r.id, r.choice))
-    for identity, group in groupby(rows, key=lambda r: r.id):
-        yield identity, list(group)
+def _there(
+    results: jsonl.Results, rows: Mapping[tuple[str, int], Answer], pairs: Mapping[tuple[str, int], Candidate]
+) -> Iterator[tuple[str, int]]:
+    """What is scored already. Raises DataError where that was another answer, or held against another."""
+    for where, row in results.rows:
+        found = scored.parsed(where, row)
+        key = (found.id, found.choice)
+        if key not in pairs:
+            continue
+        if (found.prompt, found.annotated, found.against) != (
+            rows[key].prompt,
+            rows[key].annotated,
+            _against(pairs[key]),
+        ):
+            raise DataError(
+                f"{where}: answer {found.choice} to prompt {found.id!r}, or what it is held against, is another now: "
+                "give another file, or --overwrite to start anew"
+            )
+        yield key
 
 
 def _scored(
-    row: Answer, text: str, verdict: Verdict, baseline_tokens: int, scorer: str, count_tokens: CountTokens
+    row: Answer, candidate: Candidate, verdict: Verdict, baseline_tokens: int, scorer: str, count_tokens: CountTokens
 ) -> Scored:
     return Scored(
         id=row.id,
@@ -113,13 +161,16 @@ def _scored(
         annotated=row.annotated,
         finish_reason=row.finish_reason,
         tokens=row.tokens,
-        text_tokens=count_tokens(text),
+        text_tokens=count_tokens(candidate.text),
         critical_path=row.critical_path,
         baseline_tokens=baseline_tokens,
         scorer=scorer,
         difference=verdict.difference,
         win=verdict.win,
-        repetition=repetition(text),
+        repetition=repetition(candidate.text),
         source=row.source,
         licence=row.licence,
+        token_ids=row.token_ids,
+        forced=row.forced,
+        against=_against(candidate),
     )

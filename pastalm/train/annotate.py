@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from pastalm import jsonl
+from pastalm import jsonl, prompts
 from pastalm.errors import DataError, LanguageError
+from pastalm.jsonl import Bad
 from pastalm.lang import Document, Promise, parse, render, strip
+from pastalm.prompts import Prompt
 from pastalm.train.structure import CountTokens, annotate
 from pastalm.wording import repetition
 
@@ -81,19 +82,41 @@ class Structural:
             yield row, self.rules(row.response, self.count_tokens, row.prompt)
 
 
-def read_rows(source: Path) -> Iterator[Row]:
-    """The rows of a JSONL file, {id, prompt, response} a line or what `pasta sample` wrote. Raises DataError,
-    with the line, for what is none."""
-    for where, value in jsonl.read(source):
-        sampled = "response" not in value and "annotated" in value
-        yield Row(
-            id=jsonl.string(value, "id", where),
-            prompt=jsonl.string(value, "prompt", where),
-            response=_plain(value, where) if sampled else jsonl.string(value, "response", where),
-            source=jsonl.string(value, "source", where, needed=False),
-            licence=jsonl.string(value, "licence", where, needed=False),
-            cut=sampled and value.get("finish_reason") != "stop",
-        )
+FORMS = (
+    "give each row a 'prompt' and a 'response' (or 'instruction', 'input' and 'output'; 'messages'; 'conversations')"
+)
+
+
+def read_rows(source: Path, limit: int | None = None, *, bad: Bad | None = None) -> Iterator[Row]:
+    """The rows of a file, or its first `limit`: prompts with answers in any form that prompts.py reads, or what
+    `pasta sample` wrote. Raises DataError, with the line, for what is none, unless `bad` takes it."""
+    for where, value, prompt in prompts.rows(source, limit, bad=bad):
+        try:
+            yield _row(where, value, prompt)
+        except DataError as error:
+            if bad is None:
+                raise
+            bad(error)
+
+
+def _row(where: str, value: Mapping[str, object], prompt: Prompt) -> Row:
+    sampled = "response" not in value and "annotated" in value
+    return Row(
+        id=prompt.id,
+        prompt=prompt.text,
+        response=_plain(value, where) if sampled else _response(value, prompt, where),
+        source=prompt.source,
+        licence=prompt.licence,
+        cut=sampled and value.get("finish_reason") != "stop",
+    )
+
+
+def _response(value: Mapping[str, object], prompt: Prompt, where: str) -> str:
+    if "response" in value and not isinstance(value["response"], list):
+        return jsonl.string(value, "response", where)
+    if not prompt.references:
+        raise DataError(f"{where}: 'response' must be a string, got None; {FORMS}")
+    return prompt.references[0]
 
 
 def _plain(value: Mapping[str, object], where: str) -> str:
@@ -120,8 +143,9 @@ def checked(row: Row, found: Document | str, count_tokens: CountTokens) -> Annot
         return found
     text = render(found)
     try:
+        jsonl.text(text, "annotated", row.id)
         kept = strip(parse(text)) == row.response
-    except LanguageError:
+    except (DataError, LanguageError):
         kept = False
     if not kept:
         return "text not kept"
@@ -141,9 +165,11 @@ def annotate_rows(
 
 @dataclass(slots=True)
 class _Run:
-    """What became of the rows so far, and which are still to be annotated."""
+    """What became of the rows so far, and which are still to be annotated. present: text of what is annotated already,
+    by id."""
 
-    present: set[str]
+    target: Path
+    present: Mapping[str, tuple[str, str]]
     progress: Callable[[Counts], None]
     max_repetition: float
     seen: set[str] = field(default_factory=set)
@@ -166,6 +192,11 @@ class _Run:
             why = "duplicate id" if row.id in self.seen else unusable(row, self.max_repetition)
             self.seen.add(row.id)
             if row.id in self.present and why is None:
+                if self.present[row.id] != (row.prompt, row.response):
+                    raise DataError(
+                        f"{self.target} holds another text of id {row.id!r}: give another file, or --overwrite to "
+                        "start anew"
+                    )
                 self.skipped += 1
             elif why is not None:
                 self.drop(why)
@@ -183,6 +214,12 @@ class _Run:
         self.chunks += result.chunks
 
 
+KIND = jsonl.Kind(
+    command="annotate", name="an annotated answer", fields=("id", "prompt", "annotated", "tokens", "chunks")
+)
+"""Rows of `pasta annotate`."""
+
+
 def annotate_file(
     source: Path,
     target: Path,
@@ -191,17 +228,31 @@ def annotate_file(
     *,
     limit: int | None = None,
     max_repetition: float = 1.0,
+    models: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    bad: Bad | None = None,
     progress: Callable[[Counts], None] = lambda _: None,
 ) -> Counts:
-    """Annotates a JSONL file of rows into another, line by line, and goes on where it stopped.
+    """Annotates a file of rows into another, line by line, and goes on where it stopped.
 
     Rows whose id stands in `target` are skipped. limit: rows of `source` to look at. max_repetition: rows that
-    say more of their words again are dropped. progress: called after every row. Raises DataError for a file or
-    line that cannot be read, RemoteError for a server.
+    say more of their words again are dropped. models: what annotates and what counts tokens, for the file's header.
+    overwrite: rows that are there make way. bad: is told of rows that cannot be read. progress: called after every row.
+    Raises DataError for a file or line that cannot be read, or was made otherwise, RemoteError for a server.
     """
-    run = _Run({jsonl.string(v, "id", where) for where, v in jsonl.resume(target)}, progress, max_repetition)
-    rows = islice(read_rows(source), limit)
-    with jsonl.Appender(target) as file:
+    if target.exists() and source.exists() and target.samefile(source):
+        raise DataError(f"{target} is what is to be annotated: give another file for the result")
+    places: dict[str, int] = {}
+    results = jsonl.Results(
+        target,
+        KIND,
+        {**(models or {}), "max_repetition": max_repetition},
+        overwrite=overwrite,
+        order=lambda row: places.get(row["id"], len(places)),
+    )
+    run = _Run(target, dict(_present(results)), progress, max_repetition)
+    rows = _noted(read_rows(source, limit, bad=bad), places)
+    with results as file:
         for row, found in annotator(run.todo(rows)):
             result = checked(row, found, count_tokens)
             if isinstance(result, Annotated):
@@ -211,3 +262,15 @@ def annotate_file(
                 run.drop(result)
             progress(run.counts)
     return run.counts
+
+
+def _present(results: jsonl.Results) -> Iterator[tuple[str, tuple[str, str]]]:
+    for where, row in results.rows:
+        yield jsonl.string(row, "id", where), (jsonl.string(row, "prompt", where), _plain(row, where))
+
+
+def _noted(rows: Iterable[Row], places: dict[str, int]) -> Iterator[Row]:
+    """The rows; where each first stands is put into `places`."""
+    for row in rows:
+        places.setdefault(row.id, len(places))
+        yield row

@@ -1,6 +1,6 @@
 """A training run's folder, whatever it trains: configuration, checkpoints, log, losses as a picture, adapter, card.
 
-    out/config.json   what was asked; a run of another configuration is refused
+    out/config.json   what was asked, by contents; another configuration is refused (bookkeeping.py)
     out/checkpoint-N  of transformers' Trainer; the newest is gone on from
     out/log.jsonl     losses as they come, validation at each checkpoint
     out/loss.png
@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from pastalm import models
 from pastalm.errors import DataError, ModelError
+from pastalm.train import bookkeeping
 from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
 
 WORKERS = 2
@@ -33,7 +34,8 @@ WORKERS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """What every run has. start: an adapter to go on from. learning_rate: 1e-5, the paper's, does not move LoRA;
+    """What every run has. start: an adapter to go on from. overwrite: what an earlier run left in `out` makes way.
+    learning_rate: 1e-5, the paper's, does not move LoRA;
     row_learning_rate: of the six new rows, which have far to go. batch_tokens: padded tokens a step (of each
     process). full: all weights are trained, and a whole model is saved. gradient_checkpointing: less memory, each
     forward pass twice. flex: FlexAttention instead of a dense mask."""
@@ -52,7 +54,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     flex: bool = False
     save_steps: int = 40
-    resume: bool = True
+    overwrite: bool = False
     device: str = "cpu"
     seed: int = 0
 
@@ -64,7 +66,7 @@ class RunConfig:
     def described(self) -> dict[str, Any]:
         """The configuration without what does not change the result; of paths only their names."""
         found = asdict(replace(self, out=Path(".")))
-        for key in ("out", "resume"):
+        for key in ("out", "overwrite"):
             found.pop(key)
         names = {key: value.name for key, value in found.items() if isinstance(value, Path)}
         endless = {key: "inf" for key, value in found.items() if value == math.inf}  # JSON has no such number
@@ -85,7 +87,7 @@ class Base:
 
 def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
     """Makes the folder, seeds all randomness and loads the model. Raises DataError, ModelError."""
-    _make_folder(config)
+    bookkeeping.claim(config)
     set_seed(config.seed)
     model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
     models.prepare(model, tokenizer)
@@ -95,33 +97,9 @@ def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
     return Base(model, tokenizer, vocabulary, vocabulary.tags, ends[0])
 
 
-def _make_folder(config: RunConfig) -> None:
-    """Raises DataError if it holds a run of another configuration or cannot be written."""
-    asked, path = config.described(), config.out / "config.json"
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and config.resume and json.loads(path.read_text()) != asked:
-            raise DataError(f"{config.out} holds a run of another configuration: use another --out, or --no-resume")
-        if PartialState().is_main_process:
-            path.write_text(json.dumps(asked, indent=2) + "\n")
-        PartialState().wait_for_everyone()
-    except OSError as error:
-        raise DataError(f"cannot write {config.out}: {error.strerror}") from None
-    except ValueError:
-        raise DataError(f"{path} is not whole: remove it, or use another --out") from None
-
-
-def newest(config: RunConfig) -> Path | None:
-    """The newest whole checkpoint, if the run is to go on from one."""
-    found = [p for p in config.out.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    if not config.resume or not found:
-        return None
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
 def go(trainer: Any, config: RunConfig) -> None:
     """Trains, from the newest checkpoint on. Raises DataError where the disk is full."""
-    last = newest(config)
+    last = bookkeeping.newest(config.out)
     trainer.remove_callback(PrinterCallback)  # stdout is for the answer
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -201,7 +179,7 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "weight_decay": 0.0,
         "bf16": models.throughput_dtype(config.device) == "bfloat16",
         "use_cpu": config.device == "cpu",
-        "logging_steps": 5,
+        "logging_steps": math.gcd(5, config.save_steps),  # so that a checkpoint never cuts a mean in two
         "save_steps": config.save_steps,
         "save_total_limit": 2,
         "report_to": [],
@@ -227,6 +205,17 @@ class Log(TrainerCallback):  # type: ignore[misc]
         self.config, self.progress, self.validate, self.curves = config, progress, validate, curves
         self.path = config.out / "log.jsonl"
         self.last: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leaves out what was logged after the checkpoint, and adds what was not any more."""
+        if not state.is_world_process_zero:
+            there = [entry for entry in bookkeeping.entries(self.path) if entry.get("step", 0) <= state.global_step]
+        else:
+            there = bookkeeping.cut(self.path, state.global_step)
+        for entry in there:
+            self.last.update(entry)
+        if state.global_step and not any("loss" not in e and e["step"] == state.global_step for e in there):
+            self.on_save(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:

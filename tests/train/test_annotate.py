@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pastalm import jsonl
 from pastalm.errors import DataError
 from pastalm.lang import parse, strip
 from pastalm.train.annotate import Counts, Row, Structural, annotate_file, annotate_rows
@@ -28,7 +29,7 @@ def row(id: str, response: str = RESPONSE, **more: object) -> dict[str, object]:
 
 
 def read(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in jsonl.read(path)]
 
 
 def test_rows_keep_their_text_and_say_what_they_hold() -> None:

@@ -1,0 +1,101 @@
+"""What a file or a model is by its contents: SHA-256, remembered as long as size and times of a file stay the same.
+
+Each file is read whole, once (about a second for 2 GB). What was read is kept in `packed/hashes.json` of the cache
+folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pastalm import disk, models
+from pastalm.errors import DataError, ModelError
+
+PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
+"""What belongs to a model, or to an adapter, among the files of its folder."""
+_TOLD = {"train.json", "trainer_state.json"}
+"""How it was made, which does not change what it says."""
+_SETTLED = 2.0
+"""Seconds after which a file that is written again is sure to have another time."""
+
+
+def of_model(name: str) -> dict[str, str]:
+    """{name, sha256} of a model: the embedded one, a hub name, a folder or a GGUF file. Raises ModelError."""
+    path = Path(name) if name.endswith(".gguf") else models.pull(name)
+    return _of(path, Path(name).name if Path(name).exists() else name)
+
+
+def of_adapter(model: str, adapter: str | None) -> dict[str, str] | None:
+    """{name, sha256} of the adapter that `models.load` merges; None: there is none. Raises ModelError."""
+    if model.endswith(".gguf"):
+        return None  # it holds its own
+    folder = models.adapter_folder(model, adapter)
+    return None if folder is None else of_folder(folder)
+
+
+def of_folder(folder: Path) -> dict[str, str]:
+    """{name, sha256} of the folder of an adapter, or of a whole model. Raises ModelError."""
+    return _of(folder, _name(folder))
+
+
+def of_file(path: Path) -> dict[str, str]:
+    """{name, sha256} of a file. Raises DataError."""
+    try:
+        return {"name": path.name, "sha256": _sha256(files(path))}
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _name(folder: Path) -> str:
+    """Of an adapter: its run's, where it lies in that."""
+    whole = folder.resolve()
+    return whole.parent.name if whole.name in ("adapter", "model") else whole.name
+
+
+def _of(path: Path, name: str) -> dict[str, str]:
+    try:
+        return {"name": name, "sha256": _sha256([found for found in files(path) if found[0] not in _TOLD])}
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _sha256(found: list[tuple[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def files(path: Path) -> list[tuple[str, str]]:
+    """Names and hashes of what a folder has of a model, or of one file. Raises OSError."""
+    if path.is_dir():
+        found = {f.name: f for f in sorted(path.iterdir()) if f.suffix in PARTS and f.is_file()}
+    else:
+        found = {"": path}
+    memory = models.cache_folder() / "packed" / "hashes.json"
+    try:
+        known: dict[str, list[Any]] = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    before = dict(known)
+    hashed = [(name, _digest(file, known)) for name, file in found.items()]
+    if known != before:
+        with contextlib.suppress(OSError), disk.replacing(memory) as opened:  # else they are read again
+            opened.write(json.dumps(known).encode())
+    return hashed
+
+
+def _digest(file: Path, known: dict[str, list[Any]]) -> str:
+    """The hash of a file's contents, out of `known` or put there."""
+    stat, key = file.stat(), str(file.resolve())
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    if known.get(key, [])[:3] == state:
+        return str(known[key][3])
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    known.pop(key, None)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
+        known[key] = [*state, digest]
+    return digest

@@ -44,7 +44,9 @@ def holds(engine: BatchingEngine, model: Any, tolerance: float) -> None:
 
 
 def test_transformers_scores_what_a_forward_pass_gives(model: Any) -> None:
-    holds(TransformersEngine(model, max_model_len=LENGTH), model, 1e-6)
+    # transformers computes parts of Gemma in float32 whatever the type is
+    tolerance = 1e-5 if "gemma" in model.config.model_type else 1e-9
+    holds(TransformersEngine(model, max_model_len=LENGTH), model, tolerance)
 
 
 def test_the_native_engine_scores_what_a_forward_pass_gives() -> None:

@@ -552,7 +552,8 @@ class LLM:
         for an empty one."""
         from pastalm import models
 
-        if isinstance(messages, str | bytes) or not all(isinstance(message, Mapping) for message in messages):
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+        if not listed or not all(isinstance(message, Mapping) for message in messages):
             raise RequestError("messages are dictionaries, each with a role and a content")
         if not messages or not str(messages[-1].get("content", "")).strip():
             raise RequestError("the prompt is empty: say something")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from pastalm.lang import Sync
 from pastalm.layout import Policy
 from pastalm.models import EMBEDDED
 from pastalm.transcript import Transcript, begins
-from pastalm.vocabulary import TAG_TOKENS, Vocabulary
+from pastalm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pastalm.models import Loaded, Rendering
@@ -532,17 +531,12 @@ class LLM:
             if not listed or not all(isinstance(token, int) for token in tokens):
                 raise RequestError(f"a prompt is text, token ids or messages, not {type(prompt).__name__}")
             return list(tokens)
+        from pastalm import models
+
         check_text(prompt, "the prompt")
-        spelled = re.compile("(" + "|".join(map(re.escape, TAG_TOKENS.values())) + ")")
-        ids: list[int] = []
-        for i, part in enumerate(spelled.split(prompt)):
-            if part:
-                special = i % 2 == 0
-                if special:
-                    ids += self.loaded.tokenizer(part, add_special_tokens=add_special_tokens)["input_ids"]
-                else:
-                    ids += self.loaded.vocabulary.encode(part)
-        return ids
+        return models.raw_prompt(
+            self.loaded.tokenizer, self.loaded.vocabulary, prompt, add_special_tokens=add_special_tokens
+        )
 
     def _conversation(
         self, messages: Any, params: SamplingParams, rendering: Rendering | None = None

@@ -19,10 +19,10 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pastalm import lossless
 from pastalm.errors import ModelError, RequestError
 from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
 
@@ -179,13 +179,16 @@ class quiet:
 
 
 def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None) -> Vocabulary:
-    """What interpreter and layout must know of a tokenizer; `tags` if it has the six tag tokens."""
-    ids = {name: tokenizer.backend_tokenizer.token_to_id(t) for name, t in TAG_TOKENS.items()}
+    """What interpreter and layout must know of a tokenizer; `tags` if it has the six tag tokens. A text that it encodes
+    is read back as it was. Raises ModelError for a tokenizer that cannot do that."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"a {type(tokenizer).__name__} has no tokenizer.json: save one beside the model")
+    ids = {name: backend.token_to_id(t) for name, t in TAG_TOKENS.items()}
     tags = None if None in ids.values() else Tags(**ids)
     special = set(tokenizer.all_special_ids) | (set(tags.ids) if tags else set())
     special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    to_bytes = _byte_reader(tokenizer)
-    text_only = _text_only(tokenizer.backend_tokenizer)
+    to_bytes = lossless.byte_reader(tokenizer)
     cache: dict[int, bytes] = {}
 
     def piece(token: int) -> bytes:
@@ -193,56 +196,10 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
             cache[token] = b"" if token in special else to_bytes(token)
         return cache[token]
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = text_only.encode(text, add_special_tokens=False).ids
-        return ids
-
     eos = frozenset(eos)
     ends = frozenset(text for text in map(tokenizer.convert_ids_to_tokens, eos) if text)
+    encode = lossless.encoder(backend, piece)
     return Vocabulary(size=size or len(tokenizer), eos=eos, encode=encode, piece=piece, tags=tags, ends=ends)
-
-
-def _text_only(backend: Any) -> Any:
-    """The same tokenizer without special tokens, its merges shared: a copy of them takes a fifth of a second."""
-    from tokenizers import Tokenizer
-
-    made = Tokenizer(backend.model)
-    for part in ("normalizer", "pre_tokenizer"):
-        if (held := getattr(backend, part)) is not None:
-            setattr(made, part, held)
-    added = (token for _, token in sorted(backend.get_added_tokens_decoder().items()))
-    for special, tokens in groupby(added, key=lambda token: token.special):
-        (made.add_special_tokens if special else made.add_tokens)(list(tokens))
-    made.encode_special_tokens = True
-    return made
-
-
-def _byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
-    """Token id -> bytes, for byte-level BPE (GPT-2's alphabet) and for SentencePiece's pieces."""
-    added = {i: t.content.encode() for i, t in tokenizer.added_tokens_decoder.items()}
-    byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-    alphabet = {char: byte for byte, char in _gpt2_alphabet().items()}
-
-    def read(token: int) -> bytes:
-        if token in added:
-            return added[token]
-        piece = tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            return b""
-        if byte_level:
-            return bytes(alphabet[c] for c in piece)
-        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-            return bytes.fromhex(found[1])
-        return piece.replace("\u2581", " ").encode()
-
-    return read
-
-
-def _gpt2_alphabet() -> dict[int, str]:
-    """Printable stand-ins for the 256 bytes: a byte that prints is itself, the others follow 255."""
-    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (b for b in range(256) if b not in prints)
-    return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 # ------------------------------------------------------------------------------ preparing
@@ -585,9 +542,7 @@ def encode_chat(
         raise ModelError(
             "this model has no chat template: give a raw prompt (generate --raw), or for a server's its --tokenizer"
         )
-    spelled = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    spelled |= {*TAG_TOKENS.values(), "\ue000", _OPEN}
-    pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+    pattern = lossless.any_of(lossless.special_spellings(tokenizer) | {*TAG_TOKENS.values(), "\ue000", _OPEN})
     wanted = (m.get(key) for m in messages for key in ("role", "content"))
     if not messages or not all(isinstance(value, str) for value in wanted):
         raise RequestError("messages must be at least one, each with a role and a text as content")
@@ -609,13 +564,20 @@ def encode_chat(
         messages = _marked(tokenizer, messages, marker)
     plain = [{**m, **{key: hidden(value) for key, value in m.items() if key != "role"}} for m in messages]
     text = _rendered(tokenizer, plain, replace(rendering, names=hidden(rendering.names)))
-    ids: list[int] = []
-    for i, part in enumerate(_PLACE.split(text)):
-        if i % 2:
-            ids += vocabulary.encode(held[int(part)])
-        elif part:
-            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
-    return ids
+    parts = [held[int(part)] if i % 2 else part for i, part in enumerate(_PLACE.split(text))]
+    return lossless.encode_parts(tokenizer, vocabulary.encode, parts)
+
+
+def raw_prompt(
+    tokenizer: Any, vocabulary: Vocabulary, prompt: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a text as the tokenizer begins one, once (add_special_tokens); the spelling of a tag in it is plain
+    text, other special tokens are themselves."""
+    parts = re.split(f"({lossless.any_of(set(TAG_TOKENS.values())).pattern})", prompt)
+    if len(parts) == 1:
+        return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
+    begin = lossless.begins_with(tokenizer) if add_special_tokens else []
+    return begin + lossless.encode_parts(tokenizer, vocabulary.encode, parts)
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering) -> str:

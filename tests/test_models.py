@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pastalm import lossless
 from pastalm import models as pasta
 from pastalm.errors import ModelError, RequestError
 from pastalm.vocabulary import TAG_TOKENS, Vocabulary
@@ -120,7 +121,7 @@ def test_sharing_merges_changes_no_id(text: str) -> None:
     for backend in (with_words, prepared_tokenizer()[0].backend_tokenizer, sentence_pieces().backend_tokenizer):
         whole = copy.deepcopy(backend)
         whole.encode_special_tokens = True
-        shared = pasta._text_only(backend)
+        shared = lossless.text_only(backend)
         assert shared.encode(text, add_special_tokens=False).ids == (
             whole.encode(text, add_special_tokens=False).ids
         )

@@ -1,0 +1,235 @@
+"""Text to token ids and back, without loss, by a tokenizer of `tokenizers`: what is encoded is read back as it was.
+
+A tokenizer may do more to a text than cut it up: SentencePiece's put a space before it (Llama 2, Mistral, TinyLlama),
+others compose characters or cut off white space. That is for the beginning of a prompt. An answer is a text of its own,
+its chunks stand between tags: there nothing may be added or lost. Special tokens are never made from text here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from pastalm.errors import ModelError, RequestError
+
+SPACE = "\u2581"
+"""How SentencePiece writes a space."""
+_ASCII = "".join(map(chr, range(32, 127))) + "\n  Two  spaces,\n\n- a list. 1. Eat"
+"""What every tokenizer must give back."""
+_RARE = "\U0010fffd"
+"""What has a token in no vocabulary, only its bytes have."""
+NOTHING = "(?!)"
+"""A pattern that finds nothing."""
+
+
+def encoder(backend: Any, piece: Callable[[int], bytes]) -> Callable[[str], list[int]]:
+    """Text -> ids whose pieces are that text; it raises RequestError for a character that has no token.
+
+    backend: a `tokenizers.Tokenizer`. piece: the bytes of a token. Raises ModelError for a tokenizer that does not give
+    back plain ASCII.
+    """
+    as_it_is = without_changes(backend)
+    sign = [backend.token_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+    apart = _apart(backend, sign_has_bytes=not is_byte_level(backend) and None not in sign)
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = as_it_is.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def gives_back(ids: list[int], text: str) -> bool:
+        return b"".join(map(piece, ids)) == text.encode()
+
+    whole = _has_every_byte(backend) and gives_back(ids_of(_RARE), _RARE)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = []
+        for part in _cut(text, apart):
+            ids += sign if part == SPACE and apart.match(SPACE) else ids_of(part)
+        if not whole and not gives_back(ids, text):
+            missing = next((char for char in text if not gives_back(ids_of(char), char)), text[:20])
+            raise RequestError(f"this model's tokenizer has no token for {missing!r}: leave it out")
+        return ids
+
+    if not gives_back(ids_of(_ASCII), _ASCII):
+        raise ModelError("this model's tokenizer does not give a text back as it was: choose another model")
+    return encode
+
+
+def _apart(backend: Any, *, sign_has_bytes: bool) -> re.Pattern[str]:
+    """Finds what must not be encoded in one piece: the sign that would become a space, and under Unigram, which knows
+    no merges, what spells a special token or a byte."""
+    spellings = [re.escape(SPACE)] if sign_has_bytes else []
+    if type(backend.model).__name__ == "Unigram":
+        special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special and len(t.content) > 1]
+        spellings += [*map(re.escape, sorted(special, key=len, reverse=True)), "<0x[0-9A-F]{2}>"]
+    return re.compile("|".join(spellings) or NOTHING)
+
+
+def _cut(text: str, apart: re.Pattern[str]) -> Iterator[str]:
+    """The text in parts: the sign alone, and every other find behind its first character."""
+    at = 0
+    for found in apart.finditer(text):
+        alone = found[0] == SPACE
+        cut = found.start() + (0 if alone else 1)
+        yield text[at:cut]
+        at = found.end() if alone else cut
+        if alone:
+            yield SPACE
+    yield text[at:]
+
+
+def is_byte_level(backend: Any) -> bool:
+    """Whether its tokens are written in GPT-2's alphabet of bytes."""
+    return "ByteLevel" in str(backend.decoder)
+
+
+def _has_every_byte(backend: Any) -> bool:
+    """Whether each byte has a token."""
+    spellings = _gpt2_alphabet().values() if is_byte_level(backend) else [f"<0x{byte:02X}>" for byte in range(256)]
+    return all(backend.token_to_id(spelling) is not None for spelling in spellings)
+
+
+# ------------------------------------------------------------------------------ encoding
+
+
+def text_only(backend: Any) -> Any:
+    """The same tokenizer without special tokens, its merges shared: a copy of them takes a fifth of a second."""
+    return _remade(backend, backend, backend.get_added_tokens_decoder())
+
+
+def without_changes(backend: Any) -> Any:
+    """`text_only` without what changes a text before it is cut up; spaces are still written as SentencePiece does."""
+    from tokenizers import AddedToken, Tokenizer
+
+    steps = {
+        "normalizer": _steps(backend.normalizer, _only_spaces),
+        "pre_tokenizer": _steps(backend.pre_tokenizer, _without_prefix),
+    }
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    cutting = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": empty, **steps}))
+    added = {
+        i: AddedToken(t.content, single_word=t.single_word, normalized=t.normalized, special=t.special)
+        for i, t in backend.get_added_tokens_decoder().items()
+    }
+    return _remade(backend, cutting, added)
+
+
+def _remade(backend: Any, cutting: Any, added: Mapping[int, Any]) -> Any:
+    """The model of one tokenizer behind the normalizer and pre-tokenizer of another."""
+    from tokenizers import Tokenizer
+
+    made = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if (held := getattr(cutting, part)) is not None:
+            setattr(made, part, held)
+    tokens = (token for _, token in sorted(added.items()))
+    for special, some in groupby(tokens, key=lambda token: token.special):
+        (made.add_special_tokens if special else made.add_tokens)(list(some))
+    made.encode_special_tokens = True
+    return made
+
+
+Step = dict[str, Any]
+
+
+def _steps(part: Any, change: Callable[[Step], Step | None]) -> Step | None:
+    """A normalizer or pre-tokenizer as tokenizer.json has it, each of its steps changed or, for None, left out."""
+    return None if part is None else _changed(json.loads(part.__getstate__()), change)
+
+
+def _changed(step: Step, change: Callable[[Step], Step | None]) -> Step | None:
+    if step["type"] != "Sequence":
+        return change(step)
+    key = "normalizers" if "normalizers" in step else "pretokenizers"
+    return {**step, key: [made for inner in step[key] if (made := _changed(inner, change)) is not None]}
+
+
+def _only_spaces(step: Step) -> Step | None:
+    spaces = step["type"] == "Replace" and step["content"] == SPACE and step["pattern"] == {"String": " "}
+    return step if spaces or step["type"] == "ByteLevel" else None
+
+
+def _without_prefix(step: Step) -> Step:
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    return {**step, "add_prefix_space": False} if step["type"] == "ByteLevel" else step
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
+    """Token id -> bytes, for byte-level BPE (GPT-2's alphabet) and for SentencePiece's pieces."""
+    backend = tokenizer.backend_tokenizer
+    byte_level = is_byte_level(backend)
+    alphabet = {char: bytes([byte]) for byte, char in _gpt2_alphabet().items()}
+    added = {
+        i: t.content.encode()
+        for i, t in tokenizer.added_tokens_decoder.items()
+        # Gemma's has runs of spaces as added tokens, written as SentencePiece does
+        if byte_level or t.special or backend.model.token_to_id(t.content) is None
+    }
+
+    def read(token: int) -> bytes:
+        if token in added:
+            return added[token]
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if byte_level:
+            return b"".join(alphabet.get(char) or char.encode() for char in piece)
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(found[1])
+        text: str = piece.replace(SPACE, " ")
+        return text.encode()
+
+    return read
+
+
+def _gpt2_alphabet() -> dict[int, str]:
+    """Printable stand-ins for the 256 bytes: a byte that prints is itself, the others follow 255."""
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in prints)
+    return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+# ------------------------------------------------------------------------------ prompts
+
+
+def special_spellings(tokenizer: Any) -> set[str]:
+    """How a tokenizer's special tokens are written."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def any_of(spellings: set[str]) -> re.Pattern[str]:
+    """Finds the longest of some spellings; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or NOTHING)
+
+
+def encode_parts(tokenizer: Any, encode: Callable[[str], Any], parts: list[str]) -> list[int]:
+    """Token ids of one prompt in parts; in every second one special tokens are plain text (`encode`). A tokenizer that
+    puts a space before a text puts it before the first part only."""
+    prefixes = list(tokenizer("a", add_special_tokens=False)["input_ids"]) != list(encode("a"))
+    special = any_of(special_spellings(tokenizer))
+    ids: list[int] = []
+    for i, part in enumerate(parts):
+        rest = part
+        if i % 2 or (i and prefixes):
+            found = None if i % 2 else special.search(part)
+            at = found.start() if found else len(part)
+            ids += encode(part[:at])
+            rest = part[at:]
+        if rest:
+            ids += tokenizer(rest, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def begins_with(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts before every text."""
+    added = list(tokenizer("")["input_ids"])
+    end = getattr(tokenizer, "eos_token_id", None)
+    alone = added == [end] and end != getattr(tokenizer, "bos_token_id", None)
+    return added[:-1] if added[-1:] == [end] and (len(added) > 1 or alone) else added

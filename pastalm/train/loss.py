@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pastalm import logits
 from pastalm.layout import IGNORED
 from pastalm.vocabulary import Tags
 
@@ -17,23 +18,39 @@ def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, T
     or float64 for a float64 model."""
     labels = inputs["labels"][:, 1:]
     kept = labels != IGNORED
-    logits = _logits(model, inputs, kept)
-    return -torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none"), kept.nonzero()[:, 0]
+    fed = {key: inputs[key] for key in ("input_ids", "position_ids")} | {"attention_mask": masks(model, inputs)}
+    found = logits.at(model, fed, torch.nn.functional.pad(kept, (0, 1)))
+    return -torch.nn.functional.cross_entropy(found, labels[kept], reduction="none"), kept.nonzero()[:, 0]
 
 
-def _logits(model: Any, inputs: Mapping[str, Tensor], kept: Tensor) -> Tensor:
-    """Logits [m, vocabulary] where `kept` [B, n - 1]; only those go through the head, unless the model is wrapped
-    for several processes, whose hooks need its own forward."""
-    fed: dict[str, Any] = {key: inputs[key] for key in ("input_ids", "position_ids", "attention_mask")}
-    if getattr(model.config, "_attn_implementation", "") == "flex_attention":
-        fed["attention_mask"] = _blocks(inputs["attention_mask"])
-    if not hasattr(model, "get_base_model") and not hasattr(model, "get_decoder"):
-        return _exact(model(**fed, use_cache=False).logits[:, :-1][kept])
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.get_decoder()(**fed, use_cache=False).last_hidden_state
-    logits = _exact(base.get_output_embeddings()(hidden[:, :-1][kept]))
-    cap = getattr(base.config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
+def masks(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """The mask [B, 1, n, n] in the form that the model's attention takes; of each type of layer its own, where some have
+    a sliding window, which goes by position. Of one that has neither sdpa nor FlexAttention: added to the scores."""
+    config = logits.unwrapped(model).config.get_text_config(decoder=True)
+    seen, positions = inputs["attention_mask"], inputs["position_ids"]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+
+    def formed(mask: Tensor) -> Any:
+        kind = config._attn_implementation
+        if kind == "flex_attention":
+            return _blocks(mask)
+        return mask if kind == "sdpa" else _added(mask, _floats(model))
+
+    if not window or kinds == {"full_attention"}:
+        return formed(seen)
+    near = (positions[:, None, :, None] - positions[:, None, None, :]) < window
+    if "sliding_attention" not in kinds:
+        return formed(seen & near)
+    return {kind: formed(seen & near if kind == "sliding_attention" else seen) for kind in kinds}
+
+
+def _floats(model: Any) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _blocks(mask: Tensor) -> Any:
@@ -44,10 +61,6 @@ def _blocks(mask: Tensor) -> Any:
     return create_block_mask(
         lambda b, h, q, k: seen[b, q, k], len(mask), None, n, n, device=str(mask.device)
     )
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +34,7 @@ from pastalm.engine import SamplingParams
 from pastalm.engines.openai import OpenAIEngine, connect
 from pastalm.engines.scripted import EOS, byte_vocabulary
 from pastalm.errors import CapabilityError, ModelError, RemoteError, RequestError
-from pastalm.events import Event, Finished, Joined
+from pastalm.events import Decoded, Event, Finished, Joined, from_json, to_json
 from pastalm.interpreter import Limits
 from pastalm.lang import Async, Document, Node, Sync, normalize, parse, strip
 from pastalm.layout import SerialLayout, decoded_rows, pack_serial, unroll
@@ -843,6 +845,58 @@ def test_pieces_keep_the_text(parts: list[str]) -> None:
     pieces = Pieces(prepared=True, ends=["<|"])
     assert pieces.read("a<|b1") == [pieces.encode("a")[0], pieces.EOS, *pieces.encode("b1")]
     assert pieces.encode("120") == [pieces.encode(digit)[0] for digit in "120"]
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=40), st.booleans())
+def test_pieces_keep_any_text_a_json_body_can_hold(text: str, prepared: bool) -> None:
+    pieces = Pieces(prepared=prepared)
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert pieces.text(pieces.encode(text)) == pieces.vocabulary.text(pieces.encode(text)) == whole
+    assert pieces.text(pieces.read(text)) == whole
+
+
+def test_pieces_are_nobodys_table() -> None:
+    """A piece means the same to every thread and to another server's engine, and none is kept."""
+    pieces, texts = Pieces(prepared=True), [f"{i} of {i * 7919 % 1009} words" for i in range(2000)]
+    mixed: list[str] = []
+
+    def encode(texts: list[str]) -> None:
+        mixed.extend(text for text in texts for _ in range(5) if pieces.text(pieces.encode(text)) != text)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=encode, args=(texts[::step],)) for step in (1, -1, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not mixed
+    assert [pieces.encode(t) for t in texts] == [Pieces(prepared=True).encode(t) for t in texts]
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for text in texts:
+        pieces.read(f"{text} of its own")
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 50_000
+
+
+@pytest.mark.parametrize("text", ["word " * 200_000, "<" * 1_000_000, "a>" * 500_000, "<|promise" * 100_000])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_long_text_is_cut_into_pieces_in_one_pass(text: str, prepared: bool) -> None:
+    """A body of 1 MB: where a pass over what is left were made for each piece, this would take minutes."""
+    pieces = Pieces(prepared=prepared)
+    assert pieces.text(pieces.read(text)) == pieces.text(pieces.encode(text)) == text
+
+
+def test_the_longest_piece_is_a_number_that_a_trace_can_hold() -> None:
+    pieces = Pieces()
+    for token in pieces.encode("\U0010ffff" * 1000):
+        assert from_json(to_json(Decoded(path=(), token=token))) == Decoded(path=(), token=token)
+        assert json.loads(json.dumps(token)) == token
 
 
 # ------------------------------------------------------------------------------ the whole way, and a real server

@@ -464,7 +464,7 @@ def test_annotate_and_pull(tiny: Path, tmp_path: Path) -> None:
     result = pasta("annotate", source, target, "--tokenizer", tiny)
     assert result.exit_code == 0, result.output
     assert "1 written" in result.stderr
-    assert len(target.read_text().splitlines()) == 1
+    assert len(target.read_text().splitlines()) == 2
     complains(pasta("annotate", tmp_path / "none", target), 2, "no file")
     assert pasta("pull", tiny).stdout.strip() == str(tiny)
 

@@ -284,6 +284,9 @@ def _mark(tag: re.Match[str], *, strict: bool) -> Mark:
 # ------------------------------------------------------------------------------ scanning pieces
 
 _HEADS = ("promise", "async", "/async", "sync")
+"""The longest first."""
+_ESCAPED = re.compile(r"\\*")
+_TAG_END = re.compile(r"[<>\n]")
 
 
 class Scanner:
@@ -317,33 +320,35 @@ class Scanner:
         return self._held
 
     def _scan(self, *, final: bool) -> Iterator[Mark]:
-        while self._held:
-            at = self._held.find("<")
-            if at < 0:
-                at = len(self._held)
-            if at:
-                yield Text(self._held[:at])
-                self._held = self._held[at:]
+        held, at = self._held, 0
+        while at < len(held):
+            found = held.find("<", at)
+            end = len(held) if found < 0 else found
+            if end > at:
+                yield Text(held[at:end])
+                at = end
                 continue
-            length, mark = self._decide(final)
+            length, mark = self._decide(held, at, final)
             if not length:
-                return
-            yield mark if mark is not None else Text(self._held[:length])
-            self._held = self._held[length:]
+                break
+            yield mark if mark is not None else Text(held[at : at + length])
+            at += length
+        self._held = held[at:]
 
-    def _decide(self, final: bool) -> tuple[int, Mark | None]:
-        """Characters decided at the held `<` (0: wait), and the mark if it is not they themselves."""
-        held = self._held
-        head = held[1:].lstrip("\\")
-        slashes = len(held) - 1 - len(head)
-        word = next((w for w in _HEADS if head.startswith(w)), None)
+    @staticmethod
+    def _decide(held: str, at: int, final: bool) -> tuple[int, Mark | None]:
+        """Characters decided at a `<` (0: wait), and the mark if it is not they themselves."""
+        begin = _ESCAPED.match(held, at + 1).end()  # type: ignore[union-attr]
+        slashes = begin - at - 1
+        word = next((w for w in _HEADS if held.startswith(w, begin)), None)
         if word is None:
-            waits = not final and any(w.startswith(head) for w in _HEADS)
+            rest = held[begin : begin + len(_HEADS[0])]
+            waits = not final and any(w.startswith(rest) for w in _HEADS)
             return (0, None) if waits else (1 + slashes, None)
         if slashes:
-            return 1 + slashes + len(word), Text(f"<{held[2 : 1 + slashes]}{word}")
-        end = re.compile(r"[<>\n]").search(held, 1)
-        if end is None and len(held) < TAG_LIMIT and not final:
+            return 1 + slashes + len(word), Text(f"<{held[at + 2 : begin]}{word}")
+        end = _TAG_END.search(held, at + 1, at + TAG_LIMIT)
+        if end is None and len(held) - at < TAG_LIMIT and not final:
             return 0, None
-        tag = _TAG.match(held) if end is not None and end.start() < TAG_LIMIT else None
-        return (tag.end(), _mark(tag, strict=False)) if tag else (1 + len(word), None)
+        tag = _TAG.match(held, at) if end is not None else None
+        return (tag.end() - at, _mark(tag, strict=False)) if tag else (1 + len(word), None)

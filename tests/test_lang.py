@@ -151,3 +151,11 @@ def test_the_paper_example() -> None:
         Text("That is all."),
     )
     assert strip(parse(source)) == "1. Sleep well.That is all."
+
+
+@pytest.mark.parametrize("piece", ["<", "<a", "<promise", "<sync/>", "<\\sync", '<promise topic="a" tokens="'])
+def test_a_long_piece_is_scanned_in_one_pass(piece: str) -> None:
+    """Were what is left copied for each tag, 1 MB would take minutes."""
+    scanner = Scanner()
+    marks = scanner.feed((piece * (1_000_000 // len(piece))).encode()) + scanner.flush()
+    assert len(marks) >= 50_000 and scanner.held == ""

@@ -12,7 +12,9 @@ A free row remembers the prompt it holds: a request that begins like it prefills
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pastalm.engine import Capabilities, Schedule
 from pastalm.engines import packing
@@ -76,10 +79,11 @@ class _Plan:
 
 
 class _Planned(Cache):
-    """Keys and values of every layer. `plan` stands during a forward."""
+    """Keys and values of every layer. `plan` stands during a forward. cut: a layer hands out only what the plan is
+    wide, for models that attend by themselves."""
 
-    def __init__(self, capacity: int, layers: list[CacheLayerMixin]) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, layers: list[CacheLayerMixin], *, cut: bool = False) -> None:
+        self.capacity, self.cut = capacity, cut
         self.plan: _Plan | None = None
         super().__init__(layers=layers)
 
@@ -88,14 +92,14 @@ class _Pool(_Planned):
     """All rows, [rows, kv_heads, capacity, head_dim] a layer. `row(i)`: one of them as a cache of its own
     over the same memory."""
 
-    def __init__(self, layers: int, rows: int, capacity: int) -> None:
+    def __init__(self, layers: int, rows: int, capacity: int, *, cut: bool = False) -> None:
         self.rows = rows
-        super().__init__(capacity, [_PoolLayer(self) for _ in range(layers)])
+        super().__init__(capacity, [_PoolLayer(self) for _ in range(layers)], cut=cut)
         self._views: dict[int, _Planned] = {}
 
     def row(self, index: int) -> _Planned:
         if index not in self._views:
-            view = _Planned(self.capacity, [])
+            view = _Planned(self.capacity, [], cut=self.cut)
             view.layers += [_RowLayer(view, layer, index) for layer in self.layers]
             self._views[index] = view
         return self._views[index]
@@ -118,6 +122,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert plan is not None and self.keys is not None and self.values is not None
         self._write(self.keys, key_states, plan)
         self._write(self.values, value_states, plan)
+        if self._cache.cut:
+            return self.keys[:, :, : plan.width], self.values[:, :, : plan.width]
         return self.keys, self.values
 
     def _write(self, there: Tensor, states: Tensor, plan: _Plan) -> None:
@@ -168,6 +174,30 @@ class _RowLayer(_Layer):
         there.index_copy_(2, plan.slots, states)
 
 
+_IDLE = frozenset(
+    {
+        *("dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions"),
+        *("output_hidden_states", "output_router_logits", "deterministic"),
+    }
+)
+"""Arguments of an attention that change nothing here: what is seen stands in the mask, and nothing is dropped from a
+model in eval mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """How scores are made. scaling: of the products; None: 1 / sqrt(head_dim). softcap: bounds them by a tanh (Gemma
+    2). sinks: [heads], the score of a place that takes weight and has no value (gpt-oss)."""
+
+    scaling: float | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -176,18 +206,23 @@ def _attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     plan: _Plan | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed queries [1, heads, tokens, d] over cached keys [rows, kv_heads, capacity, d].
 
     attention_mask: added; [1, 1, groups * tokens, width] for one row, else [1, 1, 1, n]: the masks
-    [rows, 1, groups * queries, width] of the plan's parts, one after the other.
+    [rows, 1, groups * queries, width] of the plan's parts, one after the other. s_aux: [heads], attention
+    sinks. Raises CapabilityError for an argument that might change what comes out and is not known.
     """
+    if unknown := [name for name, value in others.items() if value is not None and name not in _IDLE]:
+        raise CapabilityError(f"its attention takes {unknown[0]!r}, which is not known here")
     if plan is None:
-        raise EngineError("the model does not pass keyword arguments on to its attention")
+        raise EngineError("it does not pass keyword arguments on to its attention")
+    scores = _Scores(scaling, softcap, s_aux)
     if plan.flat is None:
-        return _attended(query, key, value, attention_mask, scaling, softcap).contiguous(), None
+        return _attended(query, key, value, attention_mask, scores).contiguous(), None
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     masks, outs = attention_mask.view(-1), []
     for part in plan.parts:
@@ -195,19 +230,12 @@ def _attention(
         shape = (part.last - part.first, 1, groups * part.queries, part.width)
         mask = masks[part.start : part.start + math.prod(shape)].view(shape)
         keys, values = key[part.first : part.last], value[part.first : part.last]
-        out = _attended(laid, keys, values, mask, scaling, softcap)
+        out = _attended(laid, keys, values, mask, scores)
         outs.append(out.reshape(-1, heads, out.shape[-1]))
     return (torch.cat(outs) if len(outs) > 1 else outs[0])[plan.flat][None], None
 
 
-def _attended(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: _Scores) -> Tensor:
     """Attention [rows, queries, heads, d] of [rows, heads, queries, d] over what the mask is wide.
 
     Query heads that share keys become rows of one product, which spares a copy of the keys for each.
@@ -215,22 +243,29 @@ def _attended(
     rows, heads, queries, head_dim = query.shape
     folded = query.reshape(rows, key.shape[1], mask.shape[2], head_dim)
     key, value = key[:, :, : mask.shape[3]], value[:, :, : mask.shape[3]]
-    if softcap is None:
+    if scores.plain:
         out = torch.nn.functional.scaled_dot_product_attention(
-            folded, key, value, attn_mask=mask, scale=scaling
+            folded, key, value, attn_mask=mask, scale=scores.scaling
         )
     else:
-        out = _capped(folded, key, value, mask, scaling or head_dim**-0.5, softcap)
+        out = _by_hand(folded, key, value, mask, scores)
     return out.reshape(rows, heads, queries, -1).transpose(1, 2)
 
 
-def _capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float
-) -> Tensor:
-    """Attention with capped scores (Gemma 2); softmax in float32, or float64 for float64."""
-    scores = softcap * torch.tanh(torch.matmul(query, key.transpose(2, 3)) * scaling / softcap)
+def _by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, given: _Scores) -> Tensor:
+    """Attention with capped scores (Gemma 2) or sinks (gpt-oss); softmax in float32, or float64 for float64."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * (given.scaling or query.shape[3] ** -0.5)
+    if given.softcap is not None:
+        scores = given.softcap * torch.tanh(scores / given.softcap)
     exact = torch.promote_types(query.dtype, torch.float32)
-    return torch.matmul(torch.softmax(scores + mask, -1, dtype=exact).to(query.dtype), value)
+    scores = (scores + mask).to(exact)
+    if given.sinks is not None:
+        kv_heads, folded = scores.shape[1:3]
+        groups = given.sinks.numel() // kv_heads
+        sinks = given.sinks.to(exact).view(1, kv_heads, groups, 1).expand(len(scores), -1, -1, folded // groups)
+        scores = torch.cat([scores, sinks.reshape(len(scores), kv_heads, folded, 1)], -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
+    return torch.matmul(weights.to(query.dtype), value)
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -239,10 +274,10 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def _attending(config: Any) -> Iterator[None]:
-    """The model attends with `_attention` inside, and as before outside."""
+def _attending(config: Any, how: str) -> Iterator[None]:
+    """The model attends with the implementation `how` inside, and as before outside."""
     before = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = how
     try:
         yield
     finally:
@@ -344,23 +379,16 @@ class _Shape:
     by_type: bool
 
 
+def _refuse(model: PreTrainedModel, said: object) -> CapabilityError:
+    return CapabilityError(f"the transformers engine cannot run {type(model).__name__}: {said}")
+
+
 def _shape(model: PreTrainedModel) -> _Shape:
     """Raises CapabilityError for a model that this engine cannot drive."""
-    name = type(model).__name__
     config: Any = model.config.get_text_config(decoder=True)
+    if said := complaint(_checks(model, config)):
+        raise _refuse(model, said)
     kinds = set(getattr(config, "layer_types", None) or ())
-    rope = getattr(config, "rope_parameters", None)
-    checks = (
-        (not model.config.is_encoder_decoder, "it is an encoder-decoder"),
-        (model.can_generate(), "it is no causal language model"),
-        (not getattr(model, "_is_stateful", False), "it keeps a state that is no KV cache"),
-        (kinds <= {"full_attention", "sliding_attention"}, f"it has layers of {sorted(kinds)}"),
-        (bool(rope), "its positions are not rotary"),
-        (not _rescales(rope), "its rotary frequencies change with the length"),
-        (getattr(model, "_supports_attention_backend", False), "its attention cannot be replaced"),
-    )
-    if said := complaint(checks):
-        raise CapabilityError(f"the transformers engine cannot run {name}: {said}")
     window = getattr(config, "sliding_window", None)
     by_type = "sliding_attention" in kinds
     windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
@@ -375,12 +403,77 @@ def _shape(model: PreTrainedModel) -> _Shape:
     )
 
 
-def _rescales(rope: Any) -> bool:
-    """Whether keys already in the pool would be wrong once the sequence is longer."""
-    parameters = (
-        rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
-    )
-    return any((p or {}).get("rope_type") in ("dynamic", "longrope") for p in parameters)
+def _checks(model: PreTrainedModel, config: Any) -> Iterator[tuple[bool, str]]:
+    """What must hold, and what to say if it does not."""
+    yield not model.config.is_encoder_decoder, "it is an encoder-decoder"
+    yield model.can_generate(), "it is no causal language model"
+    yield not getattr(model, "_is_stateful", False), "it keeps a state that is no KV cache"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    yield kinds <= {"full_attention", "sliding_attention"}, f"it has layers of {sorted(kinds)}"
+    biased = getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt")
+    yield not biased, "its positions are not rotary but biases in the attention (ALiBi)"
+    rotates = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
+    yield bool(rotates), "its positions are not rotary"
+
+
+# ------------------------------------------------------------------------------ rotary frequencies
+
+
+@dataclass(frozen=True, slots=True)
+class _Rope:
+    """Rotary frequencies that transformers would choose anew by the length of each forward pass, settled for an engine:
+    keys that lie in the pool must stay right. buffer: where the module keeps them."""
+
+    module: torch.nn.Module
+    kind: str | None
+    buffer: str
+    frequencies: Tensor
+    limit: int
+    """Positions that they hold for, where they are those of short texts."""
+
+
+def _ropes(model: torch.nn.Module, length: int) -> list[_Rope]:
+    """Frequencies of `dynamic` and `longrope` for texts of up to `length` positions.
+
+    dynamic: up to max_position_embeddings they are the plain ones; the engine takes no more. longrope: the short
+    factors up to original_max_position_embeddings, else the long ones for every position, as vLLM does.
+    """
+    found = []
+    for module in model.modules():
+        types = getattr(module, "rope_type", None)
+        for kind, name in types.items() if isinstance(types, dict) else [(None, types)]:
+            if name is not None and ("dynamic" in name or name == "longrope"):
+                found.append(_settled_rope(module, kind, name, length))
+    return found
+
+
+def _settled_rope(module: Any, kind: str | None, name: str, length: int) -> _Rope:
+    prefix = "" if kind is None else f"{kind}_"
+    short = getattr(module, f"{prefix}original_inv_freq")
+    parameters = module.config.rope_parameters if kind is None else module.config.rope_parameters[kind]
+    if name != "longrope":
+        return _Rope(module, kind, f"{prefix}inv_freq", short, module.original_max_seq_len)
+    limit = int(parameters["original_max_position_embeddings"])
+    if length <= limit:
+        return _Rope(module, kind, f"{prefix}inv_freq", short, limit)
+    long, _ = ROPE_INIT_FUNCTIONS[name](module.config, short.device, seq_len=limit + 1, layer_type=kind)
+    return _Rope(module, kind, f"{prefix}inv_freq", long.to(short.device), 2**31)
+
+
+@contextmanager
+def _settled(ropes: Sequence[_Rope]) -> Iterator[None]:
+    """Inside, the frequencies are these, whatever the positions of a forward pass are."""
+    before = [(rope.module.rope_type, rope.module._buffers[rope.buffer]) for rope in ropes]
+    for rope in ropes:
+        types: Any = rope.module.rope_type
+        settled = "settled" if rope.kind is None else {**types, rope.kind: "settled"}
+        rope.module.rope_type = settled  # type: ignore[assignment]
+        rope.module._buffers[rope.buffer] = rope.frequencies
+    try:
+        yield
+    finally:
+        for rope, (types, frequencies) in zip(ropes[::-1], before[::-1], strict=True):
+            rope.module.rope_type, rope.module._buffers[rope.buffer] = types, frequencies
 
 
 # ------------------------------------------------------------------------------ compiled steps
@@ -445,18 +538,35 @@ def _bucket(n: float, sizes: Sequence[float]) -> int | None:
 
 # ------------------------------------------------------------------------------ the engine
 
+MODEL_TYPES: frozenset[str] = frozenset()
+"""Types of models of which a test builds a small one and holds it to plain transformers (docs/models.md)."""
+
+
+def _of_transformers(model: PreTrainedModel) -> bool:
+    return type(model).__module__.startswith("transformers.")
+
+
+def _replaceable(model: PreTrainedModel) -> bool:
+    """Whether the model looks its attention up by name."""
+    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
 
 class TransformersEngine(BatchingEngine):
     """Decodes all threads of all requests in one forward pass per step.
 
     model: a loaded decoder-only model with rotary positions; put into eval mode, and moved to
-    `device` if one is given. max_num_seqs: requests that decode at once; max_model_len: slots of
+    `device` if one is given. One whose attention cannot be replaced (Falcon, GPT-J) attends by itself, in one
+    forward pass for each request. max_num_seqs: requests that decode at once; max_model_len: slots of
     each, cut to the positions the model can take. prefill_chunk: prompt tokens in one forward. pack:
     lay the weights out for decoding where that helps (CPUs); the model can then only
     infer. compiled: instead of packing, let torch.compile make a graph of its own with its weights
     laid out (CPUs) for steps of one response with up to each of `BUCKETS` threads; it is made when it
     is first needed, which takes minutes, and holds the weights once more. Raises CapabilityError for
-    a model that it cannot drive.
+    a model that it cannot drive: two short forward passes show that before anything is asked.
     """
 
     def __init__(
@@ -476,13 +586,19 @@ class TransformersEngine(BatchingEngine):
             raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
         self._shape = _shape(model)
         self._model: Any = model
-        self._model.to(device or model.device).eval()
+        if device is not None and torch.device(device) != model.device:
+            self._model.to(device)
+        self._model.eval()
         self._device = model.device
         if compiled and self._device.type != "cpu":
             raise CapabilityError("compiled=True is for CPUs: leave it out, CUDA graphs are used here")
-        if pack and not compiled and packing.can_pack(model):
-            packing.pack(model)
+        if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            self._model.set_experts_implementation("eager")  # the grouped products have no float64
         capacity = min(max_model_len, self._shape.max_positions or max_model_len)
+        self._ropes = _ropes(model, capacity)
+        limits = [rope.limit for rope in self._ropes] + [self._shape.max_positions or 2**31]
+        if min(limits) < 2**31:
+            self._shape = replace(self._shape, max_positions=min(limits))
         super().__init__(
             replace(
                 CAPABILITIES,
@@ -495,13 +611,97 @@ class TransformersEngine(BatchingEngine):
             sampler=TensorSampler(self._shape.vocabulary),
         )
         self._chunk = prefill_chunk
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._attention = ATTENTION
+        self._compiled: _Compiled | None = None
+        self._graphs: Graphs[_Fixed] | None = None
+        self._pool = _Pool(self._shape.layers, max_num_seqs, capacity)
+        self._choose_attention()
+        own = self._attention != ATTENTION
+        if compiled and own:
+            raise _refuse(model, "its attention cannot be replaced, as compiled steps need it")
+        if pack and not compiled and packing.can_pack(model):
+            packing.pack(model)
         self._compiled = _Compiled(model) if compiled else None
-        fixed = self._device.type == "cuda" if graphs is None else graphs
+        fixed = (self._device.type == "cuda" if graphs is None else graphs) and not own
         self._graphs = Graphs(self._captured, self._device) if fixed else None
         # one slot more: what fills a bucket up is written there, and nothing sees it
-        self._pool = _Pool(self._shape.layers, max_num_seqs, capacity + (compiled or fixed))
+        self._pool = _Pool(self._shape.layers, max_num_seqs, capacity + (compiled or fixed), cut=own)
         self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
         self._free = set(range(max_num_seqs))
+
+    # ------------------------------------------------------------------ what the model can do
+
+    def _choose_attention(self) -> None:
+        """Ours if the model takes another, else its own. Raises CapabilityError for a model that neither drives."""
+        model, said = self._model, "its attention cannot be replaced"
+        if _replaceable(model):
+            try:
+                return self._check_driven()
+            except CapabilityError as error:
+                raise _refuse(model, error) from None
+            except Exception as error:
+                said = _first_line(error)
+        self._attention = "sdpa" if model._supports_sdpa else "eager"
+        self._shape = replace(self._shape, groups=1)
+        self._pool = _Pool(self._shape.layers, self._pool.rows, self._pool.capacity, cut=True)
+        try:
+            self._check_driven()
+        except Exception as error:
+            own = error if isinstance(error, CapabilityError) else f"{said}, and by its own: {_first_line(error)}"
+            raise _refuse(model, own) from None
+
+    @torch.inference_mode()
+    def _check_driven(self) -> None:
+        """A prompt, and a step beside it that does not see its last token. A model of a type that is not in
+        `MODEL_TYPES` must say what it says without a cache. Raises CapabilityError, or whatever the model raises."""
+        n = min(6, self._capacity)
+        ids, positions = np.arange(n) % self._shape.vocabulary, np.arange(n)
+        visible = np.tril(np.ones((n, n), dtype=np.bool_))
+        if n > 1:
+            visible[-1, -2] = False
+            positions[-1] -= 1
+        found: list[Tensor] = []
+        for part in filter(len, (np.arange(n - 1), np.arange(n - 1, n))):
+            sight = _Sight(0, visible[part], positions[part], positions, np.arange(len(part)))
+            rows = np.zeros_like(part)
+            alone = len(found) == 0 or self._attention != ATTENTION
+            plan, masks = (
+                self._row_planned(rows, part, sight) if alone else self._planned(rows, part, [[sight]])
+            )
+            cache = self._pool.row(0) if alone else self._pool
+            at, where, kept = self._tensors(ids[part], positions[part], np.arange(len(part)))
+            found.append(self._fed(self._model, at, where, masks, cache, plan, kept))
+        got = torch.cat(found)
+        if got.shape != (n, self._shape.vocabulary):
+            raise CapabilityError(f"its logits are {list(got.shape)} for {n} tokens")
+        if self._model.config.model_type not in MODEL_TYPES or not _of_transformers(self._model):
+            self._check_same(got, ids, positions, visible)
+
+    def _check_same(self, got: Tensor, ids: Ints, positions: Ints, visible: Bools) -> None:
+        """Holds logits [n, vocabulary] to those of one forward pass without a cache. Raises CapabilityError."""
+        config, n = self._model.config, len(ids)
+        plain = "eager" if self._attention == ATTENTION else self._attention
+        masks = {
+            kind: torch.zeros(1, 1, n, n, dtype=self._model.dtype, device=self._device).masked_fill_(
+                *self._tensors(~_visible([_Sight(0, visible, positions, positions, np.arange(n))], n, n, window)),
+                -torch.inf,
+            )
+            for kind, window in self._shape.windows.items()
+        }
+        at, where = self._tensors(ids, positions)
+        with _attending(config, plain), _settled(self._ropes):
+            out = self._model(
+                input_ids=at[None],
+                position_ids=where[None],
+                attention_mask=masks if self._shape.by_type else masks.popitem()[1],
+                use_cache=False,
+            )
+        want = out.logits[0].float()
+        spread = float(want.std()) or 1.0
+        worst = float((got.float() - want).abs().max()) / spread
+        if not worst < (0.25 if self._model.dtype.itemsize < 4 else 1e-2):
+            raise CapabilityError(f"with a cache it says something else than without, by {worst:.2g} of the spread")
 
     def forget(self) -> None:
         """Forgets the prompts that free rows remember."""
@@ -603,6 +803,8 @@ class TransformersEngine(BatchingEngine):
         """
         wanted = len(keep)
         alone = len(seen) == 1 and len(seen[0]) == 1
+        if not alone and self._attention != ATTENTION:
+            return self._one_by_one(ids, positions, rows, slots, seen, keep)
         n, model = len(ids), self._model
         if self._graphs is not None and decoding:
             shape = self._fixed([sight for together_ in seen for sight in together_], n)
@@ -631,21 +833,42 @@ class TransformersEngine(BatchingEngine):
     ) -> Tensor:
         """Logits [kept, vocabulary] of the model's forward; kept 0: of all tokens."""
         cache.plan = plan
+        given: dict[str, Any] = {"plan": plan} if self._attention == ATTENTION else {}
+        if self._keeps:
+            given["logits_to_keep"] = kept
         try:
-            with _attending(self._model.config):
+            with _attending(self._model.config, self._attention), _settled(self._ropes):
                 out = model(
                     input_ids=ids[None],
                     position_ids=positions[None],
                     attention_mask=masks if self._shape.by_type else masks.popitem()[1],
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=kept,
-                    plan=plan,
+                    **given,
                 )
         finally:
             cache.plan = None
         logits: Tensor = out.logits[0]
-        return logits
+        return logits if self._keeps or isinstance(kept, int) else logits[kept]
+
+    def _one_by_one(
+        self, ids: Ints, positions: Ints, rows: Ints, slots: Ints, seen: list[list[_Sight]], keep: list[int]
+    ) -> Tensor:
+        """As `_run`, by a forward pass for each row: of a model that attends by itself."""
+        logits: dict[int, Tensor] = {}
+        for sight in (sight for together_ in seen for sight in together_):
+            tokens = sight.tokens
+            kept = [i for i, token in enumerate(tokens) if token in set(keep)]
+            out = self._run(
+                ids=ids[tokens],
+                positions=positions[tokens],
+                rows=rows[tokens],
+                slots=slots[tokens],
+                seen=[[replace(sight, tokens=np.arange(len(tokens)))]],
+                keep=kept,
+            )
+            logits |= {int(tokens[i]): row for i, row in zip(kept, out, strict=True)}
+        return torch.stack([logits[token] for token in keep]) if keep else out
 
     def _padded(self, packed: Sequence[Ints], n: int) -> Ints:
         """ids, positions, rows and slots of n tokens [4, n]: those that are missing are written where nothing

@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -465,7 +467,7 @@ UNSUPPORTED: dict[str, Callable[[], Any]] = {
         T5Config(vocab_size=20, d_model=16, d_ff=16, num_layers=1, num_heads=2)
     ),
     "no KV cache": lambda: MambaForCausalLM(MambaConfig(**SMALL)),
-    "change with the length": lambda: _llama(rope_type="dynamic", factor=2.0),
+    "ALiBi": lambda: BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2)),
     "no causal language model": lambda: _llama(rope_type="default").model,
 }
 

@@ -220,13 +220,17 @@ def prepare(model: Any, tokenizer: Any, *, seed: int = 0) -> None:
     size = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     model.resize_token_embeddings(size, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    tables = [model.get_input_embeddings().weight]
-    if not model.config.tie_word_embeddings:
-        tables.append(model.get_output_embeddings().weight)
-    for table in tables:
+    for table in (module.weight for module in token_tables(model)):
         rows = table.data[: min(ids)].float()
         noise = torch.randn(len(ids), rows.shape[1], generator=generator).to(rows.device)
         table.data[ids] = (rows.mean(0) + 0.02 * rows.std(0) * noise).to(table.dtype)
+
+
+def token_tables(model: Any) -> list[Any]:
+    """The modules that hold a row for each token: the input embedding, and the output head where it has weights of its
+    own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embedding] if head.weight is embedding.weight else [embedding, head]
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,11 +407,11 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
 
 def shape_of(model: Any) -> dict[str, Any]:
     """What must agree between an adapter and its base."""
-    config = model.config
+    text = model.config.get_text_config(decoder=True)
     return {
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
+        "model_type": model.config.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
     }
 
 
@@ -441,10 +445,41 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _named_ends(generation: Any, tokenizer: Any) -> set[int]:
+    written = turn_end(tokenizer)
+    return {*_listed_ends(generation, tokenizer), *([] if written is None else [written])}
+
+
+def _listed_ends(generation: Any, tokenizer: Any) -> list[int]:
     named = getattr(generation, "eos_token_id", None)
     if named is None:
         named = tokenizer.eos_token_id
-    return set(named if isinstance(named, Sequence) else [] if named is None else [named])
+    return list(named) if isinstance(named, Sequence) else [] if named is None else [named]
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The id that a chat template writes after an assistant's message; None where it writes no token of its own."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    said = "\ue002"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # it takes other messages only
+        return None
+    rest = text.rpartition(said)[2].lstrip() if said in text else ""
+    ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    return ids.get(max((spelled for spelled in ids if rest.startswith(spelled)), key=len, default=""))
+
+
+def taught_end(model: Any, tokenizer: Any) -> int:
+    """The id that training ends an answer with: what the chat template writes there, else the tokenizer's own end, else
+    the first that the model lists. Raises ModelError where there is none."""
+    listed = _listed_ends(model.generation_config, tokenizer)
+    own = [tokenizer.eos_token_id] if tokenizer.eos_token_id in listed else listed
+    ends = [end for end in (turn_end(tokenizer), *own) if end is not None]
+    if not ends:
+        raise ModelError("this model names no token that ends an answer: set eos_token_id in generation_config.json")
+    return ends[0]
 
 
 def _dtype(name: str, device: str) -> Any:

@@ -91,10 +91,9 @@ def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
     set_seed(config.seed)
     model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
     models.prepare(model, tokenizer)
-    ends = sorted(models.end_tokens(model, tokenizer))
-    vocabulary = models.vocabulary_of(tokenizer, eos=ends)
+    vocabulary = models.vocabulary_of(tokenizer, eos=models.end_tokens(model, tokenizer))
     assert vocabulary.tags is not None
-    return Base(model, tokenizer, vocabulary, vocabulary.tags, ends[0])
+    return Base(model, tokenizer, vocabulary, vocabulary.tags, models.taught_end(model, tokenizer))
 
 
 def go(trainer: Any, config: RunConfig) -> None:

@@ -63,9 +63,12 @@ class Free(BatchingEngine):
         return [thread.path for response in self._running.values() for thread in response.live]
 
     def _place(self, response: Response) -> bool:
-        response.main.logits = np.zeros(VOCABULARY.size, dtype=np.float32)
-        response.main.logits[self._wanted(response, ())] = 60
         return True
+
+    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32]:
+        row = np.zeros(VOCABULARY.size, dtype=np.float32)
+        row[self._wanted(response, ())] = 60
+        return row
 
     def _leave(self, response: Response) -> None:
         pass

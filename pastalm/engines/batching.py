@@ -1,6 +1,6 @@
 """What engines that decode all live threads in one forward share: requests, threads, what is due, sampling.
 
-A subclass says how a request gets a place and gives it up, how its prompt is prefilled, and how a
+A subclass says how a request gets a place and gives it up, how a piece of its prompt is prefilled, and how a
 batch of due tokens becomes logits: rows of an array, NumPy's unless it gives a sampler for another kind.
 Nothing here knows the language, nor how a cache is laid out.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -50,7 +50,7 @@ class Thread:
 class Response:
     """A request, its threads and its tokens. tokens, readable: by place; readable: whether a
     penalty counts it. count: tokens, the prompt's included. live: the live threads by path. pending: placed
-    but not fed yet, in order. slot: what the engine gave it."""
+    but not fed yet, in order. slot: what the engine gave it. cached: the prompt's tokens that are in the cache."""
 
     request: Request
     layout: Layout
@@ -63,10 +63,16 @@ class Response:
     unfinished: int = 0
     pending: list[Placed] = field(default_factory=list)
     slot: int = -1
+    cached: int = 0
 
     @property
     def prompt(self) -> Ints:
         return self.tokens[: len(self.request.prompt_token_ids)]
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the whole prompt is in the cache, so that its threads can decode."""
+        return self.cached == len(self.request.prompt_token_ids)
 
     @property
     def main(self) -> Thread:
@@ -119,13 +125,24 @@ def common_prefix(a: Ints, b: Ints) -> int:
     return int(differs[0]) if len(differs) else n
 
 
+PREFILL_CHUNK = 512
+"""Tokens of a prompt in one pass, where nothing decodes."""
+PREFILL_BUDGET = 64
+"""Tokens of prompts in a step in which others decode. A processor reads 64 nearly as fast as it can
+(benchmarks/README.md), and they delay a step by tens of milliseconds."""
+
+
 class BatchingEngine(ABC):
-    """Decodes all threads of all requests in one forward pass per step.
+    """Decodes all threads of all requests in one forward pass per step, and reads new prompts piece by piece beside it.
 
     capabilities: its own; vocabulary_size: ids that it takes. schedule: which live threads decode in
     a step (all); tokens that a chosen thread needs to see are fed with it. sampler: of the arrays that
-    `_forward` gives (NumPy's). `on_logits`, if set, is called with the request's id, the path and the raw
-    logits [vocabulary] of every token sampled, in that array's kind, valid until it returns.
+    `_forward` gives (NumPy's). prefill_chunk: prompt tokens in one pass. prefill_budget: prompt tokens in a step
+    in which others decode, so that a long prompt delays nobody for long (Sarathi-Serve, arXiv 2403.02310).
+    `on_logits`, if set, is called with the request's id, the path and the raw logits [vocabulary] of every token
+    sampled, in that array's kind, valid until it returns.
+
+    Raises RequestError for a chunk or a budget below 1.
     """
 
     _page = 1
@@ -138,12 +155,17 @@ class BatchingEngine(ABC):
         vocabulary_size: int,
         schedule: Schedule | None = None,
         sampler: Sampler | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_budget: int = PREFILL_BUDGET,
     ) -> None:
+        if min(prefill_chunk, prefill_budget) < 1:
+            raise RequestError("prefill_chunk and prefill_budget must be 1 or more")
         self.capabilities = replace(capabilities, prompt_logprobs=True)
         self.on_logits: Callable[[str, Path, Any], None] | None = None
         self._capacity = capabilities.max_model_len
         self._size = vocabulary_size
         self._schedule = schedule
+        self._chunk, self._budget = prefill_chunk, min(prefill_budget, prefill_chunk)
         self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
         self._waiting: dict[str, Response] = {}
         self._running: dict[str, Response] = {}
@@ -152,11 +174,15 @@ class BatchingEngine(ABC):
 
     @abstractmethod
     def _place(self, response: Response) -> bool:
-        """Gives a waiting response its place and prefills its prompt; False if there is no room yet.
+        """Gives a waiting response its place; False if there is no room yet.
 
-        `response.main.logits` becomes the logits [vocabulary] of the main thread's first token, in memory
-        of their own, unless that token is forced (`main.last` is 0 or more).
+        `response.cached` becomes how many of the prompt's tokens the place holds already, at most all but the last.
         """
+
+    @abstractmethod
+    def _prefill(self, response: Response, stop: int, logits: bool) -> Any:
+        """Feeds the prompt's tokens `response.cached` .. stop - 1 in one pass. The logits [vocabulary] of the last of
+        them, in memory of their own, if they are wanted."""
 
     @abstractmethod
     def _leave(self, response: Response) -> None:
@@ -217,6 +243,7 @@ class BatchingEngine(ABC):
         fails; nothing counts as fed then."""
         try:
             self._admit()
+            self._read()
             chosen = self._chosen()
             fed = self._feed(chosen)
         except PastaError:
@@ -227,7 +254,7 @@ class BatchingEngine(ABC):
                 f"the forward pass failed: {type(error).__name__}: {reason[0]}"
             ) from error
         sampled = self._sample(chosen, fed)
-        if not (fed or sampled) and chosen is None and any(r.pending for r in self._running.values()):
+        if not (fed or sampled) and chosen is None and any(r.pending and r.prefilled for r in self._running.values()):
             raise EngineError("no thread finds a place in the cache: lower max_threads or max_num_seqs")
         return sampled
 
@@ -245,7 +272,9 @@ class BatchingEngine(ABC):
         if not self._place(response):
             return None
         try:
-            scored = self._scores(response, self._sampler.stack([response.main.logits]), rest[:1])
+            response.cached = 0
+            logits = self._prefill(response, 1, True)
+            scored = self._scores(response, self._sampler.stack([logits]), rest[:1])
             self._lay(response, response.main, Joined(path=(), forced=tuple(rest[:-1])))
             for start in range(1, len(rest), SCORED):
                 tokens = rest[start : start + SCORED]
@@ -341,21 +370,43 @@ class BatchingEngine(ABC):
                 return
             self._running[response.request.id] = self._waiting.pop(response.request.id)
 
+    def _read(self) -> None:
+        """Prefills the prompts of new requests, first come first: in this step only as many tokens as the budget has if
+        others decode, else one chunk."""
+        new = [r for r in self._running.values() if not r.prefilled]
+        left = self._chunk if len(new) == len(self._running) else self._budget
+        for response in new:
+            if not left:
+                return
+            n = len(response.prompt)
+            stop = min(n, response.cached + left)
+            left -= stop - response.cached
+            wanted = stop == n and response.main.last < 0
+            logits = self._prefill(response, stop, wanted)
+            response.cached = stop
+            if wanted:
+                response.main.logits = logits
+
     def _chosen(self) -> dict[str, set[Path]] | None:
         """The threads that decode in this step (None: all that live)."""
         if self._schedule is None:
             return None
         chosen: dict[str, set[Path]] = {}
-        live = [(r.request.id, t.path) for r in self._running.values() for t in r.live]
+        live = [(r.request.id, t.path) for r in self._decoding() for t in r.live]
         for request_id, path in self._schedule(live):
             chosen.setdefault(request_id, set()).add(path)
         return chosen
 
+    def _decoding(self) -> Iterator[Response]:
+        """The requests whose prompt is in the cache."""
+        return (response for response in self._running.values() if response.prefilled)
+
     def _feed(self, chosen: dict[str, set[Path]] | None) -> Fed | None:
-        """One forward over all due tokens, if there are any; the threads that are fed up, and their logits."""
+        """One forward pass over all due tokens, if there are any: the threads that have no token left to feed, and
+        their logits."""
         batch = []
-        for request_id, response in self._running.items():
-            due = response.due(None if chosen is None else chosen.get(request_id, set()))
+        for response in self._decoding():
+            due = response.due(None if chosen is None else chosen.get(response.request.id, set()))
             if fed := self._feedable(response, due):
                 batch.append((response, fed))
         if not batch:
@@ -402,10 +453,10 @@ class BatchingEngine(ABC):
         """The live, chosen threads by request, then by path, each with its response."""
         owners: list[Response] = []
         threads: list[Thread] = []
-        for request_id, response in self._running.items():
+        for response in self._decoding():
             live = response.live
             if chosen is not None:
-                live = [t for t in live if t.path in chosen.get(request_id, ())]
+                live = [t for t in live if t.path in chosen.get(response.request.id, ())]
             owners += [response] * len(live)
             threads += live
         return owners, threads

@@ -27,7 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm.engine import Capabilities, Schedule
-from pastalm.engines.batching import Batch, BatchingEngine, Ints, Response, common_prefix
+from pastalm.engines.batching import (
+    PREFILL_BUDGET,
+    PREFILL_CHUNK,
+    Batch,
+    BatchingEngine,
+    Ints,
+    Response,
+    common_prefix,
+)
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
 from pastalm.events import Event, Finished, Forked, Joined, Path
 from pastalm.layout import Placed
@@ -161,9 +169,10 @@ class LlamaCppEngine(BatchingEngine):
 
     max_num_seqs: requests that decode at once; max_model_len: cells of each, cut to the positions the
     model can take; the cache holds their product. threads: CPU threads (None: OMP_NUM_THREADS, else
-    all). cache_type: of keys and values, F16, F32 or Q8_0. flash_attention (None: on a GPU, or where the
-    cache is quantised, which needs it): on a CPU it computes in half precision, which decodes up to
-    two and a half times as slowly (benchmarks/README.md). Raises ModelError if the cache cannot be made.
+    all). cache_type: of keys and values, F16, F32 or Q8_0. prefill_chunk, prefill_budget: as
+    `BatchingEngine`'s. flash_attention (None: on a GPU, or where the cache is quantised, which needs it): on a CPU
+    it computes in half precision, which decodes up to two and a half times as slowly (benchmarks/README.md). Raises
+    ModelError if the cache cannot be made.
     """
 
     def __init__(
@@ -176,6 +185,8 @@ class LlamaCppEngine(BatchingEngine):
         cache_type: str = "F16",
         flash_attention: bool | None = None,
         schedule: Schedule | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_budget: int = PREFILL_BUDGET,
     ) -> None:
         if min(max_num_seqs, max_model_len) < 1:
             raise RequestError("max_num_seqs and max_model_len must be 1 or more")
@@ -191,6 +202,8 @@ class LlamaCppEngine(BatchingEngine):
             ),
             vocabulary_size=model.vocabulary_size,
             schedule=schedule,
+            prefill_chunk=prefill_chunk,
+            prefill_budget=prefill_budget,
         )
         params = llama_cpp.llama_context_default_params()
         self._cells = max_num_seqs * capacity
@@ -243,29 +256,29 @@ class LlamaCppEngine(BatchingEngine):
             sum(map(len, self._remembered.values())) > free or len(self._cache.free) < sequences
         ):
             self._forget_oldest()
-        self._prefill(response)
+        self._take_sequence(response)
         return True
 
-    def _prefill(self, response: Response) -> None:
-        """Feeds a prompt but for what is remembered of it, the last token always."""
-        prompt, n, main = response.prompt, len(response.prompt), response.main
+    def _take_sequence(self, response: Response) -> None:
+        """Takes a sequence with what is remembered of the prompt, all but the last token at most."""
+        prompt, n = response.prompt, len(response.prompt)
         own = self._cache.take()
-        begin = 0
         if self._remembered:
             shared = {s: common_prefix(held, prompt) for s, held in self._remembered.items()}
             nearest = max(shared, key=lambda s: shared[s])
-            begin = min(shared[nearest], n - 1)
+            response.cached = min(shared[nearest], n - 1)
             self._remembered.move_to_end(nearest)
-            self._cache.copy(nearest, own, 0, begin)
-        keep = [n - begin - 1] if main.last < 0 else []
-        try:
-            logits = self._decode(prompt[begin:].tolist(), range(begin, n), [[own]] * (n - begin), keep)
-        except EngineError:
-            self._cache.give(own)
-            raise
-        main.logits = logits[0].copy() if keep else None
+            self._cache.copy(nearest, own, 0, response.cached)
         self._places[response.request.id] = _Place({(): own})
-        self._remember(prompt, own)
+
+    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32] | None:
+        prompt, begin = response.prompt, response.cached
+        own = self._places[response.request.id].sequences[()]
+        keep = [stop - begin - 1] if logits else []
+        rows = self._decode(prompt[begin:stop].tolist(), range(begin, stop), [[own]] * (stop - begin), keep)
+        if stop == len(prompt):
+            self._remember(prompt, own)
+        return rows[0].copy() if logits else None
 
     def _remember(self, prompt: Ints, own: int) -> None:
         """Keeps a prompt's cells for requests that begin like it."""

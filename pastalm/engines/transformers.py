@@ -31,7 +31,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pastalm.engine import Capabilities, Schedule
 from pastalm.engines import packing
-from pastalm.engines.batching import Batch, BatchingEngine, Bools, Ints, Response, common_prefix
+from pastalm.engines.batching import (
+    PREFILL_BUDGET,
+    PREFILL_CHUNK,
+    Batch,
+    BatchingEngine,
+    Bools,
+    Ints,
+    Response,
+    common_prefix,
+)
 from pastalm.engines.graphs import Graphs, Inputs
 from pastalm.engines.sampling_torch import TensorSampler
 from pastalm.errors import CapabilityError, EngineError, RequestError, complaint
@@ -561,7 +570,7 @@ class TransformersEngine(BatchingEngine):
     model: a loaded decoder-only model with rotary positions; put into eval mode, and moved to
     `device` if one is given. One whose attention cannot be replaced (Falcon, GPT-J) attends by itself, in one
     forward pass for each request. max_num_seqs: requests that decode at once; max_model_len: slots of
-    each, cut to the positions the model can take. prefill_chunk: prompt tokens in one forward. pack:
+    each, cut to the positions the model can take. prefill_chunk, prefill_budget: as `BatchingEngine`'s. pack:
     lay the weights out for decoding where that helps (CPUs); the model can then only
     infer. compiled: instead of packing, let torch.compile make a graph of its own with its weights
     laid out (CPUs) for steps of one response with up to each of `BUCKETS` threads; it is made when it
@@ -577,13 +586,14 @@ class TransformersEngine(BatchingEngine):
         max_model_len: int = 2048,
         device: str | torch.device | None = None,
         schedule: Schedule | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_budget: int = PREFILL_BUDGET,
         pack: bool = False,
         compiled: bool = False,
         graphs: bool | None = None,
     ) -> None:
-        if min(max_num_seqs, max_model_len, prefill_chunk) < 1:
-            raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
+        if min(max_num_seqs, max_model_len) < 1:
+            raise RequestError("max_num_seqs and max_model_len must be 1 or more")
         self._shape = _shape(model)
         self._model: Any = model
         if device is not None and torch.device(device) != model.device:
@@ -609,8 +619,9 @@ class TransformersEngine(BatchingEngine):
             vocabulary_size=self._shape.vocabulary,
             schedule=schedule,
             sampler=TensorSampler(self._shape.vocabulary),
+            prefill_chunk=prefill_chunk,
+            prefill_budget=prefill_budget,
         )
-        self._chunk = prefill_chunk
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._attention = ATTENTION
         self._compiled: _Compiled | None = None
@@ -710,48 +721,44 @@ class TransformersEngine(BatchingEngine):
 
     # ------------------------------------------------------------------ prompts
 
-    @torch.inference_mode()
     def _place(self, response: Response) -> bool:
         """A row of the pool: the free one that remembers most of the prompt."""
         if not self._free:
             return False
         prompt = response.prompt
         row = max(self._free, key=lambda r: (common_prefix(self._memory[r], prompt), -r))
-        self._prefill(response, row)
+        begin = min(common_prefix(self._memory[row], prompt), len(prompt) - 1)
+        self._memory[row] = prompt[:begin]
         self._free.remove(row)
-        response.slot = row
+        response.slot, response.cached = row, begin
         return True
 
     def _leave(self, response: Response) -> None:
         self._free.add(response.slot)
 
-    def _prefill(self, response: Response, row: int) -> None:
-        """Feeds a prompt but for what the row holds of it already, the last token always."""
-        prompt, n, main = response.prompt, len(response.prompt), response.main
-        begin = min(common_prefix(self._memory[row], prompt), n - 1)
-        self._memory[row] = prompt[:0]
-        for start in range(begin, n, self._chunk):
-            stop = min(start + self._chunk, n)
-            width = self._width(stop)
-            where = np.arange(start, stop)
-            sight = _Sight(
-                row,
-                np.arange(width)[None] <= where[:, None],
-                where,
-                response.layout.positions[:width],
-                np.arange(len(where)),
-            )
-            logits = self._run(
-                ids=prompt[start:stop],
-                positions=where,
-                rows=np.full(len(where), row),
-                slots=where,
-                seen=[[sight]],
-                keep=[len(where) - 1] if stop == n and main.last < 0 else [],
-                decoding=False,
-            )
-        self._memory[row] = prompt
-        main.logits = logits[0] if main.last < 0 else None
+    @torch.inference_mode()
+    def _prefill(self, response: Response, stop: int, logits: bool) -> Tensor | None:
+        prompt, row, begin = response.prompt, response.slot, response.cached
+        width = self._width(stop)
+        where = np.arange(begin, stop)
+        sight = _Sight(
+            row,
+            np.arange(width)[None] <= where[:, None],
+            where,
+            response.layout.positions[:width],
+            np.arange(len(where)),
+        )
+        rows = self._run(
+            ids=prompt[begin:stop],
+            positions=where,
+            rows=np.full(len(where), row),
+            slots=where,
+            seen=[[sight]],
+            keep=[len(where) - 1] if logits else [],
+            decoding=False,
+        )
+        self._memory[row] = prompt[:stop]
+        return rows[0] if logits else None
 
     # ------------------------------------------------------------------ decoding
 

@@ -34,9 +34,10 @@ class HashingEngine(BatchingEngine):
     """page: places of a run. places: of each request (None: as many as tokens)."""
 
     def __init__(
-        self, *, page: int = 1, places: int | None = None, schedule: Schedule | None = None
+        self, *, page: int = 1, places: int | None = None, schedule: Schedule | None = None, **options: int
     ) -> None:
-        super().__init__(CAPABILITIES, vocabulary_size=SIZE, schedule=schedule)
+        super().__init__(CAPABILITIES, vocabulary_size=SIZE, schedule=schedule, **options)
+        self.pieces: list[int] = []
         self._page = page
         self._places = places
         self._logits = np.zeros((64, SIZE), dtype=np.float32)
@@ -47,10 +48,12 @@ class HashingEngine(BatchingEngine):
 
     def _place(self, response: Response) -> bool:
         self._logits[:] = np.nan
-        if len(self._running) == self.capabilities.max_num_seqs:
-            return False
-        response.main.logits = hashed(response.prompt.tolist()) if response.main.last < 0 else None
-        return True
+        return len(self._running) < self.capabilities.max_num_seqs
+
+    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32] | None:
+        assert response.cached < stop <= len(response.prompt)
+        self.pieces.append(stop - response.cached)
+        return hashed(response.prompt.tolist()) if logits else None
 
     def _leave(self, response: Response) -> None:
         pass
@@ -135,6 +138,37 @@ def test_the_last_thread_that_finishes_ends_the_request() -> None:
     assert engine.has_unfinished()
     apply(engine, "a", Finished(path=(0,)))
     assert not engine.has_unfinished()
+
+
+def test_a_prompt_is_read_beside_those_who_decode_and_fork() -> None:
+    """In pieces of the budget, whole chunks while nobody decodes; cancelled in the middle it leaves at once."""
+    engine = HashingEngine(prefill_chunk=50, prefill_budget=8)
+    engine.add(request("a", prompt=120))
+    engine.apply("a", Forked(path=()))
+    assert [paths(engine.step()) for _ in range(3)] == [[], [], [("a", ())]]
+    assert engine.pieces == [50, 50, 20]
+    engine.pieces.clear()
+    for name in ("b", "c"):
+        engine.add(request(name, prompt=20))
+        engine.apply(name, Forked(path=()))
+    apply(engine, "a", Decoded(path=(), token=9), Forked(path=(0,), promised=10, forced=(9,)))
+    said = [paths(engine.step())]
+    apply(engine, "a", *[Decoded(path=p, token=7) for _, p in said[0]])
+    apply(engine, "a", Blocked(path=()), Finished(path=(0,)), Joined(path=(), children=((0,),), forced=(5,)))
+    said.append(paths(engine.step()))
+    assert said == [[("a", ()), ("a", (0,))], [("a", ())]] and engine.pieces == [8, 8]
+    engine.cancel("b")
+    apply(engine, "a", Decoded(path=(), token=9))
+    assert paths(engine.step()) == [("a", ())] and engine.pieces == [8, 8, 8]
+    assert list(engine._running) == ["a", "c"]
+    engine.cancel("a")
+    assert paths(engine.step()) == [("c", ())] and engine.pieces == [8, 8, 8, 12], "nobody decodes any more"
+
+
+@pytest.mark.parametrize("bad", [{"prefill_chunk": 0}, {"prefill_budget": 0}])
+def test_pieces_have_tokens(bad: dict[str, int]) -> None:
+    with pytest.raises(RequestError, match="1 or more"):
+        HashingEngine(**bad)
 
 
 @pytest.mark.parametrize(("page", "places"), [(1, None), (16, 512)])

@@ -76,7 +76,7 @@ def test_many_requests_under_every_schedule(
     scripts = random_scripts(5, "promised", 4) + random_scripts(6, "overlap", 2)
     for i, script in enumerate(scripts):
         script.id = str(i)
-    running = engine(name, max_num_seqs=3, max_model_len=256, schedule=SCHEDULES[schedule]())
+    running = engine(name, max_num_seqs=3, max_model_len=256, prefill_budget=3, schedule=SCHEDULES[schedule]())
     play(running, scripts)
     assert max(error(reference(name), script) for script in scripts) < CLOSE
 
@@ -222,6 +222,21 @@ def test_a_full_pool_waits_and_a_cancelled_request_leaves_at_once(engine: Callab
     running.cancel("b")
     assert not running.has_unfinished()
     assert answer(running, PROMPT) == alone
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_request_may_be_cancelled_in_every_state(seed: int, engine: Callable[..., NativeEngine]) -> None:
+    """While it waits, is read, decodes, has forked, is blocked: the others, and those that come into its place, are
+    exact."""
+    rng = random.Random(seed)
+    running = engine(max_num_seqs=2, max_model_len=256, prefill_budget=3)
+    scripts = random_scripts(seed, "promised", 3) + random_scripts(seed + 100, "overlap", 3)
+    for i, script in enumerate(scripts):
+        script.id = str(i)
+    states = play(running, scripts, drop=lambda script: script.id in "024" and rng.random() < 0.1).dropped
+    assert states and not running.has_unfinished() and running._free == {0, 1}
+    kept = [script for script in scripts if script.id not in states]
+    assert max(error(reference("llama"), script) for script in kept) < CLOSE
 
 
 def test_a_closed_engine_says_so(engine: Callable[..., NativeEngine]) -> None:

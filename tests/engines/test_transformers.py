@@ -66,10 +66,12 @@ def follow(running: TransformersEngine, sampled: SampledToken) -> int:
 
 
 def decode(running: TransformersEngine, steps: int) -> dict[tuple[str, Path], list[int]]:
-    """What each thread says in some steps that only decode."""
+    """What each thread says in some steps that only decode, once a prompt is read."""
     said: dict[tuple[str, Path], list[int]] = {}
     for _ in range(steps):
-        for sampled in running.step():
+        while not (happened := running.step()) and running.has_unfinished():
+            pass
+        for sampled in happened:
             token = follow(running, sampled)
             said.setdefault((sampled.request_id, sampled.path), []).append(token)
     return said

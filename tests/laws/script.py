@@ -7,7 +7,7 @@ logits that the engine had for every sample are kept for comparison.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,8 +132,23 @@ class Script:
         return []
 
 
-def play(engine: TransformersEngine, scripts: Sequence[Script], *, limit: int = 5000) -> int:
-    """Plays scripts to their ends, side by side as far as the engine admits them; the steps taken."""
+@dataclass
+class Played:
+    """steps: taken. dropped: the ids of the scripts that were cancelled."""
+
+    steps: int = 0
+    dropped: set[str] = field(default_factory=set)
+
+
+def play(
+    engine: TransformersEngine,
+    scripts: Sequence[Script],
+    *,
+    limit: int = 5000,
+    drop: Callable[[Script], bool] = lambda script: False,
+) -> Played:
+    """Plays scripts to their ends, side by side as far as the engine admits them. drop: whether to cancel one before a
+    step."""
     by_id = {script.id: script for script in scripts}
 
     def keep(request_id: str, path: Path, logits: Tensor | np.ndarray) -> None:
@@ -149,18 +164,24 @@ def play(engine: TransformersEngine, scripts: Sequence[Script], *, limit: int = 
     for script in scripts:
         engine.add(script.request())
         take(script, script.start())
-    steps = 0
+    played = Played()
     while engine.has_unfinished():
-        steps += 1
-        assert steps < limit, "the engine hangs"
+        played.steps += 1
+        assert played.steps < limit, "the engine hangs"
+        for script in scripts:
+            if script.id not in played.dropped and not script.finished and drop(script):
+                played.dropped.add(script.id)
+                engine.cancel(script.id)
         for sampled in engine.step():
             script = by_id[sampled.request_id]
             take(script, script.act(sampled.path))
         for script in scripts:
+            if script.id in played.dropped:
+                continue
             stuck = not any(a.state == "live" for a in script.actors.values())
             take(script, script.release(anyway=stuck))
-    assert all(script.finished for script in scripts)
-    return steps
+    assert all(script.finished for script in scripts if script.id not in played.dropped)
+    return played
 
 
 def random_scripts(seed: int, policy: Policy, count: int) -> list[Script]:

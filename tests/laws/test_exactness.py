@@ -96,7 +96,7 @@ def test_many_responses(
 ) -> None:
     monkeypatch.setattr("pastalm.engines.transformers.CALL", call)
     chosen = SCHEDULES[schedule]()
-    engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=chosen)
+    engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=chosen, prefill_budget=3)
     assert worst(engine, model, overlapping=2) < EXACTLY
 
 

@@ -19,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm.engine import Capabilities, Request, Schedule
-from pastalm.engines.batching import Batch, BatchingEngine, Ints, Response, common_prefix
+from pastalm.engines.batching import (
+    PREFILL_BUDGET,
+    PREFILL_CHUNK,
+    Batch,
+    BatchingEngine,
+    Ints,
+    Response,
+    common_prefix,
+)
 from pastalm.engines.native import library as lib
 from pastalm.engines.native.model import CACHE_TYPES, PAGE, NativeModel, Pool
 from pastalm.errors import CapabilityError, RequestError
@@ -30,8 +38,6 @@ CAPABILITIES = Capabilities(
     weights="Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma 2 and 3, adapters; GGUF files; CPU",
     positions=("promised", "overlap"),
 )
-CHUNK = 512
-"""Tokens of a prompt in one pass at most."""
 SPARE = 8
 """Slots of a range that are there for runs not filled, as a share of its tokens: 1 in so many."""
 
@@ -40,8 +46,8 @@ class NativeEngine(BatchingEngine):
     """Decodes all threads of all requests in one forward pass per step, on CPUs.
 
     max_num_seqs: requests that decode at once; max_model_len: tokens of each, cut to the positions the model can take.
-    cache_type: of keys and values, BF16 or F32. prefill_chunk: prompt tokens in one pass. Raises RequestError,
-    CapabilityError, ModelError.
+    cache_type: of keys and values, BF16 or F32. prefill_chunk, prefill_budget: as `BatchingEngine`'s. Raises
+    RequestError, CapabilityError, ModelError.
     """
 
     _page = PAGE
@@ -53,11 +59,12 @@ class NativeEngine(BatchingEngine):
         max_num_seqs: int = 8,
         max_model_len: int = 2048,
         cache_type: str = "BF16",
-        prefill_chunk: int = CHUNK,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_budget: int = PREFILL_BUDGET,
         schedule: Schedule | None = None,
     ) -> None:
-        if min(max_num_seqs, max_model_len, prefill_chunk) < 1:
-            raise RequestError("max_num_seqs, max_model_len and prefill_chunk must be 1 or more")
+        if min(max_num_seqs, max_model_len) < 1:
+            raise RequestError("max_num_seqs and max_model_len must be 1 or more")
         if cache_type not in CACHE_TYPES:
             raise CapabilityError(f"unknown cache_type {cache_type!r}: one of {', '.join(CACHE_TYPES)}")
         most = model.architecture.max_positions
@@ -66,9 +73,10 @@ class NativeEngine(BatchingEngine):
             replace(CAPABILITIES, max_model_len=capacity, max_num_seqs=max_num_seqs, max_position=most),
             vocabulary_size=model.architecture.vocabulary,
             schedule=schedule,
+            prefill_chunk=prefill_chunk,
+            prefill_budget=prefill_budget,
         )
         self._model = model
-        self._chunk = prefill_chunk
         self._range = -(-(capacity + capacity // SPARE) // PAGE) * PAGE
         self._pool = Pool(model, max_num_seqs * self._range, cache_type)
         self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
@@ -98,11 +106,10 @@ class NativeEngine(BatchingEngine):
         own = nearest if nearest in self._free else min(self._free, key=lambda r: (shared[r], len(self._memory[r])))
         begin = min(shared[nearest], len(prompt) - 1)
         if own != nearest and begin > shared[own]:
-            self._memory[own] = prompt[:0]
             self._pool.copy(nearest * self._range, own * self._range, begin)
-        self._prefill(response, own, begin)
+        self._memory[own] = prompt[:begin].copy()
         self._free.remove(own)
-        response.slot = own
+        response.slot, response.cached = own, begin
         return True
 
     def _leave(self, response: Response) -> None:
@@ -114,26 +121,19 @@ class NativeEngine(BatchingEngine):
             self._pool.clear(base + kept, used - kept)
         self._free.add(own)
 
-    def _prefill(self, response: Response, own: int, begin: int) -> None:
-        """Feeds a prompt from token `begin` on."""
-        prompt, n, main = response.prompt, len(response.prompt), response.main
-        self._memory[own] = prompt[:0]
-        logits = None
-        for start in range(begin, n, self._chunk):
-            stop = min(start + self._chunk, n)
-            where = np.arange(start, stop, dtype=np.int32)
-            visible = np.arange(-(-stop // PAGE) * PAGE) <= where[:, None]
-            words = np.packbits(visible, axis=1, bitorder="little")
-            last = stop == n and main.last < 0
-            logits = self._pool.step(
-                prompt[start:stop].astype(np.int32),
-                where,
-                where + np.int32(own * self._range),
-                self._groups([(own, words)]),
-                np.array([len(where) - 1] if last else [], dtype=np.int32),
-            )
-        self._memory[own] = prompt.copy()
-        main.logits = logits[0].copy() if logits is not None and len(logits) else None
+    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32] | None:
+        prompt, own = response.prompt, response.slot
+        where = np.arange(response.cached, stop, dtype=np.int32)
+        visible = np.arange(-(-stop // PAGE) * PAGE) <= where[:, None]
+        rows = self._pool.step(
+            prompt[where].astype(np.int32),
+            where,
+            where + np.int32(own * self._range),
+            self._groups([(own, np.packbits(visible, axis=1, bitorder="little"))]),
+            np.array([len(where) - 1] if logits else [], dtype=np.int32),
+        )
+        self._memory[own] = prompt[:stop].copy()
+        return rows[0].copy() if logits else None
 
     # ------------------------------------------------------------------ decoding
 

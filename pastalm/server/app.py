@@ -8,20 +8,26 @@ JSON reply, or chunks. Whatever ends it early (the client leaves, a time limit, 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import hmac
+import ipaddress
 import json
 import logging
 import math
 import random
+import re
 import signal
 import socket
+import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -33,11 +39,13 @@ from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from opentelemetry.trace import Span
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
+from pydantic import BaseModel, Discriminator, Tag
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pastalm.engine import SamplingParams
 from pastalm.errors import CapabilityError, ModelError, PastaError, RequestError, complaint
 from pastalm.events import Event
 from pastalm.llm import LLM
@@ -50,10 +58,19 @@ from pastalm.server.protocol import (
     CompletionReply,
     CompletionRequest,
     Delta,
+    DetokenizeRequest,
+    Echo,
+    Encoded,
     Refused,
+    TokenizeChatRequest,
+    TokenizeRequest,
+    Tokens,
+    TokensText,
+    bad_value,
     events_key,
     line,
     refusal,
+    tokenized,
     usage,
 )
 from pastalm.server.worker import Job, Worker
@@ -78,6 +95,9 @@ _PAGE_HEADERS = {
 }
 
 
+_ORIGIN = re.compile("[a-z][a-z0-9+.-]*://[^/?#]+")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How a server behaves. Raises RequestError for bad values.
@@ -88,6 +108,9 @@ class Settings:
     max_queue: answers that may wait beside those decoding. max_tokens: of a chat request that gives none.
     max_prompt_tokens: of one prompt (None: what the engine takes). max_body: bytes. client_timeout: seconds
     that a client may take to send its body, or to take a chunk. timeout: of a request, waiting included.
+    cors_origins: of pages elsewhere that may ask ("*": all). hosts: names beside localhost by which one that comes
+    over loopback without a key may call the server ("*": any); else a page elsewhere could, by a name of its own
+    that it points here.
     """
 
     name: str
@@ -100,6 +123,8 @@ class Settings:
     max_body: int = 1 << 20
     client_timeout: float = 30.0
     timeout: float = 600.0
+    cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks = (
@@ -111,6 +136,10 @@ class Settings:
                 "max_tokens, max_prompt_tokens and max_body must be 1 or more",
             ),
             (min(self.client_timeout, self.timeout) > 0, "timeouts must be above 0"),
+            (
+                all(o == "*" or _ORIGIN.fullmatch(o) for o in self.cors_origins),
+                "an origin is scheme://host or scheme://host:port, without a path, or *",
+            ),
         )
         if said := complaint(checks):
             raise RequestError(said)
@@ -172,21 +201,82 @@ class _Service:
 
     async def _job(self, asked: ChatRequest | CompletionRequest) -> Job:
         """The request in token ids. Raises Refused, RequestError, ModelError."""
+        parallelism = self._parallelism(asked.pasta.parallelism)
+        prompts = await self.encoded(asked, parallelism)
+        self._check_ids(asked, prompts)
+        max_tokens = self._fitting(max(map(len, prompts), default=0), asked.wanted_tokens, asked.about)
+        if asked.min_tokens > max_tokens:
+            raise bad_value(f"min_tokens is above max_tokens, {max_tokens}: lower it", "min_tokens")
         params = asked.params(
-            max_tokens=asked.wanted_tokens or 1,
-            logprobs=asked.wanted_logprobs,
-            parallelism=self._parallelism(asked.pasta.parallelism),
+            max_tokens=max(1, max_tokens), logprobs=asked.wanted_logprobs, parallelism=parallelism
         )
-        loop = asyncio.get_running_loop()
-        prompts = [
-            await loop.run_in_executor(self._encoder, self.llm.encode, prompt, params) for prompt in asked.prompts
-        ]
-        longest = max(map(len, prompts), default=0)
-        params = replace(params, max_tokens=self._fitting(longest, asked.wanted_tokens))
-        seed = random.getrandbits(63) if params.seed is None else params.seed
-        return Job(prompts, params, seed)
+        scored = asked.wanted_logprobs if asked.echoes else None
+        if scored is not None and not self._offered.prompt_logprobs:
+            said = f"the {self._offered.name} engine gives no log-probabilities of prompts: leave out echo or logprobs"
+            raise bad_value(said, "echo")
+        return Job(prompts, params, _noise(prompts, params), scored, decodes=max_tokens > 0)
 
-    def _fitting(self, prompt: int, wanted: int | None) -> int:
+    async def encoded(self, asked: Encoded, parallelism: float = 1.0) -> list[list[int]]:
+        """Token ids of a request's prompts, encoded on the tokenizer's own thread. Raises Refused, ModelError."""
+        loop = asyncio.get_running_loop()
+        try:
+            how = asked.rendering()
+        except RequestError as error:
+            raise bad_value(str(error), "chat_template_kwargs") from None
+        params = SamplingParams(parallelism=parallelism)
+        encode = partial(self.llm.encode, rendering=how, add_special_tokens=asked.add_special_tokens)
+        try:
+            ids = [await loop.run_in_executor(self._encoder, encode, prompt, params) for prompt in asked.prompts]
+        except RequestError as error:
+            raise bad_value(str(error), asked.about) from None
+        return ids
+
+    async def spelled(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as text, special ones as they are spelled. Raises Refused."""
+        self.check_ids(token_ids, "tokens")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoder, self._spellings, token_ids)
+
+    def _spellings(self, token_ids: Sequence[int]) -> list[str]:
+        special = self.llm.loaded.tokenizer.added_tokens_decoder
+        vocabulary = self.llm.loaded.vocabulary
+        reader = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        found = []
+        for i, token in enumerate(token_ids):
+            piece = vocabulary.piece(token)
+            spelled = "" if piece or token not in special else str(special[token].content)
+            found.append(spelled or reader.decode(piece, final=i == len(token_ids) - 1))
+        return found
+
+    def check_ids(self, token_ids: Iterable[int], param: str) -> None:
+        """Raises Refused for ids that the model does not have, and where its own are not known here."""
+        size = self.llm.loaded.vocabulary.size
+        if size == sys.maxsize:
+            raise bad_value("the model of this server is asked in text: its token ids are not known here", param)
+        if (odd := next((i for i in token_ids if not 0 <= i < size), None)) is not None:
+            raise bad_value(f"token id {odd} is outside the model's vocabulary of {size}", param)
+
+    def _check_ids(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> None:
+        if not all(prompts):
+            raise bad_value("the prompt is empty: say something", asked.about)
+        if asked.logit_bias and self.llm.loaded.vocabulary.size < sys.maxsize:
+            self.check_ids(map(int, asked.logit_bias), "logit_bias")
+        if asked.stop_token_ids:
+            self.check_ids(asked.stop_token_ids, "stop_token_ids")
+        if any(isinstance(prompt, list) and isinstance(prompt[0], int) for prompt in asked.prompts if prompt):
+            self.check_ids((i for prompt in prompts for i in prompt), "prompt")
+
+    def named(self, model: str | None) -> None:
+        """Raises Refused if another model is asked for than the one that is here."""
+        if model not in (None, self.settings.name):
+            raise Refused(
+                f"there is no model {model!r} here, only {self.settings.name!r}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+
+    def _fitting(self, prompt: int, wanted: int | None, about: str) -> int:
         """The bound on tokens; if none is wanted, the server's, or what is left. Raises Refused."""
         room = self._offered.max_model_len
         most = min(self.settings.max_prompt_tokens or room, room - 1)
@@ -195,21 +285,15 @@ class _Service:
         elif wanted is not None and prompt + wanted > room:
             said = f"the prompt's {prompt} tokens and max_tokens {wanted} exceed {room}: lower one"
         else:
-            return wanted or min(self.settings.max_tokens, room - prompt)
-        raise Refused(said, code="context_length_exceeded", param="max_tokens" if prompt <= most else None)
+            return min(self.settings.max_tokens, room - prompt) if wanted is None else wanted
+        raise Refused(said, code="context_length_exceeded", param="max_tokens" if prompt <= most else about)
 
     @asynccontextmanager
     async def asking(self, asked: ChatRequest | CompletionRequest) -> AsyncIterator[_Asked]:
         """A request under way: it has its places until the end, and whatever ends it frees its slots. Raises
         PastaError, TimeoutError."""
         begun = time.perf_counter()
-        if asked.model != self.settings.name:
-            raise Refused(
-                f"there is no model {asked.model!r} here, only {self.settings.name!r}",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
+        self.named(asked.model)
         if not asked.prompts:
             raise Refused("prompt is empty: give at least one", param="prompt")
         with self._places(len(asked.prompts) * asked.n):
@@ -219,7 +303,7 @@ class _Service:
                 self.worker.ask(job)
                 try:
                     under_way = _Asked(job, self, begun)
-                    await under_way.taken()
+                    await under_way.taken(asked)
                     yield under_way
                     under_way.tell(span)
                 finally:
@@ -232,14 +316,24 @@ class _Asked:
     def __init__(self, job: Job, service: _Service, begun: float) -> None:
         stops, number = job.params.stop_strings, len(job.prompts) * job.params.n
         self.answers = [Answer(stops) for _ in range(number)]
+        self._vocabulary = service.llm.loaded.vocabulary
         self._prompt_tokens, self._model = sum(map(len, job.prompts)), service.settings.name
         self._job, self._begun, self._metrics = job, begun, service.metrics
         self._deadline = asyncio.get_running_loop().time() + service.settings.timeout
         self._first: tuple[int, list[Event]] | None = None
 
-    async def taken(self) -> None:
+    async def taken(self, asked: ChatRequest | CompletionRequest) -> None:
         """Waits until the engine has it. Raises PastaError, TimeoutError."""
         self._first = await self._next()
+        if not asked.echoes:
+            return
+        job, vocabulary = self._job, self._vocabulary
+        ends = vocabulary.eos.union(job.params.stop_token_ids or ())
+        for i, answer in enumerate(self.answers):
+            place = i // job.params.n
+            ids, said = job.prompts[place], asked.prompts[place]
+            text = said if isinstance(said, str) else vocabulary.text(ids)
+            answer.echo = Echo(text, ids, job.scores[place] if job.scores else None, ends)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """What becomes certain, with the choice's index, until all is over. Raises EngineError, TimeoutError."""
@@ -347,7 +441,7 @@ class _Chunks(_Replying):
     async def _chunks(self, under_way: _Asked) -> AsyncIterator[ChatCompletionChunk | Completion]:
         asked, reply = self._asked, self._reply
         for index in range(len(under_way.answers)):
-            if (opening := reply.opening(index)) is not None:
+            if (opening := reply.opening(index, under_way.answers[index])) is not None:
                 yield opening
         async for index, delta in under_way.deltas():
             if asked.pasta.events:
@@ -365,7 +459,7 @@ def _refused(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, RequestValidationError):
-        return refusal(error.errors())
+        return refusal(error.errors(), error.body)
     if isinstance(error, HTTPException):
         return Refused(error.detail, error.status_code, headers=error.headers)
     if isinstance(error, TimeoutError):
@@ -381,14 +475,23 @@ def _refused(error: Exception) -> Refused:
 
 async def _error(request: Request, error: Exception) -> Response:
     refused = _refused(error)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if isinstance(error, RequestValidationError) and kind != "application/json" and not kind.endswith("+json"):
+        has = f"not {kind}" if kind else "this request has no Content-Type"
+        refused = Refused(f"send JSON with Content-Type: application/json, {has}", code="unsupported_content_type")
     return JSONResponse(refused.body(), refused.status, refused.headers)
 
 
 # ------------------------------------------------------------------------------ the application
 
 
+_OPEN = frozenset({*PAGE, "/health"})
+"""Paths that need no key: the page, which asks for it, and what tells that the server is there."""
+
+
 class _Gate:
-    """Before any path: the API key, and how large a body may be and how long it may take. Counts the requests."""
+    """Before any path: by which name the server is called, the API key, and how large a body may be and how long it
+    may take. Counts the requests."""
 
     def __init__(self, app: ASGIApp, service: _Service, paths: frozenset[str]) -> None:
         self._app, self._service, self._paths = app, service, paths
@@ -405,20 +508,37 @@ class _Gate:
                 self._service.metrics.requests.labels(known, message["status"]).inc()
             await send(message)
 
-        if path.startswith("/v1") and not self._admitted(dict(scope["headers"]).get(b"authorization", b"")):
+        headers = dict(scope["headers"])
+        refused = None
+        if not self._called_rightly(scope, headers.get(b"host", b"")):
+            said = "this server is not called by this Host: use localhost, or name it with --allowed-host"
+            refused = Refused(said, status=403, code="host_not_allowed")
+        elif path not in _OPEN and not self._admitted(headers.get(b"authorization", b"")):
             refused = Refused(
                 "this server needs its API key: send Authorization: Bearer KEY",
                 status=401,
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if refused is not None:
             await (await _error(Request(scope), refused))(scope, receive, counted)
             return
         await self._app(scope, self._bounded(receive), counted)
 
     def _admitted(self, header: bytes) -> bool:
         key = self._service.settings.api_key
-        return key is None or hmac.compare_digest(header, b"Bearer " + key.encode())
+        scheme, _, given = header.partition(b" ")
+        return key is None or scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key.encode())
+
+    def _called_rightly(self, scope: Scope, host: bytes) -> bool:
+        """Whether a request that may come from a browser on this machine names it by a name that is its own: a page
+        elsewhere can point a name of its own here, and would then be of the same origin."""
+        settings = self._service.settings
+        here = (scope.get("server") or ("",))[0]
+        if settings.api_key is not None or "*" in settings.hosts or not (host and _loopback(here)):
+            return True
+        name = _hostname(host.decode("latin-1"))
+        return _loopback(name) or name in map(str.lower, settings.hosts)
 
     def _bounded(self, receive: Receive) -> Receive:
         """What comes in, as long as the body is not too large or too slow."""
@@ -443,6 +563,23 @@ class _Gate:
         return bounded
 
 
+def _hostname(host: str) -> str:
+    """A Host header without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower().removesuffix(".")
+
+
+def _loopback(name: str) -> bool:
+    """Whether a name or address always means this machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 class ErrorObject(BaseModel):
     """What OpenAI's errors say."""
 
@@ -461,7 +598,10 @@ class ErrorReply(BaseModel):
 def application(llm: LLM, settings: Settings) -> FastAPI:
     """The ASGI application over a model; it owns the model's driver while it runs."""
     service = _Service(llm, settings)
-    created = int(time.time())
+    length = llm.driver.engine.capabilities.max_model_len
+    only: dict[str, Any] = Model(
+        id=settings.name, created=int(time.time()), object="model", owned_by="pastalm", max_model_len=length
+    ).model_dump(exclude_unset=True)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
@@ -495,8 +635,41 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
     @app.get("/v1/models", dependencies=key)
     async def models() -> dict[str, Any]:
         """The one model."""
-        only = Model(id=settings.name, created=created, object="model", owned_by="pastalm")
-        return {"object": "list", "data": [only.model_dump(exclude_unset=True)]}
+        return {"object": "list", "data": [only]}
+
+    @app.get("/v1/models/{model:path}", dependencies=key, responses={200: {"model": Model}})
+    async def one_model(model: str) -> dict[str, Any]:
+        """The one model, by its name."""
+        service.named(model)
+        return only
+
+    @app.post("/tokenize", dependencies=key)
+    async def tokenize(
+        asked: Annotated[
+            Annotated[TokenizeRequest, Tag("prompt")] | Annotated[TokenizeChatRequest, Tag("messages")],
+            Discriminator(tokenized),
+        ],
+    ) -> Tokens:
+        """Token ids of a raw prompt or of a conversation, as vLLM gives them."""
+        service.named(asked.model)
+        service.check_ids((), asked.about)
+        (ids,) = await service.encoded(asked)
+        strings = await service.spelled(ids) if asked.return_token_strs else None
+        return Tokens(count=len(ids), max_model_len=length, tokens=ids, token_strs=strings)
+
+    @app.post("/detokenize", dependencies=key)
+    async def detokenize(asked: DetokenizeRequest) -> TokensText:
+        """The text of token ids, as vLLM gives it."""
+        service.named(asked.model)
+        return TokensText(prompt="".join(await service.spelled(asked.tokens)))
+
+    @app.get("/tokenizer_info", dependencies=key)
+    async def tokenizer_info() -> dict[str, Any]:
+        """Special tokens and chat template, as vLLM gives them."""
+        tokenizer = llm.loaded.tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "chat_template")
+        held = {name: getattr(tokenizer, name, None) for name in names}
+        return {"tokenizer_class": type(tokenizer).__name__, **held}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -515,7 +688,29 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
 
     paths = frozenset(str(getattr(route, "path", "")) for route in app.routes)
     app.add_middleware(_Gate, service=service, paths=paths)
+    if settings.cors_origins:
+        # outside the gate: a browser asks beforehand without the key, and reads refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     return app
+
+
+def _noise(prompts: list[list[int]], params: SamplingParams) -> list[tuple[int, int]]:
+    """Of each prompt the seed, and the number of its first choice. The same prompt again goes on with other choices, as
+    n more of it would; any prompt alone gets with its seed what it gets here."""
+    seeds: dict[tuple[int, ...], int] = {}
+    times: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt in map(tuple, prompts):
+        seed = seeds.setdefault(prompt, random.getrandbits(63) if params.seed is None else params.seed)
+        found.append((seed, times[prompt] * params.n))
+        times[prompt] += 1
+    return found
 
 
 def _file(name: str) -> Callable[[], Awaitable[Response]]:
@@ -540,7 +735,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(llm: LLM, settings: Settings, listening: socket.socket) -> None:
-    """Serves until SIGTERM or Ctrl-C; what runs then is finished, new clients are not taken."""
+    """Serves until SIGTERM or Ctrl-C; what runs then is finished, new clients are not taken. One that listens beyond
+    loopback may be called by any name."""
+    if not _loopback(listening.getsockname()[0]):
+        settings = replace(settings, hosts=("*",))
     config = uvicorn.Config(
         application(llm, settings),
         log_level="warning",

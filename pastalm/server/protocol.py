@@ -1,19 +1,22 @@
 """What clients send and get: OpenAI's requests, checked, and OpenAI's replies, built.
 
-A field of OpenAI's that is not here is refused by its name, unless it is null or has the value that means what
-happens anyway (`neutral`). The replies are the openai package's own types; what is PASTA's stands on them as one
-more key, `pasta`, which other clients ignore.
+Of a field of OpenAI's or vLLM's one of four things is true. It is done as they do it. It changes nothing of the answer
+and any value is taken (`_Unheeded`). It is taken with the value that means what happens anyway (`neutral`), and null is
+always such a value. Else it is refused by its name. The replies are the openai package's own types; what is PASTA's
+stands on them as one more key, `pasta`, which other clients ignore.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import accumulate
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import (
@@ -24,11 +27,21 @@ from openai.types.chat import (
 )
 from openai.types.chat import chat_completion_chunk as chunk_types
 from openai.types.completion_choice import Logprobs
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from pastalm.engine import SamplingParams
+from pastalm.engine import SampledToken, SamplingParams
 from pastalm.errors import PastaError
 from pastalm.events import Decoded, Event, to_json
+from pastalm.models import Rendering
 from pastalm.transcript import Transcript
 from pastalm.vocabulary import Vocabulary
 
@@ -57,7 +70,34 @@ class Refused(PastaError):
         return {"error": {"message": said, "type": kind, "param": self.param, "code": self.code}}
 
 
+def bad_value(said: str, param: str) -> Refused:
+    """A field whose value cannot be served."""
+    return Refused(said, code="invalid_value", param=param)
+
+
 # ------------------------------------------------------------------------------ requests
+
+
+class Encoded(Protocol):
+    """A request that has prompts. about: the field that they come from. add_special_tokens: of raw prompts."""
+
+    about: ClassVar[str]
+
+    @property
+    def add_special_tokens(self) -> bool: ...
+
+    @property
+    def prompts(self) -> list[Any]: ...
+
+    def rendering(self) -> Rendering:
+        """How a conversation is rendered. Raises RequestError."""
+
+
+class BadValue(PydanticCustomError):
+    """A value that is refused, with the field that it is about."""
+
+    def __new__(cls, param: str, said: str) -> BadValue:
+        return super().__new__(cls, "bad_value", "{said}", {"said": said, "param": param})
 
 
 def _unicode(text: str) -> str:
@@ -68,6 +108,13 @@ def _unicode(text: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_unicode)]
+_Token = Annotated[int, Field(ge=0, lt=2**63)]
+_Object = dict[str, Any]
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether JSON values are equal; true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 class _Checked(BaseModel):
@@ -82,34 +129,135 @@ class _Checked(BaseModel):
     def _leave_out(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {k: v for k, v in value.items() if v is not None and v not in cls.neutral.get(k, ())}
+        return {k: v for k, v in value.items() if v is not None and not cls._changes_nothing(k, v)}
+
+    @classmethod
+    def _changes_nothing(cls, name: str, value: Any) -> bool:
+        return any(_same(value, other) for other in cls.neutral.get(name, ()))
 
 
 class TextPart(_Checked):
     """A part of a message."""
 
-    type: Literal["text"]
+    type: str
     text: _Text
+    annotations: list[Any] | None = None
+    cache_control: _Object | None = None
+    prompt_cache_breakpoint: _Object | None = None
+    logprobs: list[Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") not in ("text", "input_text", "output_text"):
+            kind = str(value.get("type"))[:40]
+            raise BadValue("type", f"the model reads text only, not parts of the type {kind!r}")
+        return value
+
+
+class RefusalPart(_Checked):
+    """A part of an assistant's message."""
+
+    type: Literal["refusal"]
+    refusal: _Text
+
+
+class CalledFunction(_Checked):
+    """What a tool call of an earlier answer asked for. arguments: JSON."""
+
+    name: _Text = Field(min_length=1)
+    arguments: _Text = ""
+
+
+class ToolCall(_Checked):
+    """A tool call of an earlier answer."""
+
+    id: _Text | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+def _kind(part: Any) -> str:
+    """Which kind of part a value is, or comes nearest to."""
+    if isinstance(part, str):
+        return "words"
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "refusal" if kind == "refusal" else "text"
+
+
+_Part = Annotated[
+    Annotated[_Text, Tag("words")] | Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")],
+    Discriminator(_kind),
+]
+
+
+_ASSISTANTS = ("tool_calls", "refusal", "reasoning", "reasoning_content", "thinking")
 
 
 class Message(_Checked):
-    """One message of a conversation."""
+    """One message of a conversation. content: of an assistant it may be null. What `Message` has beside `role`,
+    `content`, `reasoning` and tools changes nothing."""
 
-    neutral = {"annotations": [[]], "tool_calls": [[]]}
-    role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | list[TextPart]
+    neutral = {"annotations": [[]], "tool_calls": [[]], "prefix": [False], "partial": [False]}
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: _Text | list[_Part] | None = None
+    refusal: _Text | None = None
+    reasoning: _Text | None = None
+    reasoning_content: _Text | None = None
+    thinking: _Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: _Text | None = None
+    name: _Text | None = None
+    type: Literal["text", "message"] | None = None
+    id: str | None = None
+    status: str | None = None
+    annotations: list[Any] | None = None
+    cache_control: _Object | None = None
+    weight: float | None = None
 
-    def rendered(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _complete(self) -> Message:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise BadValue("tool_call_id", "a message of the role tool needs the tool_call_id that it answers")
+        if self.role != "assistant":
+            if self.content is None:
+                raise BadValue("content", f"a message of the role {self.role} needs a content")
+            if (name := next((name for name in _ASSISTANTS if getattr(self, name)), None)) is not None:
+                raise BadValue(name, f"{name} is an assistant's: leave it out")
+        return self
+
+    def rendered(self) -> dict[str, Any]:
         """As a chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        said: dict[str, Any] = {"role": role, "content": self._said()}
+        if self.tool_calls:
+            said["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls]
+        held = {
+            "tool_call_id": self.tool_call_id,
+            "name": self.name,
+            "reasoning_content": self.reasoning_content or self.reasoning or self.thinking,
+        }
+        return {**said, **{name: value for name, value in held.items() if value is not None}}
+
+    def _said(self) -> str:
+        """The text; parts are lines of it, as at vLLM."""
+        if self.content is None:
+            return self.refusal or ""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(
+            part if isinstance(part, str) else part.refusal if isinstance(part, RefusalPart) else part.text
+            for part in self.content
+        )
 
 
 class StreamOptions(_Checked):
-    """What a stream carries beside the text."""
+    """What a stream carries beside the text. include_obfuscation: nothing is padded in any case."""
 
-    neutral = {"include_obfuscation": [False]}
+    neutral = {"continuous_usage_stats": [False]}
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
 class PastaOptions(_Checked):
@@ -120,8 +268,61 @@ class PastaOptions(_Checked):
     events: bool = False
 
 
-class _Sampled(_Checked):
-    model: str
+class _Unheeded(_Checked):
+    """Fields that change nothing of an answer here: who asks, what to store, hints for speed, and what belongs to
+    ways of decoding that are refused (beams, slow tokenizers)."""
+
+    user: str | None = None
+    metadata: _Object | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: _Object | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    session_id: str | None = None
+    priority: int | None = None
+    stream_interval: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    return_token_offsets: bool | None = None
+    return_mm_kwargs: bool | None = None
+    media_io_kwargs: _Object | None = None
+    mm_processor_kwargs: _Object | None = None
+    cache_prompt: bool | None = None
+
+
+_NOT_DONE: dict[str, Sequence[Any]] = {
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "response_format": [{"type": "text"}],
+    "use_beam_search": [False],
+    "skip_special_tokens": [True],
+    "include_stop_str_in_output": [False],
+    "bad_words": [[]],
+    "watermarking": [False],
+    "truncate_prompt_tokens": [-1],
+    "thinking_token_budget": [-1],
+    "return_tokens_as_token_ids": [False],
+    "return_token_ids": [False],
+    "return_prompt_text": [False],
+    "routed_experts_prompt_start": [0],
+    "vllm_xargs": [{}],
+    "kv_transfer_params": [{}],
+    "ec_transfer_params": [{}],
+    "no_stop_trim": [False],
+    "return_hidden_states": [False],
+    "typical_p": [1],
+    "mirostat": [0],
+}
+
+
+class _Sampled(_Unheeded):
+    model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -129,28 +330,45 @@ class _Sampled(_Checked):
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: _Text | list[_Text] | None = None
+    stop_token_ids: list[_Token] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = Field(default=0, ge=0, lt=2**31)
     logit_bias: dict[str, float] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     pasta: PastaOptions = PastaOptions()
 
+    @classmethod
+    def _changes_nothing(cls, name: str, value: Any) -> bool:
+        return super()._changes_nothing(name, value) or any(_same(value, other) for other in _NOT_DONE.get(name, ()))
+
     @model_validator(mode="after")
     def _together(self) -> _Sampled:
-        if len(self.stops) > 4 or not all(1 <= len(stop) <= 256 for stop in self.stops):
-            raise ValueError("stop must be at most 4 texts of 1 to 256 characters")
+        if len(self.stops) > MOST_STOPS or not all(1 <= len(stop) <= 256 for stop in self.stops):
+            raise BadValue("stop", f"stop must be at most {MOST_STOPS} texts of 1 to 256 characters")
+        if len(self.stop_token_ids or ()) > MOST_STOPS:
+            raise BadValue("stop_token_ids", f"stop_token_ids must be at most {MOST_STOPS}")
         bias = self.logit_bias or {}
         if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
-            raise ValueError("the keys of logit_bias must be token ids")
+            raise BadValue("logit_bias", "the keys of logit_bias must be token ids")
         if not all(-100 <= value <= 100 for value in bias.values()):
-            raise ValueError("the values of logit_bias must be in -100..100")
+            raise BadValue("logit_bias", "the values of logit_bias must be in -100..100")
         if not self.stream and (self.pasta.events or self.stream_options.include_usage):
-            raise ValueError("stream_options.include_usage and pasta.events need stream: true")
+            param = "pasta.events" if self.pasta.events else "stream_options.include_usage"
+            raise BadValue(param, "stream_options.include_usage and pasta.events need stream: true")
         return self
 
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    echoes: ClassVar[bool] = False
+    """Whether answers begin with their prompt."""
+
+    def rendering(self) -> Rendering:
+        """How a conversation is rendered. Raises RequestError."""
+        return Rendering()
 
     def params(self, *, max_tokens: int, logprobs: int | None, parallelism: float) -> SamplingParams:
         """How it is sampled. Raises RequestError."""
@@ -163,6 +381,9 @@ class _Sampled(_Checked):
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             stop=self.stops,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
             max_tokens=max_tokens,
             logprobs=logprobs,
             logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
@@ -170,38 +391,91 @@ class _Sampled(_Checked):
         )
 
 
-_NO_PENALTY = {"frequency_penalty": [0], "presence_penalty": [0]}
+MOST_STOPS = 64
+"""Stop strings of a request, and stop token ids."""
 
 
-class ChatRequest(_Sampled):
-    """`POST /v1/chat/completions`."""
+class _Conversation(_Checked):
+    """Fields of a conversation, and how the chat template is to render it, as vLLM has them."""
 
-    neutral = {
-        **_NO_PENALTY,
-        "response_format": [{"type": "text"}],
-        "modalities": [["text"]],
-        "service_tier": ["auto", "default"],
-        "store": [False],
-        "tools": [[]],
-        "tool_choice": ["none"],
-    }
+    about: ClassVar[str] = "messages"
+    add_special_tokens: ClassVar[bool] = True
+    """The template says them itself."""
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=20)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: _Object | None = None
 
     @model_validator(mode="after")
-    def _agree(self) -> ChatRequest:
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("give max_completion_tokens or max_tokens, not both")
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+    def _open(self) -> _Conversation:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise BadValue("continue_final_message", "continue_final_message needs add_generation_prompt: false")
         return self
 
     @property
     def prompts(self) -> list[Any]:
         return [[message.rendered() for message in self.messages]]
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What the chat template may read beside the messages."""
+        return dict(self.chat_template_kwargs or {})
+
+    def rendering(self) -> Rendering:
+        """Raises RequestError."""
+        opened = self.add_generation_prompt
+        return Rendering(
+            add_generation_prompt=not self.continue_final_message if opened is None else opened,
+            continue_final_message=self.continue_final_message,
+            names=self.names,
+        )
+
+
+class ChatRequest(_Conversation, _Sampled):
+    """`POST /v1/chat/completions`."""
+
+    neutral = {
+        "modalities": [["text"]],
+        "tools": [[]],
+        "tool_choice": ["none", "auto"],
+        "functions": [[]],
+        "function_call": ["none", "auto"],
+        "echo": [False],
+        "add_special_tokens": [False],
+    }
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    documents: list[_Object] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: _Object | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tools(cls, value: Any) -> Any:
+        """Tools that are not to be called are as good as absent."""
+        if isinstance(value, dict):
+            for chosen, offered in (("tool_choice", "tools"), ("function_call", "functions")):
+                if value.get(chosen) == "none":
+                    value = {k: v for k, v in value.items() if k != offered or not isinstance(v, list)}
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise BadValue("max_tokens", "give max_completion_tokens or max_tokens, not both")
+        if self.top_logprobs and not self.logprobs:
+            raise BadValue("top_logprobs", "top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def names(self) -> dict[str, Any]:
+        given = {"documents": self.documents, "reasoning_effort": self.reasoning_effort}
+        return {**{k: v for k, v in given.items() if v}, **(self.chat_template_kwargs or {})}
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -215,10 +489,20 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """`POST /v1/completions`: raw prompts, as text or as token ids."""
 
-    neutral = {**_NO_PENALTY, "echo": [False], "best_of": [1], "suffix": [""]}
-    prompt: _Text | list[_Text] | list[int] | list[list[int]]
-    max_tokens: int = Field(default=16, ge=1)
+    about: ClassVar[str] = "prompt"
+    neutral = {"suffix": [""]}
+    prompt: _Text | list[_Text] | list[_Token] | list[list[_Token]]
+    max_tokens: int = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
+    best_of: int | None = Field(default=None, ge=1)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _agree(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise BadValue("best_of", "best_of must be n: this server returns every answer that it decodes")
+        return self
 
     @property
     def prompts(self) -> list[Any]:
@@ -233,26 +517,130 @@ class CompletionRequest(_Sampled):
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def echoes(self) -> bool:  # type: ignore[override]
+        return self.echo
 
-def refusal(errors: Sequence[Mapping[str, Any]]) -> Refused:
-    """What is wrong with a body, as one error: a field that is not supported comes first."""
-    worst = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    where = [str(part) for part in worst["loc"] if part != "body"]
-    param = ".".join(where) or None
-    if worst["type"] == "extra_forbidden":
+
+class TokenizeRequest(_Checked):
+    """`POST /tokenize` of a raw prompt, as vLLM's."""
+
+    about: ClassVar[str] = "prompt"
+    model: str | None = None
+    prompt: _Text
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @property
+    def prompts(self) -> list[Any]:
+        return [self.prompt]
+
+    def rendering(self) -> Rendering:
+        """None is rendered."""
+        return Rendering()
+
+
+class TokenizeChatRequest(_Conversation):
+    """`POST /tokenize` of a conversation, as vLLM's."""
+
+    neutral = {"tools": [[]], "add_special_tokens": [False]}
+    model: str | None = None
+    return_token_strs: bool = False
+    media_io_kwargs: _Object | None = None
+    mm_processor_kwargs: _Object | None = None
+
+
+def tokenized(asked: Any) -> str:
+    """What a request for tokens is about."""
+    chat = "messages" in asked if isinstance(asked, dict) else isinstance(asked, TokenizeChatRequest)
+    return "messages" if chat else "prompt"
+
+
+class Tokens(BaseModel):
+    """Token ids of a text, and how they are spelled if that was asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(_Checked):
+    """`POST /detokenize`, as vLLM's."""
+
+    model: str | None = None
+    tokens: list[_Token]
+
+
+class TokensText(BaseModel):
+    """The text of token ids."""
+
+    prompt: str
+
+
+def refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refused:
+    """What is wrong with a body, as one error: a field that is not supported comes first, then what lies deepest (of
+    the kinds that a value may have, the one that it comes nearest to)."""
+    places = [_place(error, body) for error in errors]
+    rank = [
+        (e["type"] == "extra_forbidden", len(where), not str(e["type"]).endswith("_type"))
+        for e, where in zip(errors, places, strict=True)
+    ]
+    worst = max(range(len(errors)), key=lambda i: rank[i])
+    error, where = errors[worst], places[worst]
+    param = _spelled(where) or None
+    if error["type"] == "bad_value":
+        said, param = f"{param}: {error['msg']}" if param else error["msg"], _spelled([*where, error["ctx"]["param"]])
+        return Refused(said, code="invalid_value", param=param)
+    if error["type"] == "extra_forbidden":
         said = f"{param} is not supported by this server: leave it out"
         return Refused(said, code="unsupported_parameter", param=param)
-    if worst["type"] == "json_invalid":
+    if error["type"] == "json_invalid":
         return Refused("the body is not JSON", code="invalid_json")
-    said = str(worst["msg"]).removeprefix("Value error, ")
+    if error["type"] == "missing" and param:
+        return bad_value(f"{param} is missing: give it", param)
+    said = str(error["msg"]).removeprefix("Value error, ")
+    if param is None and (error["type"] == "missing" or error["type"].endswith("_type")):
+        said = "the body must be a JSON object"
     return Refused(f"{param}: {said}" if param else said, code="invalid_value", param=param)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str | int]:
+    """Where in the body an error is; what pydantic says of it names the kinds, too, that a value may have."""
+    where: list[str | int] = []
+    parts = [part for part in error["loc"] if part != "body"]
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        listed = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if listed or isinstance(body, dict) and part in body:
+            body = body[part]
+        elif not (last and error["type"] == "missing"):
+            continue
+        where.append(part)
+    return where
+
+
+def _spelled(where: Sequence[str | int]) -> str:
+    """A place as OpenAI writes it: messages[0].content[1]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
 
 
 # ------------------------------------------------------------------------------ answers
 
 
-Scored = tuple[int, Decoded]
+Scored = tuple[int, Decoded | SampledToken]
 """A token of the text, and the character at which it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that its answer is to begin with. scores: of all its tokens but the first, if they were asked for.
+    ends: the ids that end a text."""
+
+    text: str
+    token_ids: list[int]
+    scores: list[SampledToken] | None
+    ends: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,20 +659,46 @@ class Answer:
     it goes through the first unfinished chunk, and never past what may begin a stop string."""
 
     stops: tuple[str, ...] = ()
+    echo: Echo | None = None
     transcript: Transcript = field(default_factory=Transcript)
     _characters: int = 0
     _tokens: int = 0
+    _end: Decoded | None = None
 
     def take(self, events: list[Event]) -> Delta:
         """What some events, all of one step, made certain."""
         for event in events:
             self.transcript.apply(event)
+            self._end = self._ended(event) or self._end
         text = self.transcript.certain(self.stops, start=self._characters)
         self._characters += len(text)
         end = math.inf if self.transcript.finished else self._characters
         scored = self.transcript.scored_from(self._tokens, end=end)
         self._tokens += len(scored)
-        return Delta(text, scored, events, self.transcript.finish_reason)
+        found = self._placed(scored)
+        return Delta(text, found, events, self.transcript.finish_reason)
+
+    def _ended(self, event: Event) -> Decoded | None:
+        """The end that the model wrote: behind an echo it is a token as any other, since whoever asks for one counts
+        tokens."""
+        if self.echo is None or not isinstance(event, Decoded) or event.path or event.logprob is None:
+            return None
+        return event if event.tag and event.token in self.echo.ends else None
+
+    def _placed(self, scored: Sequence[Scored]) -> list[Scored]:
+        begin = len(self.echo.text) if self.echo else 0
+        found = [(begin + at, token) for at, token in scored]
+        if self._end is not None and self.transcript.finished:
+            found.append((begin + len(self.transcript.text), self._end))
+        return found
+
+    def text(self) -> str:
+        """All of it, the echo too."""
+        return (self.echo.text if self.echo else "") + self.transcript.text
+
+    def scored(self) -> list[Scored]:
+        """The answer's tokens with their places in all of the text."""
+        return self._placed(list(self.transcript.scored()))
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer], fork_odds: float) -> CompletionUsage:
@@ -341,7 +755,7 @@ class ChatReply:
             usage=used,
         )
 
-    def opening(self, index: int) -> ChatCompletionChunk | None:
+    def opening(self, index: int, answer: Answer) -> ChatCompletionChunk | None:
         """The chunk that says who speaks."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
@@ -413,14 +827,16 @@ class CompletionReply:
     def whole(self, answers: Sequence[Answer], used: CompletionUsage) -> Completion:
         """The reply of a request that does not stream."""
         choices = [
-            self._choice(i, a.transcript.text, list(a.transcript.scored()), a.transcript.finish_reason)
+            self._choice(i, a.text(), a.scored(), a.transcript.finish_reason, a.echo)
             for i, a in enumerate(answers)
         ]
         return self._of(choices, usage=used)
 
-    def opening(self, index: int) -> Completion | None:
-        """Completions begin with text."""
-        return None
+    def opening(self, index: int, answer: Answer) -> Completion | None:
+        """The chunk of the prompt, if it is to be echoed."""
+        if answer.echo is None:
+            return None
+        return self._of([self._choice(index, answer.echo.text, [], None, answer.echo)])
 
     def chunk(self, index: int, delta: Delta, **more: Any) -> Completion:
         """The chunk of what can be appended."""
@@ -435,10 +851,15 @@ class CompletionReply:
         return self._of([], usage=used)
 
     def _choice(
-        self, index: int, text: str, scored: Sequence[Scored], finish_reason: str | None
+        self,
+        index: int,
+        text: str,
+        scored: Sequence[Scored],
+        finish_reason: str | None,
+        echo: Echo | None = None,
     ) -> CompletionChoice:
         return CompletionChoice.construct(
-            index=index, text=text, finish_reason=finish_reason, logprobs=self._logprobs(scored)
+            index=index, text=text, finish_reason=finish_reason, logprobs=self._logprobs(scored, echo)
         )
 
     def _of(self, choices: list[Any], **more: Any) -> Completion:
@@ -451,17 +872,30 @@ class CompletionReply:
             **more,
         )
 
-    def _logprobs(self, scored: Sequence[Scored]) -> Logprobs | None:
+    def _logprobs(self, scored: Sequence[Scored], echo: Echo | None) -> Logprobs | None:
         if not self.with_logprobs:
             return None
+        first = [echo.token_ids[0]] if echo else []  # nothing stands before it: null
+        offsets = self._offsets(echo.token_ids) if echo else []
+        behind = list(zip(offsets[1:], echo.scores or (), strict=False)) if echo else []
+        told: list[Scored] = [*behind, *scored]
         return Logprobs.construct(
-            text_offset=[at for at, _ in scored],
-            tokens=[self.vocabulary.text([token.token]) for _, token in scored],
-            token_logprobs=[_finite(token.logprob) for _, token in scored],
-            top_logprobs=[
-                {self.vocabulary.text([i]): _finite(p) for i, p in reversed(token.top_logprobs)} for _, token in scored
-            ],
+            text_offset=[*offsets[:1], *(at for at, _ in told)],
+            tokens=[self.vocabulary.text([token]) for token in (*first, *(t.token for _, t in told))],
+            token_logprobs=[*([None] * len(first)), *(_finite(token.logprob) for _, token in told)],
+            top_logprobs=[*([None] * len(first)), *(self._top(token) for _, token in told)],
         )
+
+    def _offsets(self, token_ids: Sequence[int]) -> list[int]:
+        """The character at which each token of a text begins."""
+        reader = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        lengths = (len(reader.decode(self.vocabulary.piece(token))) for token in token_ids)
+        return [0, *accumulate(lengths)][:-1]
+
+    def _top(self, token: Decoded | SampledToken) -> dict[str, float]:
+        """The likeliest tokens by their text, and the token itself in any case."""
+        ranked = [(token.token, token.logprob), *reversed(token.top_logprobs)]
+        return {self.vocabulary.text([i]): _finite(p) for i, p in ranked}
 
 
 def _finite(logprob: float | None) -> float:

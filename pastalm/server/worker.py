@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from pastalm.engine import SamplingParams
+from pastalm.engine import SampledToken, SamplingParams
 from pastalm.errors import EngineError, PastaError
-from pastalm.events import Event
+from pastalm.events import Event, Finished, Forked
 from pastalm.llm import LLM, Running
 
 log = logging.getLogger(__name__)
@@ -25,12 +26,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request of a client: `params.n` answers to each prompt, numbered prompt by prompt. updates: what happened,
-    (number, events of one step) or the error that ended all of it."""
+    """A request of a client: `params.n` answers to each prompt, numbered prompt by prompt. noise: of each prompt its
+    seed and the number of its first choice. scored: how many likeliest tokens to tell beside each prompt's own, whose
+    scores are there before the first update (None: none). decodes: whether the prompts are answered at all. updates:
+    what happened, (number, events of one step) or the error that ended all of it."""
 
     prompts: list[list[int]]
     params: SamplingParams
-    seed: int
+    noise: list[tuple[int, int]]
+    scored: int | None = None
+    decodes: bool = True
+    scores: list[list[SampledToken]] = field(default_factory=list)
     updates: asyncio.Queue[tuple[int, list[Event]] | PastaError] = field(default_factory=asyncio.Queue)
 
     async def next(self) -> tuple[int, list[Event]]:
@@ -69,6 +75,7 @@ class Worker:
         self._llm = llm
         self._inbox: SimpleQueue[_Ask | _Drop | _Stop] = SimpleQueue()
         self._jobs: dict[str, tuple[Job, int, Running]] = {}  # until they are dropped
+        self._to_score: deque[Job] = deque()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     # ------------------------------------------------------------------ the asyncio side
@@ -111,13 +118,15 @@ class Worker:
         driver = self._llm.driver
         for message in self._received():
             if isinstance(message, _Ask):
-                self._begin(message.job)
+                job = message.job
+                self._begin(job) if job.scored is None else self._to_score.append(job)
             elif isinstance(message, _Drop):
                 self._end(message.job)
             else:
                 for running in list(driver.running.values()):
                     driver.cancel(running)
                 return False
+        self._score()
         updates: dict[str, list[Event]] = {}
         for running, event in driver.step() if driver.running else ():
             updates.setdefault(running.request.id, []).append(event)
@@ -130,28 +139,52 @@ class Worker:
         return True
 
     def _received(self) -> Iterator[_Ask | _Drop | _Stop]:
-        """The messages that are there; waits for one if nothing decodes."""
-        if not self._llm.driver.running:
+        """The messages that are there; waits for one if nothing is to be done."""
+        if not (self._llm.driver.running or self._to_score):
             yield self._inbox.get()
         with contextlib.suppress(Empty):
             while True:
                 yield self._inbox.get_nowait()
 
+    def _score(self) -> None:
+        """Scores one prompt, if there is one to be scored and room for it: whoever decodes waits no longer."""
+        if not self._to_score:
+            return
+        job = self._to_score[0]
+        try:
+            scores = self._llm.driver.engine.score(job.prompts[len(job.scores)], job.scored or 0)
+        except Exception as error:
+            self._to_score.popleft()
+            self._tell([(job, error if isinstance(error, PastaError) else _told(error))])
+            return
+        if scores is not None:
+            job.scores.append(scores)
+            if len(job.scores) == len(job.prompts):
+                self._begin(self._to_score.popleft())
+
     def _begin(self, job: Job) -> None:
         updates: list[_Update] = []
+        numbers = range(len(job.prompts) * job.params.n)
+        if not job.decodes:
+            nothing: list[Event] = [Forked(path=()), Finished(path=(), reason="length")]
+            self._tell([(job, (number, nothing)) for number in numbers])
+            return
         try:
-            for i, prompt in enumerate(job.prompts):
-                for choice in range(job.params.n):
-                    running, events = self._llm.submit(prompt, job.params, choice=choice, seed=job.seed)
-                    number = i * job.params.n + choice
-                    self._jobs[running.request.id] = (job, number, running)
-                    updates.append((job, (number, events)))
+            for number in numbers:
+                place, choice = divmod(number, job.params.n)
+                seed, first = job.noise[place]
+                prompt = job.prompts[place]
+                running, events = self._llm.submit(prompt, job.params, choice=first + choice, seed=seed)
+                self._jobs[running.request.id] = (job, number, running)
+                updates.append((job, (number, events)))
         except Exception as error:
             self._end(job)
             updates = [(job, error if isinstance(error, PastaError) else _told(error))]
         self._tell(updates)
 
     def _end(self, job: Job) -> None:
+        with contextlib.suppress(ValueError):
+            self._to_score.remove(job)
         for request_id in [i for i, (owner, _, _) in self._jobs.items() if owner is job]:
             self._llm.driver.cancel(self._jobs.pop(request_id)[2])
 

@@ -102,8 +102,9 @@ def test_stream_options_that_ask_for_nothing_are_taken(served: Served) -> None:
 
 def test_the_document_asks_for_a_key_if_the_server_does(served: Served) -> None:
     with serving(playing(), api_key="secret") as locked:
-        for here, wanted in ((served, None), (locked, [{"HTTPBearer": []}])):
-            document = curl(f"{here.url}/openapi.json")[2]
+        bearer = ("--header", "Authorization: Bearer secret")
+        for here, wanted, options in ((served, None, ()), (locked, [{"HTTPBearer": []}], bearer)):
+            document = curl(f"{here.url}/openapi.json", None, *options)[2]
             assert document["paths"]["/v1/models"]["get"].get("security") == wanted
 
 
@@ -194,37 +195,53 @@ def refused(reply: tuple[int, dict[str, str], Any], status: int, code: str | Non
     assert "\n" not in body["error"]["message"]
 
 
-OFF: dict[str, Any] = {
-    "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}, "modalities": ["text"],
-    "service_tier": "auto", "store": False, "tools": [], "tool_choice": "none", "echo": False, "best_of": 1,
-    "suffix": "",
+OFF: dict[str, list[Any]] = {
+    "frequency_penalty": [0], "presence_penalty": [0.0], "response_format": [{"type": "text"}],
+    "modalities": [["text"]], "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]],
+    "function_call": ["none", "auto"], "suffix": [""], "use_beam_search": [False], "skip_special_tokens": [True],
+    "include_stop_str_in_output": [False], "bad_words": [[]], "watermarking": [False], "truncate_prompt_tokens": [-1],
+    "thinking_token_budget": [-1], "return_tokens_as_token_ids": [False], "return_token_ids": [False],
+    "return_prompt_text": [False], "routed_experts_prompt_start": [0], "vllm_xargs": [{}],
 }  # fmt: skip
 """Values of fields that are not supported which change nothing."""
+VLLM = {
+    "allowed_token_ids", "bad_words", "cache_salt", "chat_template", "documents", "ec_transfer_params", "echo",
+    "include_reasoning", "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logprob_token_ids",
+    "media_io_kwargs", "mm_processor_kwargs", "priority", "prompt_logprobs", "repetition_detection", "request_id",
+    "return_prompt_text", "return_token_ids", "return_tokens_as_token_ids", "routed_experts_prompt_start",
+    "session_id", "skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "structured_outputs",
+    "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "use_beam_search", "vllm_xargs",
+    "watermarking", "ignore_eos", "min_tokens", "stop_token_ids", "add_special_tokens", "top_k", "min_p",
+    "repetition_penalty", "return_token_offsets", "return_mm_kwargs",
+}  # fmt: skip
+"""vLLM's fields beside OpenAI's."""
 ASKED: dict[str, Any] = {"chat/completions": CHAT, "completions": {"model": "played", "prompt": "x"}}
 
 
 @pytest.mark.parametrize("path", ASKED)
-def test_every_field_of_openai_is_taken_or_refused(served: Served, path: str) -> None:
+def test_every_field_of_openai_and_vllm_is_taken_or_refused(served: Served, path: str) -> None:
     params = chat_params if path.startswith("chat") else completion_params
-    known = [*params.CompletionCreateParamsBase.__annotations__, "stream"]
+    known = {*params.CompletionCreateParamsBase.__annotations__, "stream"} | VLLM
     schema = curl(f"{served.url}/openapi.json")[2]["components"]["schemas"]
     taken = set(schema["ChatRequest" if path.startswith("chat") else "CompletionRequest"]["properties"])
-    assert taken - set(known) == {"top_k", "min_p", "repetition_penalty", "pasta"}
     url = f"{served.url}/v1/{path}"
-    for name in sorted(set(known) - taken):
+    for name in sorted(known):
+        needed = name in ("messages", "prompt")
+        assert curl(url, {**ASKED[path], name: None})[0] == (400 if needed else 200), name
+    for name in sorted(known - taken):
         reply = curl(url, {**ASKED[path], name: {"type": "anything"}})
         refused(reply, 400, "unsupported_parameter", name, "not supported")
         assert reply[2]["error"]["param"] == name
-        assert curl(url, {**ASKED[path], name: None})[0] == 200
-        if name in OFF:
-            assert curl(url, {**ASKED[path], name: OFF[name]})[0] == 200
+        if name in OFF and not (path == "completions" and ("tool" in name or "func" in name or name == "modalities")):
+            for value in OFF[name]:
+                assert name == "suffix" and path.startswith("chat") or curl(url, {**ASKED[path], name: value})[0] == 200
 
 
 def test_tools_and_formats_are_refused_to_the_openai_client(served: Served) -> None:
     for extra in (
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
         {"response_format": {"type": "json_object"}},
-        {"user": "somebody"},
+        {"web_search_options": {}},
     ):
         with pytest.raises(openai.BadRequestError, match="not supported"):
             served.client.chat.completions.create(**CHAT, **extra)
@@ -240,7 +257,7 @@ def test_tools_and_formats_are_refused_to_the_openai_client(served: Served) -> N
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "invalid_value", "empty"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "role"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "unsupported_parameter", "name"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "y"}]}, "unsupported_parameter", "messages[0].mood"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_value", "messages"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "invalid_value", "messages"),
         ({"\ud800": 1}, "invalid_value", "unicode"),
@@ -257,7 +274,7 @@ def test_tools_and_formats_are_refused_to_the_openai_client(served: Served) -> N
         ({"max_tokens": 5, "max_completion_tokens": 6}, "invalid_value", "not both"),
         ({"top_logprobs": 3}, "invalid_value", "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_value", "stop"),
+        ({"stop": ["a"] * 65}, "invalid_value", "stop"),
         ({"stop": ""}, "invalid_value", "stop"),
         ({"stop": "x" * 257}, "invalid_value", "stop"),
         ({"seed": 2**63}, "invalid_value", "seed"),
@@ -299,7 +316,7 @@ def test_limits_on_prompts_and_bodies() -> None:
 
 def test_an_api_key_is_wanted() -> None:
     with serving(playing(), api_key="secret") as here:
-        for path in ("v1/models", "v1/chat/completions"):
+        for path in ("v1/models", "v1/chat/completions", "metrics", "docs", "openapi.json", "tokenize", "other"):
             body = CHAT if "chat" in path else None
             for options in ((), ("--header", "Authorization: Bearer wrong"), ("--header", "Authorization: secret")):
                 reply = curl(f"{here.url}/{path}", body, *options)
@@ -308,7 +325,9 @@ def test_an_api_key_is_wanted() -> None:
         with pytest.raises(openai.AuthenticationError):
             here.client.models.list()
         assert here.client.with_options(api_key="secret").chat.completions.create(**CHAT).choices
-        assert curl(f"{here.url}/health")[0] == curl(f"{here.url}/metrics")[0] == 200
+        assert curl(f"{here.url}/health")[0] == curl(f"{here.url}/")[0] == 200
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            assert curl(f"{here.url}/metrics", None, "--header", f"Authorization: {scheme} secret")[0] == 200
 
 
 # ------------------------------------------------------------------------------ load
@@ -357,7 +376,7 @@ def test_a_body_that_does_not_come_is_told_so() -> None:
     with serving(playing(), client_timeout=0.3) as here:
         host, port = here.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             assert b" 408 " in slow.recv(1000)
         assert here.becomes_idle()
 
@@ -369,7 +388,7 @@ def test_one_who_does_not_read_is_left() -> None:
         with socket.socket() as idle:
             idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             idle.connect((host, int(port)))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             idle.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             assert eventually(lambda: here.metrics()["pasta_unfinished_answers"] == 1)
             assert here.becomes_idle()

@@ -20,9 +20,9 @@ class Answer:
     """One answer to one prompt. choice: which of several. sequential: decoded with forking off. annotated:
     PASTA-LANG. tokens: with tags; critical_path, steps: as in SPEC "Figures". seconds: to its end, first_seconds: to
     the first character that a reader sees; matched_seconds: the same text decoded sequentially, forced (None: not
-    measured). threads: of `Transcript.to_dict`, where kept. token_ids: all decoded tokens in linear order, tags too, under
-    the model that answered; forced: the places in it of those that no thread sampled. Both empty: not kept. category: of
-    the prompt."""
+    measured). threads: of `Transcript.to_dict`, where kept. token_ids: all decoded tokens in linear order, tags too,
+    under the model that answered; forced: the places in it of those that no thread sampled. Both empty: not kept.
+    category: of the prompt."""
 
     id: str
     choice: int = 0

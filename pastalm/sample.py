@@ -72,7 +72,7 @@ def sample(
                 counts.refused += 1
                 refuse(found)
                 continue
-            file.write(found.to_dict())
+            file.write(replace(found, seconds=None).to_dict())  # in company they say nothing, and are never the same
             counts.written += 1
             counts.tokens += found.tokens
             counts.ended[found.finish_reason] = counts.ended.get(found.finish_reason, 0) + 1

@@ -1,10 +1,10 @@
-"""Kills the real commands at random moments, starts them again, and holds what they leave to what an undisturbed run leaves.
+"""Kills the real commands at random moments and starts them again: they leave what an undisturbed run leaves.
 
     python tests/kill.py --moments 20 [annotate sample score eval sft prefer]
 
 Each command runs in a process of its own, forked from this one, so that what takes long (imports) is done once and the
-moments fall into the command's own work. What is compared is every byte of the files that a command leaves, but for what is
-measured with a clock (seconds, in answers of `eval` and in a card). A moment is killed once or twice in a row.
+moments fall into the command's own work. Each is killed once or twice in a row. What is compared is every byte of the
+files that a command leaves, but for what a clock measured (seconds, in answers of `eval` and in a card).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def trained(out: Path) -> dict[str, bytes]:
 
 # ------------------------------------------------------------------------------ what they work on
 
-LISTED = "Two things:\n\n" + "".join(f"{i}. {w}: do it every day, and do it well, for weeks.\n" for i, w in ((1, "Sleep"), (2, "Food")))
+LISTED = "Two things:\n\n1. Sleep: do it every day, and do it well, for weeks.\n2. Food: eat greens and beans.\n"
 FORKED = "".join(f'<promise topic="{t}" tokens="10"/><async>{t} is one.\n</async>' for t in ("one", "two"))
 
 
@@ -128,8 +128,9 @@ def prepare(work: Path) -> dict[str, Command]:
             lambda out: ["score", sampled, out, "--baseline", baseline, *base, "--tokenizer", work / "model"], a_file
         ),
         "eval": Command(
-            lambda out: ["eval", "mine=none", "off=none:off", "lookup", "--prompts", few, "--baseline", "none", "--out", out,
-                         *base, "--max-tokens", "24", "--scorer", "pmi", "--requests", "3", "--timed", "2"], evaluated
+            lambda out: ["eval", "mine=none", "off=none:off", "lookup", "--prompts", few, "--baseline", "none",
+                         "--out", out, *base, "--max-tokens", "24", "--scorer", "pmi", "--requests", "3",
+                         "--timed", "2"], evaluated
         ),
         "sft": Command(
             lambda out: ["train", "sft", annotated, "--out", out, *base, "--token-budget", "6000", "--lora-rank", "2",

@@ -99,7 +99,7 @@ def test_each_form_is_read_as_jsonl_and_as_a_list(form: str, tmp_path: Path) -> 
         ('[{"id": 1, "prompt": "a"}, 2]', "entry 2: not a JSON object"),
         ("[1, 2", "no JSON list"),
         ("nonsense", "line 1: not a line of JSON"),
-        ('{"text": "a"}', "line 1: 'prompt' must be.*'instruction' .and 'input'.*'messages'.*'conversations'.*'queries'"),
+        ('{"text": "a"}', "line 1: 'prompt' must be.*'instruction' .and 'input'.*'messages'.*'queries'"),
         ('{"messages": ["a"]}', "line 1: 'messages' must be a list of"),
         ('{"messages": [{"role": "system", "content": "a"}]}', "line 1: 'messages' has no message of a user"),
         ('{"conversations": [{"from": "human"}]}', "line 1: 'conversations' must be a list of"),

@@ -58,9 +58,32 @@ def test_a_difference_is_from_the_baselines_own_answer() -> None:
     candidates = [Candidate("p", "x" * n, ("x",), "y" * 5, "r") for n in (3, 5, 8)]
     candidates.append(Candidate("q", "xx", (), "", "r"))
     assert [v.difference for v in Lengths().compare(candidates)] == [-2, 0, 3, 2]
-    (asked,) = seen
+    asked = [candidate for call in seen for candidate in call]
     assert len(asked) == len(set(asked)) == 6
     assert Candidate("p", "y" * 5, (), "y" * 5, "r") in asked
+
+
+def test_what_an_answer_is_scored_beside_does_not_hang_on_what_was_known() -> None:
+    """The last bits of a likelihood do; a run that was cut off is to come to the same ones."""
+    seen: list[tuple[Candidate, ...]] = []
+
+    class Lengths(ReferenceScorer):
+        def score(self, candidates: Sequence[Candidate]) -> list[float]:
+            seen.append(tuple(candidates))
+            return [float(len(c.text)) for c in candidates]
+
+    def candidates(word: str) -> list[Candidate]:
+        return [Candidate(p, f"{word} {p}", (), f"base {p}", "r") for p in "abc"]
+
+    whole, cut = Lengths(), Lengths()
+    whole.compare(candidates("one"))
+    baselines, _ = seen
+    seen.clear()
+    whole.compare(candidates("two"))
+    (known,) = seen
+    seen.clear()
+    cut.compare(candidates("two"))
+    assert seen == [baselines, known]
 
 
 def test_penalties_are_for_repetition_for_likeness_and_for_length() -> None:

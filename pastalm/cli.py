@@ -752,6 +752,14 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="PASTA_API_KEY", help="What clients must bring.")
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A page's origin that may ask from a browser, * for any; may be repeated."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name beside localhost that a server on loopback may be called by, * for any; repeatable."),
+    ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.", min=1)] = 8,
     max_queue: Annotated[int, typer.Option(help="Answers that may wait beside; more get 429.")] = 64,
     max_model_len: MaxModelLen = None,
@@ -792,6 +800,8 @@ def serve(
         max_body=max_body,
         client_timeout=client_timeout,
         timeout=timeout,
+        cors_origins=tuple(cors_origin or ()),
+        hosts=tuple(allowed_host or ()),
     )
     _quiet()
     with listen(host, port) as listening:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
+from peft.utils import TrainableTokensWrapper
 from transformers.trainer_callback import PrinterCallback
 
 from pastalm import models
@@ -119,6 +120,7 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
     the model itself. Raises ModelError if `start` cannot be read or is of another base model."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    _check_trainable(model)
     model = model.to(config.device)
     if config.flex:
         model.set_attn_implementation("flex_attention")
@@ -128,18 +130,61 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
     if config.start is not None:
         models.check_base(models.read_card(config.start), model, config.start)
         try:
-            return PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
+            made = PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"cannot go on from the adapter in {config.start}: {reason}") from None
+        return _with_rows(made, config.start)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
-        target_modules="all-linear",
-        trainable_token_indices=list(tags.ids),
+        target_modules=_linear_layers(model),
+        trainable_token_indices={name: list(tags.ids) for name in _names(model, models.token_tables(model))},
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    return _with_rows(get_peft_model(model, lora))
+
+
+def _check_trainable(model: Any) -> None:
+    """Refuses before training what would fail after it. Raises ModelError."""
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+        raise ModelError("this model's weights are quantised: train on the one that they were made from")
+    if unmet := [kind for kind in _layer_types(model) if kind not in ("full_attention", "sliding_attention")]:
+        raise ModelError(f"this model has layers of {unmet[0]!r}, to which no mask says who sees whom: train another")
+    models.shape_of(model)
+
+
+def _layer_types(model: Any) -> Sequence[str]:
+    return getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+
+
+def _names(model: Any, modules: Sequence[Any]) -> list[str]:
+    """What a model calls some of its modules."""
+    wanted = {id(module) for module in modules}
+    return [name for name, module in model.named_modules() if id(module) in wanted]
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """The names of the text decoder's linear layers: of a model that also sees or hears, nothing else."""
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return _names(model, [m for m in model.get_decoder().modules() if isinstance(m, (Linear, Conv1D))])
+
+
+def _with_rows(adapted: Any, start: Path | None = None) -> Any:
+    """The model whose tag rows are trained wherever it has some, input and output. Raises ModelError if not."""
+    base = adapted.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    rows = [module for module in adapted.modules() if isinstance(module, TrainableTokensWrapper)]
+    if {id(embedding), id(head)} != {id(module) for module in rows}:
+        if start is None:
+            raise ModelError("the tag rows of this model's embedding and head cannot be told from other weights: use --full")
+        raise ModelError(f"the adapter in {start} has no tag rows of the output head: train it anew from the base model")
+    bias = getattr(head.original_module, "bias", None)
+    if bias is not None:  # PEFT computes a head's rows without it
+        head.register_forward_hook(lambda _, __, found: found + bias)
+    return adapted
 
 
 def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:

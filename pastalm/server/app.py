@@ -646,7 +646,7 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
     @app.post("/tokenize", dependencies=key)
     async def tokenize(
         asked: Annotated[
-            Annotated[TokenizeRequest, Tag("prompt")] | Annotated[TokenizeChatRequest, Tag("messages")],
+            Annotated[TokenizeRequest, Tag("<prompt>")] | Annotated[TokenizeChatRequest, Tag("<messages>")],
             Discriminator(tokenized),
         ],
     ) -> Tokens:

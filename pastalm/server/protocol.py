@@ -179,15 +179,15 @@ class ToolCall(_Checked):
 
 
 def _kind(part: Any) -> str:
-    """Which kind of part a value is, or comes nearest to."""
+    """Which kind of part a value is, or comes nearest to. Kinds are no names of fields: see `_place`."""
     if isinstance(part, str):
-        return "words"
+        return "<words>"
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "refusal" if kind == "refusal" else "text"
+    return "<refusal>" if kind == "refusal" else "<text>"
 
 
 _Part = Annotated[
-    Annotated[_Text, Tag("words")] | Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")],
+    Annotated[_Text, Tag("<words>")] | Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(_kind),
 ]
 
@@ -553,7 +553,7 @@ class TokenizeChatRequest(_Conversation):
 def tokenized(asked: Any) -> str:
     """What a request for tokens is about."""
     chat = "messages" in asked if isinstance(asked, dict) else isinstance(asked, TokenizeChatRequest)
-    return "messages" if chat else "prompt"
+    return "<messages>" if chat else "<prompt>"
 
 
 class Tokens(BaseModel):

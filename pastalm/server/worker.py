@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
 
+from pastalm.driver import Response
 from pastalm.engine import SampledToken, SamplingParams
 from pastalm.errors import EngineError, PastaError
 from pastalm.events import Event, Finished, Forked
-from pastalm.llm import LLM, Running
+from pastalm.llm import LLM
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Worker:
         self.failures = 0
         self._llm = llm
         self._inbox: SimpleQueue[_Ask | _Drop | _Stop] = SimpleQueue()
-        self._jobs: dict[str, tuple[Job, int, Running]] = {}  # until they are dropped
+        self._jobs: dict[str, tuple[Job, int, Response]] = {}  # until they are dropped
         self._to_score: deque[Job] = deque()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
@@ -123,20 +124,23 @@ class Worker:
             elif isinstance(message, _Drop):
                 self._end(message.job)
             else:
-                for running in list(driver.running.values()):
-                    driver.cancel(running)
+                for response in list(driver.running.values()):
+                    response.cancel()
                 return False
         self._score()
-        updates: dict[str, list[Event]] = {}
-        for running, event in driver.step() if driver.running else ():
-            updates.setdefault(running.request.id, []).append(event)
-        self._tell([(self._jobs[i][0], (self._jobs[i][1], events)) for i, events in updates.items()])
+        changed = driver.step() if driver.running else ()
+        self._tell([self._update(response) for response in changed])
         self.live_threads = sum(
             thread.state == "live"
-            for running in driver.running.values()
-            for thread in running.transcript.threads.values()
+            for response in driver.running.values()
+            for thread in response.transcript.threads.values()
         )
         return True
+
+    def _update(self, response: Response) -> _Update:
+        """What is new of an answer, for its client."""
+        job, number, _ = self._jobs[response.request.id]
+        return job, (number, response.take())
 
     def _received(self) -> Iterator[_Ask | _Drop | _Stop]:
         """The messages that are there; waits for one if nothing is to be done."""
@@ -174,9 +178,9 @@ class Worker:
                 place, choice = divmod(number, job.params.n)
                 seed, first = job.noise[place]
                 prompt = job.prompts[place]
-                running, events = self._llm.submit(prompt, job.params, choice=first + choice, seed=seed)
-                self._jobs[running.request.id] = (job, number, running)
-                updates.append((job, (number, events)))
+                response = self._llm.submit(prompt, job.params, choice=first + choice, seed=seed)
+                self._jobs[response.request.id] = (job, number, response)
+                updates.append(self._update(response))
         except Exception as error:
             self._end(job)
             updates = [(job, error if isinstance(error, PastaError) else _told(error))]
@@ -186,7 +190,7 @@ class Worker:
         with contextlib.suppress(ValueError):
             self._to_score.remove(job)
         for request_id in [i for i, (owner, _, _) in self._jobs.items() if owner is job]:
-            self._llm.driver.cancel(self._jobs.pop(request_id)[2])
+            self._jobs.pop(request_id)[2].cancel()
 
     def _fail(self, error: Exception) -> None:
         """Every request under way gets the error; the driver has cancelled what it decoded."""

@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pastalm import Limits, SamplingParams
+from pastalm.driver import Driver
 from pastalm.engine import SampledToken
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.events import Event, Forked, from_json, to_json
 from pastalm.events import Path as ThreadPath
 from pastalm.lang import Async, Document, Promise, Text, parse
-from pastalm.llm import Driver
 from pastalm.server.app import PAGE
 from pastalm.transcript import Transcript
 from tests.server.serving import TIPS, TIPS_TEXT, Served, curl, eventually, playing, serving
@@ -196,10 +196,7 @@ def trace_of(script: Document, stop: str, seed: int, limits: Limits, max_tokens:
     engine = ScriptedEngine(VOCABULARY, [script], schedule=schedule)
     driver = Driver(engine, VOCABULARY, limits=limits)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=(stop,) if stop else ())
-    _, events = driver.submit([65], params)
-    while driver.running:
-        events = events + [event for _, event in driver.step()]
-    return events
+    return list(driver.submit([65], params))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

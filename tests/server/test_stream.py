@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pastalm import Limits, SamplingParams
+from pastalm.driver import Driver
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.events import Event, Path
 from pastalm.lang import Document, Text, normalize, strip
-from pastalm.llm import Driver
 from pastalm.server.protocol import Answer, Delta
 from pastalm.transcript import Transcript
 from tests.strategies import documents
@@ -37,12 +37,12 @@ def stream(
     params = SamplingParams(
         temperature=0, max_tokens=max_tokens, stop=tuple(stops), logprobs=0, parallelism=parallelism
     )
-    running, events = driver.submit([65], params)
+    running = driver.submit([65], params)
     answer = Answer(params.stop_strings)
-    deltas = [answer.take(events)]
+    deltas = [answer.take(running.take())]
     while driver.running:
-        happened: list[Event] = [event for _, event in driver.step()]
-        deltas.append(answer.take(happened))
+        driver.step()
+        deltas.append(answer.take(running.take()))
     assert answer.transcript.text == running.transcript.text
     return deltas, answer
 

@@ -165,8 +165,8 @@ def byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
     """Token id -> bytes, for byte-level BPE (GPT-2's alphabet) and for SentencePiece's pieces."""
     backend = tokenizer.backend_tokenizer
     byte_level = is_byte_level(backend)
-    alphabet = {char: bytes([byte]) for byte, char in _gpt2_alphabet().items()}
-    added = {
+    alphabet: dict[str, bytes] = {char: bytes([byte]) for byte, char in _gpt2_alphabet().items()}
+    added: dict[int, bytes] = {
         i: t.content.encode()
         for i, t in tokenizer.added_tokens_decoder.items()
         # Gemma's has runs of spaces as added tokens, written as SentencePiece does
@@ -176,15 +176,14 @@ def byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
     def read(token: int) -> bytes:
         if token in added:
             return added[token]
-        piece = tokenizer.convert_ids_to_tokens(token)
+        piece: str | None = tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             return b""
         if byte_level:
             return b"".join(alphabet.get(char) or char.encode() for char in piece)
         if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
             return bytes.fromhex(found[1])
-        text: str = piece.replace(SPACE, " ")
-        return text.encode()
+        return piece.replace(SPACE, " ").encode()
 
     return read
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pastalm import lossless
+from pastalm import checkpoints, lossless
+from pastalm.checkpoints import quiet
 from pastalm.errors import ModelError, RequestError
 from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
 
@@ -65,8 +66,13 @@ def cache_folder() -> Path:
 # ------------------------------------------------------------------------------ getting weights
 
 
-def pull(name: str = EMBEDDED, *, progress: Callable[[str], None] | None = None) -> Path:
-    """The folder of a model's weights, fetched if need be. Raises ModelError."""
+def pull(
+    name: str = EMBEDDED,
+    *,
+    progress: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """The folder of a model's weights, fetched if need be; its code too if that may run. Raises ModelError."""
     say = progress or (lambda _: None)
     if name.lower() == EMBEDDED:
         return _pull_embedded(say)
@@ -77,17 +83,20 @@ def pull(name: str = EMBEDDED, *, progress: Callable[[str], None] | None = None)
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no model folder at {name}")
-    return _pull_hub(name, say)
+    return _pull_hub(name, say, trust_remote_code)
 
 
-def _pull_hub(name: str, say: Callable[[str], None]) -> Path:
+def _pull_hub(name: str, say: Callable[[str], None], trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     say(f"looking for {name}")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    wanted = [*checkpoints.ALLOWED, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(checkpoints.IGNORED)))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=list(checkpoints.OLDER_WEIGHTS))
+        return folder
     except HFValidationError:
         raise ModelError(f"unknown model {name!r}: give {EMBEDDED}, a hub name or a folder") from None
     except Exception as error:
@@ -155,24 +164,6 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-class quiet:
-    """Keeps transformers' progress bars and warnings off the terminal."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._level, self._bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._level)
-        if self._bar:
-            logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------ vocabulary
@@ -249,21 +240,17 @@ class Loaded:
     teaching: str | None = None
 
 
-def load_tokenizer(name: str, *, prompted: bool = False) -> Loaded:
+def load_tokenizer(name: str, *, prompted: bool = False, trust_remote_code: bool = False) -> Loaded:
     """The tokenizer of a model that a server runs, without its weights. prompted: the XML is to be taught, whether
     the model was prepared or not. Raises ModelError."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     local = Path(name).exists() or name.lower() == EMBEDDED or name.startswith((".", "/", "~"))
     where = str(pull(name)) if local else name
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            config = AutoConfig.from_pretrained(where)
-    except Exception as error:
-        raise ModelError(
-            f"cannot load a tokenizer from {name} ({_first_line(error)}): give --tokenizer, a hub name or a folder"
-        ) from None
+    hint = "; give --tokenizer, a hub name or a folder"
+    with checkpoints.refusing(name, what="a tokenizer", hint=hint):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
     try:
         generation = GenerationConfig.from_pretrained(where)
     except Exception:
@@ -319,13 +306,19 @@ def load(
     adapter: str | None = "auto",
     dtype: str = "auto",
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Loads base and adapter, merged. adapter "auto": the one shipped for this model, if there is one;
-    None: none; else a folder. dtype "stored": as the weights are kept; float32 where an adapter is merged.
-    Raises ModelError."""
-    folder = pull(name)
+    None: none; else a folder. dtype "stored": as the weights are kept; float32 where an adapter is merged. Quantised
+    weights keep their type, and an adapter stands beside them unmerged. trust_remote_code: code that comes with the
+    model may run. Raises ModelError."""
+    folder = pull(name, trust_remote_code=trust_remote_code)
     chosen = adapter_folder(name, adapter)
-    model, tokenizer = load_base(folder, dtype="auto" if dtype == "stored" and chosen is None else "float32")
+    stored = "auto" if dtype == "stored" and chosen is None else "float32"
+    model, tokenizer = load_base(folder, dtype=stored, device=device, trust_remote_code=trust_remote_code)
+    quantised = checkpoints.is_quantised(model)
+    if quantised and dtype not in ("auto", "stored"):
+        raise ModelError(f"the weights of {name} are quantised and keep their type: leave out the dtype")
     marker = None
     if chosen is not None:
         card = read_card(chosen)
@@ -338,8 +331,9 @@ def load(
     vocabulary = vocabulary_of(
         tokenizer, eos=end_tokens(model, tokenizer), size=model.get_input_embeddings().weight.shape[0]
     )
-    model = _cast(model, device, None if dtype == "stored" else _dtype(dtype, device)).eval()
-    model.requires_grad_(False)
+    if not quantised:
+        model = _cast(model, device, None if dtype == "stored" else _dtype(dtype, device))
+    model.eval().requires_grad_(False)
     return Loaded(
         name=name,
         model=model,
@@ -347,7 +341,7 @@ def load(
         vocabulary=vocabulary,
         prepared=vocabulary.tags is not None,
         sequential_marker=marker,
-        context_length=int(getattr(model.config, "max_position_embeddings", 2048)),
+        context_length=int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048)),
     )
 
 
@@ -362,17 +356,11 @@ def _cast(model: Any, device: str, dtype: Any) -> Any:
     return model
 
 
-def load_base(folder: Path, *, dtype: str = "float32") -> tuple[Any, Any]:
-    """Model and tokenizer of a folder. Raises ModelError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except Exception as error:
-        raise ModelError(f"cannot load the model in {folder}: {_first_line(error)}") from None
-    return model, tokenizer
+def load_base(
+    folder: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, as `checkpoints.read` reads them. Raises ModelError."""
+    return checkpoints.read(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def adapter_folder(name: str, adapter: str | None) -> Path | None:
@@ -424,7 +412,7 @@ def check_base(card: Mapping[str, Any], model: Any, adapter: Path) -> None:
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:
-    """The model with an adapter of it merged in. Raises ModelError."""
+    """The model with an adapter of it merged in, or beside quantised weights. Raises ModelError."""
     check_base(read_card(adapter), model, adapter)
     return _merged(model, adapter)
 
@@ -434,9 +422,11 @@ def _merged(model: Any, adapter: Path) -> Any:
 
     try:
         with quiet():
-            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+            # merged into quantised weights it would be rounded
+            return adapted.get_base_model() if checkpoints.is_quantised(model) else adapted.merge_and_unload()
     except Exception as error:
-        raise ModelError(f"cannot read the adapter in {adapter}: {_first_line(error)}") from None
+        raise ModelError(f"cannot read the adapter in {adapter}: {checkpoints.first_line(error)}") from None
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -509,11 +499,6 @@ def throughput_dtype(device: str) -> str:
     import torch
 
     return "bfloat16" if device != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 # ------------------------------------------------------------------------------ chat prompts
@@ -638,7 +623,7 @@ def _render(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **names
         )
     except Exception as error:
-        raise RequestError(f"the chat template refuses these messages: {_first_line(error)}") from None
+        raise RequestError(f"the chat template refuses these messages: {checkpoints.first_line(error)}") from None
     return text
 
 

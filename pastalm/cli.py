@@ -119,6 +119,9 @@ Counted = Annotated[
     str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched, smaller or parallelism.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code run that comes with the model, as transformers does.")
+]
 Positions = Annotated[
     str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that llama.cpp has).")
 ]
@@ -386,6 +389,7 @@ def _load(
     tokenizer: str | None = None,
     prompted: bool = False,
     engine: str = "auto",
+    trust_remote_code: bool = False,
 ) -> LLM:
     from pastalm import LLM, Limits
     from pastalm.layout import POLICIES
@@ -414,6 +418,7 @@ def _load(
         return LLM(
             model,
             engine=engine,
+            trust_remote_code=trust_remote_code,
             adapter=chosen,
             dtype=dtype,
             positions=policy,
@@ -522,6 +527,7 @@ def generate(
         bool, typer.Option("--raw", help="Complete the prompt, no chat template.")
     ] = False,
     engine: Engine = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -565,6 +571,7 @@ def generate(
             tokenizer=tokenizer,
             prompted=prompted,
             engine=engine,
+            trust_remote_code=trust_remote_code,
         )
         stream = llm.stream(text if raw else _messages(text, system), params)
         title = f"{model} · {'asynchronous' if params.parallelism else 'sequential'}"
@@ -642,6 +649,7 @@ def chat(
     max_threads: MaxThreads = 16,
     system: System = None,
     engine: Engine = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     no_live: NoLive = False,
@@ -668,6 +676,7 @@ def chat(
         tokenizer=tokenizer,
         prompted=prompted,
         engine=engine,
+        trust_remote_code=trust_remote_code,
     )
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     live = _live() and not no_live
@@ -701,6 +710,7 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What to answer.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 1024,
     engine: Engine = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     no_live: NoLive = False,
@@ -709,7 +719,9 @@ def demo(
     params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p) for p in (1, 0)]
     _quiet()
     _fetch(model)
-    llm = _load(model, adapter, dtype, device=device, engine=engine)
+    llm = _load(
+        model, adapter, dtype, device=device, engine=engine, trust_remote_code=trust_remote_code
+    )
     # the first steps of a process are slower than all later ones; neither answer should pay for that
     llm.chat(_messages(prompt, None), SamplingParams(max_tokens=8, temperature=0))
     live = _live() and not no_live
@@ -779,6 +791,7 @@ def serve(
     positions: Positions = None,
     max_threads: Annotated[int, typer.Option(help="Threads of an answer at once; others wait.")] = 16,
     engine: Engine = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     base_url: BaseUrl = None,
@@ -820,6 +833,7 @@ def serve(
             tokenizer=tokenizer,
             prompted=prompted,
             engine=engine,
+            trust_remote_code=trust_remote_code,
         )
         where = f"[{host}]" if ":" in host else host
         _say(f"{settings.name} on http://{where}:{listening.getsockname()[1]}/v1")
@@ -890,13 +904,15 @@ def export(
     ] = "F16",
     model: Model = EMBEDDED,
     adapter: Adapter = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model and its adapter as one GGUF file, which llama.cpp runs."""
     from pastalm import gguf_files, models
 
     _quiet()
     with _busy(f"loading {model}") as say:
-        loaded = models.load(model, adapter=None if adapter == "none" else adapter, dtype="float32")
+        chosen = None if adapter == "none" else adapter
+        loaded = models.load(model, adapter=chosen, dtype="float32", trust_remote_code=trust_remote_code)
         path = gguf_files.export(loaded, target, kind.upper(), progress=say)
     print(f"{path} ({path.stat().st_size / 1e6:.0f} MB)", file=sys.stderr)
 
@@ -1167,6 +1183,7 @@ def sample(
     max_model_len: MaxModelLen = None,
     seed: Seed = 0,
     engine: Engine = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     skip_bad: SkipBad = False,
@@ -1201,6 +1218,7 @@ def sample(
         max_model_len=max_model_len,
         device=device,
         engine=engine,
+        trust_remote_code=trust_remote_code,
     )
     with _busy(f"answering {source.name}") as say:
 
@@ -1358,6 +1376,7 @@ def evaluate(
     public: Annotated[bool, typer.Option("--public", help="Leave prompts and answers out of the page.")] = False,
     seed: Seed = 0,
     engine: Engine = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     skip_bad: SkipBad = False,
@@ -1409,7 +1428,14 @@ def evaluate(
 
     def loader(at_once: int) -> Callable[[str, Policy | None], LLM]:
         return lambda adapter, positions: _load(
-            model, adapter, dtype, positions, max_num_seqs=at_once, device=device, engine=engine
+            model,
+            adapter,
+            dtype,
+            positions,
+            max_num_seqs=at_once,
+            device=device,
+            engine=engine,
+            trust_remote_code=trust_remote_code,
         )
 
     by, remote = _scorers(list(units), model, baseline, judge, device, base_url, concurrency, price_in, price_out)

@@ -337,8 +337,8 @@ class LLM:
     one that ships for this model, None none, else a folder. dtype: of the weights; q8_0 and q4_0 are native's, "auto"
     is what each engine is good at. positions: the policy of layout.py (None: the engine's first). max_num_seqs:
     responses at once; more wait. max_model_len: slots each may fill (None: the model's, 4096 at most). compiled: steps
-    of one response as torch.compile makes them on a CPU, faster after minutes (transformers). A context manager, which
-    closes it. Raises ModelError, CapabilityError, RequestError.
+    of one response as torch.compile makes them on a CPU, faster after minutes (transformers). trust_remote_code: code that comes
+    with the model may run. A context manager, which closes it. Raises ModelError, CapabilityError, RequestError.
     """
 
     def __init__(
@@ -354,6 +354,7 @@ class LLM:
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         compiled: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         options = loading.Options(
             engine=engine,
@@ -363,6 +364,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             compiled=compiled,
+            trust_remote_code=trust_remote_code,
         )
         loaded, made = loading.load(model, options)
         self._begin(made, loaded, positions, limits)

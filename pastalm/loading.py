@@ -52,6 +52,7 @@ class Options:
     max_num_seqs: int = 8
     max_model_len: int | None = None
     compiled: bool = False
+    trust_remote_code: bool = False
 
     def length(self, loaded: Loaded) -> int:
         return self.max_model_len or min(loaded.context_length, MAX_MODEL_LEN)
@@ -143,7 +144,13 @@ def _transformers(model: str, options: Options) -> Opened:
     from pastalm import models
     from pastalm.engines.transformers import TransformersEngine
 
-    loaded = models.load(model, adapter=options.adapter, dtype=options.dtype, device=options.device)
+    loaded = models.load(
+        model,
+        adapter=options.adapter,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
     engine = TransformersEngine(
         loaded.model,
         max_num_seqs=options.max_num_seqs,

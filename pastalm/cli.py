@@ -43,9 +43,10 @@ from pastalm.models import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm import LLM
+    from pastalm.driver import Response
     from pastalm.eval.quality import Scorer
     from pastalm.events import Event
-    from pastalm.llm import Message, Stream
+    from pastalm.llm import Message
     from pastalm.remote import Remote
     from pastalm.view import Output
 
@@ -327,6 +328,11 @@ def _read(source: str) -> str:
 def _open_trace(path: Path | None) -> TextIO | None:
     if path is None:
         return None
+    if path.is_file() and path.stat().st_size:
+        try:
+            _read_trace(str(path))
+        except DataError:
+            raise DataError(f"{path} is there already, and is no trace: give another file") from None
     try:
         return path.open("w", encoding="utf-8")
     except OSError as error:
@@ -454,19 +460,19 @@ def _shown(
     return Plain(sys.stdout, stops=tuple(stops), cut=cut)
 
 
-def _decode(stream: Stream, output: Output, trace: TextIO | None = None) -> bool:
-    """Shows a stream to its end; whether Ctrl-C ended it early."""
+def _decode(response: Response, output: Output, trace: TextIO | None = None) -> bool:
+    """Shows a response to its end; whether Ctrl-C ended it early."""
     from pastalm.events import to_json
 
     try:
         with _CtrlC() as ctrl_c:
-            stream.interrupted = lambda: ctrl_c.pressed
-            for event in stream:
+            response.interrupted = lambda: ctrl_c.pressed
+            for event in response:
                 if trace is not None:
                     _append(trace, to_json(event))
                 output.apply(event)
     finally:
-        stream.cancel()
+        response.cancel()
     output.close()
     return ctrl_c.pressed
 

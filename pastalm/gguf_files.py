@@ -158,6 +158,14 @@ _SPLITS = (
 )
 
 
+def _is_gguf(path: Path) -> bool:
+    """Whether a file begins as one, or holds nothing."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) in (b"GGUF", b"")
+
+
 def export(
     loaded: Loaded,
     target: str | Path,
@@ -171,6 +179,8 @@ def export(
     there is no half-written file then.
     """
     target = Path(target)
+    if target.exists() and not _is_gguf(target):
+        raise ModelError(f"{target} is there already, and is no GGUF file: give another file")
     if kind not in WHOLE + QUANTISED:
         raise CapabilityError(f"unknown weight type {kind!r}: one of {', '.join(WHOLE + QUANTISED)}")
     try:

@@ -287,3 +287,31 @@ def test_an_input_is_asked_about_too_in_every_command(work: Path, tiny: Path) ->
             assert result.exit_code == 0, result.stderr
         for path in (Path(f"{out}.annotated"), Path(f"{out}.sampled"), out / "answers" / "off.jsonl"):
             assert [(row["id"], row["prompt"]) for row in rows(path)] == [("0", "Sort these.\n\nb a")]
+
+
+# ------------------------------------------------------------------------------ what other verbs write
+
+
+def test_no_other_output_takes_the_place_of_what_is_not_its_own(work: Path, tiny: Path) -> None:
+    mine = work / "notes.txt"
+    mine.write_text("my notes")
+    asked = ("generate", "hello", "--model", tiny, "--max-tokens", "4")
+    complains(pasta(*asked, "--trace", mine), 2, "notes.txt is there already, and is no trace")
+    complains(pasta("export", mine, "--model", tiny), 2, "notes.txt is there already, and is no GGUF file")
+    page = work / "site" / "index.html"
+    page.parent.mkdir()
+    page.write_text("my site")
+    options = ("--prompts", work / "prompts.jsonl", "--baseline", "none", "--model", tiny, "--out", work / "out")
+    compared = ("eval", "off=none:off", *options, "--max-tokens", "4", "--no-matched", "--report", page.parent)
+    result = pasta(*compared)
+    assert result.exit_code == 2 and "holds another index.html: give another --report" in result.stderr
+    assert (mine.read_text(), page.read_text()) == ("my notes", "my site")
+    for _ in range(2):
+        assert pasta(*asked, "--trace", work / "trace.jsonl").exit_code == 0
+
+
+@pytest.mark.parametrize("field", ["id", "prompt", "annotated", "source"])
+def test_training_names_the_row_that_is_no_text(field: str, work: Path, tiny: Path) -> None:
+    row = {"id": "1", "prompt": "p", "annotated": "x", "tokens": 9, "chunks": 0, "source": "s"}
+    data = write(work / "data.jsonl", row, row | {field: "a \ud83d"})
+    complains(pasta("train", "sft", data, "--out", work / "out", "--model", tiny), 2, "line 2", "surrogate")

@@ -1,4 +1,4 @@
-"""Killed at a random moment, the real commands go on to what they would have left. `python tests/kill.py` tries more."""
+"""Killed at random moments, the real commands go on to what they would have left. `python tests/kill.py` tries more."""
 
 from __future__ import annotations
 

@@ -45,7 +45,10 @@ def write(
     folder: Path, rows: Sequence[Row], table: str, *, baseline: str, told: Mapping[str, Any], public: bool = False
 ) -> Path:
     """Writes figures.json, table.md, the pictures and index.html; returns the page. table: of `compare.markdown`. told:
-    what was asked (command, settings, load), into JSON and page. Raises DataError if the folder cannot be written."""
+    what was asked (command, settings, load), into JSON and page. Raises DataError if the folder cannot be written, or
+    holds a page that is not of such a report."""
+    if (folder / "index.html").exists() and not (folder / "figures.json").exists():
+        raise DataError(f"{folder} holds another index.html: give another --report")
     pictures = {name: draw(rows) for name, draw in PICTURES.items()}
     page = _page(rows, baseline, told, {k: v for k, v in pictures.items() if v}, public)
     try:

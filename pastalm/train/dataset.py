@@ -101,6 +101,7 @@ class Example:
 
     packed: Packed
     id: str
+    prompt: str
     kind: str
     source: str
     licence: str
@@ -113,13 +114,13 @@ def read_annotated(path: Path) -> list[Source]:
         try:
             rows.append(
                 Source(
-                    id=str(row["id"]),
+                    id=jsonl.string(row, "id", where),
                     prompt=jsonl.string(row, "prompt", where),
-                    document=parse(row["annotated"]),
+                    document=parse(jsonl.string(row, "annotated", where)),
                     tokens=int(row["tokens"]),
                     chunks=int(row["chunks"]),
-                    source=str(row.get("source", "")),
-                    licence=str(row.get("licence", "")),
+                    source=jsonl.string(row, "source", where, needed=False),
+                    licence=jsonl.string(row, "licence", where, needed=False),
                 )
             )
         except (ValueError, KeyError, TypeError, LanguageError) as error:
@@ -203,13 +204,13 @@ def _example(
     else:
         packed = [pack(prompt, document, vocabulary, policy, eos=eos, oracle=mix.lengths == "oracle")]
     for one in packed:
-        yield Example(one, row.id, kind, row.source, row.licence)
+        yield Example(one, row.id, row.prompt, kind, row.source, row.licence)
 
 
 def _untagged(row: Source, tokenizer: Any, vocabulary: Vocabulary, eos: int) -> Example:
     prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": row.prompt}])
     packed = pack(prompt, (Text(strip(row.document)),), vocabulary, "promised", eos=eos)
-    return Example(packed, row.id, "plain", row.source, row.licence)
+    return Example(packed, row.id, row.prompt, "plain", row.source, row.licence)
 
 
 # ------------------------------------------------------------------------------ what to unlearn
@@ -234,7 +235,7 @@ def read_repeats(
         whole, _ = pack_sampled(ids, answer, vocabulary, "promised", eos=eos)
         packed = repeated(whole, vocabulary)
         if packed is not None and len(packed) <= mix.max_prompt_tokens + 2 * mix.max_tokens:
-            yield Example(packed, answer.id, "repeat", "own answers", "the model's own")
+            yield Example(packed, answer.id, answer.prompt, "repeat", "own answers", "the model's own")
 
 
 class Said(Protocol):
@@ -313,6 +314,14 @@ def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
 
 
 # ------------------------------------------------------------------------------ batches
+
+
+def held_out(drawn: Sequence[Example], prompts: int) -> tuple[list[Example], list[Example]]:
+    """The examples of the first so many prompts, and all others: what is held out shares neither an answer nor a prompt
+    with what is trained on, however often it was drawn."""
+    chosen = set(list(dict.fromkeys(example.prompt.strip() for example in drawn))[:prompts])
+    held = [example for example in drawn if example.prompt.strip() in chosen]
+    return held, [example for example in drawn if example.prompt.strip() not in chosen]
 
 
 def batches(chosen: Sequence[Example], tokens: int, *, seed: int = 0) -> list[list[int]]:

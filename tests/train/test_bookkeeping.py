@@ -13,8 +13,8 @@ import pytest
 
 from pastalm import models
 from pastalm.errors import DataError
-from pastalm.layout import pack
 from pastalm.lang import Text, parse
+from pastalm.layout import pack
 from pastalm.train import bookkeeping
 from pastalm.train.dataset import Mix
 from pastalm.train.preference import PreferenceConfig
@@ -159,7 +159,7 @@ def test_numbers_are_kept_by_what_they_are_of_and_under_which_model(stage2: Pref
 
 def test_a_pair_is_known_by_its_tokens_positions_and_mask() -> None:
     vocabulary = tiny_vocabulary()
-    forked = parse('<promise topic="a" tokens="10"/><async>one</async><promise topic="b" tokens="10"/><async>two</async>')
+    forked = parse("".join(f'<promise topic="{t}" tokens="10"/><async>{t}{t}</async>' for t in "ab"))
     packed = [
         pack(prompt, document, vocabulary, policy, eos=eos)  # type: ignore[arg-type]
         for prompt in ([40, 41], [40, 42])

@@ -19,8 +19,8 @@ import numpy as np
 from forkjoin import processor
 
 from pastalm import LLM, SamplingParams, models, prompts
-from pastalm.engines.native import library
 from pastalm.engines.batching import PREFILL_CHUNK as CHUNK
+from pastalm.engines.native import library
 from pastalm.engines.native.model import PAGE, NativeModel, Pool
 from pastalm.eval.replay import load_unpacked, replay
 

@@ -25,12 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm import Limits, SamplingParams
+from pastalm.driver import Driver
+from pastalm.driver import Response as Handle
 from pastalm.engine import Capabilities
 from pastalm.engines.batching import Batch, BatchingEngine, Response
 from pastalm.engines.scripted import byte_vocabulary
-from pastalm.events import Event, Path
+from pastalm.events import Path
 from pastalm.lang import MAX_LENGTH, Promise, Sync
-from pastalm.llm import Driver, Running
 from pastalm.server.protocol import Answer
 
 VOCABULARY = replace(byte_vocabulary(), size=49152)
@@ -120,12 +121,12 @@ class Load:
         while any(r.transcript.tokens < written for r in begun) or not self._settled(threads):
             self.step()
 
-    def _begin(self, params: SamplingParams, threads: int) -> Running:
-        running, events = self.driver.submit(range(40, 80), params)
+    def _begin(self, params: SamplingParams, threads: int) -> Handle:
+        running = self.driver.submit(range(40, 80), params, keep_events=self.answers is not None)
         self.engine.promises[running.request.id] = _promised(threads)
         if self.answers is not None:
             self.answers[running.request.id] = Answer(params.stop_strings)
-            self.answers[running.request.id].take(events)
+            self.answers[running.request.id].take(running.take())
         return running
 
     def _settled(self, threads: int) -> bool:
@@ -134,13 +135,9 @@ class Load:
         return len(live) == threads and (threads == 1 or () not in live)
 
     def step(self) -> None:
-        happened = self.driver.step()
-        if self.answers is not None:
-            events: dict[str, list[Event]] = {}
-            for running, event in happened:
-                events.setdefault(running.request.id, []).append(event)
-            for request_id, own in events.items():
-                self.answers[request_id].take(own)
+        for response in self.driver.step():
+            if self.answers is not None:
+                self.answers[response.request.id].take(response.take())
 
     def timed(self, *, cold: bool = False) -> float:
         """Milliseconds a step, its forward pass left out."""

@@ -3,8 +3,8 @@
     python benchmarks/linear_layers.py [--beside few_rows.cpp] [--bits 4] [--rounds 5]
 
 Compiles linear_layers.cpp with the engine's own sources. `--beside`: another C++ program that takes HIDDEN KV_WIDTH
-INTERMEDIATE LAYERS VOCABULARY BITS and prints lines `k= 4  2.53 ms ...`; it is compiled for this processor with OpenMP and
-takes turns with ours. Figures are medians over rounds, with the smallest and the largest.
+INTERMEDIATE LAYERS VOCABULARY BITS and prints lines `k= 4  2.53 ms ...`; it is compiled for this processor with OpenMP
+and takes turns with ours. Figures are medians over rounds, with the smallest and the largest.
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ def batch(llm: LLM, prompts: list[str], parallelism: float, max_tokens: int) -> 
     llm.driver.engine.forget()  # type: ignore[attr-defined]
     params = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=parallelism)
     begun = time.perf_counter()
-    running = [llm.submit([{"role": "user", "content": p}], params)[0] for p in prompts]
+    running = [llm.submit([{"role": "user", "content": p}], params, keep_events=False) for p in prompts]
     ends: dict[str, float] = {}
     while llm.driver.running:
-        for response, _ in llm.driver.step():
-            if response.transcript.finished:
+        for response in llm.driver.step():
+            if response.finished:
                 ends.setdefault(response.request.id, time.perf_counter() - begun)
     seconds = time.perf_counter() - begun
     text = sum(len(llm.loaded.vocabulary.encode(r.transcript.text)) for r in running)

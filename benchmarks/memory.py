@@ -37,13 +37,13 @@ def main() -> None:
     resident: list[float] = []
     for number in range(1, chosen.requests + 1):
         words = rng.choices(WORDS, k=rng.randint(3, 40))
-        response, _ = llm.submit([{"role": "user", "content": " ".join(words)}], params)
+        response = llm.submit([{"role": "user", "content": " ".join(words)}], params, keep_events=False)
         cancel = rng.random() < 0.2
         while len(llm.driver.running) >= 16:
             llm.driver.step()
         if cancel:
             llm.driver.step()
-            llm.driver.cancel(response)
+            response.cancel()
         if number % 100 == 0:
             while llm.driver.running:
                 llm.driver.step()

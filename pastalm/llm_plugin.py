@@ -5,12 +5,14 @@ The reader's text streams in document order. Token counts and the critical path 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import llm
 from pydantic import Field
 
+from pastalm.driver import Response
 from pastalm.engine import SamplingParams
 from pastalm.errors import PastaError
 from pastalm.llm import LLM
@@ -42,7 +44,10 @@ class Pasta(llm.Model):
         seed: int | None = Field(None, description="Makes sampling repeatable")
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[str, str, str], LLM] = {}
+        self._key: tuple[str, str, str] | None = None
+        self._loaded: LLM | None = None
+        self._lock = threading.RLock()
+        """Held for every step: an LLM is one caller's at a time, and callers may be threads."""
 
     def execute(self, prompt: Any, stream: bool, response: Any, conversation: Any) -> Iterator[str]:
         """Yields the text as it becomes certain. Raises llm.ModelError."""
@@ -54,14 +59,12 @@ class Pasta(llm.Model):
                 parallelism=options.parallelism,
                 seed=options.seed,
             )
-            here = self._llm(options.model, options.engine, options.adapter)
-            decoding = here.stream(_messages(prompt, conversation), params)
+            with self._lock:
+                decoding = self._llm(options.model, options.engine, options.adapter).stream(
+                    _messages(prompt, conversation), params
+                )
+            yield from self._texts(decoding)
             transcript = decoding.transcript
-            shown = 0
-            for _ in decoding:
-                if text := transcript.certain(start=shown):
-                    yield text
-                    shown += len(text)
         except PastaError as error:
             raise llm.ModelError(str(error)) from None
         except ModuleNotFoundError as error:
@@ -73,12 +76,33 @@ class Pasta(llm.Model):
         )
         response.response_json = {"annotated": transcript.annotated, "finish_reason": transcript.finish_reason}
 
+    def _texts(self, decoding: Response) -> Iterator[str]:
+        """The text of an answer as it becomes certain; who stops listening ends the answer."""
+        events, transcript, shown = iter(decoding), decoding.transcript, 0
+        try:
+            while True:
+                with self._lock:
+                    ended = next(events, None) is None
+                    text = transcript.certain(start=shown)
+                if text:
+                    yield text
+                    shown += len(text)
+                if ended:
+                    return
+        finally:
+            with self._lock:
+                decoding.cancel()
+
     def _llm(self, model: str, engine: str, adapter: str) -> LLM:
+        """The model that is loaded, if it is this one; else it makes way, as soon as nothing decodes on it."""
         key = (model, engine, adapter)
-        if key not in self._loaded:
+        if self._loaded is None or key != self._key:
+            before, self._loaded = self._loaded, None
+            if before is not None and not before.driver.running:
+                before.close()
             chosen = None if adapter == "none" else adapter
-            self._loaded[key] = LLM(model, engine=engine, adapter=chosen, max_num_seqs=1)
-        return self._loaded[key]
+            self._loaded, self._key = LLM(model, engine=engine, adapter=chosen, max_num_seqs=1), key
+        return self._loaded
 
 
 def _messages(prompt: Any, conversation: Any) -> list[dict[str, str]]:

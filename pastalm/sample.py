@@ -14,9 +14,10 @@ from typing import Any
 
 from pastalm import answers
 from pastalm.answers import Answer
+from pastalm.driver import Task, run_tasks
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
-from pastalm.llm import LLM, Task, at_once
+from pastalm.llm import LLM
 from pastalm.prompts import Prompt
 
 
@@ -66,7 +67,7 @@ def sample(
     counts = Sampled()
     tasks = _missing(llm, asked, params, {found.key for found in there}, counts)
     most = llm.driver.engine.capabilities.max_num_seqs
-    with results as file, closing(at_once(llm.driver, tasks, most)) as ended:
+    with results as file, closing(run_tasks(llm.driver, tasks, most)) as ended:
         for found in ended:
             if isinstance(found, RequestError):  # longer than the context
                 counts.refused += 1
@@ -88,17 +89,17 @@ def answer(
     seed = None if params.seed is None else params.seed + place
     messages = [{"role": "user", "content": prompt.text}]
     try:
-        running = llm.submit(messages, replace(params, n=1), choice=choice, seed=seed)[0]
+        response = llm.submit(messages, replace(params, n=1), choice=choice, seed=seed, keep_events=False)
     except RequestError as error:
         raise RequestError(f"prompt {prompt.id!r}: {error}") from None
-    yield [running]
+    yield [response]
     return answers.to(
         prompt,
         choice=choice,
         sequential=params.parallelism == 0,
-        threads=tuple(running.transcript.to_dict()["threads"]) if threads else (),
-        **answers.figures(running.transcript),
-        **(answers.sampled(running.transcript) if llm.loaded.prepared else {}),
+        threads=tuple(response.transcript.to_dict()["threads"]) if threads else (),
+        **answers.figures(response.transcript),
+        **(answers.sampled(response.transcript) if llm.loaded.prepared else {}),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pastalm.driver import Driver, Response
 from pastalm.engine import SamplingParams
 from pastalm.engines.scripted import EOS, Script, ScriptedEngine, byte_vocabulary
-from pastalm.llm import Driver, Running
 
 CHUNKS = (
     'Two.\n<promise topic="a" tokens="20"/><async>one x two\n</async>'
@@ -16,10 +16,10 @@ CHUNKS = (
 TEXT = "Two.\none x two\nthree y four\nend z."
 
 
-def played(script: Script, schedule: object = None, prepared: bool = True, **params: object) -> Running:
+def played(script: Script, schedule: object = None, prepared: bool = True, **params: object) -> Response:
     vocabulary = byte_vocabulary(prepared)
     driver = Driver(ScriptedEngine(vocabulary, [script], schedule=schedule), vocabulary)  # type: ignore[arg-type]
-    running, _ = driver.submit([1], SamplingParams(**{"max_tokens": 400, **params}))  # type: ignore[arg-type]
+    running = driver.submit([1], SamplingParams(**{"max_tokens": 400, **params}))  # type: ignore[arg-type]
     while driver.running:
         driver.step()
     assert not driver.engine.has_unfinished()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ pytest.importorskip("llm")
 import llm
 
 from pastalm import models
+from pastalm.errors import PastaError
 from pastalm.llm_plugin import Pasta
 from tests.test_models import BYTE_LEVEL, small_model
 
@@ -55,6 +59,45 @@ def test_what_cannot_be_done_is_a_line(folder: str) -> None:
     for options, said in (({"model": "/nowhere"}, "no model folder"), ({"temperature": -1}, "temperature")):
         with pytest.raises(llm.ModelError, match=said):
             Pasta().prompt("Hello?", **{"model": folder} | options).text()
+
+
+@pytest.mark.parametrize("where", ["prompt", "system"])
+def test_text_that_is_none_is_a_line(folder: str, where: str) -> None:
+    asked = {"prompt": "Hello?", "system": "Be kind."} | {where: "caf\udce9"}
+    with pytest.raises(llm.ModelError, match="not UTF-8") as caught:
+        Pasta().prompt(asked["prompt"], system=asked["system"], model=folder, max_tokens=8).text()
+    assert "\n" not in str(caught.value)
+
+
+def test_who_stops_listening_ends_the_answer(folder: str) -> None:
+    pasta = Pasta()
+    pieces = iter(pasta.prompt("Hello?", model=folder, max_tokens=400))
+    next(pieces)
+    assert pasta._loaded is not None and pasta._loaded.driver.running
+    del pieces
+    gc.collect()
+    assert not pasta._loaded.driver.running
+    assert pasta.prompt("Hello?", model=folder, max_tokens=8).text()
+
+
+def test_threads_share_one_model(folder: str) -> None:
+    pasta = Pasta()
+    alone = {q: pasta.prompt(q, model=folder, max_tokens=12).text() for q in ("One?", "Two?", "Three?")}
+    with ThreadPoolExecutor(3) as pool:
+        asked = [*alone] * 3
+        together = list(pool.map(lambda q: pasta.prompt(q, model=folder, max_tokens=12).text(), asked))
+    assert together == [alone[q] for q in asked]
+
+
+def test_one_model_is_kept(folder: str, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    pasta = Pasta()
+    pasta.prompt("Hello?", model=folder, max_tokens=4).text()
+    first = pasta._loaded
+    pasta.prompt("Hello?", model=str(other), max_tokens=4).text()
+    assert pasta._loaded is not first and first is not None
+    with pytest.raises(PastaError, match="closed"):
+        first.generate("Hello?")
 
 
 def test_the_command_finds_it(folder: str, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_the_server_streams_what_it_answers(llm: LLM) -> None:
 def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, tmp_path: FilePath) -> None:
     engines = pytest.importorskip("pastalm.engines.llama_cpp")
     from pastalm import gguf_files
-    from pastalm.llm import Driver, Stream
+    from pastalm.driver import Driver
 
     here = models.load(dtype="float32")
     file = gguf_files.export(here, tmp_path / "model.gguf", "F32")
@@ -152,7 +152,7 @@ def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, 
     )
     driver = Driver(engine, there.vocabulary)
     params = SamplingParams(temperature=0, max_tokens=400)
-    stream = Stream(driver, *driver.submit(prompt, params, positions="overlap"))
+    stream = driver.submit(prompt, params, positions="overlap")
     events = list(stream)
     assert len(stream.transcript.threads) > 2
     assert max(replay(reference, stream.prompt_token_ids, events, "overlap")) < 5e-3

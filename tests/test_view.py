@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
+from pastalm.driver import Driver
 from pastalm.engine import SamplingParams
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.events import Decoded, Event, Forked
 from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize
-from pastalm.llm import Driver
 from pastalm.transcript import Transcript
 from pastalm.view import Live, Plain, View, figures
 
@@ -56,11 +56,10 @@ def played(
         ScriptedEngine(byte_vocabulary(), [script]),
         byte_vocabulary(),
     )
-    running, events = driver.submit(
+    running = driver.submit(
         [1], SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
     )
-    while driver.running:
-        events += [event for _, event in driver.step()]
+    events = list(running)
     assert running.transcript.finished
     return events
 

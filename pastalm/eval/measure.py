@@ -19,10 +19,10 @@ from typing import Any
 
 from pastalm import answers, jsonl
 from pastalm.answers import Answer
+from pastalm.driver import run_tasks
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import Decoding, System, cold, force
-from pastalm.llm import at_once
 from pastalm.prompts import Prompt
 
 
@@ -144,7 +144,7 @@ def under_load(
         counts.skipped += len(prompts) - len(tasks)
         driver = system.llm.driver
         most = driver.engine.capabilities.max_num_seqs
-        with opened as file, closing(at_once(driver, tasks, most)) as ended:
+        with opened as file, closing(run_tasks(driver, tasks, most)) as ended:
             for found in ended:
                 if isinstance(found, RequestError):
                     counts.refuse(found)

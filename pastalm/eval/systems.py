@@ -12,9 +12,10 @@ from typing import Protocol
 
 from pastalm import answers, sample
 from pastalm.answers import Answer
+from pastalm.driver import Response, Task
 from pastalm.engine import Engine, Request, SamplingParams
 from pastalm.events import Decoded, Finished, Forked
-from pastalm.llm import LLM, Stream, Task
+from pastalm.llm import LLM
 from pastalm.prompts import Prompt
 
 
@@ -30,7 +31,7 @@ class System(Protocol):
         ...
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        """The same answer, decoded in company (`at_once`)."""
+        """The same answer, decoded in company (`run_tasks`)."""
         ...
 
 
@@ -45,14 +46,14 @@ class Decoding:
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         params = self._params(max_tokens)
         cold(self.llm)
-        stream = self.llm.stream([{"role": "user", "content": prompt.text}], params)
-        first = play(stream)
+        response = self.llm.stream([{"role": "user", "content": prompt.text}], params)
+        first = play(response)
         return answers.to(
             prompt,
             sequential=self.parallelism == 0,
             first_seconds=first,
-            threads=tuple(stream.transcript.to_dict()["threads"]),
-            **answers.figures(stream.transcript),
+            threads=tuple(response.transcript.to_dict()["threads"]),
+            **answers.figures(response.transcript),
         )
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
@@ -62,17 +63,17 @@ class Decoding:
         return SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
 
 
-def play(stream: Stream) -> float | None:
+def play(response: Response) -> float | None:
     """Decodes to the end; seconds to the first character that a reader sees (None: there is none)."""
     first = None
-    for _ in stream:
-        if first is None and stream.transcript.settled:
-            first = stream.transcript.seconds
+    for _ in response:
+        if first is None and response.transcript.settled:
+            first = response.transcript.seconds
     return first
 
 
 def cold(llm: LLM) -> None:
-    """No decoding is to find another's prompt in the pool."""
+    """Clears the prefix cache."""
     forget = getattr(llm.driver.engine, "forget", None)
     if forget is not None:
         forget()

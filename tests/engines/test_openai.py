@@ -30,6 +30,7 @@ pytest.importorskip("openai")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pastalm.driver import Driver, Response
 from pastalm.engine import SamplingParams
 from pastalm.engines.openai import OpenAIEngine, connect
 from pastalm.engines.scripted import EOS, byte_vocabulary
@@ -38,7 +39,7 @@ from pastalm.events import Decoded, Event, Finished, Joined, from_json, to_json
 from pastalm.interpreter import Limits
 from pastalm.lang import Async, Document, Node, Sync, normalize, parse, strip
 from pastalm.layout import SerialLayout, decoded_rows, pack_serial, unroll
-from pastalm.llm import LLM, Driver, Running, Stream
+from pastalm.llm import LLM
 from pastalm.models import TEACHING, Loaded, TextTokenizer, vocabulary_of
 from pastalm.vocabulary import TAG_TOKENS, Pieces, Vocabulary
 from tests.laws.test_replay import PLENTY, ROOM, roomy
@@ -159,13 +160,13 @@ def run(driver: Driver, seconds: float = 60.0) -> None:
     assert not driver.engine.has_unfinished()
 
 
-def submit(driver: Driver, first: int = 1, **params: Any) -> Running:
+def submit(driver: Driver, first: int = 1, **params: Any) -> Response:
     params = {"max_tokens": PLENTY, "temperature": 0} | params
     prompt = [first, *PROMPT[1:]]
-    return driver.submit(prompt, SamplingParams(**params), seed=1, positions="serial")[0]
+    return driver.submit(prompt, SamplingParams(**params), seed=1, positions="serial")
 
 
-def answered(engine: OpenAIEngine, limits: Limits = ROOM, **params: Any) -> Running:
+def answered(engine: OpenAIEngine, limits: Limits = ROOM, **params: Any) -> Response:
     driver = Driver(engine, engine.wire.vocabulary, limits=limits)
     running = submit(driver, **params)
     run(driver)
@@ -285,7 +286,7 @@ def _any_ids(seed: int, weights: list[int]) -> Callable[[dict[str, Any]], Reply 
     return answer
 
 
-def check_ended(running: Running, events: list[Event], max_tokens: int) -> None:
+def check_ended(running: Response, events: list[Event], max_tokens: int) -> None:
     """Law 5: every thread ended once, within the budget, and the transcript holds together."""
     transcript = running.transcript
     assert transcript.finished
@@ -295,15 +296,15 @@ def check_ended(running: Running, events: list[Event], max_tokens: int) -> None:
     assert strip(parse(transcript.annotated)) == transcript.text
 
 
-def followed(engine: OpenAIEngine, limits: Limits, max_tokens: int) -> tuple[Running, list[Event]]:
+def followed(engine: OpenAIEngine, limits: Limits, max_tokens: int) -> tuple[Response, list[Event]]:
     driver = Driver(engine, engine.wire.vocabulary, limits=limits)
     params = SamplingParams(max_tokens=max_tokens, temperature=0)
-    running, events = driver.submit([1], params, positions="serial")
+    running = driver.submit([1], params, positions="serial")
     end = time.monotonic() + 60
     while driver.running:
-        events += [event for _, event in driver.step()]
+        driver.step()
         assert time.monotonic() < end, "the engine hangs"
-    return running, events
+    return running, running.take()
 
 
 @settings(max_examples=25)
@@ -651,7 +652,7 @@ def test_a_stream_of_a_silent_server_can_be_interrupted() -> None:
     with engine_over(Played({1: TIPS}, before=silent), timeout=60) as engine:
         driver = Driver(engine, PREPARED, limits=ROOM)
         params = SamplingParams(max_tokens=50, temperature=0)
-        stream = Stream(driver, *driver.submit(PROMPT, params, positions="serial"))
+        stream = driver.submit(PROMPT, params, positions="serial")
         stream.interrupted = lambda: stream.transcript.tokens >= 4
         events = list(stream)
         assert not spoke_again.is_set()
@@ -723,7 +724,7 @@ def test_asked_in_text_the_tags_are_forbidden_by_the_ids_of_the_model() -> None:
         driver = Driver(engine, engine.wire.vocabulary)
         for parallelism in (0.0, 1.0):
             params = SamplingParams(temperature=0, max_tokens=9, parallelism=parallelism)
-            running, _ = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
+            running = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
             run(driver)
             assert running.transcript.text == "Two tips."
     assert biases == [{str(i): -100 for i in TAGS.ids}, None]
@@ -741,7 +742,7 @@ def test_asked_in_text_the_end_is_forbidden_by_the_ids_of_the_model() -> None:
     with engine_over(answer) as engine:
         driver = Driver(engine, engine.wire.vocabulary)
         params = SamplingParams(temperature=0, max_tokens=9, parallelism=0.0, ignore_eos=True)
-        running, _ = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
+        running = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
         run(driver)
     assert running.transcript.text == "a" * 9
     assert biases == [{str(i): -100 for i in (*TAGS.ids, *PREPARED.eos)}]
@@ -775,7 +776,7 @@ def test_the_end_is_no_text_where_a_server_says_it() -> None:
         driver = Driver(engine, engine.wire.vocabulary)
         prompt = engine.wire.vocabulary.encode("What of <|end|>?")
         assert engine.wire.prompt(prompt) == "What of <|end|>?"  # type: ignore[arg-type]
-        running, _ = driver.submit(prompt, SamplingParams(temperature=0, max_tokens=50), positions="serial")
+        running = driver.submit(prompt, SamplingParams(temperature=0, max_tokens=50), positions="serial")
         run(driver)
     assert (running.transcript.text, running.transcript.finish_reason) == ("Yes.", "stop")
     assert running.transcript.tokens == 3
@@ -822,7 +823,7 @@ def test_a_model_that_writes_xml(seed: int, kind: dict[str, Any]) -> None:
         driver = Driver(engine, engine.wire.vocabulary, limits=ROOM)
         prompt = engine.wire.vocabulary.encode("Q: ")
         params = SamplingParams(temperature=0, max_tokens=500)
-        running, _ = driver.submit(prompt, params, positions="serial")
+        running = driver.submit(prompt, params, positions="serial")
         run(driver)
     assert running.transcript.why == ""
     assert running.transcript.annotated == XML
@@ -1040,12 +1041,13 @@ def test_a_real_server_writes_what_the_model_says(real: tuple[str, Any, Any]) ->
         driver = Driver(engine, engine.wire.vocabulary)
         for prompt in ("hello", "abc", "Zebra"):
             params = SamplingParams(temperature=0, max_tokens=250, logit_bias=bias)
-            running, events = driver.submit(engine.wire.vocabulary.encode(prompt), params, positions="serial")
+            running = driver.submit(engine.wire.vocabulary.encode(prompt), params, positions="serial")
             end = time.monotonic() + 120
             while driver.running:
-                events += [event for _, event in driver.step()]
+                driver.step()
                 assert time.monotonic() < end
             transcript = running.transcript
+            events = running.take()
             check_ended(running, events, 250)
             assert transcript.why == ""
             forks += len(transcript.threads) - 1

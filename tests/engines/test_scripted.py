@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from pastalm.driver import Driver, Response
 from pastalm.engine import SamplingParams
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import LanguageError, RequestError
-from pastalm.llm import Driver, Running
 
 SCRIPT = 'Two:\n<promise topic="a" tokens="10"/><async>1. A\n</async><sync/>Done.'
 VOCABULARY = byte_vocabulary()
@@ -20,8 +20,8 @@ def _driver(scripts: Sequence[str] = (SCRIPT,), most: int = 8, room: int = 500) 
     return Driver(engine, VOCABULARY)
 
 
-def _submit(driver: Driver, **params: object) -> Running:
-    return driver.submit([1], SamplingParams(max_tokens=200, **params))[0]  # type: ignore[arg-type]
+def _submit(driver: Driver, **params: object) -> Response:
+    return driver.submit([1], SamplingParams(max_tokens=200, **params))  # type: ignore[arg-type]
 
 
 def _run(driver: Driver) -> None:
@@ -53,7 +53,9 @@ def test_a_cancelled_request_leaves_the_others_alone() -> None:
         driver.step()
     driver.cancel(cancelled)
     assert cancelled.transcript.finish_reason == "abort"
-    assert driver.cancel(cancelled) == []
+    assert cancelled.take()
+    driver.cancel(cancelled)
+    assert cancelled.take() == []
     _run(driver)
     assert not driver.engine.has_unfinished()
     assert other.transcript.annotated == SCRIPT

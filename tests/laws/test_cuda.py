@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pastalm.driver import Driver
 from pastalm.engine import SamplingParams
 from pastalm.engines.transformers import TransformersEngine
 from pastalm.interpreter import Limits
 from pastalm.lang import Text, parse
 from pastalm.layout import pack
-from pastalm.llm import Driver
 from pastalm.train.dataset import collate
 from pastalm.train.loss import log_probs
 from tests.laws.test_exactness import worst
@@ -45,7 +45,7 @@ def test_the_same_answers(temperature: float) -> None:
             tiny_model("llama"), max_num_seqs=4, max_model_len=256, device=device, graphs=graphs
         )
         driver = Driver(engine, tiny_vocabulary(), limits=Limits())
-        running = [driver.submit(range(20, 40 + i), params, seed=i)[0] for i in range(6)]
+        running = [driver.submit(range(20, 40 + i), params, seed=i) for i in range(6)]
         while driver.running:
             driver.step()
         found.append([tuple(r.transcript.linear_tokens()) for r in running])

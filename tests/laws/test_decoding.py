@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from pastalm import Limits, SamplingParams
+from pastalm.driver import Driver
 from pastalm.engine import Schedule
 from pastalm.engines.transformers import TransformersEngine
 from pastalm.events import Path
-from pastalm.llm import Driver
 from tests.laws.tiny import ARCHITECTURES, EOS, TAGS, tiny_model, tiny_vocabulary
 
 PROMPTS = [[40, 41, 42, 43], [70, 80, 90], [33, 120, 99, 98, 97, 45]]
@@ -53,7 +53,7 @@ def answers(
     engine = TransformersEngine(model, max_num_seqs=2, max_model_len=512, schedule=schedule)
     driver = Driver(engine, tiny_vocabulary(), limits=Limits(max_threads=max_threads))
     running = [
-        driver.submit(prompt, params, seed=seeds[i] if seeds else 0)[0]
+        driver.submit(prompt, params, seed=seeds[i] if seeds else 0)
         for i, prompt in enumerate(prompts)
     ]
     for _ in range(20_000):

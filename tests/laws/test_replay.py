@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pastalm.driver import Driver
 from pastalm.engine import SamplingParams, Schedule
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import DataError
@@ -31,7 +32,6 @@ from pastalm.lang import (
     render,
     strip,
 )
-from pastalm.llm import Driver, Running
 from pastalm.transcript import Transcript
 from tests.strategies import LOOK_ALIKES, as_decoded, documents
 
@@ -57,12 +57,9 @@ def _play(
     driver = Driver(engine, vocabulary, limits=limits)
     params = SamplingParams(max_tokens=max_tokens, parallelism=parallelism, stop=stop, logprobs=1)
     started = [driver.submit([1, 2], params) for _ in scripts]
-    told: list[tuple[Running, list[Event]]] = started
-    while driver.running:
-        for running, event in driver.step():
-            next(events for other, events in told if other is running).append(event)
+    driver.run(started)
     assert not engine.has_unfinished()
-    return [(running.transcript, events) for running, events in told]
+    return [(response.transcript, response.take()) for response in started]
 
 
 def _lockstep(live: Sequence[tuple[str, Path]]) -> Sequence[tuple[str, Path]]:

@@ -20,10 +20,11 @@ import torch
 
 from pastalm import answers
 from pastalm.answers import Answer
+from pastalm.driver import Task
 from pastalm.engine import SamplingParams
 from pastalm.errors import CapabilityError
 from pastalm.lang import Text, render
-from pastalm.llm import LLM, Task
+from pastalm.llm import LLM
 from pastalm.prompts import Prompt
 
 SEQUENTIAL = SamplingParams(temperature=0, parallelism=0)
@@ -140,9 +141,9 @@ class Copying:
         """See `System`: the sequential answer, by the engine, and the passes that copying would have taken for it. No
         seconds: it was not decoded so."""
         asked, params = self.asked(prompt), replace(SEQUENTIAL, max_tokens=max_tokens)
-        running, _ = self.llm.driver.submit(asked, params, positions=self.llm.positions)
-        yield [running]
-        tokens = [token for _, token in running.transcript.linear_tokens()]
+        response = self.llm.driver.submit(asked, params, positions=self.llm.positions, keep_events=False)
+        yield [response]
+        tokens = [token for _, token in response.transcript.linear_tokens()]
         return self._answer(prompt, along(asked, tokens, self._proposer(prompt), max_tokens=max_tokens))
 
     def _answer(self, prompt: Prompt, found: Decoded, **seconds: float) -> Answer:

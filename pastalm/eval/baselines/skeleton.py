@@ -15,11 +15,12 @@ from typing import Any
 
 from pastalm import answers
 from pastalm.answers import Answer
+from pastalm.driver import Response, Task, run_tasks
 from pastalm.engine import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import cold
 from pastalm.lang import Async, Node, Promise, Sync, Text, normalize, render
-from pastalm.llm import LLM, Running, Task, at_once
+from pastalm.llm import LLM
 from pastalm.prompts import Prompt
 
 MOST_POINTS = 10
@@ -60,7 +61,7 @@ class SkeletonOfThought:
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """See `System`."""
         cold(self.llm)
-        (found,) = at_once(self.llm.driver, [self.task(prompt, max_tokens)], 1)
+        (found,) = run_tasks(self.llm.driver, [self.task(prompt, max_tokens)], 1)
         if isinstance(found, RequestError):
             raise found
         return found
@@ -116,18 +117,20 @@ class SkeletonOfThought:
 
     def _decode(
         self, asked: Sequence[tuple[str, str]], max_tokens: int, spent: Spent, **params: Any
-    ) -> Task[list[Running]]:
+    ) -> Task[list[Response]]:
         """Answers to (question, how the answer begins), greedily, all at once."""
         chosen = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, **params)
-        running: list[Running] = []
+        running: list[Response] = []
         try:
             for question, begun in asked:
                 ids = self.llm.encode([{"role": "user", "content": question}], chosen)
                 ids += self.llm.loaded.vocabulary.encode(begun)
-                running.append(self.llm.driver.submit(ids, chosen, positions=self.llm.positions)[0])
+                running.append(
+                    self.llm.driver.submit(ids, chosen, positions=self.llm.positions, keep_events=False)
+                )
         except RequestError:
             for one in running:
-                self.llm.driver.cancel(one)
+                one.cancel()
             raise
         yield running
         spent.add(running)
@@ -142,7 +145,7 @@ class Spent:
     critical_path: int = 0
     steps: int = 0
 
-    def add(self, phase: Sequence[Running]) -> None:
+    def add(self, phase: Sequence[Response]) -> None:
         self.tokens += sum(one.transcript.tokens for one in phase)
         self.critical_path += max(one.transcript.critical_path for one in phase)
         self.steps += max(one.transcript.steps for one in phase)
@@ -158,7 +161,7 @@ def points_of(skeleton: str) -> list[str]:
     return [point for point in dict.fromkeys(found) if point][:MOST_POINTS]
 
 
-def assembled(points: Sequence[str], texts: Sequence[str], parts: Sequence[Running]) -> tuple[Node, ...]:
+def assembled(points: Sequence[str], texts: Sequence[str], parts: Sequence[Response]) -> tuple[Node, ...]:
     """The reader's answer, its points as chunks."""
     nodes: list[Node] = []
     for i, (point, text, part) in enumerate(zip(points, texts, parts, strict=True), 1):

@@ -1,0 +1,307 @@
+"""The one loop that decodes: it steps an engine and gives every response its own events.
+
+    driver = Driver(engine, vocabulary)
+    with driver.submit(prompt_token_ids, params) as response:
+        for event in response:                      # steps the engine where nothing is waiting to be read
+            print(response.transcript.settled)      # leaving the loop cancels the response
+
+A step is one forward pass of the engine for all threads of all responses. What it sampled goes to each response's
+interpreter, whose events are stamped, applied to transcript and engine, and queued for whoever reads that response.
+So many responses may be read by turns, from several threads too, and each reader gets exactly its own events, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from threading import RLock
+from types import TracebackType
+from typing import TypeAlias, TypeVar
+
+from pastalm.engine import Engine, Request, SamplingParams
+from pastalm.errors import RequestError
+from pastalm.events import Event, Finished, stamp
+from pastalm.interpreter import Interpreter, Limits
+from pastalm.layout import Policy
+from pastalm.stops import Stops
+from pastalm.transcript import Transcript
+from pastalm.vocabulary import Vocabulary
+
+T = TypeVar("T")
+
+
+class Response:
+    """One answer that is decoded, with its own queue of events.
+
+    request: what was asked. transcript: what is known so far. error: what ended it early, if a step failed.
+    interrupted: asked before every step that reading needs; the response is cancelled once it says yes.
+
+    Iterating over it, also with `async for`, gives its events in order and ends with the answer; whoever leaves the
+    iteration early cancels it. A context manager, which cancels what still decodes.
+    """
+
+    def __init__(self, driver: Driver, request: Request, interpreter: Interpreter, *, keep_events: bool) -> None:
+        self.request = request
+        self.transcript = Transcript()
+        self.error: Exception | None = None
+        self.interrupted: Callable[[], bool] = lambda: False
+        self._driver = driver
+        self._interpreter = interpreter
+        self._stops = Stops(request.params.stop_strings, request.params.min_tokens)
+        self._events: deque[Event] | None = deque() if keep_events else None
+        self._started = time.perf_counter()
+        self._steps = 0
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self.request.prompt_token_ids
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing of it decodes any more. Events may still wait to be read."""
+        return self.transcript.finished
+
+    def take(self) -> list[Event]:
+        """The events that nobody has read yet; nothing is decoded."""
+        taken: list[Event] = []
+        while self._events:
+            taken.append(self._events.popleft())
+        return taken
+
+    def cancel(self) -> None:
+        """Ends the response now and frees its cache; the events of its end can still be read."""
+        self._driver.cancel(self)
+
+    def __iter__(self) -> Iterator[Event]:
+        """Raises what ended the response early, after its events."""
+        try:
+            while self._events or self._driver.advance(self):
+                if self._events:
+                    yield self._events.popleft()
+            self.check()
+        finally:
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """As `__iter__`; steps are made on a thread, so that the event loop goes on."""
+        try:
+            while self._events or await asyncio.to_thread(self._driver.advance, self):
+                if self._events:
+                    yield self._events.popleft()
+            self.check()
+        finally:
+            self.cancel()
+
+    def check(self) -> None:
+        """Raises what ended the response early, if anything did."""
+        if self.error is not None:
+            raise self.error
+
+    def __enter__(self) -> Response:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class Driver:
+    """Many responses over one engine. May be used by several threads: one of them steps at a time.
+
+    running: the responses that decode or wait, by id.
+    """
+
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, *, limits: Limits | None = None) -> None:
+        limits = limits or Limits()
+        if limits.max_position is None:
+            limits = replace(limits, max_position=engine.capabilities.max_position)
+        self.engine = engine
+        self.vocabulary = vocabulary
+        self.limits = limits
+        self.running: dict[str, Response] = {}
+        self._ids = count()
+        self._lock = RLock()
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        seed: int | None = None,
+        positions: Policy = "promised",
+        keep_events: bool = True,
+    ) -> Response:
+        """Takes a prompt; the response, which decodes from the next step on.
+
+        choice, seed: what its randomness depends on beside thread and token (None: the parameters' seed, or a new one).
+        positions: the policy of `layout`.
+        keep_events: False where nobody reads them; the transcript has everything all the same.
+
+        Raises RequestError for a prompt that is empty or too long, CapabilityError for what the engine does not offer.
+        """
+        chosen = params.seed if seed is None else seed
+        with self._lock:
+            request = Request(
+                id=str(next(self._ids)),
+                prompt_token_ids=tuple(prompt_token_ids),
+                params=params,
+                seed=random.getrandbits(63) if chosen is None else chosen,
+                choice=choice,
+                logit_bias=self._bias(params),
+                positions=positions,
+            )
+            interpreter = Interpreter(
+                self.vocabulary,
+                max_tokens=params.max_tokens,
+                prompt_length=len(request.prompt_token_ids),
+                limits=self.limits,
+                parallelism=params.parallelism,
+                ignore_eos=params.ignore_eos,
+                min_tokens=params.min_tokens,
+                stop_token_ids=params.stop_token_ids or (),
+            )
+            self.engine.add(request)
+            response = Response(self, request, interpreter, keep_events=keep_events)
+            self.running[request.id] = response
+            self._take(response, interpreter.start())
+            return response
+
+    def _bias(self, params: SamplingParams) -> dict[int, float]:
+        """The request's logit bias, with what `parallelism` adds to the token that opens a promise."""
+        bias = dict(params.logit_bias or {})
+        tags = self.vocabulary.tags
+        if tags is not None and params.parallelism not in (0, 1):
+            bias[tags.promise] = bias.get(tags.promise, 0.0) + math.log(params.parallelism)
+        return bias
+
+    def step(self) -> list[Response]:
+        """One forward pass; the responses that have new events, each once.
+
+        Raises EngineError, or what else went wrong: every response is cancelled then and has the error, and the driver
+        can be used again.
+        """
+        with self._lock:
+            try:
+                return self._step()
+            except Exception as error:
+                for response in list(self.running.values()):
+                    response.error = error
+                    self.cancel(response)
+                raise
+
+    def _step(self) -> list[Response]:
+        sampled = self.engine.step()
+        for request_id in {token.request_id for token in sampled}:
+            self.running[request_id]._steps += 1
+        changed: dict[str, Response] = {}
+        for token in sampled:
+            if (response := self.running.get(token.request_id)) is not None:
+                self._take(response, response._interpreter.advance(token))
+                changed[token.request_id] = response
+        return list(changed.values())
+
+    def advance(self, response: Response) -> bool:
+        """One step if a response has nothing to read, by whichever thread comes first. Whether it has, or may come to
+        have. Raises as `step`, but for an error that the response has, which its reader raises."""
+        with self._lock:
+            if response._events:
+                return True
+            if response.finished:
+                return False
+            if response.interrupted():
+                self.cancel(response)
+                return True
+            try:
+                self.step()
+            except Exception:
+                if response.error is None:
+                    raise
+            return True
+
+    def run(self, responses: Sequence[Response]) -> None:
+        """Steps until some responses have ended. Raises what ended one of them early."""
+        while not all(response.finished for response in responses):
+            self.step()
+        for response in responses:
+            response.check()
+
+    def cancel(self, response: Response) -> None:
+        """Ends a response now; its cache is free at once. Nothing happens if it has ended."""
+        with self._lock:
+            if response.request.id in self.running:
+                self._take(response, response._interpreter.finish("abort"))
+                self.engine.cancel(response.request.id)
+
+    def close(self) -> None:
+        """Cancels everything and closes the engine."""
+        with self._lock:
+            for response in list(self.running.values()):
+                self.cancel(response)
+            if (close := getattr(self.engine, "close", None)) is not None:
+                close()
+
+    def _take(self, response: Response, events: list[Event]) -> None:
+        """Stamps events, applies them to transcript and engine, queues them; ends all where a stop condition holds."""
+        batch = self._note(response, events)
+        response._stops.update(response._interpreter, response.transcript)
+        cut = response._stops.cut(response.transcript)
+        if cut is not None:
+            batch += self._note(response, response._interpreter.finish("stop"))
+            last, end = [(i, event) for i, event in enumerate(batch) if isinstance(event, Finished)][-1]
+            batch[last] = replace(end, cut=cut)
+            response.transcript.cut(cut)
+        for event in batch:
+            self.engine.apply(response.request.id, event)
+        if response._events is not None:
+            response._events.extend(batch)
+        if response._interpreter.finished:
+            self.running.pop(response.request.id, None)
+
+    @staticmethod
+    def _note(response: Response, events: list[Event]) -> list[Event]:
+        seconds = time.perf_counter() - response._started
+        for event in events:
+            stamp(event, response._steps, seconds)
+            response.transcript.apply(event)
+        return events
+
+
+Task: TypeAlias = Generator[Sequence[Response], None, T]
+"""Submits responses, yields them, is resumed when all of them have ended, and so on; returns what it made of them."""
+
+
+def run_tasks(driver: Driver, tasks: Iterable[Task[T]], most: int) -> Generator[T | RequestError, None, None]:
+    """What tasks return, in the order in which they end, `most` of them under way at once; of a task that is refused,
+    its RequestError. What is still under way is cancelled when the iterator is closed. Raises as `Driver.step`."""
+    todo, waiting = iter(tasks), dict[Task[T], Sequence[Response]]()
+
+    def resume(task: Task[T]) -> Iterator[T | RequestError]:
+        for response in waiting.pop(task, ()):
+            response.check()
+        try:
+            waiting[task] = next(task)
+        except StopIteration as ended:
+            yield ended.value
+        except RequestError as error:
+            yield error
+
+    try:
+        while True:
+            while len(waiting) < most and (task := next(todo, None)) is not None:
+                yield from resume(task)
+            if not waiting:
+                return
+            driver.step()
+            for task in [t for t, phase in waiting.items() if all(r.finished for r in phase)]:
+                yield from resume(task)
+    finally:
+        for response in [r for phase in waiting.values() for r in phase]:
+            response.cancel()

@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-compat
 LLAMA := $(VENV)/.llama-cpp
 NATIVE := $(VENV)/.native
 # llama.cpp's kernels for AMX crash; built without them, it can lay 4-bit weights out for the CPU
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test sanitize lint bench clean
+.PHONY: help setup native demo test sanitize lint bench compat clean
 
 help: ## these lines
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -47,6 +48,17 @@ test: lint $(LLAMA) $(NATIVE) ## lint, types, imports, and every test
 sanitize: $(STAMP) ## the native engine over random plans under the compiler's checks, and for other processors (minutes)
 	$(BIN)/python -m pytest -m sanitizers tests/engines
 
+# two environments: LlamaIndex wants an older openai than the others
+$(CLIENTS)/.installed: tests/compat/requirements.txt tests/compat/requirements-llama-index.txt
+	$(PYTHON) -m venv $(CLIENTS)/all
+	$(CLIENTS)/all/bin/pip install --quiet --disable-pip-version-check -r tests/compat/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)/llama-index
+	$(CLIENTS)/llama-index/bin/pip install --quiet --disable-pip-version-check -r tests/compat/requirements-llama-index.txt
+	@touch $@
+
+compat: $(STAMP) $(CLIENTS)/.installed ## the server through real clients, installed apart in .venv-compat (minutes, once)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compat tests/compat
+
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check pastalm tests runs benchmarks hatch_build.py
 	$(BIN)/mypy
@@ -57,4 +69,4 @@ bench: $(STAMP) $(NATIVE) ## what a thread costs, by number of threads (see benc
 
 clean: ## what make made
 	rm -rf build/native pastalm/engines/native/libpastalm.so pastalm/engines/native/not_built.txt
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

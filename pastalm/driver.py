@@ -81,7 +81,7 @@ class Response:
     def __iter__(self) -> Iterator[Event]:
         """Raises what ended the response early, after its events."""
         try:
-            while self._events or self._driver.advance(self):
+            while bool(self._events) or self._driver.advance(self):
                 if self._events:
                     yield self._events.popleft()
             self.check()
@@ -91,7 +91,7 @@ class Response:
     async def __aiter__(self) -> AsyncIterator[Event]:
         """As `__iter__`; steps are made on a thread, so that the event loop goes on."""
         try:
-            while self._events or await asyncio.to_thread(self._driver.advance, self):
+            while bool(self._events) or await asyncio.to_thread(self._driver.advance, self):
                 if self._events:
                     yield self._events.popleft()
             self.check()

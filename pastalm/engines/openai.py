@@ -21,7 +21,6 @@ get better (no such key or model, nothing at that address) is a RemoteError of t
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import threading
 import time
@@ -39,6 +38,7 @@ from pastalm.engine import Capabilities, Request, SampledToken
 from pastalm.errors import CapabilityError, EngineError, RemoteError, RequestError, complaint
 from pastalm.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.layout import SerialLayout
+from pastalm.remote import check_address, explain, key, line, no_api
 from pastalm.vocabulary import Pieces, Vocabulary
 
 CAPABILITIES = Capabilities(
@@ -242,6 +242,7 @@ class Connection:
     def __init__(
         self, base_url: str, model: str, *, api_key: str | None = None, retries: int = 3, timeout: float = 120.0
     ) -> None:
+        check_address(base_url)
         self.base_url, self.model = base_url, model
         self.retries, self.timeout = retries, timeout
         self.inbox: queue.SimpleQueue[tuple[int, Item]] = queue.SimpleQueue()
@@ -249,7 +250,7 @@ class Connection:
         self._loop = asyncio.new_event_loop()
         self._client = openai.AsyncOpenAI(
             base_url=base_url,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=key(api_key),
             max_retries=retries,
             timeout=timeout,
         )
@@ -314,7 +315,7 @@ class Connection:
                 except openai.OpenAIError as error:
                     return replace(self.failure(error), opening=False, unreachable=False)
                 except (ValueError, TypeError, LookupError, AttributeError) as error:
-                    return Ended(why=f"{self.base_url} gives no answer: {_line(error)}")
+                    return Ended(why=f"{self.base_url} gives no answer: {line(error)}")
                 for token in said:
                     self.inbox.put((number, token))
                 if end is not None:
@@ -323,17 +324,14 @@ class Connection:
 
     def failure(self, error: openai.OpenAIError) -> Ended:
         """What it means that a call failed."""
-        if isinstance(error, openai.APITimeoutError):
-            return Ended(why=f"{self.base_url} does not answer within {self.timeout:g} s", opening=True)
+        why = explain(error, self.base_url, self.timeout)
         if isinstance(error, openai.APIConnectionError):
-            cause = _line(error.__cause__ or error)
-            why = f"cannot reach {self.base_url} ({cause}): start the server, or give another --base-url"
-            return Ended(why=why, opening=True, unreachable=True)
+            unreachable = not isinstance(error, openai.APITimeoutError)
+            return Ended(why=why, opening=True, unreachable=unreachable)
         if isinstance(error, openai.APIStatusError):
             code = error.status_code
-            why = f"{self.base_url} answers {code}: {_line(error)}"
             return Ended(why=why, final=code < 500 and code not in (408, 409, 429), opening=True, code=code)
-        return Ended(why=f"{self.base_url} gives no answer: {_line(error)}", opening=True)
+        return Ended(why=why, opening=True)
 
 
 def _ending(choice: Any, said: list[Said], wire: Wire) -> Ended | None:
@@ -359,10 +357,6 @@ def _ending(choice: Any, said: list[Said], wire: Wire) -> Ended | None:
     if last in vocabulary.eos:
         return Ended()  # its token says so itself
     return Ended(eos=True)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 # ------------------------------------------------------------------------------ the engine
@@ -777,15 +771,26 @@ def connect(
 
 def _entry(connection: Connection, model: str | None) -> Any:
     """What the server says of the model. Raises RemoteError if it has several and none is named."""
+    reply: Any = None
     try:
-        listed = list(getattr(connection.ask(lambda client: client.models.list()), "data", None) or [])
-    except (openai.NotFoundError, openai.APIResponseValidationError, ValueError):
-        listed = []
+        reply = connection.ask(lambda client: client.models.list())
+    except openai.NotFoundError as error:
+        if model is None:
+            raise RemoteError(f"{connection.failure(error).why}; or give --model") from None
+    except (openai.APIResponseValidationError, ValueError):
+        pass
+    except AttributeError:  # of the client, which takes any reply for a list
+        raise RemoteError(no_api(connection.base_url)) from None
     except openai.OpenAIError as error:
         raise RemoteError(connection.failure(error).why) from None
+    if isinstance(reply, str):
+        raise RemoteError(no_api(connection.base_url))
+    listed = list(getattr(reply, "data", None) or [])
     names = [str(getattr(entry, "id", "")) for entry in listed]
+    if model is None and not listed:
+        raise RemoteError(f"{connection.base_url} lists no model: load one there, or give --model")
     if model is None and len(listed) != 1:
-        raise RemoteError(f"{connection.base_url} serves {', '.join(names) or 'nothing it names'}: give --model")
+        raise RemoteError(f"{connection.base_url} serves {', '.join(names)[:120]}: give --model, one of these")
     named = [entry for entry, name in zip(listed, names, strict=True) if name == model]
     if model is None or not named and len(listed) == 1 and getattr(listed[0], "owned_by", "") in ("me", "llamacpp"):
         return listed[0]  # llama.cpp's servers answer to any name
@@ -842,6 +847,8 @@ def _tried(connection: Connection, prompt: Any, *, needed: bool = False, **optio
                 model=connection.model, prompt=prompt, max_tokens=1, temperature=0, **options
             )
         )
+        if isinstance(reply, str):
+            raise RemoteError(no_api(connection.base_url))
         choices = getattr(reply, "choices", None)
         if choices:
             return choices[0]
@@ -852,7 +859,7 @@ def _tried(connection: Connection, prompt: Any, *, needed: bool = False, **optio
             raise RemoteError(failure.why) from None
         why = failure.why
     except ValueError as error:
-        why = f"{connection.base_url} gives no answer: {_line(error)}"
+        why = f"{connection.base_url} gives no answer: {line(error)}"
     if needed:
         raise RemoteError(why)
     return None

@@ -10,6 +10,7 @@ from pastalm.interpreter import Limits
 from pastalm.lang import AsyncClose, Document, Sync, Text, linearize, parse, strip
 from pastalm.transcript import Transcript
 from pastalm.vocabulary import Vocabulary
+from tests.fuzz_interpreter import play
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
 assert PREPARED.tags is not None
@@ -156,3 +157,9 @@ def test_greedy_promisers_end(depth: int, threads: int, cap: int) -> None:
     _ended(player)
     _told(player)
     assert any(isinstance(node, Sync) for node in Transcript(player.events).document) <= (depth > 0)
+
+
+@given(st.integers(0, 2**63))
+def test_random_streams_end(seed: int) -> None:
+    """The streams of tests/fuzz_interpreter.py, a few of them."""
+    assert play(seed)["streams"] == 1

@@ -1709,7 +1709,7 @@ def sft(
         device=device,
         seed=seed,
     )
-    print(run(config, progress=_say))
+    _name_folder(run(config, progress=_say))
 
 
 @train.command()
@@ -1774,7 +1774,13 @@ def prefer(
         device=device,
         seed=seed,
     )
-    print(run(config, progress=_say))
+    _name_folder(run(config, progress=_say))
+
+
+def _name_folder(folder: Path) -> None:
+    """Says where a run's result lies; of several processes the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
 
 
 def _say(line: str) -> None:

@@ -1,5 +1,4 @@
-"""Logits at chosen places of a batch, by the model's own head: what it does to them (a scale, a cap, a bias, a norm before
-them) is done, whatever the architecture."""
+"""Logits at chosen places of a batch, by the model's own head: its scale, its cap, its bias, whatever it does."""
 
 from __future__ import annotations
 

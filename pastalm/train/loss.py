@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, T
 
 
 def masks(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """The mask [B, 1, n, n] in the form that the model's attention takes; of each type of layer its own, where some have
-    a sliding window, which goes by position. Of one that has neither sdpa nor FlexAttention: added to the scores."""
+    """The mask [B, 1, n, n] in the form that the model's attention takes; where some layers have a sliding window,
+    which goes by position, one for each type of layer. Outside of sdpa and FlexAttention it is added to the scores."""
     config = logits.unwrapped(model).config.get_text_config(decoder=True)
     seen, positions = inputs["attention_mask"], inputs["position_ids"]
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -70,16 +70,21 @@ def log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def weighted_loss(
-    model: Any, inputs: Mapping[str, Tensor], tags: Tags, tag_weight: float
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    tags: Tags,
+    tag_weight: float,
+    average: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean negative log-likelihood over labelled tokens (for rows to be unlearned, of any other
     token); their losses [m] and whether each is a decision (a tag, or what follows a promise) [m].
-    inputs: as `collate` gives them."""
+    inputs: as `collate` gives them. average: the mean of a number over the processes that share a batch, so that the
+    mean of their losses is that of the whole batch."""
     each, rows = token_log_probs(model, inputs)
     losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -each)
     decision = decisions(inputs, tags)
     weights = torch.where(decision, tag_weight, 1.0)
-    return (losses * weights).sum() / weights.sum(), losses.detach(), decision
+    return (losses * weights).sum() / average(weights.sum()), losses.detach(), decision
 
 
 def decisions(inputs: Mapping[str, Tensor], tags: Tags) -> Tensor:

@@ -147,7 +147,7 @@ def inputs_of(chosen: Sequence[Pair]) -> dict[str, Tensor]:
     return collate([one for pair in chosen for one in (pair.better, pair.worse)])
 
 
-class _Trainer(DPOTrainer):  # type: ignore[misc]
+class _Trainer(run.Shared, DPOTrainer):  # type: ignore[misc]
     """DPOTrainer with the loss above over our batches."""
 
     settings: PreferenceConfig
@@ -159,14 +159,15 @@ class _Trainer(DPOTrainer):  # type: ignore[misc]
         return dataset  # ours come with each batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
-        reference = inputs.pop("reference")
+        reference, counted = inputs.pop("reference"), inputs.pop("counted").float()
         with run.autocast(self.settings):
             found = log_probs(model, inputs).view(-1, 2)
         losses, margin = bonbon(found, reference, self.settings.alpha, self.settings.beta)
         mode = "train" if model.training else "eval"
-        self._metrics[mode]["margin"].append(float(margin.detach().mean()))
-        self._metrics[mode]["pairs_in_order"].append(float((margin > 0).float().mean()))
-        loss = losses.mean()
+        pairs = self.average(counted.sum())  # of each process
+        for name, each in (("margin", margin.detach()), ("pairs_in_order", (margin > 0).float())):
+            self._metrics[mode][name].append(float(self.average((each * counted).sum()) / pairs))
+        loss = (losses * counted).sum() / pairs
         return (loss, None) if return_outputs else loss
 
 
@@ -175,6 +176,7 @@ class _Trainer(DPOTrainer):  # type: ignore[misc]
 
 def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> Path:
     """Trains and returns the folder of the adapter, `out/adapter`. Raises DataError, ModelError, RequestError."""
+    progress = run.aloud(config, progress)
     _check(config)
     rows = scored.read(config.data)
     base = run.begin(config, progress)
@@ -192,7 +194,7 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     progress(f"training on {len(chosen)} pairs, {data['tokens']} packed tokens")
     adapted = run.adapted(config, base.model, base.tags)
     reference = _reference(config, adapted, chosen, progress)
-    plan = batches(chosen, config.batch_tokens, seed=config.seed)
+    plan = run.planned(config, lambda tokens: batches(chosen, tokens, seed=config.seed))
     trainer = _trainer(config, adapted, base.tokenizer, chosen, plan, reference)
     trainer.add_callback(
         run.Log(config, progress, validate=dict, curves=("margin", "pairs_in_order"))
@@ -258,15 +260,17 @@ def _trainer(
     reference: Tensor,
 ) -> _Trainer:
     def collated(wanted: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        indices = [i for batch in wanted for i in batch["indices"]]
-        return inputs_of([chosen[i] for i in indices]) | {"reference": reference[indices]}
+        batch = [i for one in wanted for i in one["indices"]]
+        own = run.share(batch)
+        taken = own or batch[:1]  # a process that is left without any takes one, and does not count it
+        counted = torch.tensor([bool(own)] * len(taken))
+        return inputs_of([chosen[i] for i in taken]) | {"reference": reference[taken], "counted": counted}
 
-    steps = int(len(plan) * config.epochs)
     optimizer = run.optimizer(config, model)
     trainer = _Trainer(
         model=model,
         optimizers=(optimizer, None),
-        args=DPOConfig(**run.arguments(config, steps), beta=config.beta, precompute_ref_log_probs=True),
+        args=DPOConfig(**run.arguments(config, len(plan)), beta=config.beta, precompute_ref_log_probs=True),
         train_dataset=Dataset.from_dict({"indices": plan}),
         data_collator=collated,
         processing_class=tokenizer,

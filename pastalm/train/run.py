@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback, set_seed
 from peft.utils import TrainableTokensWrapper
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from pastalm import models
+from pastalm.checkpoints import quiet
 from pastalm.errors import DataError, ModelError
 from pastalm.train import bookkeeping
 from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
@@ -36,10 +39,10 @@ WORKERS = 2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """What every run has. start: an adapter to go on from. overwrite: what an earlier run left in `out` makes way.
-    learning_rate: 1e-5, the paper's, does not move LoRA;
-    row_learning_rate: of the six new rows, which have far to go. batch_tokens: padded tokens a step (of each
-    process). full: all weights are trained, and a whole model is saved. gradient_checkpointing: less memory, each
-    forward pass twice. flex: FlexAttention instead of a dense mask."""
+    learning_rate: 1e-5, the paper's, does not move LoRA; row_learning_rate: of the tag rows, which have far to go.
+    batch_tokens: padded tokens a step, of each process: two with 2,048 train what one with 4,096 does. full: all
+    weights are trained, and a whole model is saved. gradient_checkpointing: less memory, each forward pass twice.
+    flex: FlexAttention instead of a dense mask."""
 
     data: Path
     out: Path
@@ -86,6 +89,11 @@ class Base:
     eos: int
 
 
+def aloud(config: RunConfig, progress: Callable[[str], None]) -> Callable[[str], None]:
+    """`progress` of the first of several processes: the others are silent."""
+    return progress if PartialState(cpu=config.device == "cpu").is_main_process else lambda _: None
+
+
 def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
     """Makes the folder, seeds all randomness and loads the model. Raises DataError, ModelError."""
     bookkeeping.claim(config)
@@ -115,13 +123,19 @@ def go(trainer: Any, config: RunConfig) -> None:
         ) from None
 
 
+def device(config: RunConfig) -> Any:
+    """Where this process computes: of several on GPUs, each has its own."""
+    several = config.device == "cuda" and PartialState().num_processes > 1
+    return PartialState().device if several else config.device
+
+
 def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
     """The model on its device with a trainable adapter: LoRA on all linear layers and the six tag rows; with `full`,
     the model itself. Raises ModelError if `start` cannot be read or is of another base model."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     _check_trainable(model)
-    model = model.to(config.device)
+    model = model.to(device(config))
     if config.flex:
         model.set_attn_implementation("flex_attention")
     if config.full:
@@ -179,8 +193,8 @@ def _with_rows(adapted: Any, start: Path | None = None) -> Any:
     rows = [module for module in adapted.modules() if isinstance(module, TrainableTokensWrapper)]
     if {id(embedding), id(head)} != {id(module) for module in rows}:
         if start is None:
-            raise ModelError("the tag rows of this model's embedding and head cannot be told from other weights: use --full")
-        raise ModelError(f"the adapter in {start} has no tag rows of the output head: train it anew from the base model")
+            raise ModelError("this model's tag rows cannot be trained apart from its other weights: use --full")
+        raise ModelError(f"the adapter in {start} has no tag rows of the output head: train it anew from the base")
     bias = getattr(head.original_module, "bias", None)
     if bias is not None:  # PEFT computes a head's rows without it
         head.register_forward_hook(lambda _, __, found: found + bias)
@@ -214,7 +228,7 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
     return {
         "output_dir": str(config.out),
         "per_device_train_batch_size": 1,
-        "num_train_epochs": config.epochs,
+        "num_train_epochs": 1,  # the plan holds them all
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": max(1, int(steps * config.warmup)),
@@ -233,6 +247,47 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_num_workers": 0 if config.device == "cpu" else WORKERS,  # masks are made while a GPU computes
     }
+
+
+def planned(config: RunConfig, batches: Callable[[int], list[list[int]]]) -> list[list[int]]:
+    """The batches of all epochs, one a step, each shared by all processes. batches: those of one epoch, of so many
+    tokens."""
+    once = batches(config.batch_tokens * PartialState().num_processes)
+    order = random.Random(config.seed)
+    plan: list[list[int]] = []
+    for _ in range(math.ceil(config.epochs)):
+        plan += order.sample(once, len(once))
+    return plan[: max(1, int(len(once) * config.epochs))]
+
+
+def share(batch: Sequence[int]) -> list[int]:
+    """What this process takes of a batch."""
+    state = PartialState()
+    return list(batch[state.process_index :: state.num_processes])
+
+
+class Shared:
+    """For a trainer: each of several processes takes its share of every batch of the plan, in order."""
+
+    train_dataset: Any
+    data_collator: Any
+    args: Any
+    accelerator: Any
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Whole batches, for the collator to share."""
+        return DataLoader(
+            self.train_dataset,
+            batch_size=1,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=not self.args.use_cpu,
+        )
+
+    def average(self, own: torch.Tensor) -> torch.Tensor:
+        """The mean of a number over all processes."""
+        mean: torch.Tensor = self.accelerator.reduce(own.detach().clone(), reduction="mean")
+        return mean
 
 
 class Log(TrainerCallback):  # type: ignore[misc]
@@ -350,6 +405,7 @@ def save(trainer: Any, config: RunConfig, made: Made) -> Path:
         "seconds_this_run": round(made.seconds),
         "final": made.final,
         "machine": _machine(config),
+        "processes": PartialState().num_processes,
         "torch": torch.__version__,
     }
     if config.start is not None and (before := config.start / "train.json").is_file():
@@ -371,7 +427,7 @@ def _save_adapter(model: Any, weights: Mapping[str, Any], config: RunConfig, fol
     }
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = config.base_name
-    with models.quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(
             folder, state_dict=half, save_embedding_layers=False, selected_adapters=["default"]
@@ -379,7 +435,7 @@ def _save_adapter(model: Any, weights: Mapping[str, Any], config: RunConfig, fol
 
 
 def _save_model(model: Any, weights: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
-    with models.quiet():
+    with quiet():
         half = {name: value.to(torch.bfloat16) for name, value in weights.items()}
         model.save_pretrained(folder, state_dict=half)
         tokenizer.save_pretrained(folder)

@@ -26,7 +26,7 @@ from trl import SFTTrainer
 
 from pastalm import models
 from pastalm.errors import DataError
-from pastalm.layout import POLICIES
+from pastalm.layout import IGNORED, POLICIES
 from pastalm.train import run
 from pastalm.train.dataset import (
     Example,
@@ -34,6 +34,7 @@ from pastalm.train.dataset import (
     batches,
     collate,
     examples,
+    held_out,
     provenance,
     read_annotated,
     read_repeats,
@@ -45,7 +46,8 @@ from pastalm.vocabulary import Tags
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig(run.RunConfig):
     """One training run. repeats: the model's own answers (`pasta sample`), whose repetitions are unlearned,
-    beside the data. tag_weight: loss weight of the decision tokens."""
+    beside the data. tag_weight: loss weight of the decision tokens. validation_rows: prompts whose answers are held
+    out."""
 
     mix: Mix = field(default_factory=Mix)
     repeats: Path | None = None
@@ -53,7 +55,7 @@ class SftConfig(run.RunConfig):
     validation_rows: int = 16
 
 
-class _Trainer(SFTTrainer):  # type: ignore[misc]
+class _Trainer(run.Shared, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with the loss above."""
 
     settings: SftConfig
@@ -67,12 +69,14 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         with run.autocast(self.settings):
-            loss, _, _ = weighted_loss(model, inputs, self.tags, self.settings.tag_weight)
+            weight = self.settings.tag_weight
+            loss, _, _ = weighted_loss(model, inputs, self.tags, weight, self.average)
         return (loss, None) if return_outputs else loss
 
 
 def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     """Trains and returns the folder of the adapter, `out/adapter`. Raises DataError, ModelError."""
+    progress = run.aloud(config, progress)
     if not config.data.is_file():
         raise DataError(f"no annotated data at {config.data}: make it with pasta annotate")
     if unknown := set(config.mix.positions) - set(POLICIES):
@@ -80,17 +84,17 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     base = run.begin(config, progress)
     rows = read_annotated(config.data)
     chosen = list(examples(rows, base.tokenizer, base.vocabulary, config.mix, eos=base.eos))
-    held, chosen = chosen[: config.validation_rows], chosen[config.validation_rows :]
+    if config.repeats is not None:
+        chosen += read_repeats(config.repeats, base.tokenizer, base.vocabulary, config.mix, eos=base.eos)
+    held, chosen = held_out(chosen, config.validation_rows)
+    held = [example for example in held if example.kind != "repeat"]
     if not chosen:
         raise DataError(f"{config.data}: no usable answers are left to train on")
     if config.repeats is not None:
-        chosen += read_repeats(
-            config.repeats, base.tokenizer, base.vocabulary, config.mix, eos=base.eos
-        )
         random.Random(config.seed).shuffle(chosen)
     data = provenance([e.packed for e in chosen], [(e.kind, e.source, e.licence) for e in chosen])
     progress(f"training on {json.dumps(data)}")
-    plan = batches(chosen, config.batch_tokens, seed=config.seed)
+    plan = run.planned(config, lambda tokens: batches(chosen, tokens, seed=config.seed))
     trainer = _trainer(config, base, chosen, plan)
     curves = ("validation_text", "validation_tags")
     log = run.Log(config, progress, validate=lambda: _validate(trainer, held), curves=curves)
@@ -118,21 +122,27 @@ def _trainer(
     config: SftConfig, base: run.Base, chosen: list[Example], plan: list[list[int]]
 ) -> _Trainer:
     model = run.adapted(config, base.model, base.tags)
-    steps = int(len(plan) * config.epochs)
     trainer = _Trainer(
         model=model,
         optimizers=(run.optimizer(config, model), None),
         args=TrlConfig(
-            **run.arguments(config, steps), dataset_kwargs={"skip_prepare_dataset": True}
+            **run.arguments(config, len(plan)), dataset_kwargs={"skip_prepare_dataset": True}
         ),
         train_dataset=Dataset.from_dict({"indices": plan}),
-        data_collator=lambda wanted: _collated(
-            [chosen[i] for batch in wanted for i in batch["indices"]]
-        ),
+        data_collator=lambda wanted: _share(chosen, [i for batch in wanted for i in batch["indices"]]),
         processing_class=base.tokenizer,
     )
     trainer.settings, trainer.tags = config, base.tags
     return trainer
+
+
+def _share(chosen: list[Example], batch: list[int]) -> dict[str, Tensor]:
+    """What this process takes of a batch. One that is left without any takes one, and counts none of it."""
+    own = run.share(batch)
+    inputs = _collated([chosen[i] for i in own or batch[:1]])
+    if not own:
+        inputs["labels"][:] = IGNORED
+    return inputs
 
 
 def _collated(chosen: list[Example]) -> dict[str, Tensor]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -424,24 +421,6 @@ def test_all_weights_can_be_trained_and_the_model_is_gone_on_from(config: SftCon
         if a.dim() == 2:  # of the norms' ones, bfloat16 keeps no small step
             assert not torch.equal(a[: len(b)], b.to(torch.bfloat16).float()), name
     assert "All weights were trained" in (folder / "README.md").read_text()
-
-
-def test_two_processes_train_one_adapter(config: SftConfig, tmp_path: Path) -> None:
-    """As on two GPUs, by accelerate: each takes its share of the batches, one writes."""
-    out = tmp_path / "two"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pastalm.cli"]
-    command += ["train", "sft", str(config.data), "--out", str(out), "--model", config.model]
-    command += ["--token-budget", "2500", "--batch-tokens", "300", "--lora-rank", "2", "--save-steps", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = models.load(config.model, adapter=str(out / "adapter"), dtype="float32")
-    assert loaded.prepared
-    record = json.loads((out / "adapter" / "train.json").read_text())
-    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert record["steps"] == max(steps)
-    assert len({json.dumps(line) for line in steps}) >= 1
 
 
 ABLATED = "Look: " + "".join(

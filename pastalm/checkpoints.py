@@ -24,7 +24,7 @@ IGNORED = (
 OLDER_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Fetched where a repository has no safetensors."""
 
-_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {}),
     "qwen2_5_vl_text": ("qwen2", {}),
     "qwen3_vl_text": ("qwen3", {}),
@@ -109,7 +109,7 @@ def _text_part(config: Any, folder: Path) -> Any:
     text = config.get_text_config(decoder=True)
     if text is config or config.is_encoder_decoder:
         return config
-    if (twin := _TWINS.get(text.model_type)) is not None:
+    if (twin := TWINS.get(text.model_type)) is not None:
         text = _as_twin(text, *twin)
     elif text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(

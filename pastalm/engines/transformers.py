@@ -421,6 +421,7 @@ def _checks(model: PreTrainedModel, config: Any) -> Iterator[tuple[bool, str]]:
     yield kinds <= {"full_attention", "sliding_attention"}, f"it has layers of {sorted(kinds)}"
     biased = getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt")
     yield not biased, "its positions are not rotary but biases in the attention (ALiBi)"
+    yield "position_ids" in inspect.signature(model.forward).parameters, "it takes no position ids"
     rotates = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
     yield bool(rotates), "its positions are not rotary"
 
@@ -547,7 +548,21 @@ def _bucket(n: float, sizes: Sequence[float]) -> int | None:
 
 # ------------------------------------------------------------------------------ the engine
 
-MODEL_TYPES: frozenset[str] = frozenset()
+MODEL_TYPES = frozenset(
+    [
+        "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "codegen", "cohere", "cohere2",
+        "cohere2_moe", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1", "ernie4_5", "ernie4_5_moe",
+        "exaone4", "exaone_moe", "falcon", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
+        "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox",
+        "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa",
+        "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
+        "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "lfm2", "llama", "longcat_flash", "mellum",
+        "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral",
+        "mixtral", "modernbert-decoder", "moshi", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+        "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+        "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
+    ]
+)  # fmt: skip
 """Types of models of which a test builds a small one and holds it to plain transformers (docs/models.md)."""
 
 
@@ -642,6 +657,11 @@ class TransformersEngine(BatchingEngine):
         self._free = set(range(max_num_seqs))
 
     # ------------------------------------------------------------------ what the model can do
+
+    @property
+    def own_attention(self) -> bool:
+        """Whether the model attends by itself: then a step is a forward pass for each request."""
+        return self._attention != ATTENTION
 
     def _choose_attention(self) -> None:
         """Ours if the model takes another, else its own. Raises CapabilityError for a model that neither drives."""

@@ -1,4 +1,4 @@
-"""A tiny random model of every architecture that the transformers engine runs."""
+"""A tiny random model of every architecture that the transformers engine runs, and how exactly the engine runs it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,63 @@ from tests.laws.script import play, random_scripts
 from tests.laws.tiny import EOS, SIZE, WINDOW
 
 _SMALL: dict[str, Any] = {
-    **{"vocab_size": SIZE, "vocab_size_per_layer_input": SIZE, "max_position_embeddings": 4096, "n_positions": 4096},
-    **{"hidden_size": 32, "n_embd": 32, "d_model": 32, "head_dim": 8, "query_pre_attn_scalar": 8},
-    **{"intermediate_size": 48, "ffn_hidden_size": 48, "n_inner": 48, "moe_intermediate_size": 16},
-    **{"shared_expert_intermediate_size": 16, "expert_ffn_hidden_size": 16, "hidden_size_per_layer_input": 8},
-    **{"num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2},
-    **{"num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 2, "rotary_dim": 4},
-    **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4},
-    **{"num_experts_per_tok": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    **{"num_shared_experts": 1, "n_shared_experts": 1, "moe_num_shared_experts": 1},
-    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
-    **{"sliding_window": WINDOW, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS},
+    "vocab_size": SIZE, "vocab_size_per_layer_input": SIZE, "max_position_embeddings": 4096, "n_positions": 4096,
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "head_dim": 8, "query_pre_attn_scalar": 8,
+    "intermediate_size": 48, "ffn_hidden_size": 48, "n_inner": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "expert_ffn_hidden_size": 16, "hidden_size_per_layer_input": 8,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 2, "rotary_dim": 4,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "num_shared_experts": 1, "n_shared_experts": 1, "moe_num_shared_experts": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "sliding_window": WINDOW, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS,
 }
 """What makes a configuration small, wherever it has such a field."""
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 _OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "axk1", "longcat_flash", "glm4_moe_lite", "minicpm3", "youtu"), _LATENT),
-}
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "axk1", "longcat_flash", "glm4_moe_lite", "minicpm3", "youtu"), _LATENT
+    ),
+    "longcat_flash": {**_LATENT, "zero_expert_num": 2, "moe_topk": 2},
+    "falcon": {"multi_query": True},
+    "mimo_v2_flash": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 8},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 4,
+    },
+}  # fmt: skip
 """What else the configuration of a type needs."""
+
+
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **parameters}}
+
+
+_SHORT, _LONG = [1.0, 1.5, 1.25, 2.0], [2.0, 7.0, 9.0, 16.0]
+
+
+def longrope(short: list[float] = _SHORT, long: list[float] = _LONG) -> dict[str, Any]:
+    """Rotary parameters that change at 512 positions."""
+    first = {"original_max_position_embeddings": 512}
+    return _rope("longrope", short_factor=short, long_factor=long, factor=8.0, **first) | first
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon, one key head to each": ("falcon", {"multi_query": False}),
+    "falcon, new decoder": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, not parallel": ("falcon", {"parallel_attn": False, "bias": True}),
+    "gpt_neox, not parallel": ("gpt_neox", {"use_parallel_residual": False}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True}),
+    "phi, norms of queries": ("phi", {"qk_layernorm": True}),
+    "phi3, longrope": ("phi3", longrope()),
+    "phi3, a part rotates": ("phi3", _rope("default", partial_rotary_factor=0.5)),
+    "llama, dynamic": ("llama", _rope("dynamic", factor=4.0)),
+    "llama, yarn": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "starcoder2, no window": ("starcoder2", {"sliding_window": None}),
+}
+"""Shapes of a type that its usual configuration does not have."""
 
 
 def configuration(kind: str, **more: Any) -> Any:
@@ -46,6 +85,21 @@ def configuration(kind: str, **more: Any) -> Any:
     return made(**(small | _OWN.get(kind, {}) | more))
 
 
+_LARGE = frozenset(
+    [
+        "bart", "bigbird_pegasus", "blenderbot", "blt", "cpmant", "fuyu", "git", "got_ocr2", "marian", "mbart",
+        "mllama", "mvp", "pegasus", "prophetnet", "roc_bert", "moss_transcribe_diarize", "phi4_multimodal", "gemma3",
+        "gemma4", "gemma4_unified", "musicgen", "musicgen_melody",
+    ]
+)  # fmt: skip
+"""Types of which these settings make no small model."""
+
+
+def tries(kind: str) -> bool:
+    """Whether `build` is worth a try."""
+    return kind not in _LARGE
+
+
 def build(kind: str, **more: Any) -> PreTrainedModel:
     """A random model in float64, the same for the same arguments."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
@@ -54,6 +108,8 @@ def build(kind: str, **more: Any) -> PreTrainedModel:
     for parameter in model.parameters():
         if not parameter.any():  # biases and sinks, which would be tested by nothing
             torch.nn.init.normal_(parameter, std=0.2)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped products have no float64
     made: PreTrainedModel = model.double().eval()
     return made
 
@@ -92,7 +148,7 @@ def exactness(model: PreTrainedModel, *, responses: int = 2, length: int = 256) 
     engine = TransformersEngine(model, max_num_seqs=2, max_model_len=length)
     scripts = random_scripts(11, "promised", 1) + random_scripts(12, "overlap", responses - 1)
     for i, script in enumerate(scripts):
-        script.id = str(i)
+        script.id, script.tokens_left = str(i), 30
     with AllDouble():
         play(engine, scripts)
     worst, spread = 0.0, 0.0

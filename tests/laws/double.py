@@ -16,7 +16,7 @@ class AllDouble(TorchFunctionMode):
         double = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
         if double and func is torch.Tensor.float:
             return args[0]
-        if double and func is torch.Tensor.to:
+        if double and func in (torch.Tensor.to, torch.Tensor.type):
             args = (args[0], *(torch.float64 if a is torch.float32 else a for a in args[1:]))
         if double and given.get("dtype") is torch.float32:
             given["dtype"] = torch.float64

@@ -24,7 +24,9 @@ from pastalm.train import run
 from pastalm.train.dataset import collate
 from pastalm.train.loss import weighted_loss
 from pastalm.vocabulary import Vocabulary
-from tests.test_models import BYTE_LEVEL, small_model
+from tests.test_models import byte_level, small_model
+
+TOKENIZER = byte_level()
 
 ASKED = [{"role": "user", "content": "Tips?"}]
 DOCUMENT: Document = (
@@ -40,7 +42,7 @@ DOCUMENT: Document = (
 
 def copies() -> dict[str, Any]:
     """One model twice: its head is its embedding, or has the same weights of its own."""
-    tied, untied = small_model(len(BYTE_LEVEL)), small_model(len(BYTE_LEVEL), tied=False)
+    tied, untied = small_model(len(TOKENIZER)), small_model(len(TOKENIZER), tied=False)
     untied.load_state_dict(tied.state_dict())
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
     return {"tied": tied, "untied": untied}
@@ -67,7 +69,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, fl
     found = {}
     for name, model in copies().items():
         folder = tmp_path_factory.mktemp(name)
-        models.save(model, copy.deepcopy(BYTE_LEVEL), folder / "base")
+        models.save(model, copy.deepcopy(TOKENIZER), folder / "base")
         (folder / "data").write_text("")
         config = run.RunConfig(
             data=folder / "data",
@@ -151,7 +153,7 @@ def test_training_goes_on_from_both_tables_rows(taught: dict[str, tuple[Path, fl
 # ------------------------------------------------------------------------------ heads of every make
 
 SMALL = {
-    "vocab_size": len(BYTE_LEVEL),
+    "vocab_size": len(TOKENIZER),
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -179,7 +181,7 @@ def test_what_was_trained_is_what_is_loaded(kind: str, tmp_path: Path) -> None:
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | HEADS[kind])))
     if getattr(made.get_output_embeddings(), "bias", None) is not None:
         torch.nn.init.normal_(made.get_output_embeddings().bias)
-    models.save(made, copy.deepcopy(BYTE_LEVEL), tmp_path / "base")
+    models.save(made, copy.deepcopy(TOKENIZER), tmp_path / "base")
     (tmp_path / "data").write_text("")
     config = run.RunConfig(data=tmp_path / "data", out=tmp_path / "out", model=str(tmp_path / "base"), lora_rank=4)
     base = run.begin(config, str)
@@ -224,7 +226,7 @@ def test_only_the_text_part_of_a_model_that_sees_is_adapted(tmp_path: Path) -> N
 
 
 def prepared_tokenizer() -> Any:
-    tokenizer = copy.deepcopy(BYTE_LEVEL)
+    tokenizer = copy.deepcopy(TOKENIZER)
     models.prepare(small_model(len(tokenizer)), tokenizer)
     return tokenizer
 

@@ -44,7 +44,7 @@ copy in `original/`, `onnx/` or `consolidated*`.
 - **Tokenizers** of every kind that gives a text back: byte-level BPE, SentencePiece's BPE and Unigram with bytes for
   what has no token, with or without a space put before a text. Prompts are encoded as the model's tokenizer does;
   answers, chunks and rows without that space (`tests/test_lossless.py`). Those that lose text (WordPiece, word ends)
-  are refused; a character without a token is named.
+  are refused; a character for which a vocabulary has nothing, not even bytes, is left out.
 - **Rotary positions** of every type that transformers has. `dynamic` within `max_position_embeddings`, where its
   frequencies do not change; `longrope` with the short factors if `--max-model-len` is within
   `original_max_position_embeddings`, else with the long ones for every position, as vLLM does: keys in the cache stay

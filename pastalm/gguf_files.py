@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pastalm import lossless
 from pastalm.errors import CapabilityError, ModelError, RequestError
 from pastalm.models import Loaded
 from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
@@ -29,6 +31,9 @@ QUANTISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
 
 
 # ------------------------------------------------------------------------------ a model out of one
+
+_FIRST = 1024
+"""SentencePiece's bytes are among the first tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,50 @@ class GgufTokenizer:
             for i in range(self._size)
             if llama_cpp.llama_vocab_is_control(self._vocabulary, i)
         }
+        pieces = llama_cpp.llama_vocab_type(self._vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_SPM
+        self._prefixes = pieces and self._says(self.encode("a", special=False)) != b"a"
+        self._alone = self._found_alone() if pieces else {}
+        """Spelling -> ids of what is not encoded together with what stands beside it."""
+        self._apart = re.compile(f"({lossless.any_of(set(self._alone)).pattern})")
+
+    def _says(self, ids: Sequence[int]) -> bytes:
+        return b"".join(map(self.piece, ids))
+
+    def _found_alone(self) -> dict[str, list[int]]:
+        """The sign for a space, which must not become one, and words behind which a space would be put."""
+        sign = [self._byte(byte) for byte in lossless.SPACE.encode()]
+        alone = {} if None in sign else {lossless.SPACE: [i for i in sign if i is not None]}
+        if self._prefixes:
+            word = self._api.LLAMA_TOKEN_ATTR_USER_DEFINED
+            words = (i for i in range(self._size) if self._api.llama_vocab_get_attr(self._vocabulary, i) & word)
+            alone |= {self.spelling(i): [i] for i in words}
+        return alone
+
+    def _byte(self, byte: int) -> int | None:
+        """The token of a byte, if it has one that merges with nothing."""
+        special = self._api.LLAMA_TOKEN_ATTR_BYTE
+        spelled = f"<0x{byte:02X}>".encode()
+        for i in range(min(self._size, _FIRST)):
+            if self._api.llama_vocab_get_text(self._vocabulary, i) == spelled:
+                return i if self._api.llama_vocab_get_attr(self._vocabulary, i) & special else None
+        return None
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids whose pieces are the text: no special token, and no space that it does not have."""
+        ids: list[int] = []
+        for i, part in enumerate(self._apart.split(text)):
+            if i % 2:
+                ids += self._alone[part]
+            elif part:
+                ids += self._continued(part)
+        return ids
+
+    def _continued(self, text: str) -> list[int]:
+        if not self._prefixes:
+            return self.encode(text, special=False)
+        # the byte 0 merges with nothing: what stands before it is the space that would be put there
+        ids = self.encode("\0" + text, special=False)
+        return ids[next(at for at, token in enumerate(ids) if self.piece(token) == b"\0") + 1 :]
 
     def spelling(self, token: int) -> str:
         text: bytes = self._api.llama_vocab_get_text(self._vocabulary, token)
@@ -112,7 +161,7 @@ def load(path: str | Path, *, gpu_layers: int = 0) -> Loaded:
     vocabulary = Vocabulary(
         size=model.vocabulary_size,
         eos=frozenset(filter(tokenizer.is_end, range(model.vocabulary_size))),
-        encode=lambda text: tokenizer.encode(text, special=False),
+        encode=tokenizer.text_ids,
         piece=tokenizer.piece,
         tags=tags,
     )

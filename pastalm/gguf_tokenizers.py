@@ -39,7 +39,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[int
     said = _Said(metadata)
     if said.model == "gpt2" and said.pre in SPLITS:
         backend = _byte_level(said)
-    elif said.model == "llama" and not said.get("add_space_prefix", True):
+    elif said.model == "llama":
         backend = _sentence_pieces(said)
     else:
         raise _refuse(f"is a {said.model!r}, split as {said.pre!r}")
@@ -147,7 +147,10 @@ def _sentence_pieces(said: _Said) -> Any:
         raise _refuse("has no scores")
     found = sorted(_merges(said), key=lambda merge: -scores[said.vocabulary["".join(merge)]])
     made = _core(said, found, byte_fallback=True)
-    made.normalizer = normalizers.Replace(" ", "\u2581")
+    spaces: list[Any] = [normalizers.Replace(" ", "\u2581")]
+    if said.get("add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend("\u2581"))
+    made.normalizer = normalizers.Sequence(spaces)
     made.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )

@@ -13,20 +13,18 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from pastalm.errors import ModelError, RequestError
+from pastalm.errors import ModelError
 
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
 _ASCII = "".join(map(chr, range(32, 127))) + "\n  Two  spaces,\n\n- a list. 1. Eat"
 """What every tokenizer must give back."""
-_RARE = "\U0010fffd"
-"""What has a token in no vocabulary, only its bytes have."""
 NOTHING = "(?!)"
 """A pattern that finds nothing."""
 
 
 def encoder(backend: Any, piece: Callable[[int], bytes]) -> Callable[[str], list[int]]:
-    """Text -> ids whose pieces are that text; it raises RequestError for a character that has no token.
+    """Text -> ids whose pieces are that text; a character for which the vocabulary has nothing is left out.
 
     backend: a `tokenizers.Tokenizer`. piece: the bytes of a token. Raises ModelError for a tokenizer that does not give
     back plain ASCII.
@@ -39,21 +37,13 @@ def encoder(backend: Any, piece: Callable[[int], bytes]) -> Callable[[str], list
         ids: list[int] = as_it_is.encode(text, add_special_tokens=False).ids
         return ids
 
-    def gives_back(ids: list[int], text: str) -> bool:
-        return b"".join(map(piece, ids)) == text.encode()
-
-    whole = _has_every_byte(backend) and gives_back(ids_of(_RARE), _RARE)
-
     def encode(text: str) -> list[int]:
         ids: list[int] = []
         for part in _cut(text, apart):
             ids += sign if part == SPACE and apart.match(SPACE) else ids_of(part)
-        if not whole and not gives_back(ids, text):
-            missing = next((char for char in text if not gives_back(ids_of(char), char)), text[:20])
-            raise RequestError(f"this model's tokenizer has no token for {missing!r}: leave it out")
         return ids
 
-    if not gives_back(ids_of(_ASCII), _ASCII):
+    if b"".join(map(piece, encode(_ASCII))) != _ASCII.encode():
         raise ModelError("this model's tokenizer does not give a text back as it was: choose another model")
     return encode
 
@@ -84,12 +74,6 @@ def _cut(text: str, apart: re.Pattern[str]) -> Iterator[str]:
 def is_byte_level(backend: Any) -> bool:
     """Whether its tokens are written in GPT-2's alphabet of bytes."""
     return "ByteLevel" in str(backend.decoder)
-
-
-def _has_every_byte(backend: Any) -> bool:
-    """Whether each byte has a token."""
-    spellings = _gpt2_alphabet().values() if is_byte_level(backend) else [f"<0x{byte:02X}>" for byte in range(256)]
-    return all(backend.token_to_id(spelling) is not None for spelling in spellings)
 
 
 # ------------------------------------------------------------------------------ encoding

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pastalm import models as pasta
 from pastalm.chat_tokenizer import ChatTokenizer, described
-from pastalm.errors import ModelError, RequestError
+from pastalm.errors import ModelError
 from pastalm.lang import parse
 from pastalm.layout import unroll
 from pastalm.vocabulary import TAG_TOKENS, Vocabulary
@@ -220,12 +220,11 @@ def test_one_without_a_description_is_refused() -> None:
 
 
 @given(text=TEXT)
-def test_a_character_without_a_token_is_named(text: str) -> None:
+def test_a_character_without_a_token_is_left_out_and_nothing_else(text: str) -> None:
     known = pasta.vocabulary_of(_without_bytes(), eos=[2])
-    try:
-        assert known.text(known.encode(text)) == text
-    except RequestError as error:
-        assert "no token for" in str(error) and "\n" not in str(error)
+    spaced = text.replace("▁", " ")  # without bytes the sign can only be the space that it stands for
+    has = "".join(char for char in spaced if char == "\n" or " " <= char <= "~")
+    assert known.text(known.encode(text)) == has
 
 
 @cache

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ GEMMA_TEMPLATE = (
 )
 
 
-def sentence_pieces(writer: Any) -> int:
-    """Writes a tokenizer of Gemma's kind; its number of tokens."""
+def sentence_pieces(writer: Any, *, prefix: bool = False) -> int:
+    """Writes a tokenizer of Gemma's kind, or of Llama 2's, which puts a space before a text; its number of tokens."""
     control = [
         "<pad>",
         "<eos>",
@@ -138,7 +138,7 @@ def sentence_pieces(writer: Any) -> int:
     writer.add_token_list([token for token, _ in table])
     writer.add_token_types([kind for _, kind in table])
     writer.add_token_scores([-float(i) for i in range(len(table))])
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(prefix)
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(3)
@@ -147,7 +147,7 @@ def sentence_pieces(writer: Any) -> int:
     return len(table)
 
 
-@pytest.fixture(scope="module", params=[*gguf_tokenizers.SPLITS, "gemma"])
+@pytest.fixture(scope="module", params=[*gguf_tokenizers.SPLITS, "gemma", "llama"])
 def spoken(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Loaded, Packed]:
@@ -156,13 +156,13 @@ def spoken(
     file = folder / "tiny.gguf"
     with pytest.MonkeyPatch().context() as patched:
         patched.setenv("PASTALM_CACHE", str(folder))
-        if way == "gemma":
+        if way in ("gemma", "llama"):
             size = sentence_pieces(gguf.GGUFWriter(folder / "unused", "gemma3"))
             write(
                 random_model("Gemma3", vocab_size=size, **SCALED),
                 file,
                 "gemma3",
-                tokens=sentence_pieces,
+                tokens=partial(sentence_pieces, prefix=way == "llama"),
             )
         else:
             patched.setattr(gguf_files, "_SPLITS", ((way, "ByteLevel"),))
@@ -212,11 +212,19 @@ def test_prompts_are_llama_cpps(
 ) -> None:
     way, theirs, ours = spoken
     messages = [{"role": "user", "content": as_trained(way, text)}]
-    if system is not None and way != "gemma":
+    if system is not None and way not in ("gemma", "llama"):
         messages.insert(0, {"role": "system", "content": as_trained(way, system)})
     assert models.chat_prompt(ours.loaded, messages, marker=marker) == (
         models.chat_prompt(theirs, messages, marker=marker)
     )
+
+
+@given(text=TEXTS | st.sampled_from(["1. Eat", "<think>x", "\u2581 a", "\0a"]))
+@ONCE
+def test_a_text_is_read_back_as_it_was(spoken: tuple[str, Loaded, Packed], text: str) -> None:
+    _, theirs, ours = spoken
+    for vocabulary in (ours.vocabulary, theirs.vocabulary):
+        assert vocabulary.text(vocabulary.encode(text)) == text
 
 
 def test_a_word_that_no_merge_makes_is_a_token_for_some(spoken: tuple[str, Loaded, Packed]) -> None:

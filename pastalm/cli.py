@@ -1400,6 +1400,7 @@ def evaluate(
         check,
         check_answers,
         check_folder,
+        check_scores,
         compare_all,
         described,
         score_all,
@@ -1426,6 +1427,9 @@ def evaluate(
     settings |= {"engine": engine, "dtype": dtype, "device": device}
     adapters = {name: _adapter_of(model, name, begin != "decode") for name in {baseline, *map(_adapter, systems)}}
     made = described(systems, adapters.get, baseline, {**_models_of(model, "none"), **settings})
+    scoring = {name: _scoring(name, model, baseline, judge, device) | _tokenizer_of(model) for name in units}
+    if begin != "report":
+        check_scores(out, names, scoring, overwrite=overwrite)
     if begin == "decode":
         check_folder(out, made, asked, overwrite=overwrite)
     else:
@@ -1489,7 +1493,7 @@ def evaluate(
             by,
             count_tokens,
             references=prompts,
-            models={name: _scoring(name, model, baseline, judge, device) | _tokenizer_of(model) for name in units},
+            models=scoring,
             overwrite=overwrite,
             bad=_skipped(skip_bad),
             progress=lambda what, c: say(f"{what}: {c.written} answers{'' if remote is None else f'; {remote.usage}'}"),
@@ -1558,7 +1562,9 @@ def _units(given: list[str], scorers: list[str]) -> dict[str, float | None]:
 
 
 def _scoring(scorer: str, model: str, adapter: str, judge: str | None, device: str) -> dict[str, Any]:
-    """For the header of a file: what scores, by its contents."""
+    """For the header of a file: what scores, by its contents. Raises RequestError."""
+    if scorer not in ("pmi", "reference", "judge"):
+        raise RequestError(f"unknown scorer {scorer!r}: use pmi, reference or judge")
     if scorer == "pmi":
         return _models_of(model, adapter) | {"device": device}
     return {"judge": judge} if scorer == "judge" else {}
@@ -1592,8 +1598,6 @@ def _scorers(
         elif name == "judge":
             remote = _remote(base_url, judge, concurrency, price_in, price_out)
             found.append(Judge(remote))
-        else:
-            raise RequestError(f"unknown scorer {name!r}: use pmi, reference or judge")
     return found, remote
 
 

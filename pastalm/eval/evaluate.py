@@ -117,6 +117,16 @@ def check_folder(
         measure.results(folder / "answers", name, made, prompts, overwrite=overwrite)
 
 
+def check_scores(
+    folder: Path, names: Sequence[str], models: Mapping[str, Mapping[str, Any]], *, overwrite: bool
+) -> None:
+    """The same of scores. models: what each scorer is."""
+    for name in names:
+        for scorer, told in models.items():
+            path = folder / "scored" / f"{name}.{scorer}.jsonl"
+            jsonl.Results(path, scored.KIND, {"scorer": scorer, **told}, overwrite=overwrite)
+
+
 WHAT = ("model", "adapter", "method", "positions")
 """What a system is, beside how it was measured."""
 

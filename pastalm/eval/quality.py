@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pastalm.checkpoints import quiet
 from pastalm.errors import ModelError, RequestError
-from pastalm.models import Loaded, chat_prompt, quiet
+from pastalm.models import Loaded, chat_prompt
 from pastalm.remote import Answer, Messages, Remote
 from pastalm.wording import repetition, sameness
 

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from pastalm import models
-from pastalm.checkpoints import quiet
+from pastalm.checkpoints import is_quantised, quiet
 from pastalm.errors import DataError, ModelError
 from pastalm.train import bookkeeping
 from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
@@ -98,7 +98,7 @@ def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
     """Makes the folder, seeds all randomness and loads the model. Raises DataError, ModelError."""
     bookkeeping.claim(config)
     set_seed(config.seed)
-    model, tokenizer = models.load_base(models.pull(config.model, progress=progress))
+    model, tokenizer = models.load_base(models.pull(config.model, progress=progress), device=str(device(config)))
     models.prepare(model, tokenizer)
     vocabulary = models.vocabulary_of(tokenizer, eos=models.end_tokens(model, tokenizer))
     assert vocabulary.tags is not None
@@ -134,8 +134,9 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
     the model itself. Raises ModelError if `start` cannot be read or is of another base model."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    _check_trainable(model)
-    model = model.to(device(config))
+    _check_trainable(config, model)
+    if not is_quantised(model):  # those weights are where they belong
+        model = model.to(device(config))
     if config.flex:
         model.set_attn_implementation("flex_attention")
     if config.full:
@@ -148,7 +149,7 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"cannot go on from the adapter in {config.start}: {reason}") from None
-        return _with_rows(made, config.start)
+        return _trainable(made, config.start)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
@@ -156,13 +157,13 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
         trainable_token_indices={name: list(tags.ids) for name in _names(model, models.token_tables(model))},
         task_type="CAUSAL_LM",
     )
-    return _with_rows(get_peft_model(model, lora))
+    return _trainable(get_peft_model(model, lora))
 
 
-def _check_trainable(model: Any) -> None:
+def _check_trainable(config: RunConfig, model: Any) -> None:
     """Refuses before training what would fail after it. Raises ModelError."""
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
-        raise ModelError("this model's weights are quantised: train on the one that they were made from")
+    if config.full and is_quantised(model):
+        raise ModelError("quantised weights cannot be trained: leave out --full, or train what they were made from")
     if unmet := [kind for kind in _layer_types(model) if kind not in ("full_attention", "sliding_attention")]:
         raise ModelError(f"this model has layers of {unmet[0]!r}, to which no mask says who sees whom: train another")
     models.shape_of(model)
@@ -186,8 +187,9 @@ def _linear_layers(model: Any) -> list[str]:
     return _names(model, [m for m in model.get_decoder().modules() if isinstance(m, (Linear, Conv1D))])
 
 
-def _with_rows(adapted: Any, start: Path | None = None) -> Any:
-    """The model whose tag rows are trained wherever it has some, input and output. Raises ModelError if not."""
+def _trainable(adapted: Any, start: Path | None = None) -> Any:
+    """The model, what is trained of it in float32, whose tag rows are trained wherever it has some, input and output.
+    Raises ModelError if not."""
     base = adapted.get_base_model()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     rows = [module for module in adapted.modules() if isinstance(module, TrainableTokensWrapper)]
@@ -198,6 +200,9 @@ def _with_rows(adapted: Any, start: Path | None = None) -> Any:
     bias = getattr(head.original_module, "bias", None)
     if bias is not None:  # PEFT computes a head's rows without it
         head.register_forward_hook(lambda _, __, found: found + bias)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return adapted
 
 

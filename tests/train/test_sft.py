@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from pastalm.lang import (
     strip,
 )
 from pastalm.layout import IGNORED, pack, pack_serial
-from pastalm.train import run
+from pastalm.train import run, sft
 from pastalm.train.dataset import (
     REPEAT,
     REPEATS,
@@ -41,6 +43,7 @@ from pastalm.train.dataset import (
     check_lengths,
     collate,
     examples,
+    held_out,
     read_annotated,
     read_repeats,
     repeated,
@@ -353,6 +356,66 @@ def test_the_same_seed_draws_the_same_examples_within_the_budget(config: SftConf
     assert drawn(0) != drawn(1)
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdefg"), st.sampled_from(["", " ", "\n"]), st.integers(0, 9)), max_size=40),
+    st.integers(0, 5),
+)
+def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(
+    drawn: list[tuple[str, str, int]], prompts: int
+) -> None:
+    """However often a prompt was drawn: as several rows, as another answer under another id, with another end."""
+    packed = pack(PROMPT, (Text("x"),), VOCABULARY, eos=EOS)
+    rows = [Example(packed, str(i), prompt + space, "tagged", "", "") for prompt, space, i in drawn]
+    held, trained = held_out(rows, prompts)
+    assert sorted([*held, *trained], key=rows.index) == sorted(rows, key=rows.index)
+    assert not {e.prompt.strip() for e in held} & {e.prompt.strip() for e in trained}
+    assert len({e.prompt.strip() for e in held}) == min(prompts, len({e.prompt.strip() for e in rows}))
+
+
+def test_a_run_trains_on_no_prompt_that_it_validates_with(config: SftConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one answer under `serial`, the same answer under the sequential marker, and what is to be unlearned."""
+    own = {"choice": 0, "sequential": True, "annotated": "one two three. " * 9, "tokens": 40, "critical_path": 40}
+    repeats = config.data.with_name("own.jsonl")
+    rows = [{**own, "id": f"r{i}", "prompt": f"What of {i}?", "finish_reason": "length"} for i in range(60)]
+    repeats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen: dict[str, set[str]] = {"held": set(), "trained": set()}
+    plan, validate = sft._trainer, sft._validate
+
+    def planned(config: Any, base: Any, chosen: list[Example], batches: Any) -> Any:
+        seen["trained"] |= {example.prompt for example in chosen}
+        return plan(config, base, chosen, batches)
+
+    def validated(trainer: Any, held: list[Example]) -> Any:
+        seen["held"] |= {example.prompt for example in held}
+        return validate(trainer, held)
+
+    monkeypatch.setattr(sft, "_trainer", planned)
+    monkeypatch.setattr(sft, "_validate", validated)
+    train(replace(config, mix=replace(config.mix, sequential=0.4), repeats=repeats), str)
+    assert len(seen["held"]) == config.validation_rows and len(seen["trained"]) > 10
+    assert not seen["held"] & seen["trained"]
+
+
+def test_a_packed_answer_grows_with_its_tokens_not_with_their_square() -> None:
+    """A mask of the paper's 87,000 answers would take 36 GB; it is made for a batch."""
+
+    def size(chunks: int) -> tuple[int, int]:
+        document = (
+            Text("Two.\n"),
+            *(
+                node
+                for i in range(chunks)
+                for node in (Promise(f"part {i}", 20), Async((Text("so many words here\n"),)), Sync())
+            ),
+        )
+        packed = pack(PROMPT, document, VOCABULARY, "promised", eos=EOS)
+        rows = pack_serial(PROMPT, (Text("so many words here " * chunks),), VOCABULARY, eos=EOS)
+        return len(packed), len(pickle.dumps(packed)) + len(pickle.dumps(rows))
+
+    (few, small), (many, large) = size(4), size(64)
+    assert large / small < 1.5 * many / few
+
+
 def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_path: Path) -> None:
     _, tokenizer = models.load_base(Path(config.model))
     models.prepare(small_model(len(tokenizer)), tokenizer)
@@ -393,9 +456,10 @@ def test_products_are_in_bfloat16_where_that_is_faster(
 
 
 def test_the_baseline_is_the_same_answers_without_tags(config: SftConfig) -> None:
+    tokenizer = copy.deepcopy(BYTE_LEVEL)
+
     def drawn(untagged: bool) -> list[Example]:
-        tokenizer, eos = BYTE_LEVEL, 1
-        model = small_model(len(tokenizer))
+        eos, model = 1, small_model(len(tokenizer))
         models.prepare(model, tokenizer)
         vocabulary = models.vocabulary_of(tokenizer, eos=[eos])
         mix = replace(config.mix, positions={"promised": 1.0}, untagged=untagged)
@@ -404,7 +468,7 @@ def test_the_baseline_is_the_same_answers_without_tags(config: SftConfig) -> Non
     tagged, plain = drawn(False), drawn(True)
     assert [e.id for e in plain] == [e.id for e in tagged if e.kind != "sequential"]
     assert {e.kind for e in plain} == {"plain"}
-    tags = set(models.vocabulary_of(BYTE_LEVEL, eos=[1]).tags.ids)  # type: ignore[union-attr]
+    tags = set(models.vocabulary_of(tokenizer, eos=[1]).tags.ids)  # type: ignore[union-attr]
     assert not any(tags & set(e.packed.input_ids.tolist()) for e in plain)
     assert any(tags & set(e.packed.input_ids.tolist()) for e in tagged)
 

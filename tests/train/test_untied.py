@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pastalm import LLM, SamplingParams, gguf_files, models, packed_models
 from pastalm.engines.native import weights
 from pastalm.errors import ModelError
-from pastalm.lang import Async, Document, Promise, Sync, Text
+from pastalm.lang import Async, Document, Promise, Sync, Text, render
 from pastalm.layout import pack
 from pastalm.models import encode_chat
 from pastalm.train import run
-from pastalm.train.dataset import collate
+from pastalm.train.dataset import Mix, collate
 from pastalm.train.loss import weighted_loss
-from pastalm.vocabulary import Vocabulary
+from pastalm.train.sft import SftConfig, train
+from pastalm.vocabulary import Tags, Vocabulary
+from tests.test_checkpoints import Halves, multimodal, saved
 from tests.test_models import byte_level, small_model
 
 TOKENIZER = byte_level()
@@ -214,10 +215,8 @@ def test_only_the_text_part_of_a_model_that_sees_is_adapted(tmp_path: Path) -> N
     config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
     model = Gemma3ForConditionalGeneration(config)
     asked = run.RunConfig(data=tmp_path, out=tmp_path)
-    tags = models.vocabulary_of(prepared_tokenizer(), eos=[1]).tags
-    assert tags is not None
     model.resize_token_embeddings(400)
-    adapted = run.adapted(asked, model, tags)
+    adapted = run.adapted(asked, model, tags_of(prepared_tokenizer()))
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and not any("vision" in name or "projector" in name for name in trained)
     for part in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "embed_tokens"):
@@ -231,22 +230,57 @@ def prepared_tokenizer() -> Any:
     return tokenizer
 
 
-REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
-    "quantised": (lambda model: setattr(model.config, "quantization_config", {"bits": 4}), "weights are quantised"),
-    "layers without a mask": (
-        lambda model: setattr(model.config, "layer_types", ["linear_attention", "full_attention"]),
-        "layers of 'linear_attention'",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_could_not_be_used_is_refused_before_training(what: str, tmp_path: Path) -> None:
-    make, said = REFUSED[what]
-    model = small_model(400)
-    make(model)
-    tags = models.vocabulary_of(prepared_tokenizer(), eos=[1]).tags
+def tags_of(tokenizer: Any) -> Tags:
+    tags = models.vocabulary_of(tokenizer, eos=[1]).tags
     assert tags is not None
+    return tags
+
+
+def test_quantised_weights_are_adapted_and_neither_cast_nor_trained(tmp_path: Path) -> None:
+    model = small_model(400)
+    for layer in model.model.layers:
+        made = Halves(32, 64, bias=False)
+        made.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.data.half(), requires_grad=False)
+        layer.mlp.up_proj = made
+    model.is_quantized = True
+    config = run.RunConfig(data=tmp_path, out=tmp_path)
+    tokenizer = prepared_tokenizer()
+    with pytest.raises(ModelError, match="leave out --full"):
+        run.adapted(replace(config, full=True), model, tags_of(tokenizer))
+    adapted = run.adapted(config, model, tags_of(tokenizer))
+    trained = {name: p.dtype for name, p in adapted.named_parameters() if p.requires_grad}
+    assert any("up_proj.lora" in name for name in trained) and set(trained.values()) == {torch.float32}
+    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
+    loss, _, _ = weighted_loss(adapted.train(), batch_of(tokenizer, vocabulary, 1), tags_of(tokenizer), 2.0)
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_model_whose_layers_take_no_mask_is_refused_before_training(tmp_path: Path) -> None:
+    model = small_model(400)
+    model.config.layer_types = ["linear_attention", "full_attention"]
     for full in (False, True):
-        with pytest.raises(ModelError, match=said):
-            run.adapted(run.RunConfig(data=tmp_path, out=tmp_path, full=full), model, tags)
+        with pytest.raises(ModelError, match="layers of 'linear_attention'"):
+            run.adapted(run.RunConfig(data=tmp_path, out=tmp_path, full=full), model, tags_of(prepared_tokenizer()))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_multimodal_checkpoints_are_trained_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    """Their text part is; the adapter that comes out goes onto what it was made for."""
+    saved(multimodal(kind), tmp_path / "base")
+    row = {"prompt": "Tips?", "annotated": render(DOCUMENT), "tokens": 12, "chunks": 2}
+    rows = [{**row, "id": str(i), "prompt": f"Tips {i}?"} for i in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SftConfig(
+        data=tmp_path / "data.jsonl",
+        out=tmp_path / "out",
+        model=str(tmp_path / "base"),
+        mix=Mix(token_budget=600, plain=0, sequential=0),
+        validation_rows=1,
+        lora_rank=2,
+        batch_tokens=300,
+    )
+    adapter = train(config, str)
+    assert models.load(config.model, adapter=str(adapter), dtype="float32").prepared
+    whole = train(replace(config, full=True, out=tmp_path / "whole"), str)
+    assert models.load(str(whole), adapter=None, dtype="float32").prepared

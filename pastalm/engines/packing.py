@@ -32,6 +32,12 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self.bias = linear.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """[outputs, inputs], laid out as usual anew: for models that multiply with a router's weights themselves."""
+        whole: Tensor = self.packed.to_dense()
+        return whole
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
@@ -53,6 +59,10 @@ class _Product:
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
+    def weight(self, index: int) -> Tensor:
+        """That of one layer."""
+        return self._packed.weight.split(self.sizes)[index]
+
     def __call__(self, x: Tensor, index: int) -> Tensor:
         if x is not self._input or index not in self._outputs:
             self._input = x
@@ -70,6 +80,11 @@ class PackedPart(torch.nn.Module):  # type: ignore[misc]
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._product, self._index = product, index
+
+    @property
+    def weight(self) -> Tensor:
+        """As `PackedLinear.weight`."""
+        return self._product.weight(self._index)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, self._index)

@@ -31,6 +31,7 @@ def test_a_packed_layer_equals_the_plain_one(
     rounding = 1e-4 if dtype == torch.float32 else 2**-7
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), plain(x), rtol=rounding, atol=1e-5)
+        assert torch.equal(packed.weight, plain.weight)
 
 
 def test_only_plain_layers_are_replaced() -> None:

@@ -34,6 +34,18 @@ def test_so_it_is_in_other_shapes(name: str) -> None:
     assert worst < EXACTLY * spread
 
 
+@pytest.mark.parametrize("kind", ["hunyuan_v1_moe", "longcat_flash", "deepseek_v3", "gpt_oss", "falcon"])
+def test_packed_layers_leave_nothing_that_fails_at_a_step(kind: str) -> None:
+    """Routers read their weights themselves."""
+    model = build(kind).float()
+    plain = build(kind)
+    (script,) = random_scripts(11, "promised", 1)
+    play(TransformersEngine(model, max_model_len=256, pack=True), [script])
+    want = plain_logits(plain, Linear(script.prompt, script.record, script.policy))
+    places = Linear(script.prompt, script.record, script.policy).place
+    assert max(float((x - want[places[at]]).abs().max()) for at, x in script.logits.items()) < 1e-3
+
+
 def test_the_page_names_the_same_models() -> None:
     rows = re.findall(r"^\| ([^|]+?) \| (\d+e[-+]\d+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert {name for name, _ in rows} == MODEL_TYPES | set(VARIANTS)

@@ -156,7 +156,8 @@ class Interpreter:
         self._silent = vocabulary.eos.union(tags.ids if tags else ())
         self._masks: dict[tuple[bool, bool, bool, bool], TokenSet] = {}
         self._spelling = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + self._digits if tags else 0
-        self._main = Thread((), max_tokens, prompt_length, self._room(0, LENGTH_STEP, self._spelling), origin=max_tokens)
+        room = self._room(0, LENGTH_STEP, self._spelling)
+        self._main = Thread((), max_tokens, prompt_length, room, origin=max_tokens)
         self.threads: dict[Path, Thread] = {(): self._main}
         self._unfinished = 1
         self._spelled: dict[str, frozenset[int]] = {}

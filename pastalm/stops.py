@@ -55,23 +55,16 @@ class Stops:
         early = _offset(transcript, (), self._early) if self._early else 0
         if early is None:
             return None
-        self._searched = max(self._searched, early)
         start = max(0, self._searched - max(map(len, self._strings)) + 1)
         text = transcript.settled_from(start)[: None if end is None else end - start]
-        known = self._searched - start
         self._searched = start + len(text)
-        places = (text.find(s, max(0, known - len(s) + 1)) for s in self._strings)
+        begin = {s: max(0, early - start - len(s) + 1) for s in self._strings}
+        places = (text.find(s, begin[s]) for s in self._strings)
         found = min((at for at in places if at >= 0), default=None)
         over = transcript.finished or end is not None
-        if found is None or not over and min(_may_begin(text, s, known) for s in self._strings) < found:
+        if found is None or not over and min(at + begins(text[at:], s) for s, at in begin.items()) < found:
             return None
         return start + found
-
-
-def _may_begin(text: str, stop: str, known: int) -> int:
-    """Where a stop string begins, or may, that does not end in the first `known` characters."""
-    start = max(0, known - len(stop) + 1)
-    return start + begins(text[start:], stop)
 
 
 def _offset(transcript: Transcript, path: Path, parts: int) -> int | None:

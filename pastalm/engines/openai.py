@@ -25,7 +25,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -526,6 +526,10 @@ class OpenAIEngine:
                 break
             self._listen(left)
         return sampled
+
+    def score(self, token_ids: Sequence[int], logprobs: int) -> list[SampledToken] | None:
+        """Raises CapabilityError: it has no logits of a prompt."""
+        raise CapabilityError("the openai engine gives no log-probabilities of prompts")
 
     def has_unfinished(self) -> bool:
         return bool(self._responses)

@@ -19,7 +19,7 @@ from itertools import count
 from typing import TypeAlias
 
 from pastalm.engine import Capabilities, Request, SampledToken, Schedule
-from pastalm.errors import RequestError
+from pastalm.errors import CapabilityError, RequestError
 from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.lang import (
     Async,
@@ -167,6 +167,10 @@ class ScriptedEngine:
         running = list(self._playing.values())[: self._capabilities.max_num_seqs]
         live = [(p.request.id, path) for p in running for path, t in p.threads.items() if t.live]
         return [self._sample(*chosen) for chosen in (self._schedule(live) if self._schedule else live)]
+
+    def score(self, token_ids: Sequence[int], logprobs: int) -> list[SampledToken] | None:
+        """Raises CapabilityError: it has no logits of a prompt."""
+        raise CapabilityError("the scripted engine gives no log-probabilities of prompts")
 
     def has_unfinished(self) -> bool:
         return bool(self._playing)

@@ -52,6 +52,7 @@ def stream(
     SCRIPTS, st.lists(st.text("ab\n é", min_size=1, max_size=4), max_size=3), st.integers(0, 99),
     st.sampled_from((1, 2, 16)), st.sampled_from((20, 2000)),
 )  # fmt: skip
+@example((Text("ba"),), ["a", "baa"], 0, 1, 2000)  # only the end decides
 @example((Text("ab\n"),), ["b", "ab\n"], 0, 1, 2000)  # the one that begins first is complete last
 def test_deltas_are_the_text(
     script: Document, stops: list[str], seed: int, max_threads: int, max_tokens: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from safetensors.torch import load_file
 
 from pastalm import answers, models, scored
 from pastalm.answers import Answer
-from pastalm.engine import Request, SamplingParams
-from pastalm.engines.transformers import TransformersEngine
 from pastalm.errors import DataError, ModelError, RequestError
-from pastalm.events import Blocked, Decoded, Event, Joined
+from pastalm.events import Event
 from pastalm.events import Path as ThreadPath
 from pastalm.lang import Async, Document, Promise, Sync, Text
 from pastalm.layout import Policy, pack, unroll
@@ -34,6 +32,7 @@ from pastalm.train.sft import SftConfig
 from pastalm.train.sft import train as train_sft
 from pastalm.transcript import Transcript
 from pastalm.vocabulary import Vocabulary
+from tests.laws.losses import forced
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.play import Player
 from tests.strategies import documents
@@ -45,44 +44,6 @@ PROMPT = [40, 41, 42]
 # ------------------------------------------------------------------------------ the loss
 
 
-def forced(model: Any, prompt: Sequence[int], events: Iterable[Event], policy: Policy) -> list[float]:
-    """log p of every token that the events have their threads sample, as the engine sees it when it is forced
-    through them, in order."""
-    turn: list[ThreadPath] = [()]
-    engine = TransformersEngine(
-        model, max_num_seqs=1, max_model_len=1024, schedule=lambda live: [(n, p) for n, p in live if p == turn[0]]
-    )
-    seen: dict[ThreadPath, torch.Tensor] = {}
-    engine.on_logits = lambda _, path, logits: seen.__setitem__(path, logits.clone())
-    engine.add(
-        Request(
-            id="x",
-            prompt_token_ids=tuple(prompt),
-            params=SamplingParams(temperature=0, max_tokens=900),
-            positions=policy,
-        )
-    )
-    found: list[float] = []
-    queued = set[ThreadPath]()
-    for event in events:
-        if isinstance(event, Blocked) and event.on == "thread":
-            queued.add(event.path)
-        sync = isinstance(event, Joined) and (bool(event.children) or event.path not in queued)
-        blocked = isinstance(event, Blocked) and event.on == "sync"
-        if isinstance(event, Decoded) or blocked or (sync and event.path not in seen):
-            turn[0] = event.path
-            engine.step()
-        if isinstance(event, Decoded) or sync:
-            token = event.token if isinstance(event, Decoded) else event.forced[0]
-            logits = seen.pop(event.path)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            if not (isinstance(event, Decoded) and event.replaced):
-                found.append(float(logits.log_softmax(-1)[token]))
-        engine.apply("x", event)
-    assert not engine.has_unfinished()
-    return found
-
-
 @pytest.mark.parametrize("policy", ["promised", "overlap"])
 @settings(max_examples=12)
 @given(document=documents(2, st.sampled_from(["a b", "c\n", "x"]), size=3))
@@ -92,7 +53,7 @@ def test_the_loss_is_over_what_the_engine_says_when_it_is_forced(policy: Policy,
     with torch.no_grad():
         total = float(log_probs(model, batch)[0])
         each, _ = token_log_probs(model, batch)
-    said = forced(model, PROMPT, unroll(document, VOCABULARY, eos=EOS), policy)
+    said = forced(model, PROMPT, unroll(document, VOCABULARY, eos=EOS), policy, max_model_len=1024)
     assert len(said) == len(each)
     assert math.isclose(total, sum(said), abs_tol=1e-9)
     # the collator goes thread by thread and the engine by linear order: the same tokens all the same
@@ -157,7 +118,7 @@ def test_the_loss_is_over_the_tokens_that_were_sampled(policy: Policy) -> None:
             continue
         with torch.no_grad():
             each, _ = token_log_probs(model, collate([packed]))
-        said = forced(model, PROMPT, events, policy)
+        said = forced(model, PROMPT, events, policy, max_model_len=1024)
         assert sorted(packed.input_ids.tolist()) == sorted([*PROMPT, *one.token_ids])
         assert len(said) == len(each) == len(one.token_ids) - len(one.forced)
         assert max(abs(a - b) for a, b in zip(sorted(each.tolist()), sorted(said), strict=True)) < 1e-9

@@ -72,8 +72,9 @@ def losses(model: Any, packed: Any) -> tuple[float, int]:
     return float(each.double().sum()), len(each)
 
 
-def test_serial_rows_cost_what_an_ordinary_causal_model_gives_them() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "qwen2-sliding"])
+def test_serial_rows_cost_what_an_ordinary_causal_model_gives_them(name: str) -> None:
+    model = tiny_model(name)
     for row in pack_serial(PROMPT, DOCUMENT, VOCABULARY, eos=EOS):
         with torch.no_grad():
             logits = model(torch.from_numpy(row.input_ids)[None]).logits[0].log_softmax(-1)

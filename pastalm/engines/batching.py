@@ -137,7 +137,9 @@ class BatchingEngine(ABC):
 
     capabilities: its own; vocabulary_size: ids that it takes. schedule: which live threads decode in
     a step (all); tokens that a chosen thread needs to see are fed with it. sampler: of the arrays that
-    `_forward` gives (NumPy's). prefill_chunk: prompt tokens in one pass. prefill_budget: prompt tokens in a step
+    `_forward` gives (NumPy's). prefill_chunk: prompt tokens in one pass. prefill_block: a prompt is read in passes of
+    so many tokens, the last of what is left, and used again by whole ones, so that what is remembered changes no
+    rounding (1: passes begin and end anywhere). prefill_budget: prompt tokens in a step
     in which others decode, so that a long prompt delays nobody for long (Sarathi-Serve, arXiv 2403.02310).
     `on_logits`, if set, is called with the request's id, the path and the raw logits [vocabulary] of every token
     sampled, in that array's kind, valid until it returns.
@@ -157,6 +159,7 @@ class BatchingEngine(ABC):
         sampler: Sampler | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         prefill_budget: int = PREFILL_BUDGET,
+        prefill_block: int = 1,
     ) -> None:
         if min(prefill_chunk, prefill_budget) < 1:
             raise RequestError("prefill_chunk and prefill_budget must be 1 or more")
@@ -166,6 +169,7 @@ class BatchingEngine(ABC):
         self._size = vocabulary_size
         self._schedule = schedule
         self._chunk, self._budget = prefill_chunk, min(prefill_budget, prefill_chunk)
+        self._block = min(prefill_block, prefill_chunk)
         self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
         self._waiting: dict[str, Response] = {}
         self._running: dict[str, Response] = {}
@@ -376,16 +380,28 @@ class BatchingEngine(ABC):
         new = [r for r in self._running.values() if not r.prefilled]
         left = self._chunk if len(new) == len(self._running) else self._budget
         for response in new:
-            if not left:
-                return
             n = len(response.prompt)
-            stop = min(n, response.cached + left)
-            left -= stop - response.cached
-            wanted = stop == n and response.main.last < 0
-            logits = self._prefill(response, stop, wanted)
-            response.cached = stop
-            if wanted:
-                response.main.logits = logits
+            if left > 0:
+                self._recall(response)
+            while left > 0 and not response.prefilled:
+                stop = min(n, response.cached + left)
+                if self._block > 1:
+                    stop = min(n, (response.cached // self._block + 1) * self._block)
+                left -= stop - response.cached
+                wanted = stop == n and response.main.last < 0
+                logits = self._prefill(response, stop, wanted)
+                response.cached = stop
+                if wanted:
+                    response.main.logits = logits
+
+    def _recall(self, response: Response) -> None:  # noqa: B027 - an engine may have nothing to take over
+        """Takes over a prompt that another request has read whole since this one was placed, if the engine can: several
+        answers to one prompt then begin in the same step, as they do where the prompt is remembered."""
+
+    def _reusable(self, prompt: Ints, held: Ints) -> int:
+        """How much of a prompt need not be read where `held` is remembered: all but its last token at most, in whole
+        blocks."""
+        return min(common_prefix(held, prompt), len(prompt) - 1) // self._block * self._block
 
     def _chosen(self) -> dict[str, set[Path]] | None:
         """The threads that decode in this step (None: all that live)."""

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pastalm import logits
 from pastalm.checkpoints import quiet
 from pastalm.errors import ModelError, RequestError
 from pastalm.models import Loaded, chat_prompt
@@ -79,7 +80,7 @@ class PmiScorer:
     tokens in one forward pass."""
 
     model: Loaded
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     name: str = field(default="pmi", init=False)
     _known: dict[Candidate, float] = field(default_factory=dict, init=False)
 
@@ -221,7 +222,7 @@ def penalty(candidate: Candidate) -> float:
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_tokens: int = 4096
+    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_tokens: int = 2048
 ) -> list[float]:
     """Summed log p(answer | prompt), nats, of rows (prompt ids, answer ids) under a causal model.
 
@@ -257,19 +258,8 @@ def _add(
         ids[row, :n] = torch.tensor([*prompt, *said])
         answer[row, len(prompt) : n] = True
     ids, answer = ids.to(model.device), answer.to(model.device)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     wanted = answer[:, 1:]
-    head = model.get_output_embeddings()
-    owners = wanted.nonzero()[:, 0]
-    targets = ids[:, 1:][wanted]
-    states = hidden[:, :-1][wanted]
-    for start in range(0, len(targets), 512):
-        part = slice(start, start + 512)
-        logits = head(states[part])
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
-        each = logits.log_softmax(-1).gather(1, targets[part, None])[:, 0].double()
-        for row, value in zip(owners[part].tolist(), each.tolist(), strict=True):
-            sums[batch[row]] += value
+    found = logits.at(model, {"input_ids": ids}, torch.nn.functional.pad(wanted, (0, 1)))
+    each = -torch.nn.functional.cross_entropy(found, ids[:, 1:][wanted], reduction="none").double()
+    for row, value in zip(wanted.nonzero()[:, 0].tolist(), each.tolist(), strict=True):
+        sums[batch[row]] += value

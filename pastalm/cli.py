@@ -99,6 +99,24 @@ train = typer.Typer(
 )
 app.add_typer(train, name="train")
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from pastalm import __version__
+
+        print(f"pastalm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Language models that decode the independent parts of an answer at the same time."""
+
+
 _R = TypeVar("_R")
 
 Model = Annotated[

@@ -48,6 +48,19 @@ def test_the_version_is_said_once() -> None:
     assert pastalm.__version__ == project()["version"]
 
 
+def test_the_command_says_its_version_without_torch() -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from pastalm.cli import app\n"
+        "result = CliRunner().invoke(app, ['--version'])\n"
+        f"assert (result.exit_code, result.stdout) == (0, 'pastalm {pastalm.__version__}\\n'), result.output\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_types_ship_with_it() -> None:
     assert (Path(pastalm.__file__).parent / "py.typed").is_file()
 

@@ -222,8 +222,7 @@ def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:
 
 
 def autocast(config: RunConfig) -> Any:
-    """Products in bfloat16 where that is faster. The trainers would wrap the model's own forward pass in it, which the
-    losses here do not call."""
+    """Products in bfloat16 where that is faster, also where no trainer has wrapped the model's forward pass in it."""
     kind, half = config.device.partition(":")[0], models.throughput_dtype(config.device) == "bfloat16"
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
 
@@ -470,7 +469,7 @@ def card(record: Mapping[str, Any], losses: Sequence[str]) -> str:
         "",
         "All weights were trained, with pastalm."
         if config["full"]
-        else f"LoRA (rank {config['lora_rank']}, all linear layers) and six embedding rows, made with pastalm.",
+        else f"LoRA (rank {config['lora_rank']}, all linear layers) and the six tag rows, made with pastalm.",
         "",
         "## Data",
         "",

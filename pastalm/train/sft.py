@@ -1,7 +1,7 @@
 """Stage 1: supervised finetuning on linear form (PASTA section 5.2), on TRL's SFTTrainer.
 
 Mask, positions and labels come from layout.py, the same object that engines drive. LoRA on all linear
-layers and the six new embedding rows; the loss is computed at labelled positions only, and weighs
+layers and the rows of the six tags; the loss is computed at labelled positions only, and weighs
 the tokens that decide on forks more (`tag_weight`): a main thread that does not see what its chunks
 say learns there when to stop promising. Checkpoints as it goes, and goes on from the newest.
 

@@ -61,6 +61,7 @@ compat: $(STAMP) $(CLIENTS)/.installed ## the server through real clients, insta
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check pastalm tests runs benchmarks examples docs hatch_build.py
+	$(BIN)/ruff format --check pastalm tests runs benchmarks examples docs hatch_build.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -132,9 +132,7 @@ def link_flags(sanitizer: str | None, work: Path) -> list[str]:
     return ["-shared", "-pthread", f"-Wl,--version-script={exports}", *own]
 
 
-def jobs(
-    source: Path, compiler: Sequence[str], flags: Sequence[str], work: Path
-) -> list[tuple[Path, list[str]]]:
+def jobs(source: Path, compiler: Sequence[str], flags: Sequence[str], work: Path) -> list[tuple[Path, list[str]]]:
     """Each object's file, and the command that makes it but for the output; what any processor runs comes first.
 
     A linker keeps the first copy of a function that several objects have inline, and that must not be one

@@ -23,10 +23,11 @@ from pathlib import Path
 
 from forkjoin import LlamaCpp, processor
 
-from pastalm import LLM, SamplingParams, prompts
-from pastalm.engine import Request
-from pastalm.eval.means import mean
-from pastalm.events import Decoded, Forked
+from pastalm import LLM, SamplingParams
+from pastalm.core.engine import Request
+from pastalm.core.events import Decoded, Forked
+from pastalm.eval.intervals import mean
+from pastalm.records import prompts
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class Answer:
 
 def answer(name: str, llm: LLM, against: LlamaCpp, identity: str, prompt: str) -> Answer:
     llm.driver.engine.forget()  # type: ignore[attr-defined]
-    stream = llm.stream(
-        [{"role": "user", "content": prompt}], SamplingParams(temperature=0, max_tokens=1024)
-    )
+    stream = llm.stream([{"role": "user", "content": prompt}], SamplingParams(temperature=0, max_tokens=1024))
     for _ in stream:
         pass
     found = stream.transcript

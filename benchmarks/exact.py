@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from forkjoin import processor
 
-from pastalm import LLM, SamplingParams, models, prompts
+from pastalm import LLM, SamplingParams, models
 from pastalm.engines.batching import PREFILL_CHUNK as CHUNK
 from pastalm.engines.native import library
 from pastalm.engines.native.model import PAGE, NativeModel, Pool
 from pastalm.eval.replay import load_unpacked, replay
+from pastalm.records import prompts
 
 
 def answered(llm: LLM, reference: object, texts: list[str], most: int) -> list[float]:

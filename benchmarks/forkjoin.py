@@ -38,8 +38,8 @@ import numpy as np
 import random_llama
 
 from pastalm import models
-from pastalm.engine import Engine, Request, SamplingParams
-from pastalm.events import Blocked, Decoded, Finished, Forked, Joined
+from pastalm.core.engine import Engine, Request, SamplingParams
+from pastalm.core.events import Blocked, Decoded, Finished, Forked, Joined
 
 THREADS = (1, 2, 3, 4, 8, 16)
 BATCH = 512
@@ -89,9 +89,7 @@ class Ours:
         engine, name = self.engine, "plan"
         positions = engine.capabilities.positions[0]
         params = SamplingParams(temperature=0, max_tokens=threads * plan.branch + plan.after + 64)
-        engine.add(
-            Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions)
-        )
+        engine.add(Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions))
         engine.apply(name, Forked(path=()))
         engine.step()
         engine.apply(name, Decoded(path=(), token=plan.token(0)))
@@ -125,9 +123,7 @@ class Ours:
         engine, name = self.engine, "in turn"
         positions = engine.capabilities.positions[0]
         params = SamplingParams(temperature=0, max_tokens=tokens + 8)
-        engine.add(
-            Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions)
-        )
+        engine.add(Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions))
         engine.apply(name, Forked(path=()))
         engine.step()
         engine.apply(name, Decoded(path=(), token=plan.token(0)))
@@ -161,7 +157,7 @@ class Forward:
     def run(self, plan: Plan, threads: int) -> Timing:
         import torch
 
-        from pastalm.engines.transformers import _attending
+        from pastalm.engines.transformers.engine import _attending
 
         inputs = self._recorder.seen[threads]
         steps = []
@@ -434,7 +430,7 @@ def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, 
 
 def on_gpu(chosen: argparse.Namespace, length: int) -> list[System]:
     """Our engine with graphs and its replay alone; at the first and the last k also without, and `generate`."""
-    from pastalm.engines.transformers import TransformersEngine
+    from pastalm.engines.transformers.engine import TransformersEngine
 
     if chosen.shape:
         model = random_llama.make(chosen.shape, chosen.device)
@@ -461,9 +457,9 @@ def processor() -> str:
 
 def native(model: str, kind: str, length: int) -> Engine:
     """The native engine with one range; model: a name or folder, or a GGUF file (kind: as it is)."""
-    from pastalm import packed_models
     from pastalm.engines.native.engine import NativeEngine
     from pastalm.engines.native.model import NativeModel
+    from pastalm.models import packed_models
 
     packed = packed_models.load_gguf(model) if model.endswith(".gguf") else packed_models.load(model, weights=kind)
     return NativeEngine(NativeModel(packed.architecture, packed.tensors), max_num_seqs=1, max_model_len=length)
@@ -491,7 +487,7 @@ def main() -> None:
     if chosen.device != "cpu":
         systems += on_gpu(chosen, length)
     elif not chosen.no_transformers:
-        from pastalm.engines.transformers import TransformersEngine
+        from pastalm.engines.transformers.engine import TransformersEngine
 
         loaded = models.load(chosen.model, dtype=chosen.dtype)
         systems.append(Generate(models.load(chosen.model, dtype=chosen.dtype).model))
@@ -521,9 +517,7 @@ def main() -> None:
     rows = []
     for row in measure(systems, plan, chosen.rounds, tuple(chosen.threads)):
         rows.append(asdict(row))
-        whole, held = (
-            "" if x is None else f"{x:.0f}" for x in (row.whole_tokens_per_second, row.cache_mb)
-        )
+        whole, held = ("" if x is None else f"{x:.0f}" for x in (row.whole_tokens_per_second, row.cache_mb))
         of_theory = "" if row.of_theory is None else f"{row.of_theory:.2f}"
         print(
             f"| {row.system} | {row.threads} | {row.ms:.1f} ({row.low:.1f} to {row.high:.1f}) "

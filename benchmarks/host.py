@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm import Limits, SamplingParams
-from pastalm.driver import Driver
-from pastalm.driver import Response as Handle
-from pastalm.engine import Capabilities
+from pastalm.core.driver import Driver
+from pastalm.core.driver import Response as Handle
+from pastalm.core.engine import Capabilities
+from pastalm.core.events import Path
+from pastalm.core.language import MAX_LENGTH, Promise, Sync
 from pastalm.engines.batching import Batch, BatchingEngine, Response
 from pastalm.engines.scripted import byte_vocabulary
-from pastalm.events import Path
-from pastalm.lang import MAX_LENGTH, Promise, Sync
 from pastalm.server.protocol import Answer
 
 VOCABULARY = replace(byte_vocabulary(), size=49152)

@@ -19,7 +19,7 @@ import numpy as np
 
 from pastalm import LLM, SamplingParams
 from pastalm.models import EMBEDDED
-from pastalm.prompts import read
+from pastalm.records.prompts import read
 
 
 def batch(llm: LLM, prompts: list[str], parallelism: float, max_tokens: int) -> dict[str, float]:

@@ -59,9 +59,7 @@ def main() -> None:
         config = llm.loaded.model.config
         heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
         own = 2 * config.num_hidden_layers * heads * pool.layers[0].keys.element_size()
-        print(
-            f"KV cache: {keys / pool.rows / pool.capacity:.0f} bytes a token, the model's own {own}"
-        )
+        print(f"KV cache: {keys / pool.rows / pool.capacity:.0f} bytes a token, the model's own {own}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 from forkjoin import LlamaCpp, native, processor
 
 from pastalm import LLM, SamplingParams, models
-from pastalm.engine import Engine, Request
-from pastalm.events import Decoded, Forked
+from pastalm.core.engine import Engine, Request
+from pastalm.core.events import Decoded, Forked
 
 START = r"""
 import re, sys, time

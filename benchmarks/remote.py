@@ -30,11 +30,12 @@ from urllib.request import urlopen
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from pastalm import LLM, SamplingParams, models, prompts
-from pastalm.engines.openai import Ids, OpenAIEngine
+from pastalm import LLM, SamplingParams, models
+from pastalm.core.events import Decoded, Event, Path, TokenSet
+from pastalm.core.transcript import Transcript
+from pastalm.engines.completions.engine import Ids, OpenAIEngine
 from pastalm.eval.replay import Chosen, Row, gaps, told
-from pastalm.events import Decoded, Event, Path, TokenSet
-from pastalm.transcript import Transcript
+from pastalm.records import prompts
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
 HITS = ("vllm:prefix_cache_hits_total", "llamacpp:prompt_tokens_cached_total")

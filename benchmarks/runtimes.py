@@ -77,9 +77,7 @@ def linears() -> Iterator[Row]:
     def quantised(x: torch.Tensor, w: Any) -> Any:
         scale = x.abs().max().item() / 127
         ids = (x / scale + 128).round().to(torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(
-            ids, scale, 128, *w, None, 1.0, 0, torch.bfloat16, "none", [], ""
-        )
+        return torch.ops.onednn.qlinear_pointwise(ids, scale, 128, *w, None, 1.0, 0, torch.bfloat16, "none", [], "")
 
     kinds: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "bfloat16, plain": (lambda w: w.bfloat16(), functional.linear),
@@ -287,17 +285,13 @@ def onnx() -> Iterator[Row]:
             verbose=False,
         )
         four = Path(folder) / "four.onnx"
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(path), block_size=32, is_symmetric=True, accuracy_level=4
-        )
+        quantizer = MatMulNBitsQuantizer(onnx.load(path), block_size=32, is_symmetric=True, accuracy_level=4)
         quantizer.process()
         quantizer.model.save_model_to_file(str(four), use_external_data_format=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = os.cpu_count() or 1
         for name, file in (("float32", path), ("int4 weights, int8 products", four)):
-            session = onnxruntime.InferenceSession(
-                str(file), options, providers=["CPUExecutionProvider"]
-            )
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             yield f"ONNX Runtime: {name}", *_steps(graph, feeds, partial(_run_session, session))
 
 
@@ -308,9 +302,7 @@ def gguf(paths: list[Path]) -> Iterator[Row]:
     for path in paths:
         for flash in (False, True):
             system = LlamaCpp(path, PREFIX + 2 * max(TOKENS) * 64, flash=flash)
-            row: list[float] = [
-                1e3 * statistics.median(system.run(Plan(PREFIX, 40, 4), q).branches) for q in TOKENS
-            ]
+            row: list[float] = [1e3 * statistics.median(system.run(Plan(PREFIX, 40, 4), q).branches) for q in TOKENS]
             yield f"llama.cpp: {path.stem}{', flash attention' if flash else ''}", row, ""
 
 

@@ -1,6 +1,6 @@
 """Writes docs/cli.md from the command's own help.
 
-    python docs/make_cli.py
+python docs/make_cli.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes docs/models.md: builds a tiny model of every architecture, and measures or says what is refused.
 
-    python docs/make_models.py
+python docs/make_models.py
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from pastalm.checkpoints import TWINS
-from pastalm.engines.transformers import MODEL_TYPES, TransformersEngine
+from pastalm.engines.transformers.engine import MODEL_TYPES, TransformersEngine
 from pastalm.errors import CapabilityError
-from pastalm.packed_models import _CLASSES as NATIVE
+from pastalm.models.checkpoints import TWINS
+from pastalm.models.packed_models import _CLASSES as NATIVE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -3,7 +3,9 @@
 The public names; everything else may change.
 """
 
-from pastalm.engine import SamplingParams
+from pastalm.core.engine import SamplingParams
+from pastalm.core.interpreter import Limits
+from pastalm.core.transcript import Transcript
 from pastalm.errors import (
     CapabilityError,
     DataError,
@@ -13,9 +15,7 @@ from pastalm.errors import (
     PastaError,
     RequestError,
 )
-from pastalm.interpreter import Limits
 from pastalm.llm import LLM, CompletionOutput, RequestOutput
-from pastalm.transcript import Transcript
 
 __all__ = [
     "LLM",

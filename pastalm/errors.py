@@ -1,14 +1,14 @@
 """The exceptions a user can cause: one tree, one line each, saying what to do.
 
-    PastaError
-    ├── LanguageError      text that is not PASTA-LANG (a position where there is one)
-    ├── RequestError       a request that no engine could serve (also a ValueError)
-    ├── CapabilityError    asked of an engine that does not offer it
-    ├── ModelError         a model or adapter that cannot be found, read or prepared
-    ├── DataError          a file of prompts, annotations or events that cannot be read
-    ├── EngineError        the engine failed in the middle of a step
-    ├── RemoteError        a server that cannot be reached, or that refuses the run
-    └── Refused            what our own server tells a client (server/protocol.py)
+PastaError
+├── LanguageError      text that is not PASTA-LANG (a position where there is one)
+├── RequestError       a request that no engine could serve (also a ValueError)
+├── CapabilityError    asked of an engine that does not offer it
+├── ModelError         a model or adapter that cannot be found, read or prepared
+├── DataError          a file of prompts, annotations or events that cannot be read
+├── EngineError        the engine failed in the middle of a step
+├── RemoteError        a server that cannot be reached, or that refuses the run
+└── Refused            what our own server tells a client (server/protocol.py)
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pastalm import loading
-from pastalm.driver import Driver, Response
-from pastalm.engine import Engine, SamplingParams
+from pastalm.core.driver import Driver, Response
+from pastalm.core.engine import Engine, SamplingParams
+from pastalm.core.events import FinishReason
+from pastalm.core.interpreter import Limits
+from pastalm.core.layout import Policy
+from pastalm.core.transcript import Transcript
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import ModelError, RequestError, check_text
-from pastalm.events import FinishReason
-from pastalm.interpreter import Limits
-from pastalm.layout import Policy
 from pastalm.models import EMBEDDED
-from pastalm.transcript import Transcript
-from pastalm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pastalm.models import Loaded, Rendering
@@ -58,7 +58,8 @@ class LLM:
     is what each engine is good at. positions: the policy of layout.py (None: the engine's first). max_num_seqs:
     responses at once; more wait. max_model_len: slots each may fill (None: the model's, 4096 at most). compiled: steps
     of one response as torch.compile makes them on a CPU, faster after minutes (transformers). trust_remote_code: code
-    that comes with the model may run. A context manager, which closes it. Raises ModelError, CapabilityError, RequestError.
+    that comes with the model may run. A context manager, which closes it. Raises ModelError, CapabilityError,
+    RequestError.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class LLM:
         `engines.openai.connect`. Raises RemoteError, ModelError.
         """
         from pastalm import models
-        from pastalm.engines.openai import connect
+        from pastalm.engines.completions.engine import connect
 
         found: list[Loaded] = []
 
@@ -148,9 +149,7 @@ class LLM:
             loaded = models.in_pieces(found[0], spoken)
         return cls.over(engine, loaded, positions=positions, limits=limits)
 
-    def _begin(
-        self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None
-    ) -> None:
+    def _begin(self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None) -> None:
         self.positions: Policy = positions or engine.capabilities.positions[0]
         self._parts: tuple[Loaded, Driver] | None = (loaded, Driver(engine, loaded.vocabulary, limits=limits))
 
@@ -184,9 +183,7 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]:
         """Completes raw prompts (text, or token ids), all at once; outputs in their order."""
         if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
             raise RequestError(f"prompts are texts or lists of token ids, not {type(prompts).__name__}")
@@ -205,9 +202,7 @@ class LLM:
         many: Sequence[Any] = [messages] if single else messages
         return self._run([self._conversation(m, params) for m in many], params, [None] * len(many))
 
-    def stream(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
-    ) -> Response:
+    def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> Response:
         """Begins one answer (n must be 1): iterate over it for its events as they happen, with `for` or `async for`.
         Answers may be streamed side by side, from several threads too. Raises RequestError, CapabilityError."""
         params = params or SamplingParams()
@@ -266,9 +261,7 @@ class LLM:
             self.loaded.tokenizer, self.loaded.vocabulary, prompt, add_special_tokens=add_special_tokens
         )
 
-    def _conversation(
-        self, messages: Any, params: SamplingParams, rendering: Rendering | None = None
-    ) -> list[int]:
+    def _conversation(self, messages: Any, params: SamplingParams, rendering: Rendering | None = None) -> list[int]:
         """Token ids of a conversation up to where the answer begins, with the marker of sequential answers where
         the model has one and `params` asks for that, else with what the model has to be taught. Raises RequestError
         for an empty one."""
@@ -287,9 +280,7 @@ class LLM:
         ids: list[int] = models.chat_prompt(self.loaded, messages, marker=marker, rendering=rendering)
         return ids
 
-    def _run(
-        self, prompts: list[list[int]], params: SamplingParams, texts: list[Any]
-    ) -> list[RequestOutput]:
+    def _run(self, prompts: list[list[int]], params: SamplingParams, texts: list[Any]) -> list[RequestOutput]:
         submitted: list[list[Response]] = []
         try:
             for ids in prompts:

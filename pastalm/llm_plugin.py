@@ -12,8 +12,8 @@ from typing import Any
 import llm
 from pydantic import Field
 
-from pastalm.driver import Response
-from pastalm.engine import SamplingParams
+from pastalm.core.driver import Response
+from pastalm.core.engine import SamplingParams
 from pastalm.errors import PastaError
 from pastalm.llm import LLM
 from pastalm.loading import missing

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from pastalm.engine import Engine
+from pastalm.core.engine import Engine
 from pastalm.errors import CapabilityError, ModelError, RequestError, complaint
 from pastalm.models import Loaded
 
@@ -117,10 +117,10 @@ def _offers(engine: str, options: Options, gguf: bool) -> Iterator[tuple[bool, s
 
 
 def _native(model: str, options: Options) -> Opened:
-    from pastalm import packed_models
     from pastalm.engines.native import library
     from pastalm.engines.native.engine import NativeEngine
     from pastalm.engines.native.model import NativeModel
+    from pastalm.models import packed_models
 
     library.library()  # before anything is packed for it
     try:
@@ -142,7 +142,7 @@ def _native(model: str, options: Options) -> Opened:
 
 def _transformers(model: str, options: Options) -> Opened:
     from pastalm import models
-    from pastalm.engines.transformers import TransformersEngine
+    from pastalm.engines.transformers.engine import TransformersEngine
 
     loaded = models.load(
         model,
@@ -162,8 +162,8 @@ def _transformers(model: str, options: Options) -> Opened:
 
 
 def _llama_cpp(model: str, options: Options) -> Opened:
-    from pastalm import gguf_files
     from pastalm.engines.llama_cpp import LlamaCppEngine
+    from pastalm.models import gguf_files
 
     loaded = gguf_files.load(model, gpu_layers=0 if options.device == "cpu" else -1)
     engine = LlamaCppEngine(loaded.model, max_num_seqs=options.max_num_seqs, max_model_len=options.length(loaded))

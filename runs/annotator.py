@@ -21,7 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pastalm import models
-from pastalm.lang import Async, Document, Text, strip
+from pastalm.core.language import Async, Document, Text, strip
 from pastalm.train.annotate import read_rows
 from pastalm.train.structure import annotate
 

@@ -14,10 +14,11 @@ from typing import Annotated
 
 import typer
 
-from pastalm import LLM, SamplingParams, prompts
+from pastalm import LLM, SamplingParams
+from pastalm.core.events import TokenSet
 from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.replay import Row, gaps
-from pastalm.events import TokenSet
+from pastalm.records import prompts
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 

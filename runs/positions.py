@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from pastalm import models
-from pastalm.eval.means import mean
-from pastalm.lang import Document, Text, strip
-from pastalm.layout import IGNORED, Packed, pack, pack_serial
+from pastalm.core.language import Document, Text, strip
+from pastalm.core.layout import IGNORED, Packed, pack, pack_serial
+from pastalm.eval.intervals import mean
 from pastalm.models import Loaded, encode_chat
 from pastalm.train.dataset import Source, collate, read_annotated
 from pastalm.train.loss import decisions

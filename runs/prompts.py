@@ -120,7 +120,20 @@ PLAIN = {
 }
 
 FACTS = """What is the capital of {x}?|Which continent is {x} on?|What is the currency of {x}?"""
-COUNTRIES = ["Portugal", "Japan", "Canada", "Kenya", "Brazil", "Sweden", "Egypt", "India", "Australia", "Chile", "Poland", "Thailand"]
+COUNTRIES = [
+    "Portugal",
+    "Japan",
+    "Canada",
+    "Kenya",
+    "Brazil",
+    "Sweden",
+    "Egypt",
+    "India",
+    "Australia",
+    "Chile",
+    "Poland",
+    "Thailand",
+]
 
 FUNCTIONS = """reverses a string|counts the vowels of a word|checks whether a number is prime|finds the largest number of a list
 merges two sorted lists|removes duplicates from a list|converts Celsius to Fahrenheit|checks whether a word is a palindrome

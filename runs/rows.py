@@ -1,7 +1,7 @@
 """Files of prompts for the runs: {id, prompt, source, licence} a line.
 
-    python runs/rows.py ANSWERS.jsonl --licensed Apache-2.0    # those of rows under that licence
-    python runs/rows.py PROMPTS.jsonl --draw 300 --seed 7      # that many of them, at random
+python runs/rows.py ANSWERS.jsonl --licensed Apache-2.0    # those of rows under that licence
+python runs/rows.py PROMPTS.jsonl --draw 300 --seed 7      # that many of them, at random
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from pastalm import prompts
+from pastalm.records import prompts
 
 LONGEST = 900
 """Characters of a prompt; longer ones leave no room for an answer in a small model's context."""

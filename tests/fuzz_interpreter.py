@@ -20,10 +20,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pastalm.interpreter import Limits
-from pastalm.lang import AsyncClose, Text, linearize, parse, strip
-from pastalm.transcript import Transcript
-from pastalm.vocabulary import Vocabulary
+from pastalm.core.interpreter import Limits
+from pastalm.core.language import AsyncClose, Text, linearize, parse, strip
+from pastalm.core.transcript import Transcript
+from pastalm.core.vocabulary import Vocabulary
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
 VOCABULARIES = {"prepared": PREPARED, "xml, bytes": XML_BYTES, "xml, pieces": XML_PIECES}

@@ -49,9 +49,7 @@ def logits(made: Architecture, tensors: Tensors, ids: Sequence[int]) -> Array:
         shares /= shares.sum(-1, keepdims=True)
         joined = (shares @ values).swapaxes(0, 1).reshape(len(ids), -1)
         y = joined @ weight(f"{i}.attention_out").T + optional(f"{i}.attention_out_bias", 0)
-        x = x + (
-            normed(y, f"{i}.attention_post_norm") if f"{i}.attention_post_norm" in tensors else y
-        )
+        x = x + (normed(y, f"{i}.attention_post_norm") if f"{i}.attention_post_norm" in tensors else y)
         pairs = (normed(x, f"{i}.mlp_norm") @ weight(f"{i}.gate_up").T).reshape(len(ids), -1, 2, 32)
         gate, up = (pairs[:, :, j].reshape(len(ids), -1) for j in range(2))
         y = (_activated(gate, made.activation) * up) @ weight(f"{i}.down").T

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pastalm.engines.scripted import byte_vocabulary
-from pastalm.events import (
+from pastalm.core.events import (
     Blocked,
     Decoded,
     Event,
@@ -18,10 +17,11 @@ from pastalm.events import (
     SampledToken,
     TokenSet,
 )
-from pastalm.interpreter import Interpreter, Limits
-from pastalm.lang import topic_key
-from pastalm.layout import Layout, Policy
-from pastalm.vocabulary import Tags, Vocabulary
+from pastalm.core.interpreter import Interpreter, Limits
+from pastalm.core.language import topic_key
+from pastalm.core.layout import Layout, Policy
+from pastalm.core.vocabulary import Tags, Vocabulary
+from pastalm.engines.scripted import byte_vocabulary
 
 PIECES = (
     '<promise topic="', '" tokens="', "10", "20", "30", '"/>', '"/>\n', "/><", '"/></', "<async>", "</async>",
@@ -124,9 +124,7 @@ class Player:
         return {event.path: event.reason for event in self.events if isinstance(event, Finished)}
 
     def text(self, path: Path = ()) -> str:
-        return "".join(
-            e.text for e in self.events if e.path == path and isinstance(e, Decoded | Finished)
-        )
+        return "".join(e.text for e in self.events if e.path == path and isinstance(e, Decoded | Finished))
 
     def run(self, choose: Callable[[Player], tuple[Path, int]]) -> None:
         """Samples what is chosen until every thread has ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from pastalm.lang import (
+from pastalm.core.language import (
     LENGTHS,
     Async,
     AsyncClose,
@@ -54,13 +54,9 @@ def _chunks(bodies: st.SearchStrategy[Document]) -> st.SearchStrategy[tuple[Node
     return st.builds(lambda p, body, sync: (p, Async(body), *sync), promises, bodies, synced)
 
 
-def documents(
-    depth: int = 2, pieces: st.SearchStrategy[str] = texts, size: int = 6
-) -> st.SearchStrategy[Document]:
+def documents(depth: int = 2, pieces: st.SearchStrategy[str] = texts, size: int = 6) -> st.SearchStrategy[Document]:
     """Well-formed documents in normal form, chunks nested at most `depth` deep, `size` nodes in each."""
-    runs: st.SearchStrategy[tuple[Node, ...]] = st.one_of(
-        pieces.map(lambda text: (Text(text),)), st.just((Sync(),))
-    )
+    runs: st.SearchStrategy[tuple[Node, ...]] = st.one_of(pieces.map(lambda text: (Text(text),)), st.just((Sync(),)))
     if depth:
         runs = runs | _chunks(documents(depth - 1, pieces, size))
     return st.lists(runs, max_size=size).map(lambda r: normalize(node for run in r for node in run))

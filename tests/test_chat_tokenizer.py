@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pastalm import models
-from pastalm.chat_tokenizer import ChatTokenizer, described
+from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import CapabilityError
 from pastalm.models import encode_chat, vocabulary_of
-from pastalm.vocabulary import TAG_TOKENS
+from pastalm.models.chat_tokenizer import ChatTokenizer, described
 from tests.test_models import ANY_TEXT, BYTE_LEVEL, prepared_tokenizer, sentence_pieces
 
 ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
@@ -60,14 +60,11 @@ ALL = st.sampled_from([BYTES, SENTENCES, PREPARED])
 def test_ids_are_transformers(pair: tuple[Any, ChatTokenizer], text: str, special: bool) -> None:
     theirs, ours = pair
     assert (
-        ours(text, add_special_tokens=special)["input_ids"]
-        == (theirs(text, add_special_tokens=special)["input_ids"])
+        ours(text, add_special_tokens=special)["input_ids"] == (theirs(text, add_special_tokens=special)["input_ids"])
     )
 
 
-@pytest.mark.parametrize(
-    "pair", [BYTES, SENTENCES, PREPARED], ids=["bytes", "sentences", "prepared"]
-)
+@pytest.mark.parametrize("pair", [BYTES, SENTENCES, PREPARED], ids=["bytes", "sentences", "prepared"])
 def test_what_is_known_of_tokens_is_the_same(pair: tuple[Any, ChatTokenizer]) -> None:
     theirs, ours = pair
     assert len(ours) == len(theirs)
@@ -84,18 +81,14 @@ def test_what_is_known_of_tokens_is_the_same(pair: tuple[Any, ChatTokenizer]) ->
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(messages=MESSAGES, prompt=st.booleans())
 @example(messages=[{"role": "user", "content": "x", "reasoning": "y", "name": None}], prompt=True)
-def test_templates_render_as_in_transformers(
-    template: str, messages: list[dict[str, Any]], prompt: bool
-) -> None:
+def test_templates_render_as_in_transformers(template: str, messages: list[dict[str, Any]], prompt: bool) -> None:
     theirs = copy.copy(BYTE_LEVEL)
     theirs.chat_template = template
     ours = ChatTokenizer(described(theirs))
 
     def rendered(tokenizer: Any) -> str:
         try:
-            text: str = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
-            )
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             return text
         except Exception as error:
             return f"refused: {error}"
@@ -104,9 +97,7 @@ def test_templates_render_as_in_transformers(
 
 
 def test_a_template_cannot_reach_out() -> None:
-    ours = ChatTokenizer(
-        described(BYTE_LEVEL) | {"chat_template": "{{ messages.__class__.__mro__ }}"}
-    )
+    ours = ChatTokenizer(described(BYTE_LEVEL) | {"chat_template": "{{ messages.__class__.__mro__ }}"})
     with pytest.raises(Exception, match="unsafe"):
         ours.apply_chat_template([{"role": "user", "content": "x"}])
 
@@ -140,9 +131,7 @@ def embedded() -> tuple[Any, ChatTokenizer]:
 
 
 @given(text=st.text() | ANY_TEXT)
-def test_the_embedded_models_ids_are_transformers(
-    embedded: tuple[Any, ChatTokenizer], text: str
-) -> None:
+def test_the_embedded_models_ids_are_transformers(embedded: tuple[Any, ChatTokenizer], text: str) -> None:
     theirs, ours = embedded
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
@@ -152,7 +141,6 @@ def test_so_are_its_prompts(
     embedded: tuple[Any, ChatTokenizer], messages: list[dict[str, str]], marker: str | None
 ) -> None:
     prompts = (
-        encode_chat(tokenizer, vocabulary_of(tokenizer, eos=[2]), messages, marker=marker)
-        for tokenizer in embedded
+        encode_chat(tokenizer, vocabulary_of(tokenizer, eos=[2]), messages, marker=marker) for tokenizer in embedded
     )
     assert next(prompts) == next(prompts)

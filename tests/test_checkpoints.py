@@ -17,20 +17,34 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from pastalm import checkpoints
 from pastalm import models as pasta
 from pastalm.errors import ModelError
+from pastalm.models import checkpoints
 from tests.test_models import BYTE_LEVEL, small_model
 
 IDS = torch.arange(3, 23)[None]
 _TEXT = {
-    "vocab_size": len(BYTE_LEVEL), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.2,
+    "vocab_size": len(BYTE_LEVEL),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "initializer_range": 0.2,
 }
 _IMAGES = {
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
-    "image_size": 28, "patch_size": 14,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 28,
+    "patch_size": 14,
 }
 _QWEN_IMAGES = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
@@ -167,9 +181,9 @@ def quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_quantised_weights_are_never_cast(quantised: Path) -> None:
-    from pastalm.engine import Request, SamplingParams
-    from pastalm.engines.transformers import TransformersEngine
-    from pastalm.events import Forked
+    from pastalm.core.engine import Request, SamplingParams
+    from pastalm.core.events import Forked
+    from pastalm.engines.transformers.engine import TransformersEngine
 
     loaded = pasta.load(str(quantised))
     assert loaded.model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16

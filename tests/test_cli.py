@@ -21,11 +21,11 @@ from typer.testing import CliRunner, Result
 
 from pastalm import models
 from pastalm.cli import app
-from pastalm.engines import transformers
+from pastalm.core.events import Decoded, Finished, Forked, from_json, to_json
+from pastalm.core.language import parse, strip
+from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
-from pastalm.events import Decoded, Finished, Forked, from_json, to_json
-from pastalm.lang import parse, strip
-from pastalm.transcript import Transcript
+from pastalm.engines.transformers import engine as transformers
 from tests.served import replaying
 from tests.test_models import byte_level, small_model
 

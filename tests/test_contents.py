@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pastalm import contents
 from pastalm.errors import DataError, ModelError
+from pastalm.models import contents
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.driver import Driver, Response, run_tasks
-from pastalm.engine import Engine, SampledToken, SamplingParams
+from pastalm.core.driver import Driver, Response, run_tasks
+from pastalm.core.engine import Engine, SampledToken, SamplingParams
+from pastalm.core.events import Event, Finished
+from pastalm.core.interpreter import Limits
+from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import EngineError
-from pastalm.events import Event, Finished
-from pastalm.interpreter import Limits
-from pastalm.transcript import Transcript
 from tests.laws.tiny import tiny_model, tiny_vocabulary
 
 SCRIPTS = (
@@ -116,9 +116,9 @@ def test_each_reader_gets_its_own_events_in_order(actions: list[tuple[str, int]]
 @pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable())
 @pytest.mark.parametrize("seed", range(4))
 def test_on_a_real_engine_too(seed: int) -> None:
-    from pastalm import packed_models
     from pastalm.engines.native.engine import NativeEngine
     from pastalm.engines.native.model import NativeModel
+    from pastalm.models import packed_models
 
     rng = random.Random(seed)
     model = NativeModel(*packed_models.from_model(tiny_model("llama"), "F32"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.driver import Driver, Response
-from pastalm.engine import SamplingParams
+from pastalm.core.driver import Driver, Response
+from pastalm.core.engine import SamplingParams
 from pastalm.engines.scripted import EOS, Script, ScriptedEngine, byte_vocabulary
 
 CHUNKS = (

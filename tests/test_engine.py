@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pastalm.engine import Capabilities, Request, SamplingParams
+from pastalm.core.engine import Capabilities, Request, SamplingParams
 from pastalm.engines import scripted
 from pastalm.errors import CapabilityError
 
@@ -29,9 +29,7 @@ def request(**changed: Any) -> Request:
         ({"masks": False}, {"parallelism": 0}, "cannot forbid tags"),
     ],
 )
-def test_what_is_not_offered_is_refused_by_name(
-    lacking: dict[str, Any], asked: dict[str, Any], says: str
-) -> None:
+def test_what_is_not_offered_is_refused_by_name(lacking: dict[str, Any], asked: dict[str, Any], says: str) -> None:
     with pytest.raises(CapabilityError, match=f"the any engine {says}"):
         replace(ALL, **lacking).check(request(**asked))
 

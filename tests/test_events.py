@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.errors import DataError
-from pastalm.events import (
+from pastalm.core.events import (
     Blocked,
     Decoded,
     Event,
@@ -24,6 +23,7 @@ from pastalm.events import (
     stamp,
     to_json,
 )
+from pastalm.errors import DataError
 
 ids = st.integers(0, 2**31)
 paths = st.lists(st.integers(0, 99), max_size=4).map(tuple)

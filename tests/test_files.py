@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pastalm import jsonl, models
+from pastalm import models
+from pastalm.records import jsonl
 from tests.test_cli import complains, pasta
 from tests.test_models import byte_level, small_model
 
@@ -96,9 +97,7 @@ def work(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)], ids=["", "overwrite"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_another_wrote_is_left_as_it_is(
-    command: str, overwrite: tuple[str, ...], work: Path, tiny: Path
-) -> None:
+def test_what_another_wrote_is_left_as_it_is(command: str, overwrite: tuple[str, ...], work: Path, tiny: Path) -> None:
     mine = work / "bench.json"
     for content, said in (
         (b'[{"id": 1, "prompt": "p"},\n {"id": 2, "prompt": "q"}]', "is a JSON list"),
@@ -159,9 +158,7 @@ def test_answers_of_another_adapter_are_not_these(tiny: Path, adapters: tuple[Pa
     assert [row["prompt"] for row in rows(out)] == [f"And what of {i}?" for i in range(3)]
 
 
-def test_an_evaluation_knows_its_systems_by_their_contents(
-    tiny: Path, adapters: tuple[Path, Path], work: Path
-) -> None:
+def test_an_evaluation_knows_its_systems_by_their_contents(tiny: Path, adapters: tuple[Path, Path], work: Path) -> None:
     """`mine=A`, then `mine=B` into the same folder."""
     out = work / "eval"
     options = ("--prompts", work / "prompts.jsonl", "--baseline", "none", "--model", tiny, "--out", out)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, SampledToken
+from pastalm.core.interpreter import CHUNK_SLACK, Limits
+from pastalm.core.language import LENGTHS, TAG_LIMIT, topic_key
 from pastalm.errors import RequestError
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, SampledToken
-from pastalm.interpreter import CHUNK_SLACK, Limits
-from pastalm.lang import LENGTHS, TAG_LIMIT, topic_key
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
 assert PREPARED.tags is not None
@@ -453,7 +453,7 @@ def test_no_fork_beyond_the_positions_of_the_model() -> None:
 
 def test_an_unfinished_tag_at_a_cap_is_dropped() -> None:
     player = Player(XML_BYTES, max_tokens=12)
-    player.say('Hi <promise ')
+    player.say("Hi <promise ")
     assert player.text() == "Hi "
     assert player.reasons() == {(): "length"}
 
@@ -597,9 +597,7 @@ def test_malformed_tags_stay_text(malformed: str) -> None:
         assert list(player.state) == [()]
 
 
-@pytest.mark.parametrize(
-    "limits", [Limits(max_depth=0), Limits(max_promises=0), Limits(max_chunk_tokens=15)]
-)
+@pytest.mark.parametrize("limits", [Limits(max_depth=0), Limits(max_promises=0), Limits(max_chunk_tokens=15)])
 def test_a_promise_that_cannot_be_kept_stays_text(limits: Limits) -> None:
     """Of 15 tokens a chunk needs 15 for its tags alone, in bytes."""
     player = Player(XML_BYTES, limits=limits)

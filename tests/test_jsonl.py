@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm import jsonl
 from pastalm.errors import DataError
+from pastalm.records import jsonl
 
 KIND = jsonl.Kind(command="sample", name="a row", fields=("id", "text"))
 MADE: dict[str, Any] = {"model": {"name": "a", "sha256": "0" * 64}, "adapter": None, "seed": 1, "top_p": 0.5}
 ROWS = st.lists(
-    st.fixed_dictionaries({"id": st.text(), "text": st.text(st.characters())}, optional={"n": st.floats(allow_nan=False)}),
+    st.fixed_dictionaries(
+        {"id": st.text(), "text": st.text(st.characters())}, optional={"n": st.floats(allow_nan=False)}
+    ),
     max_size=5,
 )
 
@@ -63,7 +65,10 @@ FOREIGN = {
     "rows without a header": (b'{"id": "1", "text": "x"}\n', "does not say what made it"),
     "rows without a header or newline": (b'{"id": "1", "text": "x"}', "does not say what made it"),
     "blank lines": (b"\n\n", "does not say what made it"),
-    "another command's": (b'{"pasta": {"format": 1, "command": "score"}}\n', "written by pasta score, not by pasta sample"),
+    "another command's": (
+        b'{"pasta": {"format": 1, "command": "score"}}\n',
+        "written by pasta score, not by pasta sample",
+    ),
     "a later version's": (b'{"pasta": {"format": 2, "command": "sample"}}\n', "another version"),
     "ours with a line in the middle that is none": (
         b'{"pasta": {"format": 1, "command": "sample", "seed": 1}}\n{"id": "1", "te\n{"id": "2", "text": "x"}\n',
@@ -167,7 +172,14 @@ LIST = json.dumps(OBJECTS, indent=1).encode()
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize(
     "content",
-    [LINES, LINES.rstrip(), LIST, b"\n\n" + LIST, LINES.replace(b"\n", b"\r\n"), b'{"pasta": {"command": "x"}}\n' + LINES],
+    [
+        LINES,
+        LINES.rstrip(),
+        LIST,
+        b"\n\n" + LIST,
+        LINES.replace(b"\n", b"\r\n"),
+        b'{"pasta": {"command": "x"}}\n' + LINES,
+    ],
 )
 def test_every_form_of_file_reads_alike(content: bytes, mark: bytes, packed: bool, tmp_path: Path) -> None:
     path = tmp_path / "any"

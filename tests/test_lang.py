@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.errors import LanguageError
-from pastalm.lang import (
+from pastalm.core.language import (
     LENGTHS,
     TAG_LIMIT,
     Async,
@@ -27,6 +26,7 @@ from pastalm.lang import (
     round_length,
     strip,
 )
+from pastalm.errors import LanguageError
 from tests.strategies import LOOK_ALIKES, documents, texts, topics
 
 nearly_tags = st.lists(st.sampled_from(LOOK_ALIKES), max_size=12).map("".join)

@@ -10,10 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pastalm.core.events import Blocked, Decoded, Finished, Forked, Path
+from pastalm.core.language import LENGTHS, Async, Document, Promise, Sync, Text, normalize
+from pastalm.core.layout import (
+    IGNORED,
+    Layout,
+    Packed,
+    Policy,
+    decoded_rows,
+    pack,
+    pack_serial,
+    unroll,
+)
 from pastalm.errors import CapabilityError
-from pastalm.events import Blocked, Decoded, Finished, Forked, Path
-from pastalm.lang import LENGTHS, Async, Document, Promise, Sync, Text, normalize
-from pastalm.layout import IGNORED, Layout, Packed, Policy, decoded_rows, pack, pack_serial, unroll
 from tests.laws.oracle import Fed, Fork, Linear, Record
 from tests.laws.tiny import EOS, TAGS, tiny_vocabulary
 
@@ -77,7 +86,6 @@ def test_an_oracles_positions_are_the_places_in_linear_form(document: Document) 
     """A promise that names the true length leaves neither gap nor overlap."""
     packed = pack(PROMPT, document, VOCABULARY, eos=EOS, oracle=True)
     assert packed.position_ids.tolist() == linear_places(packed, linear(document))
-
 
 
 @given(document=documents(3))

@@ -23,11 +23,11 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from pastalm import models as pasta
-from pastalm.chat_tokenizer import ChatTokenizer, described
+from pastalm.core.language import parse
+from pastalm.core.layout import unroll
+from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError
-from pastalm.lang import parse
-from pastalm.layout import unroll
-from pastalm.vocabulary import TAG_TOKENS, Vocabulary
+from pastalm.models.chat_tokenizer import ChatTokenizer, described
 from tests.test_models import byte_level
 
 SPECIALS = ["<unk>", "<s>", "</s>"]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pastalm import lossless
 from pastalm import models as pasta
+from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError, RequestError
-from pastalm.vocabulary import TAG_TOKENS, Vocabulary
+from pastalm.models import lossless
 
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
@@ -42,9 +42,7 @@ def byte_level() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator(CORPUS, trainer)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
     made.chat_template = TEMPLATE
     return made
 
@@ -57,9 +55,7 @@ def sentence_pieces() -> PreTrainedTokenizerFast:
     merges = [("▁", "t"), ("▁t", "h"), ("t", "i")]
     core = Tokenizer(models.BPE(vocab, merges, byte_fallback=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
@@ -122,9 +118,7 @@ def test_sharing_merges_changes_no_id(text: str) -> None:
         whole = copy.deepcopy(backend)
         whole.encode_special_tokens = True
         shared = lossless.text_only(backend)
-        assert shared.encode(text, add_special_tokens=False).ids == (
-            whole.encode(text, add_special_tokens=False).ids
-        )
+        assert shared.encode(text, add_special_tokens=False).ids == (whole.encode(text, add_special_tokens=False).ids)
         assert shared.get_added_tokens_decoder() == backend.get_added_tokens_decoder()
 
 
@@ -226,9 +220,7 @@ def adapter(tmp_path: Path, base: Path) -> tuple[Path, torch.Tensor]:
             parameter.data += 0.05 * torch.randn_like(parameter)
     folder = tmp_path / "adapter"
     adapted.eval().save_pretrained(str(folder), save_embedding_layers=False)
-    pasta.write_card(
-        folder, {"base": "base", "shape": shape, "sequential_marker": pasta.SEQUENTIAL_MARKER}
-    )
+    pasta.write_card(folder, {"base": "base", "shape": shape, "sequential_marker": pasta.SEQUENTIAL_MARKER})
     with torch.no_grad():
         return folder, adapted(LAST_IDS).logits
 
@@ -377,9 +369,7 @@ def test_a_system_message_of_the_users_own_keeps_its_words_before_the_marker() -
     assert "system\nHi In one piece.\n" in BYTES.text(ids)
 
 
-@pytest.mark.parametrize(
-    "messages", [[], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}]]
-)
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}]])
 def test_messages_without_content_are_refused(messages: list[Any]) -> None:
     for marker in (None, "M"):
         with pytest.raises(RequestError, match="messages must be"):

@@ -20,12 +20,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers import models as cores
 from transformers import PreTrainedTokenizerFast
 
-from pastalm import gguf_files, gguf_tokenizers, models, packed_gguf, packed_models
+from pastalm import models
+from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.engines.native import weights
 from pastalm.errors import CapabilityError, ModelError
-from pastalm.models import Loaded
-from pastalm.packed_models import Packed
-from pastalm.vocabulary import TAG_TOKENS
+from pastalm.models import Loaded, gguf_files, gguf_tokenizers, packed_gguf, packed_models
+from pastalm.models.packed_models import Packed
 from tests.packed_reference import logits
 from tests.test_models import TEMPLATE
 from tests.test_packed_models import equal, random_model, same
@@ -70,9 +70,7 @@ def trained() -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator(WORDS, trainer)
     core.add_tokens([AddedToken("<think>", normalized=False)])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|begin|>", eos_token="<|im_end|>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin|>", eos_token="<|im_end|>")
     made.chat_template = "{{ bos_token }}" + TEMPLATE
     return made
 
@@ -81,12 +79,8 @@ def with_whole_words(patched: pytest.MonkeyPatch) -> None:
     """Files that are written have the tokens of WHOLE in the place of the last that fill up."""
     add_list, add_types = gguf.GGUFWriter.add_token_list, gguf.GGUFWriter.add_token_types
     kinds = [gguf.TokenType.NORMAL] * len(WHOLE)
-    patched.setattr(
-        gguf.GGUFWriter, "add_token_list", lambda w, t: add_list(w, [*t[: -len(WHOLE)], *WHOLE])
-    )
-    patched.setattr(
-        gguf.GGUFWriter, "add_token_types", lambda w, t: add_types(w, [*t[: -len(WHOLE)], *kinds])
-    )
+    patched.setattr(gguf.GGUFWriter, "add_token_list", lambda w, t: add_list(w, [*t[: -len(WHOLE)], *WHOLE]))
+    patched.setattr(gguf.GGUFWriter, "add_token_types", lambda w, t: add_types(w, [*t[: -len(WHOLE)], *kinds]))
 
 
 def prepared(tokenizer: Any, model: Any) -> Loaded:
@@ -130,9 +124,7 @@ def sentence_pieces(writer: Any, *, prefix: bool = False) -> int:
     kinds = gguf.TokenType
     table = [(t, kinds.CONTROL) for t in control] + [(t, kinds.USER_DEFINED) for t in words]
     table[3] = ("<unk>", kinds.UNKNOWN)
-    table += [(t, kinds.BYTE) for t in bytes_] + [
-        (t, kinds.NORMAL) for t in learnt if t not in words
-    ]
+    table += [(t, kinds.BYTE) for t in bytes_] + [(t, kinds.NORMAL) for t in learnt if t not in words]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([token for token, _ in table])
@@ -148,9 +140,7 @@ def sentence_pieces(writer: Any, *, prefix: bool = False) -> int:
 
 
 @pytest.fixture(scope="module", params=[*gguf_tokenizers.SPLITS, "gemma", "llama"])
-def spoken(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Loaded, Packed]:
+def spoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Loaded, Packed]:
     """The kind of tokenizer; a file of such a kind as llama.cpp reads it, and as we do."""
     way, folder = request.param, tmp_path_factory.mktemp("gguf")
     file = folder / "tiny.gguf"
@@ -176,9 +166,7 @@ def spoken(
 TEXTS = st.lists(
     st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=8)
     | st.text("abcsSdDtTlL' 0123\n\r\t.,ée\u0301你🙂", max_size=8)
-    | st.sampled_from(
-        [*SPECIALS, "<think>", "  ", "'ll", " zebra", "zebras", "cafe", "12345", "\n\n"]
-    )
+    | st.sampled_from([*SPECIALS, "<think>", "  ", "'ll", " zebra", "zebras", "cafe", "12345", "\n\n"])
     | st.builds(
         lambda words, at, size: words[at : at + size],
         st.sampled_from(WORDS),
@@ -243,9 +231,7 @@ def test_the_vocabulary_is_llama_cpps(spoken: tuple[str, Loaded, Packed]) -> Non
     assert ours.context_length == theirs.context_length
     assert ours.loaded.prepared
     all_ids = range(ours.vocabulary.size)
-    assert [ours.vocabulary.piece(i) for i in all_ids] == [
-        theirs.vocabulary.piece(i) for i in all_ids
-    ]
+    assert [ours.vocabulary.piece(i) for i in all_ids] == [theirs.vocabulary.piece(i) for i in all_ids]
 
 
 # ------------------------------------------------------------------------------ weights
@@ -308,9 +294,7 @@ def write(
             array = array + np.float32(1)
         if kind in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = (
-                array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-            )
+            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         if name.startswith("model.layers."):
             _, _, i, rest = name.split(".", 3)
             part, _, suffix = rest.rpartition(".")
@@ -352,9 +336,7 @@ def write(
 
 def llama_cpps(path: Path, ids: list[int]) -> Any:
     """Logits of llama.cpp, everything in float32."""
-    model = llama_cpp.Llama(
-        str(path), n_ctx=128, logits_all=True, verbose=False, type_k=0, type_v=0, swa_full=True
-    )
+    model = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, type_k=0, type_v=0, swa_full=True)
     model.eval(ids)
     return np.array(model.scores[: len(ids)])
 
@@ -471,15 +453,11 @@ def test_a_file_computes_what_llama_cpp_and_transformers_do(case: str, tmp_path:
 
 def in_order(tensor: Any, heads: int | None) -> Any:
     """The rows of a file's tensor as transformers has them; heads: of queries or keys whose neighbours rotate."""
-    rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(
-        tensor.shape[::-1].tolist()
-    )
+    rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist())
     if heads is None:
         return rows
     half = len(rows) // heads // 2
-    places = [
-        h * 2 * half + 2 * j + side for h in range(heads) for side in range(2) for j in range(half)
-    ]
+    places = [h * 2 * half + 2 * j + side for h in range(heads) for side in range(2) for j in range(half)]
     return rows[places]
 
 
@@ -503,9 +481,7 @@ def expected(file: Path, model: Any) -> dict[str, tuple[set[str], Any]]:
 
 
 @pytest.mark.parametrize("kind", gguf_files.WHOLE + gguf_files.QUANTISED)
-def test_weights_are_taken_as_they_are_where_the_engine_has_their_type(
-    kind: str, tmp_path: Path
-) -> None:
+def test_weights_are_taken_as_they_are_where_the_engine_has_their_type(kind: str, tmp_path: Path) -> None:
     tokenizer = trained()
     model = random_model(
         "Llama",
@@ -537,17 +513,9 @@ def test_no_block_is_quantised_anew(kind: str, tmp_path: Path) -> None:
 
     def other(_: Metadata, tensors: dict[str, Any]) -> None:
         for name, array in tensors.items():
-            if (
-                "attn_q." in name
-                or "attn_k." in name
-                or "attn_v." in name
-                or "ffn_" in name
-                and array.ndim == 2
-            ):
+            if "attn_q." in name or "attn_k." in name or "attn_v." in name or "ffn_" in name and array.ndim == 2:
                 blocks = rng.integers(0, 256, (len(array), array.shape[1] // block, size), np.uint8)
-                blocks[..., :2] = np.full(blocks.shape[:2], 0.01, np.float16)[..., None].view(
-                    np.uint8
-                )
+                blocks[..., :2] = np.full(blocks.shape[:2], 0.01, np.float16)[..., None].view(np.uint8)
                 tensors[name] = (blocks.reshape(len(array), -1), of)
 
     model = random_model("Llama", vocab_size=len(trained()), num_hidden_layers=2)
@@ -634,9 +602,7 @@ REFUSED: list[tuple[str, Change, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "change", "said"), REFUSED)
-def test_what_is_not_certain_is_refused(
-    kind: str, change: Change, said: str, tmp_path: Path
-) -> None:
+def test_what_is_not_certain_is_refused(kind: str, change: Change, said: str, tmp_path: Path) -> None:
     if kind == "gemma2":
         model = random_model("Gemma2", vocab_size=len(trained()), **SCALED)
     else:
@@ -671,9 +637,7 @@ TOKENS = {
 def test_a_tokenizer_that_is_not_known_is_refused(change: dict[str, Any]) -> None:
     gguf_tokenizers.from_metadata(TOKENS)
     with pytest.raises(CapabilityError, match="tokenizer"):
-        gguf_tokenizers.from_metadata(
-            TOKENS | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
-        )
+        gguf_tokenizers.from_metadata(TOKENS | {f"tokenizer.ggml.{key}": value for key, value in change.items()})
 
 
 def test_what_is_no_gguf_file_is_an_error(tmp_path: Path) -> None:
@@ -704,9 +668,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Loaded, Pa
 
 @given(text=TEXTS)
 @ONCE
-def test_the_embedded_models_ids_are_llama_cpps(
-    embedded: tuple[Path, Loaded, Packed], text: str
-) -> None:
+def test_the_embedded_models_ids_are_llama_cpps(embedded: tuple[Path, Loaded, Packed], text: str) -> None:
     _, theirs, ours = embedded
     assert list(ours.vocabulary.encode(text)) == list(theirs.vocabulary.encode(text))
     messages = [{"role": "user", "content": text}]
@@ -716,9 +678,7 @@ def test_the_embedded_models_ids_are_llama_cpps(
 def test_the_embedded_model_ends_as_in_llama_cpp(embedded: tuple[Path, Loaded, Packed]) -> None:
     """Which takes the name of a repository, a token for code, for an end too."""
     _, theirs, ours = embedded
-    assert theirs.vocabulary.eos - ours.vocabulary.eos == {
-        ours.tokenizer.convert_tokens_to_ids("<reponame>")
-    }
+    assert theirs.vocabulary.eos - ours.vocabulary.eos == {ours.tokenizer.convert_tokens_to_ids("<reponame>")}
     assert ours.vocabulary.eos <= theirs.vocabulary.eos
 
 

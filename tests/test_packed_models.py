@@ -18,10 +18,11 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from pastalm import contents, models, packed_models
+from pastalm import models
 from pastalm.engines.native import weights
 from pastalm.errors import CapabilityError, ModelError
-from pastalm.packed_models import Packed
+from pastalm.models import contents, packed_models
+from pastalm.models.packed_models import Packed
 from tests.packed_reference import logits
 from tests.test_models import BYTE_LEVEL
 
@@ -188,9 +189,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "changes", "said"), REFUSED)
-def test_what_the_engine_would_compute_otherwise_is_refused(
-    name: str, changes: dict[str, Any], said: str
-) -> None:
+def test_what_the_engine_would_compute_otherwise_is_refused(name: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(CapabilityError, match=said) as raised:
         packed_models.architecture(config(name, **changes))
     assert "\n" not in str(raised.value)
@@ -260,8 +259,7 @@ LOOKED_AT = {
 def test_no_field_of_a_configuration_is_unknown(name: str) -> None:
     """A field that a new transformers adds must be looked at before it is ignored."""
     ours, theirs = (
-        {field.name for field in dataclasses.fields(kind)}
-        for kind in (config_class(name), PreTrainedConfig)
+        {field.name for field in dataclasses.fields(kind)} for kind in (config_class(name), PreTrainedConfig)
     )
     assert ours - theirs == (_PLAIN | LOOKED_AT[name]) - theirs
 
@@ -321,18 +319,15 @@ def test_what_is_kept_is_what_was_packed(folder: Path, monkeypatch: pytest.Monke
         [loaded.vocabulary.piece(i) for i in range(loaded.vocabulary.size)]
     )
     assert packed.context_length == loaded.context_length
-    assert all(
-        t.data.ctypes.data % 64 == 0
-        for t in packed.tensors.values()
-        if isinstance(t, weights.Matrix)
-    )
+    assert all(t.data.ctypes.data % 64 == 0 for t in packed.tensors.values() if isinstance(t, weights.Matrix))
     monkeypatch.setattr(models, "load", None)
     assert same(packed_models.load(str(folder), weights="Q8_0", head="F16"), packed)
 
 
 STARTS = """
 import sys
-from pastalm import models, packed_models
+from pastalm import models
+from pastalm.models import packed_models
 packed = packed_models.load(sys.argv[1])
 models.chat_prompt(packed.loaded, [{"role": "user", "content": "hello"}], marker="x")
 assert not {"torch", "transformers", "peft", "huggingface_hub", "gguf", "llama_cpp"} & set(sys.modules)
@@ -345,9 +340,7 @@ def test_the_next_start_imports_neither_torch_nor_transformers(folder: Path) -> 
 
 
 def change_weights(folder: Path) -> None:
-    models.save(
-        random_model("Llama", vocab_size=len(BYTE_LEVEL), rms_norm_eps=1e-3), BYTE_LEVEL, folder
-    )
+    models.save(random_model("Llama", vocab_size=len(BYTE_LEVEL), rms_norm_eps=1e-3), BYTE_LEVEL, folder)
 
 
 def change_template(folder: Path) -> None:
@@ -419,9 +412,7 @@ def test_a_broken_file_is_packed_anew(folder: Path) -> None:
         assert kept.read_bytes() == whole
 
 
-def test_a_folder_that_cannot_be_written_takes_memory_only(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_takes_memory_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = packed_models.load(str(folder))
     (folder.parent / "no folder").write_text("")
     monkeypatch.setenv("PASTALM_CACHE", str(folder.parent / "no folder"))
@@ -430,18 +421,12 @@ def test_a_folder_that_cannot_be_written_takes_memory_only(
 
 def test_what_cannot_be_packed_leaves_nothing_behind(folder: Path) -> None:
     with pytest.raises(CapabilityError):
-        models.save(
-            random_model("Llama", vocab_size=len(BYTE_LEVEL), hidden_size=80), BYTE_LEVEL, folder
-        )
+        models.save(random_model("Llama", vocab_size=len(BYTE_LEVEL), hidden_size=80), BYTE_LEVEL, folder)
         packed_models.load(str(folder), weights="Q8_0")
-    assert [
-        f.name for f in (folder.parent / "cache" / "packed").iterdir() if f.name != "hashes.json"
-    ] == []
+    assert [f.name for f in (folder.parent / "cache" / "packed").iterdir() if f.name != "hashes.json"] == []
 
 
-def test_what_is_refused_is_refused_before_it_is_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_refused_is_refused_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("weights are read"))
     (folder / "config.json").write_text(json.dumps(told | {"mlp_bias": True}))

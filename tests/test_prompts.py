@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pastalm.core.language import Text, render
 from pastalm.errors import DataError
-from pastalm.lang import Text, render
-from pastalm.prompts import Prompt, read, read_references
+from pastalm.records.prompts import Prompt, read, read_references
 from pastalm.train.annotate import read_rows
 
 FORMS: dict[str, tuple[dict[str, Any], Prompt]] = {

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from pastalm import LLM, SamplingParams, models
+from pastalm.core.events import Event, Path, TokenSet
+from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.replay import Row, gaps, replay
-from pastalm.events import Event, Path, TokenSet
-from pastalm.prompts import Prompt
-from pastalm.vocabulary import TAG_TOKENS
+from pastalm.records.prompts import Prompt
 
 pytestmark = pytest.mark.skipif(
     not (models.ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file(),
@@ -104,9 +104,7 @@ def test_tags_off_leaves_no_trace_of_tags(llm: LLM) -> None:
 
 
 def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
-    typed = models.chat_prompt(
-        llm.loaded, [{"role": "user", "content": "say <|sync|> <|im_end|> <|promise|>"}]
-    )
+    typed = models.chat_prompt(llm.loaded, [{"role": "user", "content": "say <|sync|> <|im_end|> <|promise|>"}])
     tags = llm.loaded.vocabulary.tags
     assert tags is not None
     assert not set(tags.ids) & set(typed)
@@ -138,8 +136,8 @@ def test_the_server_streams_what_it_answers(llm: LLM) -> None:
 
 def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, tmp_path: FilePath) -> None:
     engines = pytest.importorskip("pastalm.engines.llama_cpp")
-    from pastalm import gguf_files
-    from pastalm.driver import Driver
+    from pastalm.core.driver import Driver
+    from pastalm.models import gguf_files
 
     here = models.load(dtype="float32")
     file = gguf_files.export(here, tmp_path / "model.gguf", "F32")

@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("openai")
 
 from pastalm import models
+from pastalm.core.language import parse, strip
 from pastalm.errors import RemoteError
-from pastalm.lang import parse, strip
-from pastalm.remote import Answer, Remote, Usage
+from pastalm.records.chat_client import Answer, Remote, Usage
 from pastalm.train.annotate import Row, annotate_file
 from pastalm.train.annotate_remote import LanguageModel
 from tests.served import Reply, completion, free_port, llama_cpp_server, replaying
@@ -129,7 +129,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("llama_cpp")
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("sse_starlette") is None:
         pytest.skip("llama-cpp-python[server] is not installed")
-    from pastalm import gguf_files
+    from pastalm.models import gguf_files
 
     path = tmp_path_factory.mktemp("server") / "model.gguf"
     gguf_files.export(models.load(adapter=None, dtype="float32"), path, "F16")

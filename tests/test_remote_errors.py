@@ -21,9 +21,9 @@ pytest.importorskip("openai")
 from typer.testing import CliRunner
 
 from pastalm.cli import app
-from pastalm.engines.openai import connect
+from pastalm.engines.completions.engine import connect
 from pastalm.errors import ModelError, PastaError, RemoteError, RequestError
-from pastalm.remote import Remote
+from pastalm.records.chat_client import Remote
 from tests.served import free_port
 
 Told = tuple[int, str, Any]
@@ -246,7 +246,7 @@ def test_a_server_that_does_not_answer() -> None:
 
 
 def test_addresses_that_will_do() -> None:
-    from pastalm.remote import check_address
+    from pastalm.records.chat_client import check_address
 
     for url in ("http://127.0.0.1:8000/v1", "https://api.example.com/v1", "http://[::1]:9/", "http://x/openai/v1?a=b"):
         check_address(url)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pastalm import LLM, SamplingParams, jsonl, models
-from pastalm import answers as kept_answers
+from pastalm import LLM, SamplingParams, models
+from pastalm.core.language import parse
 from pastalm.errors import DataError
-from pastalm.lang import parse
-from pastalm.prompts import Prompt
-from pastalm.sample import Sampled, sample
+from pastalm.records import answers as kept_answers
+from pastalm.records import jsonl
+from pastalm.records.prompts import Prompt
+from pastalm.sampling import Sampled, sample
 from tests.test_models import BYTE_LEVEL, small_model
 
 PARAMS = SamplingParams(n=2, temperature=1, max_tokens=24, seed=3)
@@ -48,9 +49,7 @@ def answers(path: Path) -> dict[tuple[str, int], str]:
     return {(r["id"], r["choice"]): r["annotated"] for r in rows}
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(
-    llm: LLM, tmp_path: Path
-) -> None:
+def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(llm: LLM, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     counts = sample(llm, PROMPTS, whole, PARAMS)
     assert (counts.written, counts.refused, counts.skipped) == (10, 2, 0)
@@ -73,9 +72,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(
     assert len(set(answers(whole).values())) > 5  # choices and prompts differ
 
 
-def test_files_that_cannot_be_used_are_one_clear_line(
-    llm: LLM, tmp_path: Path
-) -> None:
+def test_files_that_cannot_be_used_are_one_clear_line(llm: LLM, tmp_path: Path) -> None:
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"prompt": 3}\n')
     with pytest.raises(DataError, match="line 1: not an answer .*use another file"):

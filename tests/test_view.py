@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from pastalm.driver import Driver
-from pastalm.engine import SamplingParams
+from pastalm.cli.view import Live, Plain, View, figures
+from pastalm.core.driver import Driver
+from pastalm.core.engine import SamplingParams
+from pastalm.core.events import Decoded, Event, Forked
+from pastalm.core.language import Async, Document, Node, Promise, Sync, Text, normalize
+from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
-from pastalm.events import Decoded, Event, Forked
-from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize
-from pastalm.transcript import Transcript
-from pastalm.view import Live, Plain, View, figures
 
 WIDTH = 90
 PIECES = (
@@ -48,17 +48,13 @@ random_documents = st.integers(0, 2**32).map(random_document)
 few = settings(max_examples=25)
 
 
-def played(
-    script: Document | str, *, stop: tuple[str, ...] = (), max_tokens: int = 20000
-) -> list[Event]:
+def played(script: Document | str, *, stop: tuple[str, ...] = (), max_tokens: int = 20000) -> list[Event]:
     """The events of a script, its threads in lockstep."""
     driver = Driver(
         ScriptedEngine(byte_vocabulary(), [script]),
         byte_vocabulary(),
     )
-    running = driver.submit(
-        [1], SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
-    )
+    running = driver.submit([1], SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop))
     events = list(running)
     assert running.transcript.finished
     return events
@@ -74,9 +70,7 @@ def lines(picture: RenderableType, width: int = WIDTH) -> list[str]:
 
 @few
 @given(random_documents, st.integers(8, 40), st.integers(20, 120), st.data())
-def test_a_frame_fits_the_terminal(
-    document: Document, height: int, width: int, data: st.DataObject
-) -> None:
+def test_a_frame_fits_the_terminal(document: Document, height: int, width: int, data: st.DataObject) -> None:
     events = played(document)
     view = View("a title")
     for event in events[: data.draw(st.integers(1, len(events)))]:

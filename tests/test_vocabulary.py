@@ -5,9 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pastalm.core.language import (
+    LENGTHS,
+    AsyncClose,
+    AsyncOpen,
+    Document,
+    Promise,
+    Sync,
+    linearize,
+    strip,
+)
+from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.engines.scripted import byte_vocabulary
-from pastalm.lang import LENGTHS, AsyncClose, AsyncOpen, Document, Promise, Sync, linearize, strip
-from pastalm.vocabulary import TAG_TOKENS, Vocabulary
 from tests.strategies import documents, texts
 
 PREPARED = byte_vocabulary()

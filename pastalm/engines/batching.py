@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
+from pastalm.core.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.core.layout import Layout, Placed
 from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key
 from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
-from pastalm.layout import Layout, Placed
 
 SCORED = 128
 """Given tokens that are scored in one pass: each has a row of logits."""
@@ -254,9 +254,7 @@ class BatchingEngine(ABC):
             raise
         except Exception as error:
             reason = str(error).strip().splitlines() or [""]
-            raise EngineError(
-                f"the forward pass failed: {type(error).__name__}: {reason[0]}"
-            ) from error
+            raise EngineError(f"the forward pass failed: {type(error).__name__}: {reason[0]}") from error
         sampled = self._sample(chosen, fed)
         if not (fed or sampled) and chosen is None and any(r.pending and r.prefilled for r in self._running.values()):
             raise EngineError("no thread finds a place in the cache: lower max_threads or max_num_seqs")
@@ -477,9 +475,7 @@ class BatchingEngine(ABC):
             threads += live
         return owners, threads
 
-    def _sampled(
-        self, owners: list[Response], threads: list[Thread], logits: Rows
-    ) -> list[SampledToken]:
+    def _sampled(self, owners: list[Response], threads: list[Thread], logits: Rows) -> list[SampledToken]:
         """A token for each thread, of the logits [threads, vocabulary]."""
         draws = [self._draw(r, t) for r, t in zip(owners, threads, strict=True)]
         sampled = self._sampler(logits, draws)

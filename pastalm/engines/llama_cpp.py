@@ -26,7 +26,9 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.engine import Capabilities, Schedule
+from pastalm.core.engine import Capabilities, Schedule
+from pastalm.core.events import Event, Finished, Forked, Joined, Path
+from pastalm.core.layout import Placed
 from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,
@@ -37,12 +39,8 @@ from pastalm.engines.batching import (
     common_prefix,
 )
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
-from pastalm.events import Event, Finished, Forked, Joined, Path
-from pastalm.layout import Placed
 
-CAPABILITIES = Capabilities(
-    name="llama.cpp", weights="GGUF files, quantised too; CPU and GPU", positions=("overlap",)
-)
+CAPABILITIES = Capabilities(name="llama.cpp", weights="GGUF files, quantised too; CPU and GPU", positions=("overlap",))
 MAX_SEQUENCES = 256
 """Sequences that llama.cpp takes at most."""
 BATCH = 512

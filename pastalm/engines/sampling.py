@@ -23,9 +23,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.engine import SamplingParams
+from pastalm.core.engine import SamplingParams
+from pastalm.core.events import Path, TokenSet
 from pastalm.errors import EngineError
-from pastalm.events import Path, TokenSet
 
 CANDIDATES = 256
 """Ids looked at first where top-p truncates: nearly always enough, and sorts far fewer."""

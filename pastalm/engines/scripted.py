@@ -18,10 +18,9 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TypeAlias
 
-from pastalm.engine import Capabilities, Request, SampledToken, Schedule
-from pastalm.errors import CapabilityError, RequestError
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
-from pastalm.lang import (
+from pastalm.core.engine import Capabilities, Request, SampledToken, Schedule
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.core.language import (
     Async,
     AsyncClose,
     Document,
@@ -33,7 +32,8 @@ from pastalm.lang import (
     render_mark,
     strip,
 )
-from pastalm.vocabulary import Tags, Vocabulary
+from pastalm.core.vocabulary import Tags, Vocabulary
+from pastalm.errors import CapabilityError, RequestError
 
 Script: TypeAlias = "str | Document"
 """PASTA-LANG, as text or as values."""
@@ -117,9 +117,7 @@ class ScriptedEngine:
         self._schedule = schedule
         self._step_seconds = step_seconds
         self._playing: dict[str, _Playing] = {}
-        self._capabilities = replace(
-            CAPABILITIES, max_model_len=max_model_len, max_num_seqs=max_num_seqs
-        )
+        self._capabilities = replace(CAPABILITIES, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
 
     @property
     def capabilities(self) -> Capabilities:

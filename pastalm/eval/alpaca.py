@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pastalm.answers import Answer
 from pastalm.errors import DataError, ModelError
 from pastalm.eval.compare import Pair
+from pastalm.records.answers import Answer
 
 WHOLE = 805
 """Prompts of AlpacaEval."""
@@ -59,9 +59,7 @@ class WinRate:
 
 def outputs(found: Sequence[Answer], generator: str) -> list[dict[str, str]]:
     """Answers in AlpacaEval's own form, for `alpaca_eval --model_outputs`."""
-    return [
-        {"instruction": a.prompt, "output": a.text, "generator": generator, "dataset": a.category} for a in found
-    ]
+    return [{"instruction": a.prompt, "output": a.text, "generator": generator, "dataset": a.category} for a in found]
 
 
 def verdicts(found: Sequence[Pair], generator: str) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pastalm.answers import Answer
+from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import DataError
-from pastalm.eval.means import Mean, mean
-from pastalm.scored import Length, Scored
-from pastalm.vocabulary import TAG_TOKENS
-from pastalm.wording import repetition
+from pastalm.eval.intervals import Mean, mean
+from pastalm.records.answers import Answer
+from pastalm.records.repetition import repetition
+from pastalm.records.scores import Length, Scored
 
 CountTokens = Callable[[str], int]
 
@@ -140,9 +140,7 @@ def figures(found: Sequence[Pair], sigmas: Mapping[str, float], length: Length =
     return table
 
 
-def differences(
-    row: Row, other: Row, sigmas: Mapping[str, float], length: Length = "theoretical"
-) -> dict[str, Mean]:
+def differences(row: Row, other: Row, sigmas: Mapping[str, float], length: Length = "theoretical") -> dict[str, Mean]:
     """Scores of one system less another's, on the prompts that both answered, by scorer and lambda."""
     theirs = {pair.answer.id: pair.scored for pair in other.pairs}
     table = {}

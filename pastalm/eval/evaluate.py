@@ -1,9 +1,9 @@
 """One evaluation from models to report: systems answer, scorers score, figures are compared; gone on with where cut.
 
-    folder/answers/NAME.jsonl             answers.py
-    folder/scored/NAME.SCORER.jsonl       scored.py
-    folder/alpaca_eval/NAME.json          AlpacaEval's own form
-    folder/report/                        report.py
+folder/answers/NAME.jsonl             answers.py
+folder/scored/NAME.SCORER.jsonl       scores.py
+folder/alpaca_eval/NAME.json          AlpacaEval's own form
+folder/report/                        report.py
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pastalm import answers, jsonl, scored
+from pastalm.core.layout import POLICIES, Policy
 from pastalm.errors import DataError, RequestError
 from pastalm.eval import alpaca, measure
 from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.baselines.skeleton import SkeletonOfThought
 from pastalm.eval.compare import CountTokens, Row, figures, pairs
-from pastalm.eval.means import Mean, mean
+from pastalm.eval.intervals import Mean, mean
 from pastalm.eval.quality import Scorer
 from pastalm.eval.score import Counts, score
 from pastalm.eval.systems import Decoding, System
-from pastalm.jsonl import Bad
-from pastalm.layout import POLICIES, Policy
 from pastalm.llm import LLM
-from pastalm.prompts import Prompt
-from pastalm.scored import Length
+from pastalm.records import answers, jsonl, scores
+from pastalm.records.jsonl import Bad
+from pastalm.records.prompts import Prompt
+from pastalm.records.scores import Length
 
 BASELINE = "baseline"
 
@@ -124,7 +124,7 @@ def check_scores(
     for name in names:
         for scorer, told in models.items():
             path = folder / "scored" / f"{name}.{scorer}.jsonl"
-            jsonl.Results(path, scored.KIND, {"scorer": scorer, **told}, overwrite=overwrite)
+            jsonl.Results(path, scores.KIND, {"scorer": scorer, **told}, overwrite=overwrite)
 
 
 WHAT = ("model", "adapter", "method", "positions")
@@ -196,14 +196,14 @@ def compare_all(
     base = answers.read(folder / "answers" / f"{BASELINE}.jsonl")
     judged = {
         name: {
-            scorer: scored.read(path)
+            scorer: scores.read(path)
             for scorer in sigmas
             if (path := folder / "scored" / f"{name}.{scorer}.jsonl").is_file() and any(jsonl.read(path))
         }
         for name in names
     }
     units = {
-        scorer: given or scored.spread([row for found in judged.values() for row in found.get(scorer, ())])
+        scorer: given or scores.spread([row for found in judged.values() for row in found.get(scorer, ())])
         for scorer, given in sigmas.items()
     }
     rows = []

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pastalm import answers, jsonl
-from pastalm.answers import Answer
-from pastalm.driver import run_tasks
-from pastalm.engine import SamplingParams
+from pastalm.core.driver import run_tasks
+from pastalm.core.engine import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import Decoding, System, cold, force
-from pastalm.prompts import Prompt
+from pastalm.records import answers, jsonl
+from pastalm.records.answers import Answer
+from pastalm.records.prompts import Prompt
 
 
 @dataclass(slots=True)
@@ -40,9 +40,7 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         refused = dict(Counter(self.refused) + Counter(other.refused))
-        return Counts(
-            self.prompts + other.prompts, self.written + other.written, self.skipped + other.skipped, refused
-        )
+        return Counts(self.prompts + other.prompts, self.written + other.written, self.skipped + other.skipped, refused)
 
 
 def spread(prompts: Sequence[Prompt], many: int) -> list[Prompt]:

@@ -22,12 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pastalm import logits
-from pastalm.checkpoints import quiet
 from pastalm.errors import ModelError, RequestError
-from pastalm.models import Loaded, chat_prompt
-from pastalm.remote import Answer, Messages, Remote
-from pastalm.wording import repetition, sameness
+from pastalm.models import Loaded, chat_prompt, logits
+from pastalm.models.checkpoints import quiet
+from pastalm.records.chat_client import Answer, Messages, Remote
+from pastalm.records.repetition import repetition, sameness
 
 NEUTRAL = "Write something."
 """The prompt that says nothing of the answer."""
@@ -167,9 +166,7 @@ class Judge:
     def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         self.remote.options = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
         questions = (
-            ((i, swapped), self._question(c, swapped))
-            for i, c in enumerate(candidates)
-            for swapped in (False, True)
+            ((i, swapped), self._question(c, swapped)) for i, c in enumerate(candidates) for swapped in (False, True)
         )
         found: dict[tuple[int, bool], float | str] = {
             key: preference(answer) for key, answer in self.remote.ask(questions)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pastalm.core.events import Decoded, Event, Path, TokenSet
+from pastalm.core.layout import Layout, Policy, decoded_rows
 from pastalm.engines.native.weights import Matrix, Tensors, unpack
-from pastalm.events import Decoded, Event, Path, TokenSet
-from pastalm.layout import Layout, Policy, decoded_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pastalm.core.language import Async, Document, Promise, Sync, Text
 from pastalm.errors import DataError
 from pastalm.eval import compare
 from pastalm.eval.compare import Pair, Row
-from pastalm.eval.means import Mean
-from pastalm.lang import Async, Document, Promise, Sync, Text
+from pastalm.eval.intervals import Mean
 
 LIBRARIES = ("pastalm", "torch", "transformers", "llama-cpp-python")
 
@@ -159,8 +159,15 @@ def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
             x, y = row.figures[speedup(row)], row.figures[name]
             many = f"n={x.n}" if x.n == y.n else f"n={x.n} and {y.n}"
             axes.errorbar(
-                x.mean, y.mean, xerr=_bars(x), yerr=_bars(y), fmt=_marker(rows, row), capsize=3, elinewidth=0.8,
-                color=_colour(rows, row), label=f"{row.system} ({many})",
+                x.mean,
+                y.mean,
+                xerr=_bars(x),
+                yerr=_bars(y),
+                fmt=_marker(rows, row),
+                capsize=3,
+                elinewidth=0.8,
+                color=_colour(rows, row),
+                label=f"{row.system} ({many})",
             )
         axes.axvline(1, color="grey", linewidth=0.8)
         even = 50 if name.startswith("win rate") else 0.5

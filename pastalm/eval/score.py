@@ -1,7 +1,7 @@
 """Sampled answers -> scored answers: how fast and how good each is, held against the baseline's answer.
 
 In: answers of `pasta sample` (N to a prompt), the baseline's (`pasta sample --sequential`, one each), and reference
-answers where a scorer needs them. Out: JSONL of scored.py, some prompts at a time, so that a run goes on where it was
+answers where a scorer needs them. Out: JSONL of scores.py, some prompts at a time, so that a run goes on where it was
 cut. An answer without a verdict (a judge that failed on it, or said something else) is counted and not written: start
 again and it is asked about again.
 """
@@ -16,13 +16,13 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from pastalm import answers, jsonl, prompts, scored
-from pastalm.answers import Answer
 from pastalm.errors import DataError
 from pastalm.eval.quality import Candidate, Scorer, Verdict
-from pastalm.jsonl import Bad
-from pastalm.scored import Scored
-from pastalm.wording import repetition
+from pastalm.records import answers, jsonl, prompts, scores
+from pastalm.records.answers import Answer
+from pastalm.records.jsonl import Bad
+from pastalm.records.repetition import repetition
+from pastalm.records.scores import Scored
 
 CountTokens = Callable[[str], int]
 
@@ -59,7 +59,7 @@ def score(
     """
     for given in (samples, baselines, references):
         if given is not None and given.exists() and target.exists() and target.samefile(given):
-            raise DataError(f"{target} is what is to be scored, or scored by: give another file for the result")
+            raise DataError(f"{target} is what is to be scores, or scored by: give another file for the result")
     base = {answer.id: answer for answer in answers.read(baselines, bad=bad)}
     known = prompts.read_references(references, bad=bad) if references is not None else {}
     found = sorted(answers.read(samples, bad=bad), key=lambda row: (row.id, row.choice))
@@ -68,7 +68,7 @@ def score(
     pairs = {(row.id, row.choice): _candidate(row, base[row.id], known.get(row.id)) for row in chosen}
     places = jsonl.by_place(pairs, lambda row: (row["id"], row["choice"]))
     header = {"scorer": scorer.name, **(models or {})}
-    results = jsonl.Results(target, scored.KIND, header, overwrite=overwrite, order=places)
+    results = jsonl.Results(target, scores.KIND, header, overwrite=overwrite, order=places)
     there = set(_there(results, {(row.id, row.choice): row for row in chosen}, pairs))
     counts = Counts(skipped=len(there))
     groups = groupby(chosen, key=lambda row: row.id)
@@ -135,7 +135,7 @@ def _there(
 ) -> Iterator[tuple[str, int]]:
     """What is scored already. Raises DataError where that was another answer, or held against another."""
     for where, row in results.rows:
-        found = scored.parsed(where, row)
+        found = scores.parsed(where, row)
         key = (found.id, found.choice)
         if key not in pairs:
             continue

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pastalm import answers, sample
-from pastalm.answers import Answer
-from pastalm.driver import Response, Task
-from pastalm.engine import Engine, Request, SamplingParams
-from pastalm.events import Decoded, Finished, Forked
+from pastalm import sampling
+from pastalm.core.driver import Response, Task
+from pastalm.core.engine import Engine, Request, SamplingParams
+from pastalm.core.events import Decoded, Finished, Forked
 from pastalm.llm import LLM
-from pastalm.prompts import Prompt
+from pastalm.records import answers
+from pastalm.records.answers import Answer
+from pastalm.records.prompts import Prompt
 
 
 class System(Protocol):
@@ -57,7 +58,7 @@ class Decoding:
         )
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        return sample.answer(self.llm, prompt, self._params(max_tokens), threads=True)
+        return sampling.answer(self.llm, prompt, self._params(max_tokens), threads=True)
 
     def _params(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
@@ -83,9 +84,7 @@ def force(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> float
     """Seconds to decode given tokens one by one after a prompt, prefill included."""
     params = SamplingParams(temperature=0, max_tokens=len(tokens))
     positions = engine.capabilities.positions[0]
-    request = Request(
-        id="forced", prompt_token_ids=tuple(prompt), params=params, positions=positions
-    )
+    request = Request(id="forced", prompt_token_ids=tuple(prompt), params=params, positions=positions)
     started = time.perf_counter()
     engine.add(request)
     engine.apply(request.id, Forked(path=()))

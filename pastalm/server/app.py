@@ -45,9 +45,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pastalm.engine import SamplingParams
+from pastalm.core.engine import SamplingParams
+from pastalm.core.events import Event
 from pastalm.errors import CapabilityError, ModelError, PastaError, RequestError, complaint
-from pastalm.events import Event
 from pastalm.llm import LLM
 from pastalm.server import tracing
 from pastalm.server.metrics import Metrics
@@ -161,15 +161,9 @@ class _Service:
         # one thread: a tokenizer is not made for several, and a long prompt must not stop the event loop
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.metrics.watch("pasta_unfinished_answers", "Answers that decode or wait.", lambda: self.unfinished)
-        self.metrics.watch(
-            "pasta_running_answers", "Answers in the engine.", lambda: len(llm.driver.running)
-        )
-        self.metrics.watch(
-            "pasta_live_threads", "Threads decoding at once.", lambda: self.worker.live_threads
-        )
-        self.metrics.watch(
-            "pasta_failed_steps", "Steps of the engine that failed.", lambda: self.worker.failures
-        )
+        self.metrics.watch("pasta_running_answers", "Answers in the engine.", lambda: len(llm.driver.running))
+        self.metrics.watch("pasta_live_threads", "Threads decoding at once.", lambda: self.worker.live_threads)
+        self.metrics.watch("pasta_failed_steps", "Steps of the engine that failed.", lambda: self.worker.failures)
 
     @contextmanager
     def _places(self, answers: int) -> Iterator[None]:
@@ -207,9 +201,7 @@ class _Service:
         max_tokens = self._fitting(max(map(len, prompts), default=0), asked.wanted_tokens, asked.about)
         if asked.min_tokens > max_tokens:
             raise bad_value(f"min_tokens is above max_tokens, {max_tokens}: lower it", "min_tokens")
-        params = asked.params(
-            max_tokens=max(1, max_tokens), logprobs=asked.wanted_logprobs, parallelism=parallelism
-        )
+        params = asked.params(max_tokens=max(1, max_tokens), logprobs=asked.wanted_logprobs, parallelism=parallelism)
         scored = asked.wanted_logprobs if asked.echoes else None
         if scored is not None and not self._offered.prompt_logprobs:
             said = f"the {self._offered.name} engine gives no log-probabilities of prompts: leave out echo or logprobs"
@@ -370,9 +362,7 @@ class _Replying(Response):
         super().__init__()
         self._service, self._asked = service, asked
         kind = ChatReply if isinstance(asked, ChatRequest) else CompletionReply
-        self._reply = kind(
-            service.settings.name, service.llm.loaded.vocabulary, asked.wanted_logprobs is not None
-        )
+        self._reply = kind(service.settings.name, service.llm.loaded.vocabulary, asked.wanted_logprobs is not None)
 
 
 class _Whole(_Replying):
@@ -620,9 +610,7 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     chunks = {"text/event-stream": {"schema": event}}
 
-    @app.post(
-        "/v1/chat/completions", dependencies=key, responses={200: {"model": ChatCompletion, "content": chunks}}
-    )
+    @app.post("/v1/chat/completions", dependencies=key, responses={200: {"model": ChatCompletion, "content": chunks}})
     async def chat(asked: ChatRequest) -> Response:
         """Answers a conversation."""
         return (_Chunks if asked.stream else _Whole)(service, asked)

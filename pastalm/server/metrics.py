@@ -22,9 +22,7 @@ class Metrics:
         self.disconnects = Counter(
             "pasta_disconnects", "Requests whose client left before the end.", registry=self._registry
         )
-        self._prompt_tokens = Counter(
-            "pasta_prompt_tokens", "Tokens of prompts answered.", registry=self._registry
-        )
+        self._prompt_tokens = Counter("pasta_prompt_tokens", "Tokens of prompts answered.", registry=self._registry)
         self._tokens = Counter("pasta_tokens", "Tokens decoded, tags too.", registry=self._registry)
         self._critical_path = Counter(
             "pasta_critical_path_tokens",

@@ -38,12 +38,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pastalm.engine import SampledToken, SamplingParams
+from pastalm.core.engine import SampledToken, SamplingParams
+from pastalm.core.events import Decoded, Event, to_json
+from pastalm.core.transcript import Transcript
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import PastaError
-from pastalm.events import Decoded, Event, to_json
 from pastalm.models import Rendering
-from pastalm.transcript import Transcript
-from pastalm.vocabulary import Vocabulary
 
 UNLIKELY = -9999.0
 """OpenAI's word for a log-probability that JSON cannot write."""
@@ -827,8 +827,7 @@ class CompletionReply:
     def whole(self, answers: Sequence[Answer], used: CompletionUsage) -> Completion:
         """The reply of a request that does not stream."""
         choices = [
-            self._choice(i, a.text(), a.scored(), a.transcript.finish_reason, a.echo)
-            for i, a in enumerate(answers)
+            self._choice(i, a.text(), a.scored(), a.transcript.finish_reason, a.echo) for i, a in enumerate(answers)
         ]
         return self._of(choices, usage=used)
 

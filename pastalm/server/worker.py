@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from pastalm.driver import Response
-from pastalm.engine import SampledToken, SamplingParams
+from pastalm.core.driver import Response
+from pastalm.core.engine import SampledToken, SamplingParams
+from pastalm.core.events import Event, Finished, Forked
 from pastalm.errors import EngineError, PastaError
-from pastalm.events import Event, Finished, Forked
 from pastalm.llm import LLM
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pastalm import jsonl, prompts
+from pastalm.core.language import Document, Promise, parse, render, strip
 from pastalm.errors import DataError, LanguageError
-from pastalm.jsonl import Bad
-from pastalm.lang import Document, Promise, parse, render, strip
-from pastalm.prompts import Prompt
+from pastalm.records import jsonl, prompts
+from pastalm.records.jsonl import Bad
+from pastalm.records.prompts import Prompt
+from pastalm.records.repetition import repetition
 from pastalm.train.structure import CountTokens, annotate
-from pastalm.wording import repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +153,7 @@ def checked(row: Row, found: Document | str, count_tokens: CountTokens) -> Annot
     return Annotated(row.id, row.prompt, text, count_tokens(row.response), chunks, row.source, row.licence)
 
 
-def annotate_rows(
-    rows: Iterable[Row], annotator: Annotator, count_tokens: CountTokens
-) -> Iterator[Annotated]:
+def annotate_rows(rows: Iterable[Row], annotator: Annotator, count_tokens: CountTokens) -> Iterator[Annotated]:
     """Each row annotated; one whose text would not be kept is left out."""
     for row, found in annotator(row for row in rows if unusable(row) is None):
         result = checked(row, found, count_tokens)
@@ -182,9 +180,7 @@ class _Run:
 
     @property
     def counts(self) -> Counts:
-        return Counts(
-            self.read, self.skipped, self.written, self.structured, self.chunks, dict(self.dropped)
-        )
+        return Counts(self.read, self.skipped, self.written, self.structured, self.chunks, dict(self.dropped))
 
     def todo(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:

@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pastalm.errors import LanguageError
-from pastalm.lang import (
+from pastalm.core.language import (
     MAX_LENGTH,
     MAX_TOPIC_WORDS,
     Async,
@@ -32,7 +31,8 @@ from pastalm.lang import (
     strip,
     topic_key,
 )
-from pastalm.remote import Messages, Remote
+from pastalm.errors import LanguageError
+from pastalm.records.chat_client import Messages, Remote
 from pastalm.train.annotate import Row
 from pastalm.train.annotation_prompt import EXAMPLES, SYSTEM
 from pastalm.train.structure import MAX_GROUP, CountTokens

@@ -70,7 +70,7 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
     (
         "Show me how to count words in a text file with Python and explain it.",
         "Here is a function that does it:\n\n```python\nfrom collections import Counter\n\ndef count_words(path):\n"
-        '    with open(path) as file:\n        return Counter(file.read().lower().split())\n```\n\n'
+        "    with open(path) as file:\n        return Counter(file.read().lower().split())\n```\n\n"
         '<promise topic="with open" tokens="30"/><async>- `with open(path) as file` opens the file and closes it again, even '
         "if reading it fails.\n</async>"
         '<promise topic="lower split" tokens="30"/><async>- `.lower().split()` makes one list of words out of the text, split '

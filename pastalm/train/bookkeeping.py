@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
-from pastalm import contents, disk, jsonl
 from pastalm.errors import DataError
+from pastalm.models import contents
+from pastalm.records import disk, jsonl
 
 if TYPE_CHECKING:
-    from pastalm.layout import Packed
+    from pastalm.core.layout import Packed
     from pastalm.train.run import RunConfig
 
 _OURS = ("checkpoint-*", "adapter", "model", "log.jsonl", "loss.png", "reference.jsonl")
@@ -88,7 +89,9 @@ def _clear(path: Path) -> None:
     """Removes what an earlier run left, its configuration last. Raises DataError where nothing says that it is."""
     left = list(_left(path.parent))
     if left and not path.is_file():
-        raise DataError(f"{path.parent} holds {left[0].name} and no {path.name}, so it is left alone: use another --out")
+        raise DataError(
+            f"{path.parent} holds {left[0].name} and no {path.name}, so it is left alone: use another --out"
+        )
     for found in left:
         shutil.rmtree(found) if found.is_dir() else found.unlink()
     path.unlink(missing_ok=True)

@@ -18,15 +18,34 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 
-from pastalm import answers, jsonl
+from pastalm.core.events import Event
+from pastalm.core.events import Path as ThreadPath
+from pastalm.core.language import (
+    Async,
+    Document,
+    Node,
+    Promise,
+    Sync,
+    Text,
+    normalize,
+    parse,
+    strip,
+)
+from pastalm.core.layout import (
+    IGNORED,
+    MIXED,
+    Packed,
+    Policy,
+    pack,
+    pack_events,
+    pack_serial,
+    retell,
+)
+from pastalm.core.transcript import Transcript
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, LanguageError, RequestError
-from pastalm.events import Event
-from pastalm.events import Path as ThreadPath
-from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, parse, strip
-from pastalm.layout import IGNORED, MIXED, Packed, Policy, pack, pack_events, pack_serial, retell
 from pastalm.models import SEQUENTIAL_MARKER, encode_chat
-from pastalm.transcript import Transcript
-from pastalm.vocabulary import Vocabulary
+from pastalm.records import answers, jsonl
 
 Lengths = Literal["tens", "fixed", "oracle"]
 """What a promise says: its chunk's length in tens; always the same; in tens, while positions follow the true one."""
@@ -221,9 +240,7 @@ REPEATS = 96
 """Repeated tokens of an answer that are unlearned: how a loop is entered, not how long it lasts."""
 
 
-def read_repeats(
-    path: Path, tokenizer: Any, vocabulary: Vocabulary, mix: Mix, *, eos: int
-) -> Iterator[Example]:
+def read_repeats(path: Path, tokenizer: Any, vocabulary: Vocabulary, mix: Mix, *, eos: int) -> Iterator[Example]:
     """Of a model's own answers (`pasta sample`), those that were cut off, with the tokens labelled that
     repeat what their thread had said (Welleck et al., "Neural text generation with unlikelihood
     training", ICLR 2020, section 5.2). Raises DataError with the line that cannot be read."""
@@ -329,9 +346,7 @@ def batches(chosen: Sequence[Example], tokens: int, *, seed: int = 0) -> list[li
     rng = random.Random(seed)
     out: list[list[int]] = []
     for start in range(0, len(chosen), 256):
-        window = sorted(
-            range(start, min(start + 256, len(chosen))), key=lambda i: len(chosen[i].packed)
-        )
+        window = sorted(range(start, min(start + 256, len(chosen))), key=lambda i: len(chosen[i].packed))
         batch: list[int] = []
         for index in window:
             if batch and (len(batch) + 1) * len(chosen[index].packed) > tokens:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pastalm import logits
-from pastalm.layout import IGNORED
-from pastalm.vocabulary import Tags
+from pastalm.core.layout import IGNORED
+from pastalm.core.vocabulary import Tags
+from pastalm.models import logits
 
 
 def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -58,9 +58,7 @@ def _blocks(mask: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     seen, n = mask[:, 0], mask.shape[-1]
-    return create_block_mask(
-        lambda b, h, q, k: seen[b, q, k], len(mask), None, n, n, device=str(mask.device)
-    )
+    return create_block_mask(lambda b, h, q, k: seen[b, q, k], len(mask), None, n, n, device=str(mask.device))
 
 
 def log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

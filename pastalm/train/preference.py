@@ -26,15 +26,16 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from pastalm import models, scored
+from pastalm import models
+from pastalm.core.layout import MIXED, Packed, Policy
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, RequestError
-from pastalm.layout import MIXED, Packed, Policy
 from pastalm.models import encode_chat
-from pastalm.scored import Length, Scored
+from pastalm.records import scores
+from pastalm.records.scores import Length, Scored
 from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import collate, pack_sampled, provenance
 from pastalm.train.loss import bonbon, log_probs
-from pastalm.vocabulary import Vocabulary
 
 BEST_OF_TEN = 9 * sum(1 / k for k in range(1, 10))
 """1/beta at which IPO's optimum is the best-of-10 policy."""
@@ -44,7 +45,7 @@ BEST_OF_TEN = 9 * sum(1 / k for k in range(1, 10))
 class PreferenceConfig(run.RunConfig):
     """One round. lambda_: what quality is worth against speed (inf: quality alone). alpha: weight of the term that
     teaches y+ itself. sigma: unit of the scorer's differences, that of the stage-1 samples (None: of this data).
-    length: which speedup is scored. positions: weight of each policy. max_tokens: longer answers are not
+    length: which speedup is scores. positions: weight of each policy. max_tokens: longer answers are not
     chosen as better."""
 
     lambda_: float = 1.0
@@ -102,7 +103,7 @@ def pairs(
 ) -> Iterator[Pair]:
     """Pairs that fit, each under one policy drawn by the seed."""
     rng = random.Random(config.seed)
-    sigma = scored.spread(rows) if config.sigma is None else config.sigma
+    sigma = scores.spread(rows) if config.sigma is None else config.sigma
     for best, worst, gap in choose(rows, config.lambda_, sigma, config.length):
         prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": best.prompt}])
         policy = rng.choices(list(config.positions), list(config.positions.values()))[0]
@@ -178,10 +179,10 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     """Trains and returns the folder of the adapter, `out/adapter`. Raises DataError, ModelError, RequestError."""
     progress = run.aloud(config, progress)
     _check(config)
-    rows = scored.read(config.data)
+    rows = scores.read(config.data)
     base = run.begin(config, progress)
-    sigma = scored.spread(rows) if config.sigma is None else config.sigma
-    before = scored.summary(rows, [config.lambda_], sigma, config.length)
+    sigma = scores.spread(rows) if config.sigma is None else config.sigma
+    before = scores.summary(rows, [config.lambda_], sigma, config.length)
     progress(f"{config.data.name}, sigma {sigma:.4g}: {json.dumps({k: round(v, 4) for k, v in before.items()})}")
     chosen = list(pairs(rows, base.tokenizer, base.vocabulary, config, eos=base.eos))
     if not chosen:
@@ -196,9 +197,7 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     reference = _reference(config, adapted, chosen, progress)
     plan = run.planned(config, lambda tokens: batches(chosen, tokens, seed=config.seed))
     trainer = _trainer(config, adapted, base.tokenizer, chosen, plan, reference)
-    trainer.add_callback(
-        run.Log(config, progress, validate=dict, curves=("margin", "pairs_in_order"))
-    )
+    trainer.add_callback(run.Log(config, progress, validate=dict, curves=("margin", "pairs_in_order")))
     started = time.perf_counter()
     run.go(trainer, config)
     final = _margins(trainer, chosen, reference, config)
@@ -232,9 +231,7 @@ def _check(config: PreferenceConfig) -> None:
         raise RequestError(f"unknown positions {sorted(unknown)}: use promised, overlap")
 
 
-def _reference(
-    config: PreferenceConfig, model: Any, chosen: Sequence[Pair], progress: Callable[[str], None]
-) -> Tensor:
+def _reference(config: PreferenceConfig, model: Any, chosen: Sequence[Pair], progress: Callable[[str], None]) -> Tensor:
     """log p0 of both answers of each pair [n, 2], computed once and kept in `out/reference.jsonl`."""
     model.eval()
 

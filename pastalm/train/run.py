@@ -1,10 +1,10 @@
 """A training run's folder, whatever it trains: configuration, checkpoints, log, losses as a picture, adapter, card.
 
-    out/config.json   what was asked, by contents; another configuration is refused (bookkeeping.py)
-    out/checkpoint-N  of transformers' Trainer; the newest is gone on from
-    out/log.jsonl     losses as they come, validation at each checkpoint
-    out/loss.png
-    out/adapter       what is used: weights, pasta.json, train.json (how it was made), README.md (the card)
+out/config.json   what was asked, by contents; another configuration is refused (bookkeeping.py)
+out/checkpoint-N  of transformers' Trainer; the newest is gone on from
+out/log.jsonl     losses as they come, validation at each checkpoint
+out/loss.png
+out/adapter       what is used: weights, pasta.json, train.json (how it was made), README.md (the card)
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from pastalm import models
-from pastalm.checkpoints import is_quantised, quiet
+from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import DataError, ModelError
+from pastalm.models.checkpoints import is_quantised, quiet
 from pastalm.train import bookkeeping
-from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
 
 WORKERS = 2
 """Processes that make batches beside a GPU."""
@@ -433,9 +433,7 @@ def _save_adapter(model: Any, weights: Mapping[str, Any], config: RunConfig, fol
         adapter.base_model_name_or_path = config.base_name
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(
-            folder, state_dict=half, save_embedding_layers=False, selected_adapters=["default"]
-        )
+        model.save_pretrained(folder, state_dict=half, save_embedding_layers=False, selected_adapters=["default"])
 
 
 def _save_model(model: Any, weights: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:

@@ -25,8 +25,9 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from pastalm import models
+from pastalm.core.layout import IGNORED, POLICIES
+from pastalm.core.vocabulary import Tags
 from pastalm.errors import DataError
-from pastalm.layout import IGNORED, POLICIES
 from pastalm.train import run
 from pastalm.train.dataset import (
     Example,
@@ -40,7 +41,6 @@ from pastalm.train.dataset import (
     read_repeats,
 )
 from pastalm.train.loss import weighted_loss
-from pastalm.vocabulary import Tags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,16 +118,12 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     return run.save(trainer, config, made)
 
 
-def _trainer(
-    config: SftConfig, base: run.Base, chosen: list[Example], plan: list[list[int]]
-) -> _Trainer:
+def _trainer(config: SftConfig, base: run.Base, chosen: list[Example], plan: list[list[int]]) -> _Trainer:
     model = run.adapted(config, base.model, base.tags)
     trainer = _Trainer(
         model=model,
         optimizers=(run.optimizer(config, model), None),
-        args=TrlConfig(
-            **run.arguments(config, len(plan)), dataset_kwargs={"skip_prepare_dataset": True}
-        ),
+        args=TrlConfig(**run.arguments(config, len(plan)), dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_dict({"indices": plan}),
         data_collator=lambda wanted: _share(chosen, [i for batch in wanted for i in batch["indices"]]),
         processing_class=base.tokenizer,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from pastalm.lang import (
+from pastalm.core.language import (
     CHUNK_TAGS,
     MAX_LENGTH,
     MAX_TOPIC_WORDS,
@@ -126,9 +126,7 @@ _INNERMOST = 99
 _HEADING = re.compile(r"(#{1,6})\s+\S")
 _NUMBER = re.compile(r"\s*(?:\*\*|__)?\(?(\d{1,2})(?:[.)]\s+(?=\S)|[.)](?=[A-Za-z*\"“]))")
 _BULLET = re.compile(r"\s*(?:([-*+\u2013\u2014])\s+(?=\S)|([•·●◦▪\u2023])\s*(?=\S))")
-_BOLD = re.compile(
-    r"(?:\*\*|__)([^*_]{2,80})(?:\*\*|__):?\s*$|(?:\*\*|__)([^*_]{2,80}):(?:\*\*|__)\s*$"
-)
+_BOLD = re.compile(r"(?:\*\*|__)([^*_]{2,80})(?:\*\*|__):?\s*$|(?:\*\*|__)([^*_]{2,80}):(?:\*\*|__)\s*$")
 _BRACKET = re.compile(r"\[([A-Z0-9][^\[\].!?]{2,40})\]:?\s*$")
 _OUTLINE = re.compile(r"(\d{1,2})\.(\d{1,2})[.)]?\s+[A-Z]")
 _UNDERLINE = re.compile(r"(={3,}|-{3,})\s*$")
@@ -161,9 +159,7 @@ _NO_TITLE = re.compile(
     r"q|a|http|https)\b",
     re.IGNORECASE,
 )
-_SMALL = frozenset(
-    re.findall(r"\S+", "a an and as at by for from in into of on or the to vs with your")
-)
+_SMALL = frozenset(re.findall(r"\S+", "a an and as at by for from in into of on or the to vs with your"))
 
 
 def _title_text(line: str) -> str | None:
@@ -194,9 +190,7 @@ def _plain_marker(index: int, line: _Line, repeated: frozenset[str]) -> _Marker 
     return None
 
 
-def _marker(
-    index: int, line: _Line, repeated: frozenset[str], below: _Line | None
-) -> _Marker | None:
+def _marker(index: int, line: _Line, repeated: frozenset[str], below: _Line | None) -> _Marker | None:
     text = line.text
     if line.fenced or line.blank or not re.search(r"\w", text) or text.lstrip().startswith("|"):
         return None
@@ -240,10 +234,7 @@ def _markers(lines: Sequence[_Line]) -> list[_Marker]:
     counts = Counter(_names(lines))
     repeated = frozenset(name for name, count in counts.items() if count > 1)
     below = (*lines[1:], None)
-    found = (
-        _marker(i, line, repeated, after)
-        for i, (line, after) in enumerate(zip(lines, below, strict=True))
-    )
+    found = (_marker(i, line, repeated, after) for i, (line, after) in enumerate(zip(lines, below, strict=True)))
     spoken = any(count > 2 for count in counts.values())
     return [m for m in found if m and not (spoken and m.kind == "label")]
 
@@ -293,9 +284,7 @@ def _depth_of_new(stack: Sequence[Sequence[_Marker]], marker: _Marker) -> int:
     return len(stack)
 
 
-def _depth_of_paragraph(
-    stack: Sequence[Sequence[_Marker]], line: _Line, lines: Sequence[_Line]
-) -> int:
+def _depth_of_paragraph(stack: Sequence[Sequence[_Marker]], line: _Line, lines: Sequence[_Line]) -> int:
     """A paragraph of its own ends bullets: only numbers and titles say what they still hold."""
     if not line.opens or line.fenced:
         return len(stack)
@@ -324,9 +313,7 @@ _CLOSING = re.compile(
 def _blocks(lines: Sequence[_Line], start: int, end: int) -> list[int]:
     """Where each block (paragraph, list, fenced code) between two lines begins."""
     return [
-        i
-        for i in range(start, end)
-        if i == start or (lines[i].opens and not (lines[i].fenced and lines[i - 1].fenced))
+        i for i in range(start, end) if i == start or (lines[i].opens and not (lines[i].fenced and lines[i - 1].fenced))
     ]
 
 
@@ -563,13 +550,9 @@ _PROCEDURE = re.compile(
     r"algorithm|solve|calculate|compute|derive|prove|proof|guide me)\b",
     re.IGNORECASE,
 )
-_WORKING = re.compile(
-    r"\b(?:process|workflow|set(?:ting)? up|install\w*|configur\w+|implement\w*)\b"
-)
+_WORKING = re.compile(r"\b(?:process|workflow|set(?:ting)? up|install\w*|configur\w+|implement\w*)\b")
 _GOAL = re.compile(r"To [a-z]+ (?!.*\b(?:consider|could|can|may|might|should|include)\b)")
-_BEGINS = re.compile(
-    r"\W*(?:first(?:ly)?,|(?:start|begin)(?:ning|ing)? (?:with|by))", re.IGNORECASE
-)
+_BEGINS = re.compile(r"\W*(?:first(?:ly)?,|(?:start|begin)(?:ning|ing)? (?:with|by))", re.IGNORECASE)
 _ASSORTED = re.compile(
     r"\b(?:ways|tips|options|reasons|things|ideas|examples|suggestions|questions|factors|benefits|"
     r"strategies|features|advantages|disadvantages|methods|types|possibilities|recommendations|"
@@ -598,9 +581,7 @@ _AGREEING = re.compile(r"\b(?:itinerar\w+|biograph\w+|bio|memoir|obituary|eulogy
 """What is asked for where parts share what none of their names tells."""
 _COUNTED = re.compile(r"(?:day|week|month|session|lesson|part)s?\s+\w+(?:\s*[-\u2013]\s*\w+)?\W*$", re.IGNORECASE)
 """A name that only counts: what it holds hangs on what the ones before it held."""
-_CHOICE = re.compile(
-    r"\b(?:method|option|approach|using|solution|alternative|way)\b", re.IGNORECASE
-)
+_CHOICE = re.compile(r"\b(?:method|option|approach|using|solution|alternative|way)\b", re.IGNORECASE)
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")
 _LISTS: frozenset[Kind] = frozenset({"number", "bullet"})
 
@@ -682,9 +663,7 @@ def _independent(parts: Sequence[_Part], before: str, prompt: str) -> bool:
         return False
     if _AGREEING.search(prompt) or sum(bool(_COUNTED.match(p.text.split("\n", 1)[0])) for p in parts) > 1:
         return False
-    return not _stepwise(parts, before[-300:], prompt[-600:]) and not _invented(
-        parts, before, prompt
-    )
+    return not _stepwise(parts, before[-300:], prompt[-600:]) and not _invented(parts, before, prompt)
 
 
 # -------------------------------------------------------------------------------------- groups

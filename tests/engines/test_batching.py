@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pastalm.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
+from pastalm.core.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined
 from pastalm.engines.batching import Batch, BatchingEngine, Response
 from pastalm.errors import RequestError
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined
 from tests.laws.oracle import Linear
 from tests.laws.script import Script, play, random_scripts
 from tests.laws.test_exactness import SCHEDULES

@@ -13,18 +13,18 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pastalm.engine import Request, SamplingParams
+from pastalm.core.engine import Request, SamplingParams
+from pastalm.core.events import Blocked, Decoded, Finished, Forked, Joined
+from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
-from pastalm.events import Blocked, Decoded, Finished, Forked, Joined
 from pastalm.models import Loaded, vocabulary_of
-from pastalm.vocabulary import TAG_TOKENS
 from tests.laws.replayed import error
 from tests.laws.script import play, random_scripts
 from tests.laws.test_exactness import SCHEDULES
 from tests.laws.tiny import EOS, SIZE, tiny_model
 
 llama_cpp = pytest.importorskip("llama_cpp")
-gguf_files = pytest.importorskip("pastalm.gguf_files")
+gguf_files = pytest.importorskip("pastalm.models.gguf_files")
 engines = pytest.importorskip("pastalm.engines.llama_cpp")
 
 CLOSE = 1e-4
@@ -41,9 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(t, special=True) for t in specials])
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
-    made.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-    )
+    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     return made
 
 
@@ -111,9 +109,7 @@ def test_the_comparison_sees_threads_that_are_not_hidden(
     assert error(reference, script, hiding=False) > 10 * CLOSE
 
 
-def test_many_requests_in_few_places(
-    engine: Callable[..., engines.LlamaCppEngine], reference: PreTrainedModel
-) -> None:
+def test_many_requests_in_few_places(engine: Callable[..., engines.LlamaCppEngine], reference: PreTrainedModel) -> None:
     scripts = random_scripts(5, "overlap", 6)
     running = engine(max_num_seqs=3)
     play(running, scripts)

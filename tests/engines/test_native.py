@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pastalm import packed_models
-from pastalm.engine import Request, SamplingParams
+from pastalm.core.engine import Request, SamplingParams
+from pastalm.core.events import Decoded, Finished, Forked
+from pastalm.core.layout import Policy
 from pastalm.engines.native import library
 from pastalm.engines.native.engine import NativeEngine
 from pastalm.engines.native.model import NativeModel
 from pastalm.engines.native.weights import Matrix, WeightType, pack, unpack
 from pastalm.errors import CapabilityError, EngineError, RequestError
 from pastalm.eval.replay import load_unpacked
-from pastalm.events import Decoded, Finished, Forked
-from pastalm.layout import Policy
+from pastalm.models import packed_models
 from tests.laws.replayed import error, errors
 from tests.laws.script import play, random_scripts
 from tests.laws.test_exactness import SCHEDULES
@@ -70,9 +70,7 @@ def test_every_token_is_as_one_masked_forward_pass_says(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_many_requests_under_every_schedule(
-    name: str, schedule: str, engine: Callable[..., NativeEngine]
-) -> None:
+def test_many_requests_under_every_schedule(name: str, schedule: str, engine: Callable[..., NativeEngine]) -> None:
     scripts = random_scripts(5, "promised", 4) + random_scripts(6, "overlap", 2)
     for i, script in enumerate(scripts):
         script.id = str(i)

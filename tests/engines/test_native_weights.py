@@ -43,9 +43,7 @@ def meant(array: Floats, kind: str) -> Floats:
     if kind == "F16":
         with np.errstate(over="ignore"):
             return array.astype(np.float16).astype(np.float32)
-    read: Floats = gguf.quants.dequantize(
-        ggml(array, kind), getattr(gguf.GGMLQuantizationType, kind)
-    )
+    read: Floats = gguf.quants.dequantize(ggml(array, kind), getattr(gguf.GGMLQuantizationType, kind))
     return read.reshape(array.shape)
 
 
@@ -64,9 +62,7 @@ def test_unpack_gives_what_ggml_means(array: Floats, kind: WeightType) -> None:
 
 @given(array=arrays(), kind=QUANTISED)
 def test_blocks_are_taken_as_they_are(array: Floats, kind: WeightType) -> None:
-    assert same(
-        weights.from_blocks(kind, ggml(array, kind), *array.shape), weights.pack(array, kind)
-    )
+    assert same(weights.from_blocks(kind, ggml(array, kind), *array.shape), weights.pack(array, kind))
 
 
 @given(data=st.data(), kind=QUANTISED)
@@ -77,16 +73,12 @@ def test_any_blocks_stand_for_what_ggml_reads(data: st.DataObject, kind: WeightT
     scales = rng.standard_normal((outputs, groups, 1)).astype(np.float16)
     blocks[..., :2] = scales.view(np.uint8)
     matrix = weights.from_blocks(kind, blocks, outputs, 32 * groups)
-    read = gguf.quants.dequantize(
-        blocks.reshape(outputs, -1), getattr(gguf.GGMLQuantizationType, kind)
-    )
+    read = gguf.quants.dequantize(blocks.reshape(outputs, -1), getattr(gguf.GGMLQuantizationType, kind))
     assert np.array_equal(weights.unpack(matrix), read)
 
 
 @given(array=arrays(), kind=TYPES, data=st.data())
-def test_the_bytes_lie_as_the_header_says(
-    array: Floats, kind: WeightType, data: st.DataObject
-) -> None:
+def test_the_bytes_lie_as_the_header_says(array: Floats, kind: WeightType, data: st.DataObject) -> None:
     """Read by the sentences of pastalm.h, one weight at a time."""
     matrix = weights.pack(array, kind)
     outputs, inputs = array.shape

@@ -30,18 +30,18 @@ pytest.importorskip("openai")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pastalm.driver import Driver, Response
-from pastalm.engine import SamplingParams
-from pastalm.engines.openai import OpenAIEngine, connect
+from pastalm.core.driver import Driver, Response
+from pastalm.core.engine import SamplingParams
+from pastalm.core.events import Decoded, Event, Finished, Joined, from_json, to_json
+from pastalm.core.interpreter import Limits
+from pastalm.core.language import Async, Document, Node, Sync, normalize, parse, strip
+from pastalm.core.layout import SerialLayout, decoded_rows, pack_serial, unroll
+from pastalm.core.vocabulary import TAG_TOKENS, Pieces, Vocabulary
+from pastalm.engines.completions.engine import OpenAIEngine, connect
 from pastalm.engines.scripted import EOS, byte_vocabulary
 from pastalm.errors import CapabilityError, ModelError, RemoteError, RequestError
-from pastalm.events import Decoded, Event, Finished, Joined, from_json, to_json
-from pastalm.interpreter import Limits
-from pastalm.lang import Async, Document, Node, Sync, normalize, parse, strip
-from pastalm.layout import SerialLayout, decoded_rows, pack_serial, unroll
 from pastalm.llm import LLM
 from pastalm.models import TEACHING, Loaded, TextTokenizer, vocabulary_of
-from pastalm.vocabulary import TAG_TOKENS, Pieces, Vocabulary
 from tests.laws.test_replay import PLENTY, ROOM, roomy
 from tests.play import PIECES
 from tests.served import Parts, Reply, llama_cpp_server, streaming
@@ -945,9 +945,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(t, special=True) for t in specials])
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
-    made.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-    )
+    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     return made
 
 
@@ -993,9 +991,7 @@ class Shared:
     @classmethod
     def bias(cls) -> dict[int, float]:
         """Printable letters only, so that text is tokens; tags are likely; the end is not."""
-        letters = {
-            i for i, w in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if w.isascii() and w.isalpha()
-        }
+        letters = {i for i, w in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if w.isascii() and w.isalpha()}
         banned = {i: -100.0 for i in range(300) if i not in letters}
         likely = dict(zip(range(cls.first, cls.first + 4), (5.0, 5.0, 6.0, 5.0), strict=True))
         return banned | likely
@@ -1007,7 +1003,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any, A
     pytest.importorskip("llama_cpp")
     for needed in ("uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"):
         pytest.importorskip(needed)
-    from pastalm import gguf_files
+    from pastalm.models import gguf_files
     from tests.laws.tiny import tiny_model
 
     words = tokenizer()

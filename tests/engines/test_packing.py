@@ -7,19 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pastalm.engines.packing import PackedLinear, PackedPart, can_pack, pack
+from pastalm.engines.transformers.packed_linear import PackedLinear, PackedPart, can_pack, pack
 
-pytestmark = pytest.mark.skipif(
-    not can_pack(torch.nn.Linear(2, 2)), reason="torch has no packed layout on this CPU"
-)
+pytestmark = pytest.mark.skipif(not can_pack(torch.nn.Linear(2, 2)), reason="torch has no packed layout on this CPU")
 
 
 DTYPES = [d for d in (torch.float32, torch.bfloat16) if can_pack(torch.nn.Linear(2, 2).to(d))]
 
 
-@given(
-    st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from(DTYPES)
-)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from(DTYPES))
 @settings(max_examples=80, deadline=None)
 def test_a_packed_layer_equals_the_plain_one(
     rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype
@@ -78,9 +74,7 @@ def test_parts_may_be_called_in_any_order_and_again() -> None:
     a, b = torch.randn(1, 2, 6), torch.randn(1, 2, 6)
     with torch.inference_mode():
         for name, x in [("v_proj", a), ("q_proj", a), ("q_proj", a), ("k_proj", b), ("v_proj", a), ("k_proj", b)]:
-            torch.testing.assert_close(
-                feed.get_submodule(name)(x), plain.get_submodule(name)(x), rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(feed.get_submodule(name)(x), plain.get_submodule(name)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_other_weights_are_left_alone() -> None:

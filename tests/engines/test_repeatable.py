@@ -44,9 +44,9 @@ def small(request: pytest.FixtureRequest) -> Iterator[LLM]:
     """A small random model in bfloat16, on transformers as on the native engine."""
     from pastalm.engines.native.engine import NativeEngine
     from pastalm.engines.native.model import NativeModel
-    from pastalm.engines.transformers import TransformersEngine
+    from pastalm.engines.transformers.engine import TransformersEngine
     from pastalm.models import Loaded
-    from pastalm.packed_models import from_model
+    from pastalm.models.packed_models import from_model
 
     model, tokenizer = tiny_parts()
     vocabulary = models.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])

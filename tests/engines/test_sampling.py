@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pastalm.engine import SamplingParams
-from pastalm.engines import sampling, sampling_torch
+from pastalm.core.engine import SamplingParams
+from pastalm.core.events import TokenSet
+from pastalm.engines import sampling
 from pastalm.engines.native import draw as native_draw
 from pastalm.engines.native import library
 from pastalm.engines.sampling import (
@@ -28,9 +29,9 @@ from pastalm.engines.sampling import (
     noise_key,
     uniform,
 )
-from pastalm.engines.sampling_torch import TensorSampler
+from pastalm.engines.transformers import sampling as sampling_torch
+from pastalm.engines.transformers.sampling import TensorSampler
 from pastalm.errors import EngineError
-from pastalm.events import TokenSet
 
 Rows = NDArray[Any]
 SIZE = 40
@@ -165,9 +166,7 @@ def odd_rows(rng: np.random.Generator, rows: int, size: int, dtype: Any) -> Rows
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @given(draws=st.lists(drawing(), min_size=1, max_size=6), seed=st.integers(0, 10**6))
 @settings(max_examples=80, deadline=None)
-def test_every_row_is_as_computed_alone_step_by_step(
-    make: Any, dtype: Any, draws: list[Draw], seed: int
-) -> None:
+def test_every_row_is_as_computed_alone_step_by_step(make: Any, dtype: Any, draws: list[Draw], seed: int) -> None:
     rows = odd_rows(np.random.default_rng(seed), len(draws), SIZE, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

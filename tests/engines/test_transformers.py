@@ -28,10 +28,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pastalm.engine import Request, SampledToken, SamplingParams
-from pastalm.engines.transformers import CALL, TransformersEngine, together
+from pastalm.core.engine import Request, SampledToken, SamplingParams
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.engines.transformers.engine import CALL, TransformersEngine, together
 from pastalm.errors import CapabilityError, EngineError, RequestError
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from tests.laws.tiny import SIZE, TAGS, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
@@ -59,9 +59,7 @@ def start(running: TransformersEngine, *requests: Request) -> None:
 
 
 def follow(running: TransformersEngine, sampled: SampledToken) -> int:
-    running.apply(
-        sampled.request_id, Decoded(path=sampled.path, token=sampled.token, logprob=sampled.logprob)
-    )
+    running.apply(sampled.request_id, Decoded(path=sampled.path, token=sampled.token, logprob=sampled.logprob))
     return sampled.token
 
 
@@ -251,9 +249,7 @@ def test_allowed_binds_until_the_threads_next_event() -> None:
     running.apply("a", Forked(path=(), allowed=TokenSet.of(17)))
     (first,) = running.step()
     assert first.token == 17
-    running.apply(
-        "a", Decoded(path=(), token=17, allowed=TokenSet.all_but(*range(18), *range(19, SIZE)))
-    )
+    running.apply("a", Decoded(path=(), token=17, allowed=TokenSet.all_but(*range(18), *range(19, SIZE))))
     (second,) = running.step()
     assert second.token == 18
     running.apply("a", Decoded(path=(), token=18))
@@ -446,9 +442,7 @@ def test_lower_precision_runs_in_the_models_own() -> None:
         running.on_logits = lambda request_id, path, logits, got=got: got.append(logits)
         start(running, request("a"), request("b"))
         decode(running, 3)
-        assert all(
-            logits.dtype == torch.bfloat16 and bool(logits.isfinite().all()) for logits in got
-        )
+        assert all(logits.dtype == torch.bfloat16 and bool(logits.isfinite().all()) for logits in got)
 
 
 SMALL: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1}
@@ -456,15 +450,11 @@ SMALL: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers
 
 def _llama(**rope: Any) -> LlamaForCausalLM:
     rope = {"rope_theta": 1e4, **rope}
-    return LlamaForCausalLM(
-        LlamaConfig(**SMALL, intermediate_size=16, num_attention_heads=2, rope_parameters=rope)
-    )
+    return LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=16, num_attention_heads=2, rope_parameters=rope))
 
 
 UNSUPPORTED: dict[str, Callable[[], Any]] = {
-    "not rotary": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)
-    ),
+    "not rotary": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)),
     "encoder-decoder": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=20, d_model=16, d_ff=16, num_layers=1, num_heads=2)
     ),

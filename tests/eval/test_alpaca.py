@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("alpaca_eval")
 
-from pastalm.answers import Answer
 from pastalm.errors import DataError, ModelError
 from pastalm.eval import alpaca
+from pastalm.records.answers import Answer
 
 FIXTURE = Path(__file__).parents[1] / "data" / "alpaca_eval_lc.json.gz"
 """Preferences and length differences of eight models of the leaderboard, and the published figures."""

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pastalm import LLM, models
+from pastalm.core.language import Promise, parse, render, strip
 from pastalm.eval.baselines import apar
 from pastalm.eval.baselines.copying import Copying, along, decode, lookup
 from pastalm.eval.baselines.skeleton import SkeletonOfThought, points_of
 from pastalm.eval.systems import Decoding
-from pastalm.lang import Promise, parse, render, strip
-from pastalm.prompts import Prompt
+from pastalm.records.prompts import Prompt
 from tests.test_models import BYTE_LEVEL, small_model
 from tests.train.test_structure import words
 

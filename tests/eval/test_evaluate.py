@@ -13,16 +13,17 @@ from typing import TypeAlias
 
 import pytest
 
-from pastalm import LLM, answers, models, scored
-from pastalm.answers import Answer
+from pastalm import LLM, models
+from pastalm.core.layout import Policy
 from pastalm.errors import DataError, RequestError
 from pastalm.eval import compare, evaluate, measure, report
 from pastalm.eval.compare import Pair
-from pastalm.eval.means import mean
+from pastalm.eval.intervals import mean
 from pastalm.eval.quality import Candidate, Verdict
 from pastalm.eval.systems import Decoding
-from pastalm.layout import Policy
-from pastalm.prompts import Prompt
+from pastalm.records import answers, scores
+from pastalm.records.answers import Answer
+from pastalm.records.prompts import Prompt
 from tests.test_models import BYTE_LEVEL, small_model
 
 PROMPTS = [Prompt(id=str(i), text=f"What of {i}?", category="ab"[i % 2]) for i in range(4)]
@@ -153,7 +154,7 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path:
     missing = evaluate.score_all(tmp_path, names, [Lengths()], len, references=references)
     assert missing == {"pmi": {"no idea": 5}}
     rows, units = evaluate.compare_all(tmp_path, names, {"pmi": None}, len)
-    assert units["pmi"] == scored.spread([s for n in names for s in scored.read(tmp_path / f"scored/{n}.pmi.jsonl")])
+    assert units["pmi"] == scores.spread([s for n in names for s in scores.read(tmp_path / f"scored/{n}.pmi.jsonl")])
     by = {row.system: row for row in rows}
     assert by["baseline"].figures["quality, pmi"].mean == 0.5 and by["baseline"].figures["quality, pmi"].n == 3
     assert by["off"].figures["theoretical"].mean == 1
@@ -167,7 +168,7 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path:
     assert (apart.mean, apart.n) == (0, 3), "tags off is the baseline here"
     page = report.write(tmp_path / "report", rows, table, baseline="baseline", told={"command": "pasta eval"})
     shown = page.read_text()
-    assert "What of 2?" in shown and "pasta eval" in shown and "src=\"http" not in shown
+    assert "What of 2?" in shown and "pasta eval" in shown and 'src="http' not in shown
     kept = json.loads((tmp_path / "report" / "figures.json").read_text())
     assert set(kept["systems"]) == set(names)
     assert set(kept["systems"]["own"]["by category"]) == {"a", "b"}

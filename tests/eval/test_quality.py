@@ -22,8 +22,8 @@ from pastalm.eval.quality import (
     penalty,
     preference,
 )
-from pastalm.remote import Answer, Remote
-from pastalm.wording import repetition, sameness
+from pastalm.records.chat_client import Answer, Remote
+from pastalm.records.repetition import repetition, sameness
 from tests.laws.architectures import build
 from tests.laws.tiny import ARCHITECTURES, tiny_model
 from tests.served import Reply, completion, free_port, replaying
@@ -89,16 +89,9 @@ def test_what_an_answer_is_scored_beside_does_not_hang_on_what_was_known() -> No
 
 
 def test_penalties_are_for_repetition_for_likeness_and_for_length() -> None:
-    plain = Candidate(
-        "p", "one two three four five six seven eight", ("a b c d e", "f g h i j"), "x" * 39
-    )
+    plain = Candidate("p", "one two three four five six seven eight", ("a b c d e", "f g h i j"), "x" * 39)
     assert penalty(plain) == 0
-    assert (
-        repetition("say it once more " * 9)
-        > 0.8
-        > 0
-        == repetition("each word here comes only once")
-    )
+    assert repetition("say it once more " * 9) > 0.8 > 0 == repetition("each word here comes only once")
     assert sameness(["a b c d e", "a b c d e", "v w x y z"]) == 1
     assert sameness(["a b c d e f", "a b c d x y"]) == pytest.approx(1 / 5)
     costs = [penalty(Candidate("p", "x" * n, (), "x" * 100)) for n in (400, 200, 100, 50, 25)]
@@ -152,9 +145,7 @@ def test_an_answer_near_its_reference_scores_higher() -> None:
     scorer = ReferenceScorer()
     reference = "Water boils at 100 degrees Celsius at sea level."
     near, far = "At sea level, water boils at 100 °C.", "My cat likes to sleep on warm windowsills."
-    first, second, same = scorer.score(
-        [Candidate("p", t, reference=reference) for t in (near, far, reference)]
-    )
+    first, second, same = scorer.score([Candidate("p", t, reference=reference) for t in (near, far, reference)])
     assert same == pytest.approx(1, abs=1e-5)
     assert second < 0.3 < 0.7 < first < same
     with pytest.raises(RequestError, match="reference answer is needed"):

@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("openai")
 
-from pastalm import scored
-from pastalm.answers import Answer
 from pastalm.errors import DataError, RemoteError
 from pastalm.eval.quality import Judge
 from pastalm.eval.score import score
-from pastalm.remote import Remote
+from pastalm.records import scores
+from pastalm.records.answers import Answer
+from pastalm.records.chat_client import Remote
 from tests.served import Reply, completion, replaying
 
 PROMPTS = 80
@@ -59,13 +59,13 @@ def test_a_judge_that_fails_half_the_time_costs_no_verdict(files: tuple[Path, Pa
     with replaying(answer) as url:
         judge = Judge(Remote(url, "m", retries=0, timeout=2.5, patience=60, concurrency=16))
         counts = score(samples, baseline, target, judge, words)
-        assert {row.id for row in scored.read(target)} == {str(i) for i in range(0, PROMPTS, 2)}
+        assert {row.id for row in scores.read(target)} == {str(i) for i in range(0, PROMPTS, 2)}
         assert counts.written == PROMPTS / 2
         assert sum(counts.unscored.values()) == PROMPTS / 2 and len(counts.unscored) == 3
         sick = False
         counts = score(samples, baseline, target, judge, words)
     assert (counts.skipped, counts.written, counts.unscored) == (PROMPTS / 2, PROMPTS / 2, {})
-    rows = scored.read(target)
+    rows = scores.read(target)
     assert len({row.id for row in rows}) == len(rows) == PROMPTS
     assert all(row.win == 1 for row in rows)
 
@@ -83,7 +83,7 @@ def test_a_judge_that_dies_ends_the_run_with_what_was_judged(files: tuple[Path, 
         judge = Judge(Remote(url, "m", retries=0, concurrency=1))
         with pytest.raises(RemoteError, match="answers 503.*gone.*start again to go on"):
             score(samples, baseline, target, judge, words)
-    assert len(scored.read(target)) == 64
+    assert len(scores.read(target)) == 64
 
 
 def test_a_baseline_that_lacks_a_prompt_is_said(files: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -11,24 +11,60 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pastalm.engines.transformers import TransformersEngine
+from pastalm.engines.transformers.engine import TransformersEngine
 from tests.laws.double import AllDouble
 from tests.laws.oracle import Linear
 from tests.laws.script import play, random_scripts
 from tests.laws.tiny import EOS, SIZE, WINDOW
 
 _SMALL: dict[str, Any] = {
-    "vocab_size": SIZE, "vocab_size_per_layer_input": SIZE, "max_position_embeddings": 4096, "n_positions": 4096,
-    "hidden_size": 32, "n_embd": 32, "d_model": 32, "head_dim": 8, "query_pre_attn_scalar": 8,
-    "intermediate_size": 48, "ffn_hidden_size": 48, "n_inner": 48, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "expert_ffn_hidden_size": 16, "hidden_size_per_layer_input": 8,
-    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 2, "rotary_dim": 4,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "num_shared_experts": 1, "n_shared_experts": 1, "moe_num_shared_experts": 1,
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-    "sliding_window": WINDOW, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS,
+    "vocab_size": SIZE,
+    "vocab_size_per_layer_input": SIZE,
+    "max_position_embeddings": 4096,
+    "n_positions": 4096,
+    "hidden_size": 32,
+    "n_embd": 32,
+    "d_model": 32,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "intermediate_size": 48,
+    "ffn_hidden_size": 48,
+    "n_inner": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "expert_ffn_hidden_size": 16,
+    "hidden_size_per_layer_input": 8,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_key_value_heads": 2,
+    "rotary_dim": 4,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "sliding_window": WINDOW,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
 }
 """What makes a configuration small, wherever it has such a field."""
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pastalm.vocabulary import Vocabulary
+from pastalm.core.vocabulary import Vocabulary
 from tests.laws.tiny import ARCHITECTURES, tiny_model, tiny_vocabulary
 
 

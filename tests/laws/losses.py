@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from pastalm.engine import Request, SamplingParams
-from pastalm.engines.transformers import TransformersEngine
-from pastalm.events import Blocked, Decoded, Event, Joined, Path
-from pastalm.lang import Async, Document, Promise, Sync, Text
-from pastalm.layout import Policy, pack, unroll
+from pastalm.core.engine import Request, SamplingParams
+from pastalm.core.events import Blocked, Decoded, Event, Joined, Path
+from pastalm.core.language import Async, Document, Promise, Sync, Text
+from pastalm.core.layout import Policy, pack, unroll
+from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.train.dataset import collate
 from pastalm.train.loss import token_log_probs
 from tests.laws.double import AllDouble

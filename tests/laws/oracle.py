@@ -1,4 +1,4 @@
-"""Who sees whom and at which position, by brute force from SPEC.md, apart from pastalm.layout.
+"""Who sees whom and at which position, by brute force from SPEC.md, apart from pastalm.core.layout.
 
 A response is written down as what each thread did, in its own order (`Record`); `Linear` puts that
 into linear form and answers, token by token, by the text of the specification.
@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.events import Decoded, Event, Forked, Joined, Path
-from pastalm.layout import Policy
+from pastalm.core.events import Decoded, Event, Forked, Joined, Path
+from pastalm.core.layout import Policy
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pastalm.engine import Request, SamplingParams
-from pastalm.engines.transformers import TransformersEngine
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
-from pastalm.layout import Policy
+from pastalm.core.engine import Request, SamplingParams
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
+from pastalm.core.layout import Policy
+from pastalm.engines.transformers.engine import TransformersEngine
 from tests.laws.oracle import Fed, Record
 from tests.laws.tiny import TAGS
 
@@ -48,9 +48,7 @@ class Script:
 
     def request(self) -> Request:
         params = SamplingParams(temperature=0, max_tokens=220)
-        return Request(
-            id=self.id, prompt_token_ids=self.prompt, params=params, positions=self.policy
-        )
+        return Request(id=self.id, prompt_token_ids=self.prompt, params=params, positions=self.policy)
 
     def start(self) -> list[Event]:
         self.actors[()] = _Actor((), self.rng.randint(15, 40))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pastalm.events import Decoded, Event, Finished, Path
-from pastalm.interpreter import Limits
-from pastalm.lang import AsyncClose, Document, Sync, Text, linearize, parse, strip
-from pastalm.transcript import Transcript
-from pastalm.vocabulary import Vocabulary
+from pastalm.core.events import Decoded, Event, Finished, Path
+from pastalm.core.interpreter import Limits
+from pastalm.core.language import AsyncClose, Document, Sync, Text, linearize, parse, strip
+from pastalm.core.transcript import Transcript
+from pastalm.core.vocabulary import Vocabulary
 from tests.fuzz_interpreter import play
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
@@ -138,9 +138,7 @@ def test_an_unprepared_model_ends(drawn: tuple[Player, list[tuple[int, int]]]) -
     st.sampled_from([PREPARED, XML_PIECES]).flatmap(lambda v: st.tuples(_fair(v), _streams(v))),
     st.integers(0, 100),
 )
-def test_an_early_stop_aborts_every_thread(
-    drawn: tuple[Player, list[tuple[int, int]]], stop: int
-) -> None:
+def test_an_early_stop_aborts_every_thread(drawn: tuple[Player, list[tuple[int, int]]], stop: int) -> None:
     player, stream = drawn
     _play(player, stream, honour=True, stop=stop)
     _ended(player)
@@ -150,9 +148,7 @@ def test_an_early_stop_aborts_every_thread(
 @given(st.integers(0, 4), st.integers(1, 3), st.sampled_from([10, 40, 200]))
 def test_greedy_promisers_end(depth: int, threads: int, cap: int) -> None:
     """A model that only ever promises, in every thread, as wide and as deep as it may."""
-    player = Player(
-        max_tokens=900, limits=Limits(max_depth=depth, max_threads=threads, max_chunk_tokens=cap)
-    )
+    player = Player(max_tokens=900, limits=Limits(max_depth=depth, max_threads=threads, max_chunk_tokens=cap))
     _play(player, [(i, token) for i in range(3) for token in (*PROMISE, TAGS.sync)], honour=True)
     _ended(player)
     _told(player)

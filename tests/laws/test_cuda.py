@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pastalm.driver import Driver
-from pastalm.engine import SamplingParams
-from pastalm.engines.transformers import TransformersEngine
-from pastalm.interpreter import Limits
-from pastalm.lang import Text, parse
-from pastalm.layout import pack
+from pastalm.core.driver import Driver
+from pastalm.core.engine import SamplingParams
+from pastalm.core.interpreter import Limits
+from pastalm.core.language import Text, parse
+from pastalm.core.layout import pack
+from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.train.dataset import collate
 from pastalm.train.loss import log_probs
 from tests.laws.test_exactness import worst
@@ -29,9 +29,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 def test_many_responses(name: str, graphs: bool) -> None:
     """In float64: each token of each thread as one masked forward on the CPU has it."""
     model = tiny_model(name)
-    engine = TransformersEngine(
-        tiny_model(name), max_num_seqs=3, max_model_len=256, device="cuda", graphs=graphs
-    )
+    engine = TransformersEngine(tiny_model(name), max_num_seqs=3, max_model_len=256, device="cuda", graphs=graphs)
     assert worst(engine, model, overlapping=2) < 1e-6  # norms and softmax are in float32
 
 

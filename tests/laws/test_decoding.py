@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from pastalm import Limits, SamplingParams
-from pastalm.driver import Driver
-from pastalm.engine import Schedule
-from pastalm.engines.transformers import TransformersEngine
-from pastalm.events import Path
+from pastalm.core.driver import Driver
+from pastalm.core.engine import Schedule
+from pastalm.core.events import Path
+from pastalm.engines.transformers.engine import TransformersEngine
 from tests.laws.tiny import ARCHITECTURES, EOS, TAGS, tiny_model, tiny_vocabulary
 
 PROMPTS = [[40, 41, 42, 43], [70, 80, 90], [33, 120, 99, 98, 97, 45]]
@@ -52,19 +52,14 @@ def answers(
     """Linear form and linear tokens of each prompt's answer, all decoded in one engine."""
     engine = TransformersEngine(model, max_num_seqs=2, max_model_len=512, schedule=schedule)
     driver = Driver(engine, tiny_vocabulary(), limits=Limits(max_threads=max_threads))
-    running = [
-        driver.submit(prompt, params, seed=seeds[i] if seeds else 0)
-        for i, prompt in enumerate(prompts)
-    ]
+    running = [driver.submit(prompt, params, seed=seeds[i] if seeds else 0) for i, prompt in enumerate(prompts)]
     for _ in range(20_000):
         if not driver.running:
             break
         driver.step()
     assert not driver.running, "the decoding hangs"
     assert not engine.has_unfinished()
-    return [
-        (r.transcript.annotated, tuple(r.transcript.linear_tokens())) for r in running
-    ]
+    return [(r.transcript.annotated, tuple(r.transcript.linear_tokens())) for r in running]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -101,14 +96,9 @@ def test_tags_off_equals_generate(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(name: str) -> None:
     model = tiny_model(name)
-    params = SamplingParams(
-        temperature=1.3, top_p=0.95, top_k=80, max_tokens=150, logit_bias=BIAS
-    )
+    params = SamplingParams(temperature=1.3, top_p=0.95, top_k=80, max_tokens=150, logit_bias=BIAS)
     seeds = [11, 12, 13]
-    alone = [
-        answers(model, [prompt], params, seeds=[seed])[0]
-        for prompt, seed in zip(PROMPTS, seeds, strict=True)
-    ]
+    alone = [answers(model, [prompt], params, seeds=[seed])[0] for prompt, seed in zip(PROMPTS, seeds, strict=True)]
     assert answers(model, PROMPTS, params, seeds=seeds, schedule=uneven(5)) == alone
     other = answers(model, PROMPTS, params, seeds=[21, 22, 23])
     assert all(a != b for a, b in zip(alone, other, strict=True)), "the seed must matter"

@@ -11,13 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pastalm.driver import Driver
-from pastalm.engine import SamplingParams, Schedule
-from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
-from pastalm.errors import DataError
-from pastalm.events import Decoded, Event, Finished, Joined, Path, from_json, to_json
-from pastalm.interpreter import Limits
-from pastalm.lang import (
+from pastalm.core.driver import Driver
+from pastalm.core.engine import SamplingParams, Schedule
+from pastalm.core.events import Decoded, Event, Finished, Joined, Path, from_json, to_json
+from pastalm.core.interpreter import Limits
+from pastalm.core.language import (
     Async,
     AsyncClose,
     AsyncOpen,
@@ -32,7 +30,9 @@ from pastalm.lang import (
     render,
     strip,
 )
-from pastalm.transcript import Transcript
+from pastalm.core.transcript import Transcript
+from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
+from pastalm.errors import DataError
 from tests.strategies import LOOK_ALIKES, as_decoded, documents
 
 PLENTY = 20_000
@@ -114,17 +114,13 @@ def test_a_response_does_not_depend_on_its_schedule(
     limits = Limits(max_depth=2, max_promises=3)
     ((expected, _),) = _play([document], limits=limits, max_tokens=400, prepared=prepared)
     limits = Limits(max_depth=2, max_promises=3, max_threads=places)
-    ((other, _),) = _play(
-        [document], limits=limits, max_tokens=400, prepared=prepared, schedule=schedule
-    )
+    ((other, _),) = _play([document], limits=limits, max_tokens=400, prepared=prepared, schedule=schedule)
     assert _told(other) == _told(expected)
 
 
 @settings(max_examples=100)
 @given(st.lists(documents(), min_size=1, max_size=4), schedules, st.integers(1, 3))
-def test_a_response_does_not_depend_on_its_company(
-    scripts: list[Document], schedule: Schedule, most: int
-) -> None:
+def test_a_response_does_not_depend_on_its_company(scripts: list[Document], schedule: Schedule, most: int) -> None:
     alone = [_told(_play([script], max_tokens=300)[0][0]) for script in scripts]
     together = _play(scripts, max_tokens=300, schedule=schedule, max_num_seqs=most)
     assert [_told(transcript) for transcript, _ in together] == alone
@@ -190,9 +186,7 @@ def _oracle(events: Sequence[Event]) -> int:
 
 @settings(max_examples=100)
 @given(documents(), st.booleans())
-def test_unbounded_lockstep_takes_no_more_steps_than_the_critical_path(
-    document: Document, prepared: bool
-) -> None:
+def test_unbounded_lockstep_takes_no_more_steps_than_the_critical_path(document: Document, prepared: bool) -> None:
     """A forced token costs no step of its own, so steps may be fewer, never more."""
     ((transcript, events),) = _play([document], prepared=prepared, max_tokens=400)
     assert transcript.critical_path == _oracle(events)

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from pastalm.engine import Request, SamplingParams
+from pastalm.core.engine import Request, SamplingParams
+from pastalm.core.events import Forked
 from pastalm.engines import batching
 from pastalm.engines.batching import BatchingEngine
 from pastalm.engines.native.engine import NativeEngine
 from pastalm.engines.native.model import NativeModel
-from pastalm.engines.transformers import TransformersEngine
-from pastalm.events import Forked
-from pastalm.packed_models import from_model
+from pastalm.engines.transformers.engine import TransformersEngine
+from pastalm.models.packed_models import from_model
 from tests.laws.tiny import SIZE, tiny_model
 
 LENGTH = 41

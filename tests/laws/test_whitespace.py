@@ -8,14 +8,14 @@ import io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pastalm.engine import SamplingParams
-from pastalm.events import from_json, to_json
-from pastalm.interpreter import Limits
-from pastalm.lang import AsyncClose, Document, Text, linearize, parse, strip
+from pastalm.cli.view import Plain
+from pastalm.core.engine import SamplingParams
+from pastalm.core.events import from_json, to_json
+from pastalm.core.interpreter import Limits
+from pastalm.core.language import AsyncClose, Document, Text, linearize, parse, strip
+from pastalm.core.transcript import Transcript
 from pastalm.llm import LLM
 from pastalm.train.structure import annotate
-from pastalm.transcript import Transcript
-from pastalm.view import Plain
 from tests.server.serving import playing
 from tests.strategies import documents
 

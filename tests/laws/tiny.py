@@ -23,7 +23,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from pastalm.vocabulary import Tags, Vocabulary
+from pastalm.core.vocabulary import Tags, Vocabulary
 
 EOS = 256
 TAGS = Tags(257, 258, 259, 260, 261, 262)
@@ -63,9 +63,7 @@ MORE_ARCHITECTURES = tuple(_MORE)
 """What else the native engine claims."""
 
 
-def tiny_model(
-    name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 4
-) -> PreTrainedModel:
+def tiny_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 4) -> PreTrainedModel:
     """A random model of SIZE ids, the same for the same arguments; attention is exact (sdpa or eager)."""
     config, model, extra = (_KINDS | _MORE)[name]
     torch.manual_seed(seed)

@@ -17,11 +17,11 @@ import uvicorn
 from openai import OpenAI
 
 from pastalm import LLM, models
-from pastalm.engine import Engine
+from pastalm.core.engine import Engine
+from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.engines.scripted import Script, ScriptedEngine
 from pastalm.models import Loaded
 from pastalm.server.app import Settings, application, listen
-from pastalm.vocabulary import TAG_TOKENS
 from tests.test_models import byte_level
 
 TIPS = (
@@ -183,8 +183,8 @@ def tiny(max_num_seqs: int = 4, max_model_len: int = 512, *, native: bool = Fals
     """An LLM over the small random model, on transformers in float64 or on the native engine in float32."""
     from pastalm.engines.native.engine import NativeEngine
     from pastalm.engines.native.model import NativeModel
-    from pastalm.engines.transformers import TransformersEngine
-    from pastalm.packed_models import from_model
+    from pastalm.engines.transformers.engine import TransformersEngine
+    from pastalm.models.packed_models import from_model
 
     model, tokenizer = tiny_parts()
     vocabulary = models.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])

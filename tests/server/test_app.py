@@ -17,10 +17,10 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
 from pastalm import SamplingParams
+from pastalm.core.events import from_json
+from pastalm.core.transcript import Transcript
 from pastalm.errors import RequestError
-from pastalm.events import from_json
 from pastalm.server.app import Settings, listen
-from pastalm.transcript import Transcript
 from tests.server.serving import (
     HELLO,
     TIPS,
@@ -61,9 +61,7 @@ def test_the_openai_client_gets_the_text(served: Served) -> None:
 
 
 def test_the_openai_client_gets_the_same_as_a_stream(served: Served) -> None:
-    stream = served.client.chat.completions.create(
-        **CHAT, stream=True, stream_options={"include_usage": True}
-    )
+    stream = served.client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == TIPS_TEXT
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
@@ -134,9 +132,7 @@ def test_log_probabilities_are_of_the_text(served: Served) -> None:
 
 def test_parallelism_is_the_requests_own(served: Served) -> None:
     for parallelism, threads in ((0, 1), (1, 3), (2.5, 3)):
-        reply = served.client.chat.completions.create(
-            **CHAT, extra_body={"pasta": {"parallelism": parallelism}}
-        )
+        reply = served.client.chat.completions.create(**CHAT, extra_body={"pasta": {"parallelism": parallelism}})
         assert reply.choices[0].message.content == TIPS_TEXT
         assert reply.usage.pasta["fork_odds"] == parallelism
         assert reply.usage.pasta["choices"][0]["threads"] == threads

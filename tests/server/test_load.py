@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 
 from pastalm import LLM, EngineError, SamplingParams, models
-from pastalm.engine import Request as EngineRequest
-from pastalm.engine import SampledToken
+from pastalm.core.engine import Request as EngineRequest
+from pastalm.core.engine import SampledToken
+from pastalm.core.events import from_json
+from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine
-from pastalm.events import from_json
-from pastalm.transcript import Transcript
 from tests.server.serving import (
     HELLO,
     TIPS,
@@ -342,7 +342,7 @@ def test_a_gguf_file_is_served(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     import torch
 
-    from pastalm import gguf_files
+    from pastalm.models import gguf_files
     from tests.engines.test_llama_cpp import loaded
     from tests.laws.tiny import tiny_model
 

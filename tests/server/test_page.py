@@ -18,14 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pastalm import Limits, SamplingParams
-from pastalm.driver import Driver
-from pastalm.engine import SampledToken
+from pastalm.core.driver import Driver
+from pastalm.core.engine import SampledToken
+from pastalm.core.events import Event, Forked, from_json, to_json
+from pastalm.core.events import Path as ThreadPath
+from pastalm.core.language import Async, Document, Promise, Text, parse
+from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
-from pastalm.events import Event, Forked, from_json, to_json
-from pastalm.events import Path as ThreadPath
-from pastalm.lang import Async, Document, Promise, Text, parse
 from pastalm.server.app import PAGE
-from pastalm.transcript import Transcript
 from tests.server.serving import TIPS, TIPS_TEXT, Served, curl, eventually, playing, serving
 from tests.strategies import documents
 
@@ -38,9 +38,7 @@ TRACE = Path(__file__).parents[1] / "data" / "trace.jsonl"
 EVENTS = [from_json(line) for line in TRACE.read_text().splitlines()]
 WHOLE = Transcript(EVENTS)
 VOCABULARY = byte_vocabulary()
-LONG = "".join(
-    f'<promise topic="tip {i}" tokens="80"/><async>{i}. {"word " * 14}\n</async>' for i in range(1, 4)
-)
+LONG = "".join(f'<promise topic="tip {i}" tokens="80"/><async>{i}. {"word " * 14}\n</async>' for i in range(1, 4))
 FIGURES = """(transcript) => ({
   text: transcript.text, tokens: transcript.tokens, steps: transcript.steps, seconds: transcript.seconds,
   critical_path: transcript.criticalPath, parallelism: transcript.parallelism, finish_reason: transcript.finishReason,
@@ -254,9 +252,14 @@ def test_a_live_answer_and_its_race(page: Any) -> None:
         assert eventually(lambda: page.evaluate(at_once) >= 2), "they fill at once"
         expect(page.locator(".row .promise")).to_have_count(3)
         expect(page.locator("#status")).to_have_text("done", timeout=60_000)
-        assert answer(page) == here.client.chat.completions.create(
-            model="played", messages=[{"role": "user", "content": "x"}], max_tokens=1000
-        ).choices[0].message.content
+        assert (
+            answer(page)
+            == here.client.chat.completions.create(
+                model="played", messages=[{"role": "user", "content": "x"}], max_tokens=1000
+            )
+            .choices[0]
+            .message.content
+        )
         assert [body["pasta"].get("parallelism") for body in sent] == [None, 0]
         assert {body["messages"][0]["content"] for body in sent} == {"Say <b>it</b>"}
         assert all(body["temperature"] == 0 and body["max_tokens"] == 1000 for body in sent)

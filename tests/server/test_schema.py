@@ -64,7 +64,5 @@ def test_no_request_is_a_server_error(served: Served, path: str) -> None:
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
     holds()
-    assert served.client.chat.completions.create(
-        model="played", messages=[{"role": "user", "content": "x"}]
-    ).choices
+    assert served.client.chat.completions.create(model="played", messages=[{"role": "user", "content": "x"}]).choices
     assert 200 in statuses, "none of them got through"

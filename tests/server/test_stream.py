@@ -11,12 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pastalm import Limits, SamplingParams
-from pastalm.driver import Driver
+from pastalm.core.driver import Driver
+from pastalm.core.events import Event, Path
+from pastalm.core.language import Document, Text, normalize, strip
+from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
-from pastalm.events import Event, Path
-from pastalm.lang import Document, Text, normalize, strip
 from pastalm.server.protocol import Answer, Delta
-from pastalm.transcript import Transcript
 from tests.strategies import documents
 
 VOCABULARY = byte_vocabulary()
@@ -54,9 +54,7 @@ def stream(
 )  # fmt: skip
 @example((Text("ba"),), ["a", "baa"], 0, 1, 2000)  # only the end decides
 @example((Text("ab\n"),), ["b", "ab\n"], 0, 1, 2000)  # the one that begins first is complete last
-def test_deltas_are_the_text(
-    script: Document, stops: list[str], seed: int, max_threads: int, max_tokens: int
-) -> None:
+def test_deltas_are_the_text(script: Document, stops: list[str], seed: int, max_threads: int, max_tokens: int) -> None:
     deltas, answer = stream(script, stops, seed=seed, max_threads=max_threads, max_tokens=max_tokens)
     final, sent = answer.transcript.text, ""
     for delta in deltas:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pastalm import jsonl
+from pastalm.core.language import parse, strip
 from pastalm.errors import DataError
-from pastalm.lang import parse, strip
+from pastalm.records import jsonl
 from pastalm.train.annotate import Counts, Row, Structural, annotate_file, annotate_rows
 from tests.train.test_structure import listed, words
 

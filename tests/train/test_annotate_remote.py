@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.lang import (
+from pastalm.core.language import (
     MAX_TOPIC_WORDS,
     Async,
     Promise,

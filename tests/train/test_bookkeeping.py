@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pastalm import models
+from pastalm.core.language import Text, parse
+from pastalm.core.layout import pack
 from pastalm.errors import DataError
-from pastalm.lang import Text, parse
-from pastalm.layout import pack
 from pastalm.train import bookkeeping
 from pastalm.train.dataset import Mix
 from pastalm.train.preference import PreferenceConfig

@@ -17,24 +17,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pastalm import answers, models, scored
-from pastalm.answers import Answer
+from pastalm import models
+from pastalm.core.events import Event
+from pastalm.core.events import Path as ThreadPath
+from pastalm.core.language import Async, Document, Promise, Sync, Text
+from pastalm.core.layout import Policy, pack, unroll
+from pastalm.core.transcript import Transcript
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, ModelError, RequestError
 from pastalm.eval.quality import Candidate, Verdict
 from pastalm.eval.score import score
-from pastalm.events import Event
-from pastalm.events import Path as ThreadPath
-from pastalm.lang import Async, Document, Promise, Sync, Text
-from pastalm.layout import Policy, pack, unroll
-from pastalm.scored import Scored
+from pastalm.records import answers, scores
+from pastalm.records.answers import Answer
+from pastalm.records.scores import Scored
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate, pack_sampled
 from pastalm.train.loss import bonbon, log_probs, token_log_probs
 from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig, choose, pairs, train
 from pastalm.train.sft import SftConfig
 from pastalm.train.sft import train as train_sft
-from pastalm.transcript import Transcript
-from pastalm.vocabulary import Vocabulary
 from tests.laws.losses import forced
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.play import Player
@@ -167,7 +168,7 @@ def test_sampled_tokens_reach_the_pairs_through_files_and_scores(tmp_path: Path)
     files[0].write_text("".join(json.dumps(row.to_dict()) + "\n" for row in kept))
     files[1].write_text("".join(json.dumps(row.to_dict()) + "\n" for row in kept if not row.choice))
     score(*files, Shorter(), lambda text: len(text.encode()))
-    rows = scored.read(files[2])
+    rows = scores.read(files[2])
     assert {(r.id, r.choice): (r.token_ids, r.forced) for r in rows} == {
         (r.id, r.choice): (r.token_ids, r.forced) for r in kept
     }
@@ -204,9 +205,7 @@ def test_the_real_models_loss_is_over_what_its_engine_says() -> None:
         assert max(apart) < 1e-4
 
 
-@given(
-    st.floats(-400, -1), st.floats(-400, -1), st.floats(-400, -1), st.floats(-400, -1), st.floats(0, 1)
-)
+@given(st.floats(-400, -1), st.floats(-400, -1), st.floats(-400, -1), st.floats(-400, -1), st.floats(0, 1))
 def test_bonbon_is_the_equation(good: float, bad: float, good0: float, bad0: float, alpha: float) -> None:
     beta = 1 / BEST_OF_TEN
     loss, margin = bonbon(
@@ -276,8 +275,10 @@ def test_the_best_that_ended_and_the_worst_make_a_pair(rows: list[Scored], lambd
     for identity in {r.id for r in rows} - {best.id for best, _, _ in found}:
         ended = [r for r in rows if r.id == identity and r.finish_reason == "stop"]
         scores = {r.score(lambda_, 10.0, length) for r in rows if r.id == identity} - {None}
-        assert not ended or len(scores) < 2 or all(
-            (r.score(lambda_, 10.0, length) or 0) <= min(s for s in scores if s is not None) for r in ended
+        assert (
+            not ended
+            or len(scores) < 2
+            or all((r.score(lambda_, 10.0, length) or 0) <= min(s for s in scores if s is not None) for r in ended)
         )
 
 
@@ -429,4 +430,4 @@ def test_what_cannot_be_trained_on_is_one_clear_line(config: PreferenceConfig, t
 
 def test_the_spread_is_that_of_the_differences() -> None:
     rows = [answer(choice=i, difference=d) for i, d in enumerate((1.0, 3.0, None))]
-    assert scored.spread(rows) == 1.0
+    assert scores.spread(rows) == 1.0

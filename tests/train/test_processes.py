@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from pastalm import models
-from pastalm.lang import Async, Document, Promise, Sync, Text, render
-from pastalm.scored import Scored
+from pastalm.core.language import Async, Document, Promise, Sync, Text, render
+from pastalm.records.scores import Scored
 from pastalm.train import preference, sft
 from pastalm.train.dataset import Mix
 from pastalm.train.preference import PreferenceConfig
@@ -80,9 +80,7 @@ def in_two(command: str, config: SftConfig | PreferenceConfig, *options: str) ->
     launched += ["--out", str(config.out), "--model", config.model, "--save-steps", str(config.save_steps)]
     launched += ["--epochs", str(config.epochs), "--batch-tokens", str(config.batch_tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        launched, capture_output=True, text=True, timeout=280, env=environment, check=False
-    )
+    done = subprocess.run(launched, capture_output=True, text=True, timeout=280, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [str(config.out / "adapter")], "one of them speaks"
 
@@ -108,9 +106,7 @@ def are_one_training(one: SftConfig | PreferenceConfig, two: SftConfig | Prefere
     assert [entry["step"] for entry in entries] == [entry["step"] for entry in others]
     for entry, other in zip(entries, others, strict=True):
         assert other == pytest.approx(entry, rel=1e-4, abs=1e-4)  # learning rates too: warm-up is of the same steps
-    ours, theirs = (
-        load_file(run.out / f"checkpoint-{steps}" / "adapter_model.safetensors") for run in (one, two)
-    )
+    ours, theirs = (load_file(run.out / f"checkpoint-{steps}" / "adapter_model.safetensors") for run in (one, two))
     assert ours.keys() == theirs.keys()
     for name, weights in ours.items():
         assert weights.dtype == torch.float32

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pastalm import models
-from pastalm.errors import DataError, RequestError
-from pastalm.lang import (
+from pastalm.core.language import (
     Async,
     AsyncOpen,
     Document,
@@ -31,7 +30,8 @@ from pastalm.lang import (
     render,
     strip,
 )
-from pastalm.layout import IGNORED, pack, pack_serial
+from pastalm.core.layout import IGNORED, pack, pack_serial
+from pastalm.errors import DataError, RequestError
 from pastalm.train import run, sft
 from pastalm.train.dataset import (
     REPEAT,
@@ -78,11 +78,7 @@ def test_serial_rows_cost_what_an_ordinary_causal_model_gives_them(name: str) ->
     for row in pack_serial(PROMPT, DOCUMENT, VOCABULARY, eos=EOS):
         with torch.no_grad():
             logits = model(torch.from_numpy(row.input_ids)[None]).logits[0].log_softmax(-1)
-        expected = -sum(
-            float(logits[i - 1, label])
-            for i, label in enumerate(row.labels.tolist())
-            if label != IGNORED
-        )
+        expected = -sum(float(logits[i - 1, label]) for i, label in enumerate(row.labels.tolist()) if label != IGNORED)
         total, _ = losses(model, row)
         assert math.isclose(total, expected, rel_tol=1e-5)
 
@@ -157,9 +153,7 @@ def test_unreadable_annotations_are_one_clear_line(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from("ab"), min_size=1, max_size=80), st.booleans())
-def test_what_ends_a_run_its_thread_has_said_before_is_to_be_unlearned(
-    letters: list[str], in_chunk: bool
-) -> None:
+def test_what_ends_a_run_its_thread_has_said_before_is_to_be_unlearned(letters: list[str], in_chunk: bool) -> None:
     text = "".join(letters)
     document: Document = (Text(text),)
     if in_chunk:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pastalm.lang import (
+from pastalm.core.language import (
     MAX_LENGTH,
     Async,
     Document,
@@ -117,9 +117,9 @@ items = st.builds(
     st.sampled_from([": ", " - ", " ", ":\n   - sub item\n", "\n\n   "]),
     st.sampled_from([LONG, "short", "this one is in the middle, " + LONG, "x = 3 * 4", ""]),
 )
-responses = st.lists(
-    st.tuples(st.one_of(fragments, items), st.sampled_from(["\n", "\n\n", ""]))
-).map(lambda pairs: "".join(a + b for a, b in pairs))
+responses = st.lists(st.tuples(st.one_of(fragments, items), st.sampled_from(["\n", "\n\n", ""]))).map(
+    lambda pairs: "".join(a + b for a, b in pairs)
+)
 
 
 @settings(max_examples=400, deadline=None)
@@ -152,9 +152,7 @@ def test_text_after_a_group_waits_for_it_unless_it_is_a_title(response: str) -> 
     document = annotate(response, words)
     for before, node, after in zip(document, document[1:], (*document[2:], None), strict=False):
         if isinstance(before, Async) and isinstance(node, Text):
-            assert isinstance(after, Promise), (
-                "only the title of a group may follow another at once"
-            )
+            assert isinstance(after, Promise), "only the title of a group may follow another at once"
             assert len(node.text.split("\n")) <= 6
     assert not document or not isinstance(document[-1], Sync)
     assert not document or not isinstance(document[0], Sync)
@@ -172,8 +170,7 @@ TIPS = {
 def listed(marker: str, form: str = "{name}: {text}", sep: str = "\n") -> str:
     """TIPS as a list; `{n}` in the marker counts."""
     return sep.join(
-        marker.format(n=n) + form.format(name=name, text=text)
-        for n, (name, text) in enumerate(TIPS.items(), 1)
+        marker.format(n=n) + form.format(name=name, text=text) for n, (name, text) in enumerate(TIPS.items(), 1)
     )
 
 
@@ -234,9 +231,7 @@ SECTIONS = {
 )
 def test_titled_sections(form: str) -> None:
     parts = [form.format(name=name, text=text) for name, text in SECTIONS.items()]
-    document = annotated(
-        "A portrait of the town.\n\n" + "".join(parts) + "Overall, it is worth a visit."
-    )
+    document = annotated("A portrait of the town.\n\n" + "".join(parts) + "Overall, it is worth a visit.")
     assert topics(document) == list(SECTIONS)
     assert chunks(document) == parts
     assert Sync() in document
@@ -268,9 +263,7 @@ def test_a_title_between_two_groups_joins_them() -> None:
     document = annotated(f"It helps to do this:\n\n{good}\nTravel comforts:\n\n{bad}")
     assert Sync() not in document
     assert len(promises(document)) == 6
-    document = annotated(
-        f"It helps to do this:\n\n{good}\nThat was one side; here is more:\n\n{bad}"
-    )
+    document = annotated(f"It helps to do this:\n\n{good}\nThat was one side; here is more:\n\n{bad}")
     assert document.count(Sync()) == 1
 
 
@@ -278,8 +271,7 @@ def test_groups_are_parted_where_they_grow_too_long() -> None:
     nouns = "apples bread carrots dates eggs figs garlic honey ice jam kale lemons milk nuts oats "
     nouns += "pears quinces rice salt tea"
     body = "".join(
-        f"- {noun}: bought fresh every week at the small market behind the old town hall\n"
-        for noun in nouns.split()
+        f"- {noun}: bought fresh every week at the small market behind the old town hall\n" for noun in nouns.split()
     )
     found = groups(annotated("Shopping:\n\n" + body))
     assert [len(group) for group in found] == [10, 10]
@@ -448,9 +440,7 @@ def test_a_last_title_without_its_text_is_not_promised() -> None:
 
 
 def test_topics_hold_no_links_and_no_numbers_of_headings() -> None:
-    parts = [
-        f"### **{n}. {name}**\n\n{text}\n\n" for n, (name, text) in enumerate(SECTIONS.items(), 1)
-    ]
+    parts = [f"### **{n}. {name}**\n\n{text}\n\n" for n, (name, text) in enumerate(SECTIONS.items(), 1)]
     assert topics(annotated("".join(parts))) == list(SECTIONS)
     links = "".join(
         f"- {name} (<https://www.example.org/{i}/about-us-and-more>)\n"

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.engine import Capabilities, Request, Schedule
+from pastalm.core.engine import Capabilities, Request, Schedule
+from pastalm.core.layout import Placed
 from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,
@@ -32,7 +33,6 @@ from pastalm.engines.batching import (
 from pastalm.engines.native import library as lib
 from pastalm.engines.native.model import CACHE_TYPES, PAGE, NativeModel, Pool
 from pastalm.errors import CapabilityError, RequestError
-from pastalm.layout import Placed
 
 CAPABILITIES = Capabilities(
     name="native",

@@ -79,11 +79,7 @@ class NativeModel:
     def _layer(self, i: int) -> lib.Layer:
         a = self.architecture
         matrices = {name: self._matrix(f"{i}.{name}") for name in ("qkv", "attention_out", "gate_up", "down")}
-        vectors = {
-            field[0]: self._named(f"{i}.{field[0]}")
-            for field in lib.Layer._fields_
-            if field[1] is lib.Vector
-        }
+        vectors = {field[0]: self._named(f"{i}.{field[0]}") for field in lib.Layer._fields_ if field[1] is lib.Vector}
         return lib.Layer(**matrices, **vectors, rope=a.layer_ropes[i], window=a.windows[i])
 
     def _named(self, name: str) -> lib.Vector:

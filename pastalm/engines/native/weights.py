@@ -124,9 +124,7 @@ def gate_up(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
     """The rows of both, 32 of `gate` and the 32 of `up` that belong to them by turns; rows of floats or of blocks."""
     rows, width = gate.shape
     if rows % GROUP or up.shape != gate.shape:
-        raise CapabilityError(
-            f"gate and up must have the same number of outputs, a multiple of {GROUP}, not {rows}"
-        )
+        raise CapabilityError(f"gate and up must have the same number of outputs, a multiple of {GROUP}, not {rows}")
     pairs = np.empty((rows // GROUP, 2, GROUP, width), gate.dtype)
     pairs[:, 0] = gate.reshape(-1, GROUP, width)
     pairs[:, 1] = up.reshape(-1, GROUP, width)
@@ -235,9 +233,7 @@ def packed_bytes(type: WeightType, outputs: int, inputs: int) -> int:
 def fingerprint() -> str:
     """Of how matrices are laid out: what was packed under another one cannot be read."""
     numbers = np.arange(17 * 96, dtype=np.float32).reshape(17, 96) - 800
-    return hashlib.sha256(
-        b"".join(pack(numbers, type).data.tobytes() for type in TYPES)
-    ).hexdigest()
+    return hashlib.sha256(b"".join(pack(numbers, type).data.tobytes() for type in TYPES)).hexdigest()
 
 
 def aligned(size: int) -> Bytes:
@@ -253,9 +249,7 @@ def aligned(size: int) -> Bytes:
 def _block_bytes(type: WeightType, inputs: int) -> int:
     multiple = GROUP if type in _GGML_BYTES else 2
     if inputs < multiple or inputs % multiple:
-        raise CapabilityError(
-            f"a matrix of {inputs} inputs cannot be {type}: they must be a multiple of {multiple}"
-        )
+        raise CapabilityError(f"a matrix of {inputs} inputs cannot be {type}: they must be a multiple of {multiple}")
     if type in _GGML_BYTES:
         groups = inputs // GROUP
         return groups * _GROUP_BYTES[type] + -(-groups // 2) * ALIGNMENT

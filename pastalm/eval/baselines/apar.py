@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from pastalm.lang import Async, Document, Node, Promise, Text, normalize, topic_key
+from pastalm.core.language import Async, Document, Node, Promise, Text, normalize, topic_key
 
 LEAST_ITEMS = 3
 LEAST_DETAIL = 10

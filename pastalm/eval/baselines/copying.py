@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 import torch
 
-from pastalm import answers
-from pastalm.answers import Answer
-from pastalm.driver import Task
-from pastalm.engine import SamplingParams
+from pastalm.core.driver import Task
+from pastalm.core.engine import SamplingParams
+from pastalm.core.language import Text, render
 from pastalm.errors import CapabilityError
-from pastalm.lang import Text, render
 from pastalm.llm import LLM
-from pastalm.prompts import Prompt
+from pastalm.records import answers
+from pastalm.records.answers import Answer
+from pastalm.records.prompts import Prompt
 
 SEQUENTIAL = SamplingParams(temperature=0, parallelism=0)
 
@@ -58,9 +58,7 @@ Said = Callable[[int, Sequence[int]], Sequence[int]]
 """How many tokens stand so far, prompt included, and those fed after them -> what greedy decoding says after each."""
 
 
-def verify(
-    said: Said, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]
-) -> Decoded:
+def verify(said: Said, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]) -> Decoded:
     """Greedy decoding that verifies drafts. ends: tokens that end the answer."""
     started = time.perf_counter()
     tokens = [said(0, prompt)[-1]]

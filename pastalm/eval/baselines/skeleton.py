@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pastalm import answers
-from pastalm.answers import Answer
-from pastalm.driver import Response, Task, run_tasks
-from pastalm.engine import SamplingParams
+from pastalm.core.driver import Response, Task, run_tasks
+from pastalm.core.engine import SamplingParams
+from pastalm.core.language import Async, Node, Promise, Sync, Text, normalize, render
 from pastalm.errors import RequestError
 from pastalm.eval.systems import cold
-from pastalm.lang import Async, Node, Promise, Sync, Text, normalize, render
 from pastalm.llm import LLM
-from pastalm.prompts import Prompt
+from pastalm.records import answers
+from pastalm.records.answers import Answer
+from pastalm.records.prompts import Prompt
 
 MOST_POINTS = 10
 
@@ -125,9 +125,7 @@ class SkeletonOfThought:
             for question, begun in asked:
                 ids = self.llm.encode([{"role": "user", "content": question}], chosen)
                 ids += self.llm.loaded.vocabulary.encode(begun)
-                running.append(
-                    self.llm.driver.submit(ids, chosen, positions=self.llm.positions, keep_events=False)
-                )
+                running.append(self.llm.driver.submit(ids, chosen, positions=self.llm.positions, keep_events=False))
         except RequestError:
             for one in running:
                 one.cancel()

@@ -1,4 +1,4 @@
-// Folds the events of one response as pastalm/transcript.py does (tests/server/test_page.py holds that text and figures
+// Folds the events of one response as pastalm/core/transcript.py does (tests/server/test_page.py holds that text and figures
 // are the same), and keeps beside that when things happened, for the timeline and for Perfetto. No DOM.
 "use strict";
 

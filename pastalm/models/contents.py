@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pastalm import disk, models
+from pastalm import models
 from pastalm.errors import DataError, ModelError
+from pastalm.records import disk
 
 PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
 """What belongs to a model, or to an adapter, among the files of its folder."""

@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pastalm import jsonl
 from pastalm.errors import DataError, RequestError
-from pastalm.jsonl import Bad
+from pastalm.records import jsonl
+from pastalm.records.jsonl import Bad
 
 Length = Literal["theoretical", "matched", "smaller", "parallelism"]
 """Tokens that a speedup divides by the critical path: those of the baseline's answer (the paper's), the answer's own

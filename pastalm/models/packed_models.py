@@ -28,9 +28,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pastalm import contents, disk, models
-from pastalm.chat_tokenizer import ChatTokenizer, described
-from pastalm.checkpoints import quiet
+from pastalm import models
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.engines.native import weights
 from pastalm.engines.native.weights import (
     Architecture,
@@ -43,7 +42,10 @@ from pastalm.engines.native.weights import (
     WeightType,
 )
 from pastalm.errors import CapabilityError, ModelError, complaint
-from pastalm.vocabulary import Vocabulary
+from pastalm.models import contents
+from pastalm.models.chat_tokenizer import ChatTokenizer, described
+from pastalm.models.checkpoints import quiet
+from pastalm.records import disk
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ def load(
 def load_gguf(path: str | Path) -> Packed:
     """A GGUF file; weights of the types that the engine has are taken as they are, others become Q8_0. Raises
     ModelError, CapabilityError."""
-    from pastalm import packed_gguf
+    from pastalm.models import packed_gguf
 
     path = Path(path)
     if not path.is_file():
@@ -386,9 +388,7 @@ def _checks(config: Any) -> Iterator[tuple[bool, str]]:
 
 
 def _head_dim(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _softcap(config: Any, name: str) -> float:
@@ -399,15 +399,11 @@ def _layer_types(config: Any) -> list[str]:
     if config.model_type == "mistral":  # its layers are all of one type, whatever the list says
         kind = "full_attention" if config.sliding_window is None else "sliding_attention"
         return [kind] * config.num_hidden_layers
-    return list(
-        getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    )
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
 
 
 def _windows(config: Any) -> tuple[int, ...]:
-    return tuple(
-        config.sliding_window if t == "sliding_attention" else 0 for t in _layer_types(config)
-    )
+    return tuple(config.sliding_window if t == "sliding_attention" else 0 for t in _layer_types(config))
 
 
 def _rope_parameters(config: Any) -> dict[str | None, Any]:
@@ -467,9 +463,7 @@ def _architecture_of(model: Any) -> Architecture:
     return replace(made, vocabulary=table.shape[0])
 
 
-def _tensors(
-    model: Any, made: Architecture, type: WeightType, head_type: WeightType
-) -> Iterator[Tensor]:
+def _tensors(model: Any, made: Architecture, type: WeightType, head_type: WeightType) -> Iterator[Tensor]:
     """The packed tensors, one after the other."""
     state = model.state_dict()
     sources = _sources(state, made)

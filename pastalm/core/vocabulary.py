@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from pastalm.lang import LENGTHS, AsyncClose, AsyncOpen, Node, Promise, Text, linearize
+from pastalm.core.language import LENGTHS, AsyncClose, AsyncOpen, Node, Promise, Text, linearize
 
 TAG_TOKENS = {
     "promise": "<|promise|>",
@@ -81,7 +81,6 @@ class Vocabulary:
             else:
                 ids.append(self.tags.async_close if isinstance(mark, AsyncClose) else self.tags.sync)
         return ids
-
 
 
 class Pieces:

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from pastalm.engine import SamplingParams
+from pastalm.core.engine import SamplingParams
+from pastalm.core.layout import MIXED, POLICIES, Policy
 from pastalm.errors import (
     CapabilityError,
     DataError,
@@ -37,18 +38,17 @@ from pastalm.errors import (
     RequestError,
     check_text,
 )
-from pastalm.layout import MIXED, POLICIES, Policy
 from pastalm.loading import missing
 from pastalm.models import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm import LLM
-    from pastalm.driver import Response
+    from pastalm.cli.view import Output
+    from pastalm.core.driver import Response
+    from pastalm.core.events import Event
     from pastalm.eval.quality import Scorer
-    from pastalm.events import Event
     from pastalm.llm import Message
-    from pastalm.remote import Remote
-    from pastalm.view import Output
+    from pastalm.records.chat_client import Remote
 
 DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanation."
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -94,9 +94,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-train = typer.Typer(
-    help="Train models to speak PASTA-LANG.", no_args_is_help=True, rich_markup_mode=None
-)
+train = typer.Typer(help="Train models to speak PASTA-LANG.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train, name="train")
 
 
@@ -119,12 +117,8 @@ def _options(
 
 _R = TypeVar("_R")
 
-Model = Annotated[
-    str, typer.Option(help="The embedded model, a hub name, a folder, or a GGUF file.")
-]
-Adapter = Annotated[
-    str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")
-]
+Model = Annotated[str, typer.Option(help="The embedded model, a hub name, a folder, or a GGUF file.")]
+Adapter = Annotated[str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")]
 Engine = Annotated[
     str, typer.Option(help="native, transformers, llama.cpp (GGUF files), or auto: native on a CPU, if it can.")
 ]
@@ -147,9 +141,7 @@ Positions = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Bound on all decoded tokens, tags too.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-Sequential = Annotated[
-    bool, typer.Option("--sequential", help="The same model with forking off (--parallelism 0).")
-]
+Sequential = Annotated[bool, typer.Option("--sequential", help="The same model with forking off (--parallelism 0).")]
 Parallelism = Annotated[float, typer.Option(help="Multiplies the odds of forking; 0 turns it off.")]
 MaxThreads = Annotated[int, typer.Option(help="Threads decoding at once; others wait.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
@@ -170,9 +162,7 @@ PriceOut = Annotated[float, typer.Option(help="Dollars for a million tokens out.
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start anew: what an earlier run of this command wrote there makes way.")
 ]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Name rows that cannot be used, and go on without them.")
-]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Name rows that cannot be used, and go on without them.")]
 
 
 def main() -> None:
@@ -416,7 +406,7 @@ def _load(
     trust_remote_code: bool = False,
 ) -> LLM:
     from pastalm import LLM, Limits
-    from pastalm.layout import POLICIES
+    from pastalm.core.layout import POLICIES
 
     if positions is not None and positions not in POLICIES:
         raise RequestError(f"unknown positions {positions!r}: {', '.join(POLICIES)}")
@@ -469,7 +459,7 @@ def _shown(
     """Where events are shown: nowhere yet (JSON), the moving picture, or plain text."""
     from rich.console import Console
 
-    from pastalm.view import Live, Plain, Silent
+    from pastalm.cli.view import Live, Plain, Silent
 
     if as_json:
         return Silent()
@@ -480,7 +470,7 @@ def _shown(
 
 def _decode(response: Response, output: Output, trace: TextIO | None = None) -> bool:
     """Shows a response to its end; whether Ctrl-C ended it early."""
-    from pastalm.events import to_json
+    from pastalm.core.events import to_json
 
     try:
         with _CtrlC() as ctrl_c:
@@ -504,11 +494,9 @@ def _append(file: TextIO, line: str) -> None:
         raise DataError(f"cannot write {file.name}: {error.strerror}") from None
 
 
-def _conclude(
-    transcript: Any, *, as_json: bool, live: bool, interrupted: bool = False, last: bool = True
-) -> None:
+def _conclude(transcript: Any, *, as_json: bool, live: bool, interrupted: bool = False, last: bool = True) -> None:
     """What follows the answer: JSON on stdout, or the figures on stderr; then exit 130 if need be."""
-    from pastalm.view import figures
+    from pastalm.cli.view import figures
 
     sys.stdout.flush()
     if as_json:
@@ -539,25 +527,19 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Least share of the top probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     seed: Seed = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Ends the answer before this text (repeatable).")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer before this text (repeatable).")] = None,
     parallelism: Parallelism = 1.0,
     sequential: Sequential = False,
     positions: Positions = None,
     max_threads: MaxThreads = 16,
     system: System = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Complete the prompt, no chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt, no chat template.")] = False,
     engine: Engine = "auto",
     trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write the events to this file (JSONL).")
-    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the events to this file (JSONL).")] = None,
     no_live: NoLive = False,
     base_url: BaseUrl = None,
     tokenizer: Tokenizer = None,
@@ -618,7 +600,7 @@ def replay(
     no_live: NoLive = False,
 ) -> None:
     """Show a trace again, without a model."""
-    from pastalm.view import Silent, paced
+    from pastalm.cli.view import Silent, paced
 
     if not speed > 0:
         raise RequestError("speed must be above 0")
@@ -637,8 +619,8 @@ def replay(
 
 def _read_trace(source: str) -> list[Event]:
     """The events of a trace, checked to be one. Raises DataError."""
-    from pastalm.events import from_json
-    from pastalm.transcript import Transcript
+    from pastalm.core.events import from_json
+    from pastalm.core.transcript import Transcript
 
     events: list[Event] = []
     transcript = Transcript()
@@ -651,9 +633,7 @@ def _read_trace(source: str) -> list[Event]:
         except DataError as error:
             raise DataError(f"{source}, line {number}: {error}") from None
         except KeyError:
-            raise DataError(
-                f"{source}, line {number}: an event of a thread that never began"
-            ) from None
+            raise DataError(f"{source}, line {number}: an event of a thread that never began") from None
     if not events:
         raise DataError(f"{source} holds no events")
     return events
@@ -743,9 +723,7 @@ def demo(
     params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p) for p in (1, 0)]
     _quiet()
     _fetch(model)
-    llm = _load(
-        model, adapter, dtype, device=device, engine=engine, trust_remote_code=trust_remote_code
-    )
+    llm = _load(model, adapter, dtype, device=device, engine=engine, trust_remote_code=trust_remote_code)
     # the first steps of a process are slower than all later ones; neither answer should pay for that
     llm.chat(_messages(prompt, None), SamplingParams(max_tokens=8, temperature=0))
     live = _live() and not no_live
@@ -778,16 +756,12 @@ def _verdict(asynchronous: Any, sequential: Any) -> str:
 @app.command()
 @_verb
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="The embedded model, a hub name, a folder, or a GGUF file.")
-    ] = EMBEDDED,
+    model: Annotated[str, typer.Argument(help="The embedded model, a hub name, a folder, or a GGUF file.")] = EMBEDDED,
     adapter: Adapter = "auto",
     host: Annotated[str, typer.Option(help="0.0.0.0 is every interface; then give an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's, for clients; else as given here.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="PASTA_API_KEY", help="What clients must bring.")
-    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="PASTA_API_KEY", help="What clients must bring.")] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="A page's origin that may ask from a browser, * for any; may be repeated."),
@@ -875,19 +849,19 @@ def parse(
     render: Annotated[bool, typer.Option("--render", help="The text form, normalized.")] = False,
 ) -> None:
     """Parse PASTA-LANG: prints its values as JSON."""
-    from pastalm import lang
+    from pastalm.core import language
 
     if strip and render:
         raise RequestError("give --strip or --render, not both")
-    document = lang.parse(_read(file))
+    document = language.parse(_read(file))
     if strip or render:
-        sys.stdout.write(lang.strip(document) if strip else lang.render(document))
+        sys.stdout.write(language.strip(document) if strip else language.render(document))
     else:
         _print_json([_value(node) for node in document])
 
 
 def _value(node: Any) -> dict[str, Any]:
-    from pastalm.lang import Async, Promise, Text
+    from pastalm.core.language import Async, Promise, Text
 
     if isinstance(node, Text):
         return {"type": "text", "text": node.text}
@@ -931,7 +905,8 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model and its adapter as one GGUF file, which llama.cpp runs."""
-    from pastalm import gguf_files, models
+    from pastalm import models
+    from pastalm.models import gguf_files
 
     _quiet()
     with _busy(f"loading {model}") as say:
@@ -1045,9 +1020,7 @@ def annotate(
             " wrote."
         ),
     ],
-    target: Annotated[
-        Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")
-    ],
+    target: Annotated[Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")],
     annotator: Annotated[
         str,
         typer.Option(help="structural (lists, titles; no model), openai (a large model), or apar (form alone)."),
@@ -1062,9 +1035,7 @@ def annotate(
     max_repetition: Annotated[
         float, typer.Option(help="Answers that say a larger share of their words again are dropped.")
     ] = 1.0,
-    tokenizer: Annotated[
-        str, typer.Option(help="The model whose tokens promised lengths count.")
-    ] = EMBEDDED,
+    tokenizer: Annotated[str, typer.Option(help="The model whose tokens promised lengths count.")] = EMBEDDED,
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -1126,7 +1097,7 @@ def _remote(
     base_url: str | None, model: str | None, concurrency: int, price_in: float, price_out: float
 ) -> Remote[Any]:
     """A server to ask; its key comes from OPENAI_API_KEY. Raises RequestError."""
-    from pastalm.remote import Remote, Usage
+    from pastalm.records.chat_client import Remote, Usage
 
     if base_url is None or model is None:
         raise RequestError(
@@ -1145,14 +1116,14 @@ def _skipped(skip: bool) -> Callable[[PastaError], None] | None:
 
 def _tokenizer_of(model: str) -> dict[str, Any]:
     """For the header of a file: whose tokens count."""
-    from pastalm import contents
+    from pastalm.models import contents
 
     return {"tokenizer": contents.of_file(_fetch(model) / "tokenizer.json") | {"name": Path(model).name}}
 
 
 def _models_of(model: str, adapter: str) -> dict[str, Any]:
     """For the header of a file: what answers or scores, by its contents."""
-    from pastalm import contents
+    from pastalm.models import contents
 
     _fetch(model)
     return {
@@ -1214,9 +1185,9 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Let a model answer many prompts at once, as data to finetune on."""
-    from pastalm import answers, prompts
-    from pastalm.sample import Sampled, made
-    from pastalm.sample import sample as run
+    from pastalm.records import answers, prompts
+    from pastalm.sampling import Sampled, made
+    from pastalm.sampling import sample as run
 
     _check_apart(target, source)
     asked = prompts.read(source, limit, bad=_skipped(skip_bad))
@@ -1273,16 +1244,12 @@ def sample(
 def score(
     samples: Annotated[Path, typer.Argument(help="What pasta sample wrote: N answers to each prompt.")],
     target: Annotated[Path, typer.Argument(help="JSONL of scored answers; goes on where it is.")],
-    baseline: Annotated[
-        Path, typer.Option(help="The sequential baseline's answers (pasta sample --sequential).")
-    ],
+    baseline: Annotated[Path, typer.Option(help="The sequential baseline's answers (pasta sample --sequential).")],
     scorer: Annotated[str, typer.Option(help="pmi, reference, or judge (a large model).")] = "pmi",
     model: Annotated[
         str, typer.Option(help="pmi: the frozen model; judge: the large model's name at --base-url.")
     ] = EMBEDDED,
-    adapter: Annotated[
-        str, typer.Option(help="pmi: that of the model finetuned without tags, or none.")
-    ] = "none",
+    adapter: Annotated[str, typer.Option(help="pmi: that of the model finetuned without tags, or none.")] = "none",
     references: Annotated[
         Path | None, typer.Option(help="JSON or JSONL: {id, reference or response or output} each.")
     ] = None,
@@ -1301,11 +1268,11 @@ def score(
     overwrite: Overwrite = False,
 ) -> None:
     """Score sampled answers by speed and quality against the baseline's."""
-    from pastalm import jsonl, scored
     from pastalm.eval.score import Counts
     from pastalm.eval.score import score as run
+    from pastalm.records import jsonl, scores
 
-    counted = scored.check_length(length)
+    counted = scores.check_length(length)
     for path in (samples, baseline, references):
         if path is not None and not path.is_file():
             raise DataError(f"no file {path}")
@@ -1315,7 +1282,7 @@ def score(
     _quiet()
     count_tokens = _token_counter(tokenizer)
     told = _scoring(scorer, model, adapter, model, device) | _tokenizer_of(tokenizer)
-    jsonl.Results(target, scored.KIND, {"scorer": scorer, **told}, overwrite=overwrite)  # before a model is loaded
+    jsonl.Results(target, scores.KIND, {"scorer": scorer, **told}, overwrite=overwrite)  # before a model is loaded
     (by,), remote = _scorers([scorer], model, adapter, model, device, base_url, concurrency, price_in, price_out)
     with _busy(f"scoring {samples.name}") as say:
 
@@ -1341,9 +1308,9 @@ def score(
         f"{counts.written} answers scored, {counts.skipped} were there; without a verdict: {unscored}",
         file=sys.stderr,
     )
-    rows = scored.read(target)
-    unit = scored.spread(rows) if sigma is None else sigma
-    _print_json({"sigma": unit, **scored.summary(rows, (1, 2, 4, 8, float("inf")), unit, counted)})
+    rows = scores.read(target)
+    unit = scores.spread(rows) if sigma is None else sigma
+    _print_json({"sigma": unit, **scores.summary(rows, (1, 2, 4, 8, float("inf")), unit, counted)})
 
 
 @app.command("eval")
@@ -1365,9 +1332,7 @@ def evaluate(
     ],
     baseline: Annotated[str, typer.Option(help="Adapter of the sequential baseline; none: the model as it is.")],
     out: Annotated[Path, typer.Option(help="Folder of answers and scores; goes on where it is.")],
-    report: Annotated[
-        Path | None, typer.Option(help="Folder of page, pictures and figures (OUT/report).")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder of page, pictures and figures (OUT/report).")] = None,
     model: Model = EMBEDDED,
     scorer: Annotated[list[str] | None, typer.Option(help="pmi, reference, or judge; as many as you like.")] = None,
     sigma: Annotated[
@@ -1407,7 +1372,6 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Compare systems by speed and quality: a table, pictures, a page."""
-    from pastalm import prompts as files
     from pastalm.eval import alpaca, measure
     from pastalm.eval import report as pages
     from pastalm.eval.compare import markdown
@@ -1425,7 +1389,8 @@ def evaluate(
         win_rates,
     )
     from pastalm.eval.systems import Decoding
-    from pastalm.scored import check_length
+    from pastalm.records import prompts as files
+    from pastalm.records.scores import check_length
 
     counted = check_length(length)
     if str(prompts) == alpaca.NAME and not prompts.exists():
@@ -1553,7 +1518,7 @@ def _adapter(system: str) -> str:
 
 def _adapter_of(model: str, adapter: str, may_lack: bool) -> dict[str, str] | None:
     """An adapter by its contents. may_lack: answers may have been decoded on another machine."""
-    from pastalm import contents
+    from pastalm.models import contents
 
     if adapter in ("", "none"):
         return None
@@ -1656,12 +1621,8 @@ def sft(
     token_budget: Annotated[int, typer.Option(help="Tokens to draw from the data.")] = 800_000,
     max_row_tokens: Annotated[int, typer.Option(help="Longer answers are left out.")] = 512,
     plain: Annotated[float, typer.Option(help="Share of rows without chunks.")] = 0.33,
-    sequential: Annotated[
-        float, typer.Option(help="Share of rows untagged, under the sequential marker.")
-    ] = 0.12,
-    untagged: Annotated[
-        bool, typer.Option("--untagged", help="The same answers without tags: the baseline.")
-    ] = False,
+    sequential: Annotated[float, typer.Option(help="Share of rows untagged, under the sequential marker.")] = 0.12,
+    untagged: Annotated[bool, typer.Option("--untagged", help="The same answers without tags: the baseline.")] = False,
     positions: Policies = MIX,
     lengths: Annotated[
         str, typer.Option(help="Ablation: promises say tens; fixed, always 100; oracle, positions know the true one.")
@@ -1764,7 +1725,7 @@ def prefer(
     seed: int = 0,
 ) -> None:
     """Stage 2: prefer the best of N scored answers to the worst (BoNBoN); one round."""
-    from pastalm.scored import check_length
+    from pastalm.records.scores import check_length
 
     weights, counted = _policies(positions), check_length(length)
     if not data.is_file():

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pastalm import answers
-from pastalm.answers import Answer
-from pastalm.driver import Task, run_tasks
-from pastalm.engine import SamplingParams
+from pastalm.core.driver import Task, run_tasks
+from pastalm.core.engine import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.llm import LLM
-from pastalm.prompts import Prompt
+from pastalm.records import answers
+from pastalm.records.answers import Answer
+from pastalm.records.prompts import Prompt
 
 
 @dataclass(slots=True)
@@ -61,9 +61,7 @@ def sample(
     refuse: is told of a prompt that does not fit. Raises DataError for files that cannot be read or written, or were
     made otherwise.
     """
-    results, there = answers.results(
-        target, answers.KIND, made(params, models or {}), asked, overwrite=overwrite
-    )
+    results, there = answers.results(target, answers.KIND, made(params, models or {}), asked, overwrite=overwrite)
     counts = Sampled()
     tasks = _missing(llm, asked, params, {found.key for found in there}, counts)
     most = llm.driver.engine.capabilities.max_num_seqs

@@ -43,9 +43,7 @@ class ChatTokenizer:
         self.all_special_ids: list[int] = list(description["all_special_ids"])
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids: list[int] = self.backend_tokenizer.encode(
-            text, add_special_tokens=add_special_tokens
-        ).ids
+        ids: list[int] = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return {"input_ids": ids}
 
     def __len__(self) -> int:
@@ -98,9 +96,7 @@ class ChatTokenizer:
         """The conversation as text. names: what the template may read beside. Raises what the template raises,
         ValueError where there is none."""
         if tokenize or self.chat_template is None or not messages:
-            raise ValueError(
-                "only text comes from a chat template, and it takes at least one message"
-            )
+            raise ValueError("only text comes from a chat template, and it takes at least one message")
         return render(
             self.chat_template,
             messages,
@@ -172,9 +168,7 @@ def _compiled(template: str) -> Any:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["dict"] = lambda *pairs, **named: dict(
-        *pairs, **named
-    )  # the type has more methods
+    environment.globals["dict"] = lambda *pairs, **named: dict(*pairs, **named)  # the type has more methods
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
@@ -187,6 +181,4 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """jinja2's own escapes what HTML would."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -34,12 +34,12 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import openai
 
-from pastalm.engine import Capabilities, Request, SampledToken
+from pastalm.core.engine import Capabilities, Request, SampledToken
+from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.core.layout import SerialLayout
+from pastalm.core.vocabulary import Pieces, Vocabulary
 from pastalm.errors import CapabilityError, EngineError, RemoteError, RequestError, complaint
-from pastalm.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
-from pastalm.layout import SerialLayout
-from pastalm.remote import check_address, explain, key, line, no_api
-from pastalm.vocabulary import Pieces, Vocabulary
+from pastalm.records.chat_client import check_address, explain, key, line, no_api
 
 CAPABILITIES = Capabilities(
     name="openai",

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pastalm import checkpoints, lossless
-from pastalm.checkpoints import quiet
+from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import ModelError, RequestError
-from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
+from pastalm.models import checkpoints, lossless
+from pastalm.models.checkpoints import quiet
 
 EMBEDDED = "smollm2-135m-instruct"
 SEQUENTIAL_MARKER = "Write the answer in one piece."
@@ -609,9 +609,7 @@ def encode_chat(
     return lossless.encode_parts(tokenizer, vocabulary.encode, parts)
 
 
-def raw_prompt(
-    tokenizer: Any, vocabulary: Vocabulary, prompt: str, *, add_special_tokens: bool = True
-) -> list[int]:
+def raw_prompt(tokenizer: Any, vocabulary: Vocabulary, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a text as the tokenizer begins one, once (add_special_tokens); the spelling of a tag in it is plain
     text, other special tokens are themselves."""
     parts = re.split(f"({lossless.any_of(set(TAG_TOKENS.values())).pattern})", prompt)
@@ -648,9 +646,7 @@ def _render(
     return text
 
 
-def _marked(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], marker: str
-) -> list[Mapping[str, str]]:
+def _marked(tokenizer: Any, messages: Sequence[Mapping[str, str]], marker: str) -> list[Mapping[str, str]]:
     first, *rest = messages
     if first["role"] == "system":
         return [{"role": "system", "content": f"{first['content']} {marker}"}, *rest]

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pastalm import jsonl
+from pastalm.core.language import Async, Document, parse, strip
+from pastalm.core.transcript import Transcript
 from pastalm.errors import DataError, LanguageError
-from pastalm.jsonl import Bad
-from pastalm.lang import Async, Document, parse, strip
-from pastalm.prompts import Prompt
-from pastalm.transcript import Transcript
+from pastalm.records import jsonl
+from pastalm.records.jsonl import Bad
+from pastalm.records.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

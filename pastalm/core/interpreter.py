@@ -19,8 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pastalm.errors import RequestError
-from pastalm.events import (
+from pastalm.core.events import (
     Blocked,
     Decoded,
     Event,
@@ -32,7 +31,7 @@ from pastalm.events import (
     SampledToken,
     TokenSet,
 )
-from pastalm.lang import (
+from pastalm.core.language import (
     CHUNK_TAGS,
     LENGTH_STEP,
     MAX_TOPIC_WORDS,
@@ -45,7 +44,8 @@ from pastalm.lang import (
     render_mark,
     topic_key,
 )
-from pastalm.vocabulary import Tags, Vocabulary
+from pastalm.core.vocabulary import Tags, Vocabulary
+from pastalm.errors import RequestError
 
 CHUNK_SLACK = 16
 """A chunk promised N tokens may take 2N and this many more."""
@@ -463,9 +463,7 @@ class Interpreter:
             return
         thread.last = text or thread.last
         is_tag = not text and bool(thread.scanner.held or marks)
-        yield from self._went_on(
-            thread, sampled, sampled.token, text, tag=is_tag, promise=promise, ended=ended
-        )
+        yield from self._went_on(thread, sampled, sampled.token, text, tag=is_tag, promise=promise, ended=ended)
 
     def _marks(self, thread: Thread, token: int, ended: bool) -> list[Mark]:
         piece = b"" if ended else self._vocabulary.piece(token)
@@ -585,9 +583,7 @@ class Interpreter:
         thread.reach += len(self._newline)
         return self._newline
 
-    def _end(
-        self, thread: Thread, reason: FinishReason, forced: Iterable[int] = (), why: str = ""
-    ) -> Iterator[Event]:
+    def _end(self, thread: Thread, reason: FinishReason, forced: Iterable[int] = (), why: str = "") -> Iterator[Event]:
         thread.state = "finished"
         self._unfinished -= 1
         yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=tuple(forced), why=why)

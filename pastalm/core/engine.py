@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pastalm.core.events import Event, Path
+from pastalm.core.events import SampledToken as SampledToken
+from pastalm.core.layout import Policy
 from pastalm.errors import CapabilityError, RequestError, check_text, complaint
-from pastalm.events import Event, Path
-from pastalm.events import SampledToken as SampledToken
-from pastalm.layout import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

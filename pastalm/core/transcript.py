@@ -14,8 +14,17 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice, takewhile
 from typing import Any, Literal
 
-from pastalm.events import Blocked, Decoded, Event, Finished, FinishReason, Forked, Joined, Path
-from pastalm.lang import Async, Document, Node, Promise, Sync, Text, normalize, render
+from pastalm.core.events import (
+    Blocked,
+    Decoded,
+    Event,
+    Finished,
+    FinishReason,
+    Forked,
+    Joined,
+    Path,
+)
+from pastalm.core.language import Async, Document, Node, Promise, Sync, Text, normalize, render
 
 
 @dataclass(slots=True)
@@ -102,9 +111,7 @@ class Transcript:
             self._end(thread, event)
 
     def _begin(self, event: Forked) -> None:
-        record = ThreadRecord(
-            event.path, event.topic, event.promised, start_step=event.step, start_time=event.time
-        )
+        record = ThreadRecord(event.path, event.topic, event.promised, start_step=event.step, start_time=event.time)
         if event.path:
             parent = self.threads[event.path[:-1]]
             record.depth = parent.depth

@@ -31,8 +31,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pastalm.engine import Capabilities, Schedule
-from pastalm.engines import packing
+from pastalm.core.engine import Capabilities, Schedule
 from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,
@@ -43,8 +42,9 @@ from pastalm.engines.batching import (
     Response,
     common_prefix,
 )
-from pastalm.engines.graphs import Graphs, Inputs
-from pastalm.engines.sampling_torch import TensorSampler
+from pastalm.engines.transformers import packed_linear
+from pastalm.engines.transformers.cuda_graphs import Graphs, Inputs
+from pastalm.engines.transformers.sampling import TensorSampler
 from pastalm.errors import CapabilityError, EngineError, RequestError, complaint
 
 CAPABILITIES = Capabilities(
@@ -125,9 +125,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the tokens into their slots; all that is there."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -257,9 +255,7 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: _
     folded = query.reshape(rows, key.shape[1], mask.shape[2], head_dim)
     key, value = key[:, :, : mask.shape[3]], value[:, :, : mask.shape[3]]
     if scores.plain:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            folded, key, value, attn_mask=mask, scale=scores.scaling
-        )
+        out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scores.scaling)
     else:
         out = _by_hand(folded, key, value, mask, scores)
     return out.reshape(rows, heads, queries, -1).transpose(1, 2)
@@ -591,7 +587,7 @@ class TransformersEngine(BatchingEngine):
     forward pass for each request. max_num_seqs: requests that decode at once; max_model_len: slots of
     each, cut to the positions the model can take. prefill_chunk, prefill_budget: as `BatchingEngine`'s. pack:
     lay the weights out for decoding where that helps (CPUs); the model can then only
-    infer. compiled: instead of packing, let torch.compile make a graph of its own with its weights
+    infer. compiled: instead of packed_linear, let torch.compile make a graph of its own with its weights
     laid out (CPUs) for steps of one response with up to each of `BUCKETS` threads; it is made when it
     is first needed, which takes minutes, and holds the weights once more. Raises CapabilityError for
     a model that it cannot drive: two short forward passes show that before anything is asked.
@@ -651,8 +647,8 @@ class TransformersEngine(BatchingEngine):
         own = self._attention != ATTENTION
         if compiled and own:
             raise _refuse(model, "its attention cannot be replaced, as compiled steps need it")
-        if pack and not compiled and packing.can_pack(model):
-            packing.pack(model)
+        if pack and not compiled and packed_linear.can_pack(model):
+            packed_linear.pack(model)
         self._compiled = _Compiled(model) if compiled else None
         fixed = (self._device.type == "cuda" if graphs is None else graphs) and not own
         self._graphs = Graphs(self._captured, self._device) if fixed else None
@@ -703,9 +699,7 @@ class TransformersEngine(BatchingEngine):
             sight = _Sight(0, visible[part], positions[part], positions, np.arange(len(part)))
             rows = np.zeros_like(part)
             alone = len(found) == 0 or self._attention != ATTENTION
-            plan, masks = (
-                self._row_planned(rows, part, sight) if alone else self._planned(rows, part, [[sight]])
-            )
+            plan, masks = self._row_planned(rows, part, sight) if alone else self._planned(rows, part, [[sight]])
             cache = self._pool.row(0) if alone else self._pool
             at, where, kept = self._tensors(ids[part], positions[part], np.arange(len(part)))
             found.append(self._fed(self._model, at, where, masks, cache, plan, kept))
@@ -836,9 +830,7 @@ class TransformersEngine(BatchingEngine):
         return self._run(
             ids=np.array([token.token for token in placed]),
             positions=np.array([token.position for token in placed]),
-            rows=np.repeat(
-                [response.slot for response, _ in batch], [len(due) for _, due in batch]
-            ),
+            rows=np.repeat([response.slot for response, _ in batch], [len(due) for _, due in batch]),
             slots=np.array([token.place for token in placed]),
             seen=[sights[i:j] for i, j in ranges],
             keep=keep,
@@ -937,9 +929,7 @@ class TransformersEngine(BatchingEngine):
         padded[:, : len(packed[0])] = packed
         return padded
 
-    def _row_planned(
-        self, rows: Ints, slots: Ints, sight: _Sight
-    ) -> tuple[_Plan, dict[str, Tensor]]:
+    def _row_planned(self, rows: Ints, slots: Ints, sight: _Sight) -> tuple[_Plan, dict[str, Tensor]]:
         """The plan of a forward that reads one row, and the mask of each layer type."""
         queries, width = sight.visible.shape
         masks = {
@@ -949,9 +939,7 @@ class TransformersEngine(BatchingEngine):
         rows_, slots_ = self._tensors(rows, slots)
         return _Plan(rows_, slots_, width), masks
 
-    def _planned(
-        self, rows: Ints, slots: Ints, seen: list[list[_Sight]]
-    ) -> tuple[_Plan, dict[str, Tensor]]:
+    def _planned(self, rows: Ints, slots: Ints, seen: list[list[_Sight]]) -> tuple[_Plan, dict[str, Tensor]]:
         """The plan of a forward that reads several rows, and the flat mask of each layer type."""
         parts, start, queries_before = [], 0, 0
         flat = np.empty(len(rows), dtype=np.int64)
@@ -968,10 +956,7 @@ class TransformersEngine(BatchingEngine):
             queries_before += (last - first) * longest
         rows_, slots_, flat_ = self._tensors(rows, slots, flat)
         plan = _Plan(rows_, slots_, max(part.width for part in parts), tuple(parts), flat_)
-        return plan, {
-            kind: (torch.cat(m) if len(m) > 1 else m[0])[None, None, None]
-            for kind, m in masks.items()
-        }
+        return plan, {kind: (torch.cat(m) if len(m) > 1 else m[0])[None, None, None] for kind, m in masks.items()}
 
     # ------------------------------------------------------------------ captured steps
 

@@ -46,9 +46,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[int
     kinds = said.kinds
     control = [said.tokens[i] for i in sorted(said.control)]
     backend.add_special_tokens([_added(token, special=True) for token in control])
-    words = [
-        t for i, t in enumerate(said.tokens) if kinds[i] == _USER_DEFINED and i not in said.control
-    ]
+    words = [t for i, t in enumerate(said.tokens) if kinds[i] == _USER_DEFINED and i not in said.control]
     backend.add_tokens([_added(token, special=False) for token in words])
     _begin(backend, said)
     description = {
@@ -83,9 +81,7 @@ class _Said:
     @cached_property
     def control(self) -> set[int]:
         """Ids that are no text."""
-        ends = {
-            i for i, token in enumerate(self.tokens) if token in _ENDS and self.kinds[i] != _UNUSED
-        }
+        ends = {i for i, token in enumerate(self.tokens) if token in _ENDS and self.kinds[i] != _UNUSED}
         return ends | {i for i, kind in enumerate(self.kinds) if kind in (_CONTROL, _UNKNOWN)}
 
     @cached_property
@@ -151,9 +147,7 @@ def _sentence_pieces(said: _Said) -> Any:
     if said.get("add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("\u2581"))
     made.normalizer = normalizers.Sequence(spaces)
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     return made
 
 
@@ -171,12 +165,7 @@ def _begin(backend: Any, said: _Said) -> None:
     """What every text begins with, if with anything."""
     from tokenizers import processors
 
-    if (
-        said.get("add_bos_token", said.pre in _LLAMA3 or said.model == "llama")
-        and "bos" in said.named
-    ):
+    if said.get("add_bos_token", said.pre in _LLAMA3 or said.model == "llama") and "bos" in said.named:
         i = said.named["bos"]
         first = {"id": "BOS", "ids": [i], "tokens": [said.tokens[i]]}
-        backend.post_processor = processors.TemplateProcessing(
-            single=["BOS", "$A"], special_tokens=[first]
-        )
+        backend.post_processor = processors.TemplateProcessing(single=["BOS", "$A"], special_tokens=[first])

@@ -24,14 +24,14 @@ from threading import RLock
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
-from pastalm.engine import Engine, Request, SamplingParams
+from pastalm.core.engine import Engine, Request, SamplingParams
+from pastalm.core.events import Event, Finished, stamp
+from pastalm.core.interpreter import Interpreter, Limits
+from pastalm.core.layout import Policy
+from pastalm.core.stops import Stops
+from pastalm.core.transcript import Transcript
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import RequestError
-from pastalm.events import Event, Finished, stamp
-from pastalm.interpreter import Interpreter, Limits
-from pastalm.layout import Policy
-from pastalm.stops import Stops
-from pastalm.transcript import Transcript
-from pastalm.vocabulary import Vocabulary
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pastalm.core.events import TokenSet
 from pastalm.engines import sampling
 from pastalm.engines.sampling import ArraySampler, Draw, Sampled
 from pastalm.errors import EngineError
-from pastalm.events import TokenSet
 
 CANDIDATES = 1024
 """Ids looked at first where rows are truncated: nearly always enough, and sorts far fewer."""
@@ -141,9 +141,7 @@ def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     penalties = np.repeat([penalty for _, _, penalty in seen], lengths)
     penalty = torch.from_numpy(penalties).to(logits.device, logits.dtype)
     before = logits[owner, ids]
-    return logits.index_put(
-        (owner, ids), torch.where(before > 0, before / penalty, before * penalty)
-    )
+    return logits.index_put((owner, ids), torch.where(before > 0, before / penalty, before * penalty))
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pastalm.events import Path
-from pastalm.interpreter import Interpreter
-from pastalm.lang import Sync
-from pastalm.transcript import Transcript, begins
+from pastalm.core.events import Path
+from pastalm.core.interpreter import Interpreter
+from pastalm.core.language import Sync
+from pastalm.core.transcript import Transcript, begins
 
 
 class Stops:

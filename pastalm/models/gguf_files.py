@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pastalm import lossless
+from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import CapabilityError, ModelError, RequestError
-from pastalm.models import Loaded
-from pastalm.vocabulary import TAG_TOKENS, Tags, Vocabulary
+from pastalm.models import Loaded, lossless
 
 MARKER_KEY = "pastalm.sequential_marker"
 WHOLE = ("F32", "F16", "BF16")
@@ -142,9 +141,7 @@ class GgufTokenizer:
             "eos_token": self._api.llama_vocab_eos(self._vocabulary),
         }
         names = {name: self.spelling(i) if i >= 0 else "" for name, i in ids.items()}
-        formatter = Jinja2ChatFormatter(
-            self.chat_template or "", add_generation_prompt=add_generation_prompt, **names
-        )
+        formatter = Jinja2ChatFormatter(self.chat_template or "", add_generation_prompt=add_generation_prompt, **names)
         text: str = formatter(messages=[dict(m) for m in messages], **more).prompt
         return text
 
@@ -187,11 +184,7 @@ _LAYER = {
     "self_attn.o_proj.weight": "attn_output.weight",
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
-} | {
-    f"self_attn.{part}_proj.{kind}": f"attn_{part}.{kind}"
-    for part in "qkv"
-    for kind in ("weight", "bias")
-}
+} | {f"self_attn.{part}_proj.{kind}": f"attn_{part}.{kind}" for part in "qkv" for kind in ("weight", "bias")}
 _WHOLE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -286,8 +279,7 @@ def _check(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type not in _ARCHITECTURES:
         raise CapabilityError(
-            f"models of type {config.model_type!r} cannot be written as GGUF here, only "
-            f"{', '.join(_ARCHITECTURES)}"
+            f"models of type {config.model_type!r} cannot be written as GGUF here, only {', '.join(_ARCHITECTURES)}"
         )
     if rope.get("rope_type", "default") != "default" or getattr(config, "use_sliding_window", False):
         raise CapabilityError("scaled rotary positions and sliding windows cannot be written as GGUF here")

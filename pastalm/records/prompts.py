@@ -22,9 +22,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pastalm import jsonl
 from pastalm.errors import DataError
-from pastalm.jsonl import Bad
+from pastalm.records import jsonl
+from pastalm.records.jsonl import Bad
 
 FORMS = "give each row a 'prompt', an 'instruction' (and 'input'), 'messages', 'conversations', 'turns' or 'queries'"
 IDS = ("id", "question_id", "prompt_id", "index")

@@ -34,10 +34,18 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
+from pastalm.core.language import (
+    CHUNK_TAGS,
+    AsyncClose,
+    AsyncOpen,
+    Document,
+    Promise,
+    Text,
+    linearize,
+)
+from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.errors import CapabilityError, DataError
-from pastalm.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
-from pastalm.lang import CHUNK_TAGS, AsyncClose, AsyncOpen, Document, Promise, Text, linearize
-from pastalm.vocabulary import Tags, Vocabulary
 
 Policy: TypeAlias = Literal["promised", "overlap", "serial"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -80,9 +88,7 @@ class Layout:
     `serial` (it is not one masked pass), IndexError when full.
     """
 
-    def __init__(
-        self, prompt_length: int, capacity: int, policy: Policy = "promised", *, page: int = 1
-    ) -> None:
+    def __init__(self, prompt_length: int, capacity: int, policy: Policy = "promised", *, page: int = 1) -> None:
         if policy not in ("promised", "overlap"):
             raise CapabilityError(f"positions={policy!r} is not one masked pass; use promised or overlap")
         self.policy = policy
@@ -256,9 +262,7 @@ def unroll(document: Document, vocabulary: Vocabulary, *, eos: int | None = None
             forks[path] += 1
             unjoined[path].append(child)
             forks[child], unjoined[child], path = 0, [], child
-            yield Forked(
-                path=child, topic=promise.topic, promised=promise.tokens, forced=(tags.async_open,)
-            )
+            yield Forked(path=child, topic=promise.topic, promised=promise.tokens, forced=(tags.async_open,))
         elif isinstance(mark, AsyncClose):
             yield Decoded(path=path, token=tags.async_close, tag=True)
             yield Finished(path=path)
@@ -458,8 +462,7 @@ def _foreseen(events: Sequence[Event]) -> list[Event]:
         for depth in range(len(event.path) + 1):
             lengths[event.path[:depth]] += _tokens(event)
     return [
-        replace(e, promised=lengths[e.path] - CHUNK_TAGS) if isinstance(e, Forked) and e.path else e
-        for e in events
+        replace(e, promised=lengths[e.path] - CHUNK_TAGS) if isinstance(e, Forked) and e.path else e for e in events
     ]
 
 

@@ -20,9 +20,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live as RichLive
 from rich.text import Text
 
-from pastalm.events import Blocked, Decoded, Event, Finished, Joined, Path
-from pastalm.lang import CHUNK_TAGS
-from pastalm.transcript import ThreadRecord, Transcript, thread_name
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Joined, Path
+from pastalm.core.language import CHUNK_TAGS
+from pastalm.core.transcript import ThreadRecord, Transcript, thread_name
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green")
 FRAMES_PER_SECOND = 6.0
@@ -214,9 +214,7 @@ class Live:
         self.view = View(title)
         self._console = console
         self._drawn = 0.0
-        self._live = RichLive(
-            console=console, transient=True, auto_refresh=False, vertical_overflow="crop"
-        )
+        self._live = RichLive(console=console, transient=True, auto_refresh=False, vertical_overflow="crop")
 
     def __enter__(self) -> Live:
         self._live.start()

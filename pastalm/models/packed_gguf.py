@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pastalm import gguf_tokenizers
 from pastalm.engines.native import weights
 from pastalm.engines.native.weights import Architecture, Bytes, Floats, Rope, Rows, WeightType
 from pastalm.errors import CapabilityError, ModelError, complaint
-from pastalm.gguf_files import MARKER_KEY
-from pastalm.packed_models import Packable, Tensor
+from pastalm.models import gguf_tokenizers
+from pastalm.models.gguf_files import MARKER_KEY
+from pastalm.models.packed_models import Packable, Tensor
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3")
 _GEMMA = ("gemma2", "gemma3")
@@ -39,9 +39,7 @@ def read(path: Path) -> Packable:
     try:
         file = _File(gguf.GGUFReader(path))
     except Exception as error:
-        raise ModelError(
-            f"cannot read {path} as a GGUF file: {str(error).splitlines()[0]}"
-        ) from None
+        raise ModelError(f"cannot read {path} as a GGUF file: {str(error).splitlines()[0]}") from None
     made = _architecture(file)
     tokenizer, eos = gguf_tokenizers.from_metadata(file.fields)
     _check_tensors(file, made)
@@ -130,9 +128,7 @@ def _architecture(file: _File) -> Architecture:
     if said := complaint(_checks(file)):
         raise _refuse(said)
     gemma = file.kind in _GEMMA
-    heads, hidden, layers = (
-        file[key] for key in ("attention.head_count", "embedding_length", "block_count")
-    )
+    heads, hidden, layers = (file[key] for key in ("attention.head_count", "embedding_length", "block_count"))
     head_dim = file.own.get("attention.key_length", hidden // heads)
     scaled = hidden // heads if _UNSCALED.get(file.kind) == layers else head_dim
     windows = _windows(file, layers)
@@ -172,16 +168,12 @@ def _checks(file: _File) -> Iterator[tuple[bool, str]]:
         yield key in known or usual, f"it has a {key} of {value!r}"
         one = not isinstance(value, list) or key == "attention.sliding_window_pattern"
         yield one, f"its {key} differs from layer to layer"
-    capped = file.kind == "gemma3" and (
-        own.keys() & {"attn_logit_softcapping", "final_logit_softcapping"}
-    )
+    capped = file.kind == "gemma3" and (own.keys() & {"attn_logit_softcapping", "final_logit_softcapping"})
     yield not capped, "its logits are capped"
     yield "token_embd.weight" in file.tensors, "it has no token_embd.weight"
     wide = own["feed_forward_length"]
     yield wide % weights.GROUP == 0, f"its MLP is {wide} wide"
-    head_dim = own.get(
-        "attention.key_length", own["embedding_length"] // own["attention.head_count"]
-    )
+    head_dim = own.get("attention.key_length", own["embedding_length"] // own["attention.head_count"])
     for key in ("attention.value_length", "rope.dimension_count"):
         yield own.get(key, head_dim) == head_dim, f"its {key} is not the size of a head"
 
@@ -240,9 +232,7 @@ def _scaled(file: _File, base: float, head_dim: int) -> tuple[Any, float]:
 
     low, high = max(math.floor(turning(32)), 0), min(math.ceil(turning(1)), head_dim - 1)
     slow = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
-    return plain / stretch * slow + plain * (1 - slow), 0.1 * math.log(
-        stretch
-    ) + 1 if stretch > 1 else 1.0
+    return plain / stretch * slow + plain * (1 - slow), 0.1 * math.log(stretch) + 1 if stretch > 1 else 1.0
 
 
 # ------------------------------------------------------------------------------ weights

@@ -67,8 +67,7 @@ class Promise:
             raise LanguageError(f"topic must be 1 to {MAX_TOPIC_WORDS} words, got {self.topic!r}")
         if self.tokens not in LENGTHS:
             raise LanguageError(
-                f"tokens must be a multiple of {LENGTH_STEP} in {LENGTH_STEP}..{MAX_LENGTH}, "
-                f"got {self.tokens}"
+                f"tokens must be a multiple of {LENGTH_STEP} in {LENGTH_STEP}..{MAX_LENGTH}, got {self.tokens}"
             )
 
     @classmethod

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pastalm import disk
 from pastalm.errors import DataError, RequestError, check_text
+from pastalm.records import disk
 
 HEADER = "pasta"
 FORMAT = 1

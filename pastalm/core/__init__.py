@@ -1,0 +1,1 @@
+"""The language, and how an answer in it is decoded: no torch, no files, no network."""

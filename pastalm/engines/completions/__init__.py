@@ -1,0 +1,1 @@
+"""An engine over a server of OpenAI's completions API."""

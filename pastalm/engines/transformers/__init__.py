@@ -1,0 +1,1 @@
+"""The reference engine: models of transformers, on CPU and GPU."""

@@ -60,7 +60,7 @@ class Reader:
         self.response = response
         self.read: list[Event] = []
         self.iterator: Iterator[Event] | None = iter(response)
-        self.ended_early = False
+        self.started = self.ended_early = False
 
     def act(self, action: str) -> None:
         if action == "take":
@@ -69,13 +69,13 @@ class Reader:
             self.ended_early |= not self.response.finished
             self.response.cancel()
         elif action == "leave":
-            started = bool(self.read)
-            if started and self.iterator is not None:
+            if self.started and self.iterator is not None:  # one that was never begun has nothing to leave
                 self.ended_early |= not self.response.finished
                 self.iterator.close()  # type: ignore[attr-defined]
                 self.iterator = None
-        elif self.iterator is not None and (event := next(self.iterator, None)) is not None:
-            self.read.append(event)
+        elif self.iterator is not None:
+            self.started = True
+            self.read += [event for event in [next(self.iterator, None)] if event is not None]
 
     def finish(self) -> None:
         if self.iterator is not None:

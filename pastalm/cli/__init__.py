@@ -967,7 +967,12 @@ def _bfloat16() -> str:
         return "unknown: torch is not installed"
 
 
-_ENGINES = {"scripted": "", "transformers": "transformers", "llama_cpp": "llama-cpp", "openai": "remote"}
+_ENGINES = {
+    "scripted": "",
+    "transformers.engine": "transformers",
+    "llama_cpp": "llama-cpp",
+    "completions.engine": "remote",
+}
 """Modules of engines, and the extra of the package that brings what each needs."""
 
 
@@ -982,7 +987,7 @@ def _engines() -> dict[str, str]:
             note = getattr(engine, "advice", str)()
             found[engine.CAPABILITIES.name] = f"works: {engine.CAPABILITIES}" + (note and f"; {note}")
         except ImportError:
-            found[module.replace("_", ".")] = f"pip install 'pastalm[{extra}]'"
+            found[module.removesuffix(".engine").replace("_", ".")] = f"pip install 'pastalm[{extra}]'"
     return found
 
 

@@ -317,8 +317,12 @@ class Log(TrainerCallback):  # type: ignore[misc]
             there = bookkeeping.cut(self.path, state.global_step)
         for entry in there:
             self.last.update(entry)
-        if state.global_step and not any("loss" not in e and e["step"] == state.global_step for e in there):
+        if not state.global_step:
+            return
+        if not any("loss" not in e and e["step"] == state.global_step for e in there):
             self.on_save(args, state, control)
+        elif state.is_world_process_zero:
+            self._plot()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
@@ -331,6 +335,9 @@ class Log(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         self._write({"step": state.global_step, **found})
+        self._plot()
+
+    def _plot(self) -> None:
         plot(self.path, self.config.out / "loss.png", self.curves)
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pastalm import models
 from pastalm.core.language import Text, parse
 from pastalm.core.layout import pack
 from pastalm.errors import DataError
-from pastalm.train import bookkeeping
+from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import Mix
 from pastalm.train.preference import PreferenceConfig
 from pastalm.train.run import RunConfig
@@ -177,3 +178,26 @@ def test_a_pair_is_known_by_its_tokens_positions_and_mask() -> None:
 def test_logs_are_read_as_json(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + "\nx\n")
     assert bookkeeping.entries(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize("lost", ["picture", "validation"])
+def test_what_a_kill_kept_from_following_a_checkpoint_follows(lost: str, config: SftConfig) -> None:
+    """Between a checkpoint and the picture of its losses a run can be cut off."""
+
+    def begun(step: int) -> bytes:
+        log = run.Log(config, str, validate=lambda: {"validation_text": 2.5}, curves=("validation_text",))
+        log.on_train_begin(None, SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+        return log.path.read_bytes()
+
+    picture = config.out / "loss.png"
+    config.out.mkdir()
+    losses = '{"step": 2, "loss": 3}\n{"step": 4, "loss": 2}\n'
+    validation = '{"step": 4, "validation_text": 2.5}\n'
+    (config.out / "log.jsonl").write_text(losses + validation)
+    run.plot(config.out / "log.jsonl", picture, ("validation_text",))
+    whole = picture.read_bytes()
+    kept = validation if lost == "picture" else ""
+    (config.out / "log.jsonl").write_text(f'{losses}{kept}{{"step": 6, "loss": 1}}\n')
+    picture.write_bytes(whole[:99])
+    assert begun(4).decode() == losses + validation
+    assert picture.read_bytes() == whole

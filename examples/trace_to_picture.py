@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pastalm.events import from_json
-from pastalm.view import View
+from pastalm.cli.view import View
+from pastalm.core.events import from_json
 
 WIDTH, HEIGHT = 104, 34
 

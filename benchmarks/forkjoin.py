@@ -38,8 +38,9 @@ import numpy as np
 import random_llama
 
 from pastalm import models
-from pastalm.core.engine import Engine, Request, SamplingParams
+from pastalm.core.engine import Engine, Request
 from pastalm.core.events import Blocked, Decoded, Finished, Forked, Joined
+from pastalm.core.params import SamplingParams
 
 THREADS = (1, 2, 3, 4, 8, 16)
 BATCH = 512

@@ -3,8 +3,8 @@
 The public names; everything else may change.
 """
 
-from pastalm.core.engine import SamplingParams
 from pastalm.core.interpreter import Limits
+from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.errors import (
     CapabilityError,

@@ -1,4 +1,4 @@
-"""LLM: prompts in, answers out. It loads a model, encodes prompts and collects outputs; `driver` decodes."""
+"""LLM, the public class: loads a model, encodes prompts and collects outputs. `core/driver.py` decodes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pastalm import loading
 from pastalm.core.driver import Driver, Response
-from pastalm.core.engine import Engine, SamplingParams
+from pastalm.core.engine import Engine
 from pastalm.core.events import FinishReason
 from pastalm.core.interpreter import Limits
 from pastalm.core.layout import Policy
+from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import ModelError, RequestError, check_text
@@ -27,8 +28,15 @@ Prompt: TypeAlias = "str | Sequence[int]"
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One answer. token_ids: linear order, tags too. logprobs: one {token id: log-probability} a
-    token of the text, in document order, if they were asked for."""
+    """One answer.
+
+    index: which of the n answers to the prompt.
+    text: the reader's text, without tags.
+    token_ids: all tokens in linear order, tags included.
+    logprobs: for each token of the text, in document order, {token id: log-probability}; None if not requested.
+    finish_reason: why decoding ended.
+    transcript: the full record, with annotated text, threads and figures.
+    """
 
     index: int
     text: str
@@ -50,16 +58,23 @@ class RequestOutput:
 
 
 class LLM:
-    """A model that answers asynchronously.
+    """A model that decodes answers asynchronously. A context manager: leaving it closes the model.
 
-    model: the embedded model's name, a hub name, a folder, or a GGUF file. engine: native, transformers or llama.cpp;
-    "auto" is native on a CPU, wherever that can run the model (`loading`, docs/engines.md). adapter: "auto" takes the
-    one that ships for this model, None none, else a folder. dtype: of the weights; q8_0 and q4_0 are native's, "auto"
-    is what each engine is good at. positions: the policy of layout.py (None: the engine's first). max_num_seqs:
-    responses at once; more wait. max_model_len: slots each may fill (None: the model's, 4096 at most). compiled: steps
-    of one response as torch.compile makes them on a CPU, faster after minutes (transformers). trust_remote_code: code
-    that comes with the model may run. A context manager, which closes it. Raises ModelError, CapabilityError,
-    RequestError.
+    model: the embedded model's name, a hub name, a folder, or a GGUF file.
+    engine: native, transformers or llama.cpp. "auto": native on a CPU if it can run the model (docs/engines.md).
+    adapter: "auto" for the adapter shipped for this model, None for no adapter, else a folder.
+    dtype: weight type. q8_0 and q4_0 need the native engine. "auto": the engine's default.
+    device: "cpu" or a torch device.
+    positions: position policy (core/layout.py). None: the engine's first.
+    limits: bounds on forking and nesting.
+    max_num_seqs: responses decoded at once; more wait.
+    max_model_len: cache slots (tokens) a response. None: the model's context, at most 4096.
+    compiled: compile steps of a single response with torch.compile; faster after minutes of warm-up (CPU,
+        transformers).
+    trust_remote_code: run Python code that comes with the model.
+
+    Raises RequestError for invalid options, CapabilityError if the engine does not support the model or an option,
+    ModelError if the model cannot be loaded.
     """
 
     def __init__(
@@ -87,8 +102,8 @@ class LLM:
             compiled=compiled,
             trust_remote_code=trust_remote_code,
         )
-        loaded, made = loading.load(model, options)
-        self._begin(made, loaded, positions, limits)
+        loaded, built_engine = loading.load(model, options)
+        self._begin(built_engine, loaded, positions, limits)
 
     @classmethod
     def over(
@@ -99,10 +114,16 @@ class LLM:
         positions: Policy | None = None,
         limits: Limits | None = None,
     ) -> LLM:
-        """One over an engine that was made elsewhere. loaded: its vocabulary and tokenizer."""
-        made = cls.__new__(cls)
-        made._begin(engine, loaded, positions, limits)
-        return made
+        """An LLM on an existing engine.
+
+        engine: the engine.
+        loaded: the model's tokenizer and vocabulary.
+        positions: position policy. None: the engine's first.
+        limits: bounds on forking and nesting.
+        """
+        llm = cls.__new__(cls)
+        llm._begin(engine, loaded, positions, limits)
+        return llm
 
     @classmethod
     def remote(
@@ -116,37 +137,43 @@ class LLM:
         limits: Limits | None = None,
         **options: Any,
     ) -> LLM:
-        """One over a server of OpenAI's completions API: vLLM, SGLang, llama.cpp's (docs/engines.md).
+        """An LLM on a server with OpenAI's completions API, such as vLLM, SGLang or llama.cpp (docs/engines.md).
 
-        model: its name there (None: the only one). tokenizer: where its tokenizer and chat template are, a hub name or
-        a folder (None: the model's name; where there is none by it, only raw prompts can be sent, as text). prompted:
-        the model was not finetuned and is taught the tags in its system message. options: of
-        `engines.openai.connect`. Raises RemoteError, ModelError.
+        base_url: the API's address, ending in /v1.
+        model: the model's name on the server. None: the only one.
+        tokenizer: hub name or folder of its tokenizer and chat template. None: the model's name; if that has no
+            tokenizer, only raw prompts can be sent, as text.
+        prompted: the model was not finetuned; teach it the tags in the system message.
+        positions: position policy. None: the engine's first.
+        limits: bounds on forking and nesting.
+        options: passed to `engines.completions.engine.connect`.
+
+        Raises RemoteError if the server cannot be used, ModelError if the tokenizer cannot be loaded.
         """
         from pastalm import models
         from pastalm.engines.completions.engine import connect
 
-        found: list[Loaded] = []
+        tokenizers: list[Loaded] = []
 
         def vocabulary(served: str) -> Vocabulary | None:
             try:
-                found.append(models.load_tokenizer(tokenizer or served, prompted=prompted))
+                tokenizers.append(models.load_tokenizer(tokenizer or served, prompted=prompted))
             except ModelError:
                 if tokenizer:
                     raise
                 return None
-            return found[0].vocabulary
+            return tokenizers[0].vocabulary
 
         engine = connect(base_url, model, vocabulary=vocabulary, **options)
-        spoken = engine.wire.vocabulary
-        if not found:
-            words: Any = models.TextTokenizer(None, spoken.encode)
+        wire_vocabulary = engine.wire.vocabulary
+        if not tokenizers:
+            words: Any = models.TextTokenizer(None, wire_vocabulary.encode)
             teaching = models.TEACHING if prompted else None
-            loaded = models.Loaded(engine.connection.model, None, words, spoken, False, None, 2048, teaching)
-        elif spoken is found[0].vocabulary:
-            loaded = found[0]
+            loaded = models.Loaded(engine.connection.model, None, words, wire_vocabulary, False, None, 2048, teaching)
+        elif wire_vocabulary is tokenizers[0].vocabulary:
+            loaded = tokenizers[0]
         else:
-            loaded = models.in_pieces(found[0], spoken)
+            loaded = models.in_pieces(tokenizers[0], wire_vocabulary)
         return cls.over(engine, loaded, positions=positions, limits=limits)
 
     def _begin(self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None) -> None:
@@ -155,21 +182,21 @@ class LLM:
 
     def _open(self) -> tuple[Loaded, Driver]:
         if self._parts is None:
-            raise RequestError("this LLM was closed: make another")
+            raise RequestError("this LLM is closed: create another")
         return self._parts
 
     @property
     def loaded(self) -> Loaded:
-        """The model and what goes with it. Raises RequestError once it is closed."""
+        """The model, its tokenizer and vocabulary. Raises RequestError if the LLM is closed."""
         return self._open()[0]
 
     @property
     def driver(self) -> Driver:
-        """What it decodes with. Raises RequestError once it is closed."""
+        """The driver that decodes. Raises RequestError if the LLM is closed."""
         return self._open()[1]
 
     def close(self) -> None:
-        """Cancels what decodes, and frees cache and weights where Python does not; may be called again."""
+        """Cancels all responses and frees the cache and the weights. Can be called more than once."""
         if self._parts is None:
             return
         (loaded, driver), self._parts = self._parts, None
@@ -184,7 +211,13 @@ class LLM:
         self.close()
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]:
-        """Completes raw prompts (text, or token ids), all at once; outputs in their order."""
+        """Completes raw prompts, all at once.
+
+        prompts: one text, one list of token ids, or a list of these.
+        params: sampling parameters. None: the defaults.
+
+        Returns one output a prompt, in order. Raises RequestError, CapabilityError.
+        """
         if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
             raise RequestError(f"prompts are texts or lists of token ids, not {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
@@ -196,15 +229,28 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several at once, through the model's chat template."""
+        """Answers one conversation, or several at once, with the model's chat template.
+
+        messages: one conversation (a list of {"role", "content"}), or a list of conversations.
+        params: sampling parameters. None: the defaults.
+
+        Returns one output a conversation, in order. Raises RequestError, CapabilityError, and ModelError if the model
+        has no chat template.
+        """
         params = params or SamplingParams()
         single = not messages or isinstance(messages, str | bytes | Mapping) or isinstance(messages[0], Mapping)
         many: Sequence[Any] = [messages] if single else messages
         return self._run([self._conversation(m, params) for m in many], params, [None] * len(many))
 
     def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> Response:
-        """Begins one answer (n must be 1): iterate over it for its events as they happen, with `for` or `async for`.
-        Answers may be streamed side by side, from several threads too. Raises RequestError, CapabilityError."""
+        """Starts one answer and returns its handle. Iterate over it, with `for` or `async for`, to get its events as
+        they happen. Several answers can be streamed at once, also from several threads.
+
+        prompt: text, token ids, or messages.
+        params: sampling parameters; n must be 1.
+
+        Raises RequestError, CapabilityError.
+        """
         params = params or SamplingParams()
         if params.n != 1:
             raise RequestError("a stream decodes one answer; n must be 1")
@@ -219,8 +265,8 @@ class LLM:
         seed: int | None = None,
         keep_events: bool = True,
     ) -> Response:
-        """Hands one answer to the driver, whose `step` decodes it beside all others; arguments and errors as
-        `Driver.submit`'s."""
+        """Submits one answer to the driver, whose `step` decodes all submitted answers together. For arguments and
+        errors see `Driver.submit`."""
         return self.driver.submit(
             self.encode(prompt, params),
             params,
@@ -238,16 +284,22 @@ class LLM:
         rendering: Rendering | None = None,
         add_special_tokens: bool = True,
     ) -> list[int]:
-        """Token ids of a raw prompt, or of a conversation as the chat template has it. rendering: of a conversation.
-        add_special_tokens: whether a raw prompt begins with what the tokenizer puts before a text. Raises
-        RequestError, ModelError."""
+        """Token ids of a raw prompt, or of a conversation rendered by the chat template.
+
+        prompt: text, token ids, or messages.
+        params: sampling parameters; with parallelism 0, the marker of sequential answers is added.
+        rendering: options of the chat template.
+        add_special_tokens: whether the tokenizer adds its special tokens (such as BOS) to a raw prompt.
+
+        Raises RequestError for an invalid prompt, ModelError if the model has no chat template.
+        """
         chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         if chat:
             return self._conversation(prompt, params, rendering)
         return self._encode(prompt, add_special_tokens)  # type: ignore[arg-type]
 
     def _encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a raw prompt. A tag's spelling in it is text, other special tokens are themselves."""
+        """Token ids of a raw prompt. Tags in it are encoded as plain text, other special tokens as themselves."""
         if not isinstance(prompt, str):
             tokens: Any = prompt
             listed = isinstance(tokens, Sequence) and not isinstance(tokens, bytes)
@@ -262,16 +314,15 @@ class LLM:
         )
 
     def _conversation(self, messages: Any, params: SamplingParams, rendering: Rendering | None = None) -> list[int]:
-        """Token ids of a conversation up to where the answer begins, with the marker of sequential answers where
-        the model has one and `params` asks for that, else with what the model has to be taught. Raises RequestError
-        for an empty one."""
+        """Token ids of a conversation, up to the start of the answer. The system message gets the sequential marker
+        (parallelism 0) or the teaching of a model that was not finetuned. Raises RequestError if it is empty."""
         from pastalm import models
 
         listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
         if not listed or not all(isinstance(message, Mapping) for message in messages):
             raise RequestError("messages are dictionaries, each with a role and a content")
         if not messages or not str(messages[-1].get("content", "")).strip():
-            raise RequestError("the prompt is empty: say something")
+            raise RequestError("the prompt is empty: give some text")
         for i, message in enumerate(messages):
             for key, value in message.items():
                 if isinstance(value, str):

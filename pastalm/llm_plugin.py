@@ -1,6 +1,6 @@
 """A plugin for `llm` (llm.datasette.io): `llm install pastalm`, then `llm -m pasta "…"`.
 
-The reader's text streams in document order. Token counts and the critical path are logged with the answer.
+Streams the reader's text in document order. Logs token counts and the critical path with the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import llm
 from pydantic import Field
 
 from pastalm.core.driver import Response
-from pastalm.core.engine import SamplingParams
+from pastalm.core.params import SamplingParams
 from pastalm.errors import PastaError
 from pastalm.llm import LLM
 from pastalm.loading import missing
@@ -22,7 +22,7 @@ from pastalm.models import EMBEDDED
 
 @llm.hookimpl
 def register_models(register: Any) -> None:
-    """The embedded model, under its own name and as `pasta`; option `model` takes any other."""
+    """Registers the embedded model under its own name and as `pasta`. The option `model` selects another."""
     register(Pasta(), aliases=("pasta",))
 
 
@@ -33,24 +33,24 @@ class Pasta(llm.Model):
     can_stream = True
 
     class Options(llm.Options):
-        """As `pasta generate` has them."""
+        """The same as those of `pasta generate`."""
 
         model: str = Field(EMBEDDED, description="The embedded model, a hub name, a folder, or a GGUF file")
         engine: str = Field("auto", description="native, transformers, llama.cpp, or auto: native on a CPU")
-        adapter: str = Field("auto", description="A folder, none, or auto: the one that ships")
+        adapter: str = Field("auto", description="A folder, none, or auto: the adapter shipped with pastalm")
         temperature: float = Field(0.0, description="0 is greedy")
-        max_tokens: int = Field(1024, description="Bound on all decoded tokens, tags too")
+        max_tokens: int = Field(1024, description="Maximum number of decoded tokens, tags included")
         parallelism: float = Field(1.0, description="Odds of forking; 0 is sequential")
-        seed: int | None = Field(None, description="Makes sampling repeatable")
+        seed: int | None = Field(None, description="Makes sampling reproducible")
 
     def __init__(self) -> None:
         self._key: tuple[str, str, str] | None = None
         self._loaded: LLM | None = None
         self._lock = threading.RLock()
-        """Held for every step: an LLM is one caller's at a time, and callers may be threads."""
+        """Held for every step: `llm` may call from several threads."""
 
     def execute(self, prompt: Any, stream: bool, response: Any, conversation: Any) -> Iterator[str]:
-        """Yields the text as it becomes certain. Raises llm.ModelError."""
+        """Yields the text as soon as it can no longer change. Raises llm.ModelError."""
         options = prompt.options
         try:
             params = SamplingParams(
@@ -77,7 +77,7 @@ class Pasta(llm.Model):
         response.response_json = {"annotated": transcript.annotated, "finish_reason": transcript.finish_reason}
 
     def _texts(self, decoding: Response) -> Iterator[str]:
-        """The text of an answer as it becomes certain; who stops listening ends the answer."""
+        """Yields the answer's text as soon as it can no longer change. Closing the generator cancels the answer."""
         events, transcript, shown = iter(decoding), decoding.transcript, 0
         try:
             while True:
@@ -94,14 +94,14 @@ class Pasta(llm.Model):
                 decoding.cancel()
 
     def _llm(self, model: str, engine: str, adapter: str) -> LLM:
-        """The model that is loaded, if it is this one; else it makes way, as soon as nothing decodes on it."""
+        """The loaded model if it is this one; else loads this one, and closes the other unless it is decoding."""
         key = (model, engine, adapter)
         if self._loaded is None or key != self._key:
-            before, self._loaded = self._loaded, None
-            if before is not None and not before.driver.running:
-                before.close()
-            chosen = None if adapter == "none" else adapter
-            self._loaded, self._key = LLM(model, engine=engine, adapter=chosen, max_num_seqs=1), key
+            previous, self._loaded = self._loaded, None
+            if previous is not None and not previous.driver.running:
+                previous.close()
+            adapter_name = None if adapter == "none" else adapter
+            self._loaded, self._key = LLM(model, engine=engine, adapter=adapter_name, max_num_seqs=1), key
         return self._loaded
 
 

@@ -1,7 +1,7 @@
-"""A model's own answers to many prompts, many requests at once: to finetune on or against them, and to evaluate.
+"""Samples answers to many prompts, many requests at once: for preference training and evaluation.
 
-In: prompts of prompts.py. Out: JSONL of answers.py, one line an answer, written as soon as it has ended, so that a run
-goes on where it was cut off.
+In: prompts (records/prompts.py). Out: JSONL of answers (records/answers.py). Each answer is written as soon as it
+ends, so an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pastalm.core.driver import Task, run_tasks
-from pastalm.core.engine import SamplingParams
+from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.llm import LLM
 from pastalm.records import answers
@@ -23,8 +23,14 @@ from pastalm.records.prompts import Prompt
 
 @dataclass(slots=True)
 class Sampled:
-    """What a run did. skipped: answers that were there; tokens: of those it wrote; refused: answers to prompts that
-    do not fit."""
+    """Progress of a run.
+
+    written: answers written.
+    skipped: answers that the file already had.
+    tokens: decoded tokens of the written answers.
+    ended: number of written answers by finish_reason.
+    refused: answers not decoded because their prompt is longer than the context.
+    """
 
     written: int = 0
     skipped: int = 0
@@ -34,18 +40,18 @@ class Sampled:
 
 
 def made(params: SamplingParams, models: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides an answer beside its prompt, its choice and whether it forks, which stand in its row. models: what
-    they are, by their contents."""
-    chosen = {key: getattr(params, key) for key in _DECIDING}
-    return {**models, "seed": params.seed, **chosen}
+    """The file header: all that determines an answer except its prompt, its choice and whether it forks, which are in
+    its row. models: name and hash of each model used."""
+    settings = {key: getattr(params, key) for key in _HEADER_PARAMS}
+    return {**models, "seed": params.seed, **settings}
 
 
-_DECIDING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+_HEADER_PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 
 
 def sample(
     llm: LLM,
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     target: Path,
     params: SamplingParams,
     *,
@@ -54,27 +60,37 @@ def sample(
     progress: Callable[[Sampled], None] = lambda _: None,
     refuse: Callable[[RequestError], None] = lambda _: None,
 ) -> Sampled:
-    """`params.n` answers to each prompt, as many at once as the engine takes.
+    """Writes `params.n` answers to each prompt, as many at once as the engine can decode.
 
-    A seed makes each answer a matter of its prompt's place, its choice and the seed alone, in whatever
-    company it is decoded. models: what answers, for the file's header. overwrite: answers that are there make way.
-    refuse: is told of a prompt that does not fit. Raises DataError for files that cannot be read or written, or were
-    made otherwise.
+    With a seed, each answer depends only on the seed, its prompt's place in the list and its choice, not on other
+    requests in the batch.
+
+    llm: the model.
+    prompts: the prompts.
+    target: the JSONL file to write or to resume.
+    params: sampling parameters of each answer.
+    models: name and hash of the models, for the file's header.
+    overwrite: delete the answers that the file has.
+    progress: called after each written answer.
+    refuse: called with the error for each prompt that is longer than the context.
+
+    Raises DataError if a file cannot be read or written, or its header differs from this run's.
     """
-    results, there = answers.results(target, answers.KIND, made(params, models or {}), asked, overwrite=overwrite)
+    results, existing = answers.results(target, answers.KIND, made(params, models or {}), prompts, overwrite=overwrite)
     counts = Sampled()
-    tasks = _missing(llm, asked, params, {found.key for found in there}, counts)
+    tasks = _missing(llm, prompts, params, {result.key for result in existing}, counts)
     most = llm.driver.engine.capabilities.max_num_seqs
     with results as file, closing(run_tasks(llm.driver, tasks, most)) as ended:
-        for found in ended:
-            if isinstance(found, RequestError):  # longer than the context
+        for result in ended:
+            if isinstance(result, RequestError):  # longer than the context
                 counts.refused += 1
-                refuse(found)
+                refuse(result)
                 continue
-            file.write(replace(found, seconds=None).to_dict())  # in company they say nothing, and are never the same
+            # seconds in a shared batch mean nothing, and would make equal runs differ
+            file.write(replace(result, seconds=None).to_dict())
             counts.written += 1
-            counts.tokens += found.tokens
-            counts.ended[found.finish_reason] = counts.ended.get(found.finish_reason, 0) + 1
+            counts.tokens += result.tokens
+            counts.ended[result.finish_reason] = counts.ended.get(result.finish_reason, 0) + 1
             progress(counts)
     return counts
 
@@ -82,8 +98,17 @@ def sample(
 def answer(
     llm: LLM, prompt: Prompt, params: SamplingParams, *, choice: int = 0, place: int = 0, threads: bool = False
 ) -> Task[Answer]:
-    """One answer to a prompt, its seed the parameters' and its prompt's place. threads: keep what its timeline is drawn
-    from. Raises RequestError for a prompt that is empty or longer than the context."""
+    """A task that decodes one answer.
+
+    llm: the model.
+    prompt: the prompt; a conversation of one user message.
+    params: sampling parameters; n is ignored.
+    choice: which of the prompt's answers this is.
+    place: index of the prompt, which is added to the seed.
+    threads: keep the thread records that the timeline is drawn from.
+
+    Raises RequestError if the prompt is empty or longer than the context.
+    """
     seed = None if params.seed is None else params.seed + place
     messages = [{"role": "user", "content": prompt.text}]
     try:
@@ -102,12 +127,12 @@ def answer(
 
 
 def _missing(
-    llm: LLM, asked: Sequence[Prompt], params: SamplingParams, there: set[tuple[str, int, bool]], counts: Sampled
+    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, existing: set[tuple[str, int, bool]], counts: Sampled
 ) -> Iterator[Task[Answer]]:
-    """The answers that are not there yet; those that are, are counted."""
-    for place, prompt in enumerate(asked):
+    """Tasks for the answers that are not in the file yet; counts the others as skipped."""
+    for place, prompt in enumerate(prompts):
         for choice in range(params.n):
-            if (prompt.id, choice, params.parallelism == 0) in there:
+            if (prompt.id, choice, params.parallelism == 0) in existing:
                 counts.skipped += 1
             else:
                 yield answer(llm, prompt, params, choice=choice, place=place)

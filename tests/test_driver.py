@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pastalm.core.driver import Driver, Response, run_tasks
-from pastalm.core.engine import Engine, SampledToken, SamplingParams
+from pastalm.core.engine import Engine, SampledToken
 from pastalm.core.events import Event, Finished
 from pastalm.core.interpreter import Limits
+from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pastalm.core.driver import Driver, Response
-from pastalm.core.engine import SamplingParams
+from pastalm.core.params import SamplingParams
 from pastalm.engines.scripted import EOS, Script, ScriptedEngine, byte_vocabulary
 
 CHUNKS = (

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pastalm.core.engine import Capabilities, Request, SamplingParams
+from pastalm.core.engine import Capabilities, Request
+from pastalm.core.params import SamplingParams
 from pastalm.engines import scripted
 from pastalm.errors import CapabilityError
 

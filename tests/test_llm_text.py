@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.core.engine import SamplingParams
+from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError, check_text
 from pastalm.llm import LLM
 from tests.server.serving import tiny

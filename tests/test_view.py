@@ -12,9 +12,9 @@ from rich.console import Console, RenderableType
 
 from pastalm.cli.view import Live, Plain, View, figures
 from pastalm.core.driver import Driver
-from pastalm.core.engine import SamplingParams
 from pastalm.core.events import Decoded, Event, Forked
 from pastalm.core.language import Async, Document, Node, Promise, Sync, Text, normalize
+from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from pastalm.core.engine import SamplingParams
 from pastalm.core.layout import MIXED, POLICIES, Policy
+from pastalm.core.params import SamplingParams
 from pastalm.errors import (
     CapabilityError,
     DataError,
@@ -548,7 +548,7 @@ def generate(
     """Answer a prompt, its independent parts at the same time."""
     text = _read("-") if prompt == "-" else prompt
     if not text.strip():
-        raise RequestError("the prompt is empty: say something")
+        raise RequestError("the prompt is empty: give some text")
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

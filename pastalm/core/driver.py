@@ -24,10 +24,11 @@ from threading import RLock
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
-from pastalm.core.engine import Engine, Request, SamplingParams
+from pastalm.core.engine import Engine, Request
 from pastalm.core.events import Event, Finished, stamp
 from pastalm.core.interpreter import Interpreter, Limits
 from pastalm.core.layout import Policy
+from pastalm.core.params import SamplingParams
 from pastalm.core.stops import Stops
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary

@@ -12,7 +12,6 @@ The driver's loop, the same for every engine:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,70 +19,8 @@ from typing import Protocol
 from pastalm.core.events import Event, Path
 from pastalm.core.events import SampledToken as SampledToken
 from pastalm.core.layout import Policy
-from pastalm.errors import CapabilityError, RequestError, check_text, complaint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How one request is sampled; names and defaults as vLLM's. Raises RequestError for bad values.
-
-    temperature 0 is greedy. top_k 0 or -1: off. max_tokens bounds all decoded tokens of the
-    response, tags too. seed None draws one. logprobs: how many top log-probabilities to return
-    beside the sampled token's. parallelism: odds of forking are multiplied by it; 0 turns it off.
-    ignore_eos: the end of the model's vocabulary ends nothing. stop_token_ids: each ends the answer where it
-    stands, and is not part of its text. min_tokens: before so many, neither those nor the end may be sampled, and no
-    stop string counts (the main thread's own tokens, and those of the chunks that it has joined).
-    """
-
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] | list[str] | str | None = None
-    max_tokens: int = 16
-    logprobs: int | None = None
-    logit_bias: Mapping[int, float] | None = None
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] | list[int] | None = None
-    parallelism: float = 1.0
-
-    def __post_init__(self) -> None:
-        checks = (
-            (self.n >= 1, "n must be 1 or more"),
-            (self.temperature >= 0, "temperature must be 0 or more"),
-            (0 < self.top_p <= 1, "top_p must be in (0, 1]"),
-            (self.top_k >= -1, "top_k must be 0 (off) or more"),
-            (0 <= self.min_p <= 1, "min_p must be in [0, 1]"),
-            (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
-            (self.max_tokens >= 1, "max_tokens must be 1 or more"),
-            (0 <= self.min_tokens <= self.max_tokens, "min_tokens must be in 0..max_tokens"),
-            (min(self.stop_token_ids or (0,)) >= 0, "stop_token_ids must be token ids"),
-            (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be in 0..20"),
-            (self.parallelism >= 0, "parallelism must be 0 or more"),
-            (
-                all(map(math.isfinite, (self.temperature, self.repetition_penalty, self.parallelism))),
-                "temperature, repetition_penalty and parallelism must be finite",
-            ),
-            (all(isinstance(stop, str) for stop in self.stop_strings), "stop must be one text or several"),
-            (all(self.stop_strings), "a stop string must not be empty"),
-            (all(map(math.isfinite, (self.logit_bias or {}).values())), "the values of logit_bias must be finite"),
-        )
-        if said := complaint(checks):
-            raise RequestError(said)
-        for stop in self.stop_strings:
-            check_text(stop, "a stop string")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
+from pastalm.core.params import SamplingParams
+from pastalm.errors import CapabilityError, complaint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.core.engine import SamplingParams
 from pastalm.core.events import Path, TokenSet
+from pastalm.core.params import SamplingParams
 from pastalm.errors import EngineError
 
 CANDIDATES = 256

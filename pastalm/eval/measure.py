@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pastalm.core.driver import run_tasks
-from pastalm.core.engine import SamplingParams
+from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import Decoding, System, cold, force
 from pastalm.records import answers, jsonl

@@ -12,8 +12,9 @@ from typing import Protocol
 
 from pastalm import sampling
 from pastalm.core.driver import Response, Task
-from pastalm.core.engine import Engine, Request, SamplingParams
+from pastalm.core.engine import Engine, Request
 from pastalm.core.events import Decoded, Finished, Forked
+from pastalm.core.params import SamplingParams
 from pastalm.llm import LLM
 from pastalm.records import answers
 from pastalm.records.answers import Answer

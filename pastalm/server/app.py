@@ -45,8 +45,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pastalm.core.engine import SamplingParams
 from pastalm.core.events import Event
+from pastalm.core.params import SamplingParams
 from pastalm.errors import CapabilityError, ModelError, PastaError, RequestError, complaint
 from pastalm.llm import LLM
 from pastalm.server import tracing
@@ -250,7 +250,7 @@ class _Service:
 
     def _check_ids(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> None:
         if not all(prompts):
-            raise bad_value("the prompt is empty: say something", asked.about)
+            raise bad_value("the prompt is empty: give some text", asked.about)
         if asked.logit_bias and self.llm.loaded.vocabulary.size < sys.maxsize:
             self.check_ids(map(int, asked.logit_bias), "logit_bias")
         if asked.stop_token_ids:

@@ -38,8 +38,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pastalm.core.engine import SampledToken, SamplingParams
+from pastalm.core.engine import SampledToken
 from pastalm.core.events import Decoded, Event, to_json
+from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import PastaError

@@ -16,7 +16,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.util.types import AttributeValue
 
-from pastalm.core.engine import SamplingParams
+from pastalm.core.params import SamplingParams
 from pastalm.server.protocol import Answer
 
 

@@ -31,11 +31,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pastalm.core.driver import Driver, Response
-from pastalm.core.engine import SamplingParams
 from pastalm.core.events import Decoded, Event, Finished, Joined, from_json, to_json
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import Async, Document, Node, Sync, normalize, parse, strip
 from pastalm.core.layout import SerialLayout, decoded_rows, pack_serial, unroll
+from pastalm.core.params import SamplingParams
 from pastalm.core.vocabulary import TAG_TOKENS, Pieces, Vocabulary
 from pastalm.engines.completions.engine import OpenAIEngine, connect
 from pastalm.engines.scripted import EOS, byte_vocabulary

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pastalm.core.engine import SamplingParams
 from pastalm.core.events import TokenSet
+from pastalm.core.params import SamplingParams
 from pastalm.engines import sampling
 from pastalm.engines.native import draw as native_draw
 from pastalm.engines.native import library

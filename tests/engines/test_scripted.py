@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from pastalm.core.driver import Driver, Response
-from pastalm.core.engine import SamplingParams
+from pastalm.core.params import SamplingParams
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import LanguageError, RequestError
 

@@ -28,8 +28,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pastalm.core.engine import Request, SampledToken, SamplingParams
+from pastalm.core.engine import Request, SampledToken
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.core.params import SamplingParams
 from pastalm.engines.transformers.engine import CALL, TransformersEngine, together
 from pastalm.errors import CapabilityError, EngineError, RequestError
 from tests.laws.tiny import SIZE, TAGS, tiny_model

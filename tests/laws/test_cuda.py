@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pastalm.core.driver import Driver
-from pastalm.core.engine import SamplingParams
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import Text, parse
 from pastalm.core.layout import pack
+from pastalm.core.params import SamplingParams
 from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.train.dataset import collate
 from pastalm.train.loss import log_probs

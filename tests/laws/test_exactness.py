@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pastalm.core.engine import Request, SamplingParams, Schedule
+from pastalm.core.engine import Request, Schedule
 from pastalm.core.events import Decoded, Forked, Path
 from pastalm.core.layout import Policy
+from pastalm.core.params import SamplingParams
 from pastalm.engines.transformers.engine import TransformersEngine
 from tests.laws.oracle import Fork, Linear
 from tests.laws.reference import EXACT, reference_logits

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pastalm.core.driver import Driver
-from pastalm.core.engine import SamplingParams, Schedule
+from pastalm.core.engine import Schedule
 from pastalm.core.events import Decoded, Event, Finished, Joined, Path, from_json, to_json
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import (
@@ -30,6 +30,7 @@ from pastalm.core.language import (
     render,
     strip,
 )
+from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import DataError

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 
 from pastalm.core.driver import Task
-from pastalm.core.engine import SamplingParams
 from pastalm.core.language import Text, render
+from pastalm.core.params import SamplingParams
 from pastalm.errors import CapabilityError
 from pastalm.llm import LLM
 from pastalm.records import answers

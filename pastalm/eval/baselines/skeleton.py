@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pastalm.core.driver import Response, Task, run_tasks
-from pastalm.core.engine import SamplingParams
 from pastalm.core.language import Async, Node, Promise, Sync, Text, normalize, render
+from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import cold
 from pastalm.llm import LLM

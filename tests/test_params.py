@@ -1,0 +1,69 @@
+"""Sampling parameters: one table says what a value may be, and every reader of it says the same."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pastalm.core.params import Parameter, SamplingParams, parameters
+from pastalm.errors import RequestError
+
+BOUNDED = [row for row in parameters().values() if (row.ge, row.gt, row.le) != (None, None, None)]
+
+
+def inside(row: Parameter, value: float) -> bool:
+    lowest = row.ge is None or value >= row.ge
+    return lowest and (row.gt is None or value > row.gt) and (row.le is None or value <= row.le)
+
+
+def given_to(row: Parameter, value: Any) -> dict[str, Any]:
+    """Arguments with that value, which nothing beside it makes wrong."""
+    return {"min_tokens": value, "max_tokens": max(value, 1)} if row.name == "min_tokens" else {row.name: value}
+
+
+def test_every_field_is_a_row_with_help() -> None:
+    assert list(parameters()) == [field.name for field in fields(SamplingParams)]
+    assert all(row.help.endswith((".", ")", "off")) for row in parameters().values())
+    assert all(row.problem(row.default) is None for row in parameters().values())
+
+
+@given(st.sampled_from(BOUNDED), st.integers(-4, 30))
+def test_a_value_is_taken_within_its_bounds_and_refused_by_name_outside(row: Parameter, value: int) -> None:
+    typed = value / 4 if row.kind is float else value
+    if inside(row, typed):
+        assert getattr(SamplingParams(**given_to(row, typed)), row.name) == typed
+    else:
+        with pytest.raises(RequestError, match=f"^{row.name} must be "):
+            SamplingParams(**given_to(row, typed))
+
+
+@pytest.mark.parametrize("row", [row for row in BOUNDED if row.kind is float], ids=lambda row: row.name)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(row: Parameter, value: float) -> None:
+    with pytest.raises(RequestError, match=f"^{row.name} must be "):
+        SamplingParams(**{row.name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_p": 0}, "top_p must be in (0, 1]"),
+        ({"min_p": 2}, "min_p must be in [0, 1]"),
+        ({"logprobs": 21}, "logprobs must be in 0..20"),
+        ({"top_k": -2}, "top_k must be 0 (off) or more"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+        ({"min_tokens": 17}, "min_tokens must be in 0..max_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids must be token ids"),
+        ({"stop": ""}, "a stop string must not be empty"),
+        ({"logit_bias": {1: float("nan")}}, "the values of logit_bias must be finite"),
+    ],
+)
+def test_messages_are_plain(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        SamplingParams(**arguments)
+    assert str(refused.value) == message

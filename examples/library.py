@@ -1,6 +1,6 @@
 """Asks a model from Python: one answer as it is decoded, then several at once.
 
-    python examples/library.py "Give me five tips for staying healthy."
+python examples/library.py "Give me five tips for staying healthy."
 """
 
 from __future__ import annotations

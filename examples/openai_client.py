@@ -1,7 +1,7 @@
 """Asks a running `pasta serve` through the openai package, and prints the answer as it comes.
 
-    pasta serve &
-    python examples/openai_client.py "Give me five tips for staying healthy." --base-url http://127.0.0.1:8000/v1
+pasta serve &
+python examples/openai_client.py "Give me five tips for staying healthy." --base-url http://127.0.0.1:8000/v1
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+import pastalm
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
@@ -52,6 +55,42 @@ def test_the_languages_examples_run() -> None:
 
     shown = "".join(line.removeprefix("    ") for line in re.findall(r"^    .*\n", text, re.MULTILINE)[:4])
     assert render(parse(shown)) == shown and len(parse(shown)) == 7
+
+
+def test_the_readme_is_short_and_its_tree_is_the_packages() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 110
+    tree = text.split("\n    pastalm/\n")[1].split("\n    tests/")[0]
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    package = (path for path in (ROOT / "pastalm").iterdir() if not path.name.startswith("__"))
+    assert listed == {path.name for path in package} - {"adapters", "py.typed"}
+
+
+def test_the_citation_is_of_this_version_and_names_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == pastalm.__version__
+    assert citation["authors"] == [{"name": "pastalm contributors"}]
+    assert {"cff-version", "message", "title"} <= set(citation)
+    paper = citation["references"][0]
+    assert paper["title"].startswith("Learning to Keep a Promise") and len(paper["authors"]) == 9
+
+
+def test_hooks_before_a_commit_run_what_lint_runs() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = {hook["entry"].removeprefix(".venv/bin/") for repo in config["repos"] for hook in repo["hooks"]}
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint:")[1].split("\n\n")[0]
+    lines = re.findall(r"\$\(BIN\)/([a-z-]+(?: check| format)?)", recipe)
+    assert hooks == set(lines)
+
+
+def test_the_changelog_names_what_there_is() -> None:
+    """Modules by their new path, options by the command's own help."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    help_pages = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for option in set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", text)):
+        assert option in help_pages, option
+    for module in set(re.findall(r"is `(pastalm\.[\w.]+)`", text)):
+        assert importlib.util.find_spec(module), module
 
 
 SCRIPTS = sorted(path for folder in ("benchmarks", "runs", "examples") for path in ROOT.glob(f"{folder}/*.py"))

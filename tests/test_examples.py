@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -89,6 +90,14 @@ def test_the_library(run: Run, embedded: None) -> None:
     assert len(answer) > 40 and len(replies) == 3 and all(replies)
     tokens, threads, steps = [int(word) for word in stderr.splitlines()[-1].split() if word.isdigit()]
     assert threads > 1 and steps < tokens
+
+
+def test_the_readmes_program(embedded: None, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(program, {})
+    printed = capsys.readouterr().out
+    assert " forked " in printed and float(printed.split()[-1]) > 1
 
 
 def test_the_openai_client(run: Run, served: str) -> None:

@@ -25,12 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm import Limits, SamplingParams
-from pastalm.core.driver import Driver
-from pastalm.core.driver import Response as Handle
+from pastalm.core.driver import Driver, Response
 from pastalm.core.engine import Capabilities
 from pastalm.core.events import Path
 from pastalm.core.language import MAX_LENGTH, Promise, Sync
-from pastalm.engines.batching import Batch, BatchingEngine, Response
+from pastalm.engines.batching import Batch, BatchingEngine, RequestState
 from pastalm.engines.scripted import byte_vocabulary
 from pastalm.server.protocol import Answer
 
@@ -61,30 +60,30 @@ class Free(BatchingEngine):
         self._logits: NDArray[np.float32] = np.zeros((rows, VOCABULARY.size), dtype=np.float32)
 
     def live(self) -> list[Path]:
-        return [thread.path for response in self._running.values() for thread in response.live]
+        return [thread.path for state in self._running.values() for thread in state.live]
 
-    def _place(self, response: Response) -> bool:
+    def _place(self, state: RequestState) -> bool:
         return True
 
-    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32]:
+    def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32]:
         row = np.zeros(VOCABULARY.size, dtype=np.float32)
-        row[self._wanted(response, ())] = 60
+        row[self._wanted(state, ())] = 60
         return row
 
-    def _leave(self, response: Response) -> None:
+    def _leave(self, state: RequestState) -> None:
         pass
 
-    def _wanted(self, response: Response, path: Path) -> int:
+    def _wanted(self, state: RequestState, path: Path) -> int:
         """The token that a thread is to say next, far likelier than all others."""
-        said = self.promises[response.request.id] if not path else []
-        count = response.threads[path].count
+        said = self.promises[state.request.id] if not path else []
+        count = state.threads[path].count
         return said[count] if count < len(said) else TEXT[count % len(TEXT)]
 
     def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
         begun = time.perf_counter()
         if self.cold:
             WEIGHTS.sum()
-        tokens = [(response, token.path) for response, due in batch for token in due]
+        tokens = [(state, token.path) for state, due in batch for token in due]
         logits = self._logits[: len(keep)]
         logits.fill(0)
         logits[np.arange(len(keep)), [self._wanted(*tokens[i]) for i in keep]] = 60
@@ -121,7 +120,7 @@ class Load:
         while any(r.transcript.tokens < written for r in begun) or not self._settled(threads):
             self.step()
 
-    def _begin(self, params: SamplingParams, threads: int) -> Handle:
+    def _begin(self, params: SamplingParams, threads: int) -> Response:
         running = self.driver.submit(range(40, 80), params, keep_events=self.answers is not None)
         self.engine.promises[running.request.id] = _promised(threads)
         if self.answers is not None:

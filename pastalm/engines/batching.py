@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.core.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
+from pastalm.core.engine import Capabilities, Request, SampledToken, Schedule
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.core.layout import Layout, Placed
+from pastalm.core.params import SamplingParams
 from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key
 from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint
@@ -33,9 +34,15 @@ Rows: TypeAlias = Any
 
 @dataclass(slots=True, eq=False)
 class Thread:
-    """A thread as the engine knows it. live: neither blocked nor finished. last: place of its last
-    token (-1: none yet). count: its tokens so far. logits: [vocabulary] of its next token, fed in an
-    earlier step and not sampled yet."""
+    """A thread as the engine knows it.
+
+    live: neither blocked nor finished.
+    last: place of its last token (-1: none yet).
+    count: its tokens so far.
+    logits: [vocabulary] of its next token, fed in an earlier step and not sampled yet.
+    seen: [vocabulary] bool, which ids stand in the prompt or in the reader's text that it sees: those that a repetition
+    penalty counts. None without a penalty. It is kept up to date, so that a token costs the same at any length.
+    """
 
     path: Path
     live: bool = False
@@ -44,18 +51,24 @@ class Thread:
     last: int = -1
     count: int = 0
     logits: Any = None
+    seen: Bools | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Response:
-    """A request, its threads and its tokens. tokens, readable: by place; readable: whether a
-    penalty counts it. count: tokens, the prompt's included. live: the live threads by path. pending: placed
-    but not fed yet, in order. slot: what the engine gave it. cached: the prompt's tokens that are in the cache."""
+class RequestState:
+    """A request that waits or runs, its threads and its tokens.
+
+    tokens: [places], by place.
+    count: how many tokens there are, the prompt's included.
+    live: the live threads, by path.
+    pending: tokens that have a place and were not fed yet, in order.
+    slot: what the engine gave it.
+    cached: how many of the prompt's tokens are in the cache.
+    """
 
     request: Request
     layout: Layout
     tokens: Ints
-    readable: Bools
     bias: Bias | None
     count: int
     threads: dict[Path, Thread] = field(default_factory=dict)
@@ -105,12 +118,8 @@ class Response:
         places = {token.place for token in due}
         self.pending = [token for token in self.pending if token.place not in places]
 
-    def seen(self, path: Path) -> Ints:
-        """The distinct ids of reader's text and prompt that a thread sees."""
-        return np.unique(self.tokens[self.layout.visible(path) & self.readable])
 
-
-Batch = list[tuple[Response, list[Placed]]]
+Batch = list[tuple[RequestState, list[Placed]]]
 Fed = tuple[Rows, list[Thread]]
 
 
@@ -171,26 +180,26 @@ class BatchingEngine(ABC):
         self._chunk, self._budget = prefill_chunk, min(prefill_budget, prefill_chunk)
         self._block = min(prefill_block, prefill_chunk)
         self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
-        self._waiting: dict[str, Response] = {}
-        self._running: dict[str, Response] = {}
+        self._waiting: dict[str, RequestState] = {}
+        self._running: dict[str, RequestState] = {}
 
     # ------------------------------------------------------------------ what an engine must do
 
     @abstractmethod
-    def _place(self, response: Response) -> bool:
-        """Gives a waiting response its place; False if there is no room yet.
+    def _place(self, state: RequestState) -> bool:
+        """Gives a waiting request its place; False if there is no room yet.
 
-        `response.cached` becomes how many of the prompt's tokens the place holds already, at most all but the last.
+        `state.cached` becomes how many of the prompt's tokens the place holds already, at most all but the last.
         """
 
     @abstractmethod
-    def _prefill(self, response: Response, stop: int, logits: bool) -> Any:
-        """Feeds the prompt's tokens `response.cached` .. stop - 1 in one pass. The logits [vocabulary] of the last of
+    def _prefill(self, state: RequestState, stop: int, logits: bool) -> Any:
+        """Feeds the prompt's tokens `state.cached` .. stop - 1 in one pass. The logits [vocabulary] of the last of
         them, in memory of their own, if they are wanted."""
 
     @abstractmethod
-    def _leave(self, response: Response) -> None:
-        """Takes a running response's place back."""
+    def _leave(self, state: RequestState) -> None:
+        """Takes the place of a running request back."""
 
     @abstractmethod
     def _forward(self, batch: Batch, keep: list[int]) -> Rows:
@@ -201,7 +210,7 @@ class BatchingEngine(ABC):
         """How many places the request's tokens may lie among: at least as many as it may come to have tokens."""
         return self._capacity
 
-    def _feedable(self, response: Response, due: list[Placed]) -> list[Placed]:
+    def _feedable(self, state: RequestState, due: list[Placed]) -> list[Placed]:
         """Which of the due tokens can be fed in this step; a thread whose tokens wait samples nothing."""
         return due
 
@@ -217,29 +226,30 @@ class BatchingEngine(ABC):
         n, places = len(request.prompt_token_ids), self._room(request)
         tokens = np.zeros(places, dtype=np.int64)
         tokens[:n] = request.prompt_token_ids
-        readable = np.arange(places) < n
         layout = Layout(n, places, request.positions, page=self._page)
         bias = Bias.of(request.logit_bias)
-        self._waiting[request.id] = Response(request, layout, tokens, readable, bias, n)
+        self._waiting[request.id] = RequestState(request, layout, tokens, bias, n)
 
     def apply(self, request_id: str, event: Event) -> None:
         """Does what an event means. Raises RequestError for one that cannot follow."""
-        response = self._running.get(request_id) or self._waiting.get(request_id)
-        if response is None:
+        state = self._running.get(request_id) or self._waiting.get(request_id)
+        if state is None:
             if isinstance(event, Finished):
                 return
             raise RequestError(f"no unfinished request {request_id!r}: add it first")
-        thread = self._addressed(response, event)
-        self._lay(response, thread, event)
+        thread = self._addressed(state, event)
+        self._lay(state, thread, event)
+        if thread.seen is not None:
+            self._note_seen(state, thread.seen, event)
         thread.allowed = event.allowed
         if isinstance(event, (Blocked, Finished)):
-            response.rest(thread)
+            state.rest(thread)
         elif isinstance(event, Joined):
-            response.wake(thread)
+            state.wake(thread)
         if isinstance(event, Finished) and not thread.finished:
             thread.finished = True
-            response.unfinished -= 1
-            if not response.unfinished:
+            state.unfinished -= 1
+            if not state.unfinished:
                 self.cancel(request_id)
 
     def step(self) -> list[SampledToken]:
@@ -270,27 +280,27 @@ class BatchingEngine(ABC):
         request = Request(id="score", prompt_token_ids=(first,), params=params)
         self.add(request)
         self.apply(request.id, Forked(path=()))
-        response = self._waiting.pop(request.id)
-        if not self._place(response):
+        state = self._waiting.pop(request.id)
+        if not self._place(state):
             return None
         try:
-            response.cached = 0
-            logits = self._prefill(response, 1, True)
-            scored = self._scores(response, self._sampler.stack([logits]), rest[:1])
-            self._lay(response, response.main, Joined(path=(), forced=tuple(rest[:-1])))
+            state.cached = 0
+            logits = self._prefill(state, 1, True)
+            scored = self._scores(state, self._sampler.stack([logits]), rest[:1])
+            self._lay(state, state.main, Joined(path=(), forced=tuple(rest[:-1])))
             for start in range(1, len(rest), SCORED):
                 tokens = rest[start : start + SCORED]
-                due, response.pending = response.pending[: len(tokens)], response.pending[len(tokens) :]
-                scored += self._scores(response, self._forward([(response, due)], list(range(len(due)))), tokens)
+                due, state.pending = state.pending[: len(tokens)], state.pending[len(tokens) :]
+                scored += self._scores(state, self._forward([(state, due)], list(range(len(due)))), tokens)
         finally:
-            self._leave(response)
+            self._leave(state)
         return scored
 
-    def _scores(self, response: Response, logits: Rows, tokens: Sequence[int]) -> list[SampledToken]:
+    def _scores(self, state: RequestState, logits: Rows, tokens: Sequence[int]) -> list[SampledToken]:
         """Given tokens with their log-probabilities by the logits [len(tokens), vocabulary]."""
-        params = response.request.params
+        params = state.request.params
         draws = [Draw(params, allowed=TokenSet(frozenset({token}))) for token in tokens]
-        return [_token(response, response.main, sampled) for sampled in self._sampler(logits, draws)]
+        return [_token(state, state.main, sampled) for sampled in self._sampler(logits, draws)]
 
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
@@ -298,9 +308,9 @@ class BatchingEngine(ABC):
     def cancel(self, request_id: str) -> None:
         """Frees the request's place at once; unknown ids are ignored."""
         self._waiting.pop(request_id, None)
-        response = self._running.pop(request_id, None)
-        if response is not None:
-            self._leave(response)
+        state = self._running.pop(request_id, None)
+        if state is not None:
+            self._leave(state)
 
     # ------------------------------------------------------------------ requests and events
 
@@ -324,75 +334,95 @@ class BatchingEngine(ABC):
         if said := complaint(checks):
             raise RequestError(said)
 
-    def _addressed(self, response: Response, event: Event) -> Thread:
+    def _addressed(self, state: RequestState, event: Event) -> Thread:
         """The thread of an event; a new one for `Forked`."""
-        path, threads = event.path, response.threads
+        path, threads = event.path, state.threads
         forked = isinstance(event, Forked)
         if forked == (path in threads) or (forked and path and path[:-1] not in threads):
             name = type(event).__name__
-            raise RequestError(f"{name} of thread {path} cannot follow in {response.request.id!r}")
+            raise RequestError(f"{name} of thread {path} cannot follow in {state.request.id!r}")
         if forked:
-            threads[path] = Thread(path)
-            response.unfinished += 1
-            response.wake(threads[path])
+            threads[path] = Thread(path, seen=self._seen_at_fork(state, path))
+            state.unfinished += 1
+            state.wake(threads[path])
         return threads[path]
 
-    def _lay(self, response: Response, thread: Thread, event: Event) -> None:
+    def _lay(self, state: RequestState, thread: Thread, event: Event) -> None:
         """Gives the event's tokens their places and queues them to be fed."""
         tokens = (event.token, *event.forced) if isinstance(event, Decoded) else event.forced
         for token in tokens:
             if not 0 <= token < self._size:
                 raise RequestError(f"token id {token} is outside the model's vocabulary")
-        if response.count + len(tokens) > self._capacity:
-            raise self._overlong(response)
+        if state.count + len(tokens) > self._capacity:
+            raise self._overlong(state)
         try:
-            placed = response.layout.apply(event)
+            placed = state.layout.apply(event)
         except IndexError:
-            raise self._overlong(response) from None
+            raise self._overlong(state) from None
         if not placed:
             return
-        response.count += len(placed)
+        state.count += len(placed)
         for each in placed:
-            response.tokens[each.place] = each.token
-        response.readable[placed[0].place] = isinstance(event, Decoded) and not event.tag
-        response.pending += placed
+            state.tokens[each.place] = each.token
+        state.pending += placed
         thread.count += len(placed)
         thread.last = placed[-1].place
         thread.logits = None
 
-    def _overlong(self, response: Response) -> RequestError:
-        return RequestError(f"request {response.request.id!r} is past max_model_len ({self._capacity})")
+    def _seen_at_fork(self, state: RequestState, path: Path) -> Bools | None:
+        """`Thread.seen` of a thread that begins: what its parent sees now; the main thread's is the prompt."""
+        if state.request.params.repetition_penalty == 1:
+            return None
+        parent = state.threads[path[:-1]].seen if path else None
+        if parent is not None:
+            return parent.copy()
+        seen = np.zeros(self._size, dtype=np.bool_)
+        seen[state.prompt] = True
+        return seen
+
+    @staticmethod
+    def _note_seen(state: RequestState, seen: Bools, event: Event) -> None:
+        """Adds to `Thread.seen`: a token of text itself, a join what the children see."""
+        if isinstance(event, Decoded) and not event.tag:
+            seen[event.token] = True
+        elif isinstance(event, Joined):
+            for child in event.children:
+                if (by_child := state.threads[child].seen) is not None:
+                    seen |= by_child
+
+    def _overlong(self, state: RequestState) -> RequestError:
+        return RequestError(f"request {state.request.id!r} is past max_model_len ({self._capacity})")
 
     # ------------------------------------------------------------------ decoding
 
     def _admit(self) -> None:
         """Places waiting requests that have been started, first come first, while there is room."""
-        for response in [r for r in self._waiting.values() if r.threads]:
-            if not self._place(response):
+        for state in [r for r in self._waiting.values() if r.threads]:
+            if not self._place(state):
                 return
-            self._running[response.request.id] = self._waiting.pop(response.request.id)
+            self._running[state.request.id] = self._waiting.pop(state.request.id)
 
     def _read(self) -> None:
         """Prefills the prompts of new requests, first come first: in this step only as many tokens as the budget has if
         others decode, else one chunk."""
         new = [r for r in self._running.values() if not r.prefilled]
         left = self._chunk if len(new) == len(self._running) else self._budget
-        for response in new:
-            n = len(response.prompt)
+        for state in new:
+            n = len(state.prompt)
             if left > 0:
-                self._recall(response)
-            while left > 0 and not response.prefilled:
-                stop = min(n, response.cached + left)
+                self._recall(state)
+            while left > 0 and not state.prefilled:
+                stop = min(n, state.cached + left)
                 if self._block > 1:
-                    stop = min(n, (response.cached // self._block + 1) * self._block)
-                left -= stop - response.cached
-                wanted = stop == n and response.main.last < 0
-                logits = self._prefill(response, stop, wanted)
-                response.cached = stop
+                    stop = min(n, (state.cached // self._block + 1) * self._block)
+                left -= stop - state.cached
+                wanted = stop == n and state.main.last < 0
+                logits = self._prefill(state, stop, wanted)
+                state.cached = stop
                 if wanted:
-                    response.main.logits = logits
+                    state.main.logits = logits
 
-    def _recall(self, response: Response) -> None:  # noqa: B027 - an engine may have nothing to take over
+    def _recall(self, state: RequestState) -> None:  # noqa: B027 - an engine may have nothing to take over
         """Takes over a prompt that another request has read whole since this one was placed, if the engine can: several
         answers to one prompt then begin in the same step, as they do where the prompt is remembered."""
 
@@ -411,33 +441,33 @@ class BatchingEngine(ABC):
             chosen.setdefault(request_id, set()).add(path)
         return chosen
 
-    def _decoding(self) -> Iterator[Response]:
+    def _decoding(self) -> Iterator[RequestState]:
         """The requests whose prompt is in the cache."""
-        return (response for response in self._running.values() if response.prefilled)
+        return (state for state in self._running.values() if state.prefilled)
 
     def _feed(self, chosen: dict[str, set[Path]] | None) -> Fed | None:
         """One forward pass over all due tokens, if there are any: the threads that have no token left to feed, and
         their logits."""
         batch = []
-        for response in self._decoding():
-            due = response.due(None if chosen is None else chosen.get(response.request.id, set()))
-            if fed := self._feedable(response, due):
-                batch.append((response, fed))
+        for state in self._decoding():
+            due = state.due(None if chosen is None else chosen.get(state.request.id, set()))
+            if fed := self._feedable(state, due):
+                batch.append((state, fed))
         if not batch:
             return None
         keep: list[int] = []
         ready: list[Thread] = []
         n = 0
-        for response, due in batch:
+        for state, due in batch:
             for token in due:
-                thread = response.threads[token.path]
+                thread = state.threads[token.path]
                 if thread.last == token.place and not thread.finished:
                     keep.append(n)
                     ready.append(thread)
                 n += 1
         logits = self._forward(batch, keep)
-        for response, due in batch:
-            response.fed(due)
+        for state, due in batch:
+            state.fed(due)
         return logits, ready
 
     # ------------------------------------------------------------------ sampling
@@ -463,49 +493,49 @@ class BatchingEngine(ABC):
                     thread.logits = self._sampler.copy(thread.logits)
         return sampled
 
-    def _deciding(self, chosen: dict[str, set[Path]] | None) -> tuple[list[Response], list[Thread]]:
-        """The live, chosen threads by request, then by path, each with its response."""
-        owners: list[Response] = []
+    def _deciding(self, chosen: dict[str, set[Path]] | None) -> tuple[list[RequestState], list[Thread]]:
+        """The live, chosen threads by request, then by path, each with the state of its request."""
+        owners: list[RequestState] = []
         threads: list[Thread] = []
-        for response in self._decoding():
-            live = response.live
+        for state in self._decoding():
+            live = state.live
             if chosen is not None:
-                live = [t for t in live if t.path in chosen.get(response.request.id, ())]
-            owners += [response] * len(live)
+                live = [t for t in live if t.path in chosen.get(state.request.id, ())]
+            owners += [state] * len(live)
             threads += live
         return owners, threads
 
-    def _sampled(self, owners: list[Response], threads: list[Thread], logits: Rows) -> list[SampledToken]:
+    def _sampled(self, owners: list[RequestState], threads: list[Thread], logits: Rows) -> list[SampledToken]:
         """A token for each thread, of the logits [threads, vocabulary]."""
         draws = [self._draw(r, t) for r, t in zip(owners, threads, strict=True)]
         sampled = self._sampler(logits, draws)
         if self.on_logits is not None:
-            for response, thread, row in zip(owners, threads, logits, strict=True):
-                self.on_logits(response.request.id, thread.path, row)
+            for state, thread, row in zip(owners, threads, logits, strict=True):
+                self.on_logits(state.request.id, thread.path, row)
         return [_token(r, t, s) for r, t, s in zip(owners, threads, sampled, strict=True)]
 
     @staticmethod
-    def _check_waiting(owners: list[Response], threads: list[Thread]) -> None:
+    def _check_waiting(owners: list[RequestState], threads: list[Thread]) -> None:
         """Raises EngineError if a thread has neither logits nor a token that is to be fed."""
-        for response, thread in zip(owners, threads, strict=True):
-            if thread.logits is None and all(token.path != thread.path for token in response.pending):
+        for state, thread in zip(owners, threads, strict=True):
+            if thread.logits is None and all(token.path != thread.path for token in state.pending):
                 raise EngineError(
-                    f"thread {thread.path} of {response.request.id!r} has no token to go on from: "
+                    f"thread {thread.path} of {state.request.id!r} has no token to go on from: "
                     "apply what follows from a sampled token before the next step"
                 )
 
-    def _draw(self, response: Response, thread: Thread) -> Draw:
-        request, params = response.request, response.request.params
+    def _draw(self, state: RequestState, thread: Thread) -> Draw:
+        request, params = state.request, state.request.params
         key = 0
         if not params.greedy:
             key = noise_key(request.seed, request.choice, thread.path, thread.count)
-        seen = response.seen(thread.path) if params.repetition_penalty != 1 else None
-        return Draw(params, key, response.bias, thread.allowed, seen)
+        seen = None if thread.seen is None else np.flatnonzero(thread.seen)
+        return Draw(params, key, state.bias, thread.allowed, seen)
 
 
-def _token(response: Response, thread: Thread, sampled: Sampled) -> SampledToken:
+def _token(state: RequestState, thread: Thread, sampled: Sampled) -> SampledToken:
     return SampledToken(
-        request_id=response.request.id,
+        request_id=state.request.id,
         path=thread.path,
         token=sampled.token,
         logprob=sampled.logprob,

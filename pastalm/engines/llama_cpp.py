@@ -35,7 +35,7 @@ from pastalm.engines.batching import (
     Batch,
     BatchingEngine,
     Ints,
-    Response,
+    RequestState,
     common_prefix,
 )
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
@@ -241,11 +241,11 @@ class LlamaCppEngine(BatchingEngine):
 
     # ------------------------------------------------------------------ places and prompts
 
-    def _place(self, response: Response) -> bool:
+    def _place(self, state: RequestState) -> bool:
         """A sequence for the main thread, once there are cells for all that the response may decode."""
-        forking = response.request.params.parallelism > 0
+        forking = state.request.params.parallelism > 0
         sequences = 1 + (CHILDREN if forking else 0)
-        free = self._cells - sum(map(_most, self._running.values())) - _most(response)
+        free = self._cells - sum(map(_most, self._running.values())) - _most(state)
         full = len(self._running) >= self.capabilities.max_num_seqs
         short = len(self._cache.free) + len(self._remembered) < sequences
         if full or free < 0 or (short and self._running):
@@ -254,24 +254,24 @@ class LlamaCppEngine(BatchingEngine):
             sum(map(len, self._remembered.values())) > free or len(self._cache.free) < sequences
         ):
             self._forget_oldest()
-        self._take_sequence(response)
+        self._take_sequence(state)
         return True
 
-    def _take_sequence(self, response: Response) -> None:
+    def _take_sequence(self, state: RequestState) -> None:
         """Takes a sequence with what is remembered of the prompt, all but the last token at most."""
-        prompt, n = response.prompt, len(response.prompt)
+        prompt, n = state.prompt, len(state.prompt)
         own = self._cache.take()
         if self._remembered:
             shared = {s: common_prefix(held, prompt) for s, held in self._remembered.items()}
             nearest = max(shared, key=lambda s: shared[s])
-            response.cached = min(shared[nearest], n - 1)
+            state.cached = min(shared[nearest], n - 1)
             self._remembered.move_to_end(nearest)
-            self._cache.copy(nearest, own, 0, response.cached)
-        self._places[response.request.id] = _Place({(): own})
+            self._cache.copy(nearest, own, 0, state.cached)
+        self._places[state.request.id] = _Place({(): own})
 
-    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32] | None:
-        prompt, begin = response.prompt, response.cached
-        own = self._places[response.request.id].sequences[()]
+    def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
+        prompt, begin = state.prompt, state.cached
+        own = self._places[state.request.id].sequences[()]
         keep = [stop - begin - 1] if logits else []
         rows = self._decode(prompt[begin:stop].tolist(), range(begin, stop), [[own]] * (stop - begin), keep)
         if stop == len(prompt):
@@ -293,8 +293,8 @@ class LlamaCppEngine(BatchingEngine):
     def _forget_oldest(self) -> None:
         self._cache.give(self._remembered.popitem(last=False)[0])
 
-    def _leave(self, response: Response) -> None:
-        for sequence in self._places.pop(response.request.id).sequences.values():
+    def _leave(self, state: RequestState) -> None:
+        for sequence in self._places.pop(state.request.id).sequences.values():
             self._cache.give(sequence)
 
     # ------------------------------------------------------------------ events
@@ -302,22 +302,22 @@ class LlamaCppEngine(BatchingEngine):
     def apply(self, request_id: str, event: Event) -> None:
         """Does what an event means. Raises RequestError for one that cannot follow."""
         super().apply(request_id, event)
-        response = self._running.get(request_id)
-        if response is None:
+        state = self._running.get(request_id)
+        if state is None:
             return
         place = self._places[request_id]
         if isinstance(event, Forked) and event.path:
-            last = response.threads[event.path[:-1]].last
-            place.begins[event.path] = int(response.layout.positions[last])
+            last = state.threads[event.path[:-1]].last
+            place.begins[event.path] = int(state.layout.positions[last])
         elif isinstance(event, Joined) and event.children:
             place.joins[event.path] = event.children
         elif isinstance(event, Finished):
-            self._reclaim(response, place)
+            self._reclaim(state, place)
 
-    def _reclaim(self, response: Response, place: _Place) -> None:
+    def _reclaim(self, state: RequestState, place: _Place) -> None:
         """Takes back the sequences of finished threads that nobody can join or fork from any more."""
-        threads = response.threads
-        needed = {token.path for token in response.pending} | {path[:-1] for path in place.unbegun}
+        threads = state.threads
+        needed = {token.path for token in state.pending} | {path[:-1] for path in place.unbegun}
         needed |= {child for children in place.joins.values() for child in children}
         for path in [p for p in place.sequences if p and p not in needed]:
             if threads[path].finished and threads[path[:-1]].finished:
@@ -326,11 +326,11 @@ class LlamaCppEngine(BatchingEngine):
 
     # ------------------------------------------------------------------ decoding
 
-    def _feedable(self, response: Response, due: list[Placed]) -> list[Placed]:
+    def _feedable(self, state: RequestState, due: list[Placed]) -> list[Placed]:
         """All but tokens of threads whose joined children are not in the cache yet, or that find no
         sequence free."""
-        place = self._places[response.request.id]
-        waiting = {path for path in place.joins if self._awaits(response, path)}
+        place = self._places[state.request.id]
+        waiting = {path for path in place.joins if self._awaits(state, path)}
         for path in dict.fromkeys(token.path for token in due):
             if path in place.unbegun:
                 if not self._cache.free and self._remembered:
@@ -342,10 +342,10 @@ class LlamaCppEngine(BatchingEngine):
         return [token for token in due if token.path not in waiting]
 
     @staticmethod
-    def _awaits(response: Response, path: Path) -> bool:
+    def _awaits(state: RequestState, path: Path) -> bool:
         """Whether a thread that joins sees tokens of others that were not fed yet."""
-        row = response.layout.visible(path)
-        return any(token.path != path and row[token.place] for token in response.pending)
+        row = state.layout.visible(path)
+        return any(token.path != path and row[token.place] for token in state.pending)
 
     def _begin(self, place: _Place, path: Path) -> None:
         """A sequence for a child: all that its parent had when it promised."""
@@ -367,8 +367,8 @@ class LlamaCppEngine(BatchingEngine):
         tokens: list[int] = []
         positions: list[int] = []
         owners: list[list[int]] = []
-        for response, due in batch:
-            place = self._places[response.request.id]
+        for state, due in batch:
+            place = self._places[state.request.id]
             for path in {token.path for token in due} & place.joins.keys():
                 self._join(place, path)
             paths = {token.path for token in due}
@@ -447,6 +447,6 @@ def _processors() -> int:
     return int(chosen) if chosen.isdigit() and int(chosen) else os.cpu_count() or 1
 
 
-def _most(response: Response) -> int:
+def _most(state: RequestState) -> int:
     """Cells that a response may come to hold."""
-    return len(response.prompt) + response.request.params.max_tokens
+    return len(state.prompt) + state.request.params.max_tokens

@@ -6,14 +6,17 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pastalm.core.engine import Capabilities, Request, SampledToken, SamplingParams, Schedule
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined
-from pastalm.engines.batching import Batch, BatchingEngine, Response
+from pastalm.core.engine import Capabilities, Request, SampledToken, Schedule
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
+from pastalm.core.params import SamplingParams
+from pastalm.engines.batching import Batch, BatchingEngine, RequestState, Thread
+from pastalm.engines.sampling import Draw
 from pastalm.errors import RequestError
 from tests.laws.oracle import Linear
 from tests.laws.script import Script, play, random_scripts
@@ -46,25 +49,25 @@ class HashingEngine(BatchingEngine):
     def _room(self, request: Request) -> int:
         return self._places or super()._room(request)
 
-    def _place(self, response: Response) -> bool:
+    def _place(self, state: RequestState) -> bool:
         self._logits[:] = np.nan
         return len(self._running) < self.capabilities.max_num_seqs
 
-    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32] | None:
-        assert response.cached < stop <= len(response.prompt)
-        self.pieces.append(stop - response.cached)
-        return hashed(response.prompt.tolist()) if logits else None
+    def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
+        assert state.cached < stop <= len(state.prompt)
+        self.pieces.append(stop - state.cached)
+        return hashed(state.prompt.tolist()) if logits else None
 
-    def _leave(self, response: Response) -> None:
+    def _leave(self, state: RequestState) -> None:
         pass
 
     def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
         self._logits[:] = np.nan
         self.forwards += 1
-        fed = [(response, token) for response, due in batch for token in due]
+        fed = [(state, token) for state, due in batch for token in due]
         for row, i in enumerate(keep):
-            response, token = fed[i]
-            self._logits[row] = hashed(response.tokens[token.row].tolist())
+            state, token = fed[i]
+            self._logits[row] = hashed(state.tokens[token.row].tolist())
         return self._logits[: len(keep)]
 
     def forget(self) -> None:
@@ -92,8 +95,8 @@ def test_each_thread_is_sampled_from_the_logits_of_what_it_sees(schedule: str, p
     assert [wrong(script) for script in scripts] == [0] * 4
 
 
-def request(name: str, *, prompt: int = 5, most: int = 20) -> Request:
-    params = SamplingParams(temperature=0, max_tokens=most)
+def request(name: str, *, prompt: int = 5, most: int = 20, penalty: float = 1.0) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=most, repetition_penalty=penalty)
     return Request(id=name, prompt_token_ids=tuple(range(1, 1 + prompt)), params=params)
 
 
@@ -191,15 +194,65 @@ def test_tokens_count_not_places(page: int, places: int | None) -> None:
 def test_seeing_by_place_is_for_places_that_are_used() -> None:
     """What a repetition penalty counts, where places are left free between threads."""
     engine = HashingEngine(page=16, places=256)
-    engine.add(request("a", prompt=3))
+    engine.add(request("a", prompt=3, penalty=1.3))
     apply(engine, "a", Forked(path=()), Forked(path=(0,), promised=10, forced=(50,)))
     engine.step()
     apply(engine, "a", Decoded(path=(), token=60, forced=(70,)), Decoded(path=(0,), token=61, tag=True))
     apply(engine, "a", Decoded(path=(0,), token=62))
-    response = engine._running["a"]
-    assert response.seen(()).tolist() == [1, 2, 3, 60]
-    assert response.seen((0,)).tolist() == [1, 2, 3, 62]
-    assert response.layout.used > response.count == 8
+    state = engine._running["a"]
+    assert np.flatnonzero(state.threads[()].seen).tolist() == [1, 2, 3, 60]
+    assert np.flatnonzero(state.threads[(0,)].seen).tolist() == [1, 2, 3, 62]
+    assert state.layout.used > state.count == 8
+
+
+class PenalisedEngine(HashingEngine):
+    """Every request has a repetition penalty. seen: the ids that it counted for each sampled token, by request, thread
+    and number. text: which tokens belong to the reader's text."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__(**options)
+        self.seen: dict[tuple[str, Path, int], list[int]] = {}
+        self.text: set[tuple[str, Path, int]] = set()
+
+    def add(self, request: Request) -> None:
+        super().add(replace(request, params=replace(request.params, repetition_penalty=1.3)))
+
+    def apply(self, request_id: str, event: Event) -> None:
+        if isinstance(event, Decoded) and not event.tag:
+            self.text.add((request_id, event.path, self._running[request_id].threads[event.path].count))
+        super().apply(request_id, event)
+
+    def _draw(self, state: RequestState, thread: Thread) -> Draw:
+        draw = super()._draw(state, thread)
+        assert draw.seen is not None
+        self.seen[state.request.id, thread.path, thread.count - 1] = draw.seen.tolist()
+        return draw
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_repetition_penalty_counts_the_text_that_a_thread_sees(page: int) -> None:
+    """Its own, its ancestors' before the fork, and that of the chunks it has joined; the prompt; no tags."""
+    engine = PenalisedEngine(page=page, places=400)
+    scripts = random_scripts(5, "promised", 6)
+    play(engine, scripts)  # type: ignore[arg-type]
+    assert len(engine.seen) > 100
+    linears = {script.id: Linear(script.prompt, script.record) for script in scripts}
+    for (name, path, index), seen in engine.seen.items():
+        linear = linears[name]
+        row = linear.visible[linear.place[path, index]]
+        counted = [
+            fed.token
+            for (thread, i, fed), visible in zip(linear.entries, row, strict=True)
+            if visible and (i < 0 or (name, thread, i) in engine.text)
+        ]
+        assert seen == sorted(set(counted))
+
+
+def test_without_a_penalty_nothing_is_counted() -> None:
+    engine = HashingEngine()
+    engine.add(request("a"))
+    apply(engine, "a", Forked(path=()), Forked(path=(0,), promised=10), Decoded(path=(0,), token=7))
+    assert all(thread.seen is None for thread in engine._waiting["a"].threads.values())
 
 
 def test_engines_that_need_no_torch_import_none() -> None:

@@ -27,7 +27,7 @@ from pastalm.engines.batching import (
     Batch,
     BatchingEngine,
     Ints,
-    Response,
+    RequestState,
     common_prefix,
 )
 from pastalm.engines.native import library as lib
@@ -103,11 +103,11 @@ class NativeEngine(BatchingEngine):
     def _room(self, request: Request) -> int:
         return self._range
 
-    def _place(self, response: Response) -> bool:
+    def _place(self, state: RequestState) -> bool:
         """A free range: the one that remembers most of the prompt, or any with a copy of what another remembers."""
         if not self._free:
             return False
-        prompt = response.prompt
+        prompt = state.prompt
         shared = [common_prefix(held, prompt) for held in self._memory]
         nearest = max(range(len(shared)), key=lambda r: (shared[r], r in self._free, -r))
         own = nearest if nearest in self._free else min(self._free, key=lambda r: (shared[r], len(self._memory[r])))
@@ -116,34 +116,34 @@ class NativeEngine(BatchingEngine):
         if own != nearest and begin > shared[own]:
             self._pool.copy(nearest * self._range, own * self._range, begin)
         self._memory[own], self._next[own] = prompt[:begin].copy(), known
-        if response.main.last < 0:
-            response.main.logits = known
+        if state.main.last < 0:
+            state.main.logits = known
         self._free.remove(own)
-        response.slot, response.cached = own, begin
+        state.slot, state.cached = own, begin
         return True
 
-    def _recall(self, response: Response) -> None:
-        prompt, own = response.prompt, response.slot
+    def _recall(self, state: RequestState) -> None:
+        prompt, own = state.prompt, state.slot
         for source, logits in enumerate(self._next):
             if logits is not None and np.array_equal(self._memory[source], prompt):
                 self._pool.copy(source * self._range, own * self._range, len(prompt))
                 self._memory[own], self._next[own] = prompt.copy(), logits
-                response.cached = len(prompt)
-                response.main.logits = logits if response.main.last < 0 else None
+                state.cached = len(prompt)
+                state.main.logits = logits if state.main.last < 0 else None
                 return
 
-    def _leave(self, response: Response) -> None:
+    def _leave(self, state: RequestState) -> None:
         """The range is free; what a long answer took of it is given back, the prompt is kept."""
-        own, base = response.slot, response.slot * self._range
-        kept = -(-len(response.prompt) // PAGE) * PAGE
-        used = -(-response.layout.used // PAGE) * PAGE
+        own, base = state.slot, state.slot * self._range
+        kept = -(-len(state.prompt) // PAGE) * PAGE
+        used = -(-state.layout.used // PAGE) * PAGE
         if used > kept:
             self._pool.clear(base + kept, used - kept)
         self._free.add(own)
 
-    def _prefill(self, response: Response, stop: int, logits: bool) -> NDArray[np.float32] | None:
-        prompt, own = response.prompt, response.slot
-        where = np.arange(response.cached, stop, dtype=np.int32)
+    def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
+        prompt, own = state.prompt, state.slot
+        where = np.arange(state.cached, stop, dtype=np.int32)
         visible = np.arange(-(-stop // PAGE) * PAGE) <= where[:, None]
         rows = self._pool.step(
             prompt[where].astype(np.int32),
@@ -165,7 +165,7 @@ class NativeEngine(BatchingEngine):
             np.array([token.token for token in placed], dtype=np.int32),
             np.array([token.position for token in placed], dtype=np.int32),
             (base + [token.place for token in placed]).astype(np.int32),
-            self._groups([(response.slot, _words(response, due)) for response, due in batch]),
+            self._groups([(state.slot, _words(state, due)) for state, due in batch]),
             np.array(keep, dtype=np.int32),
         )
 
@@ -182,8 +182,8 @@ class NativeEngine(BatchingEngine):
         return groups
 
 
-def _words(response: Response, due: Sequence[Placed]) -> NDArray[np.uint8]:
+def _words(state: RequestState, due: Sequence[Placed]) -> NDArray[np.uint8]:
     """What each token sees of its range, [tokens, bytes], two bytes a page of 16 slots."""
-    size = 2 * -(-response.layout.used // PAGE)
+    size = 2 * -(-state.layout.used // PAGE)
     joined = b"".join([token.sees.to_bytes(size, "little") for token in due])
     return np.frombuffer(joined, dtype=np.uint8).reshape(len(due), size)

@@ -39,7 +39,7 @@ from pastalm.engines.batching import (
     BatchingEngine,
     Bools,
     Ints,
-    Response,
+    RequestState,
     common_prefix,
 )
 from pastalm.engines.transformers import packed_linear
@@ -750,24 +750,24 @@ class TransformersEngine(BatchingEngine):
 
     # ------------------------------------------------------------------ prompts
 
-    def _place(self, response: Response) -> bool:
+    def _place(self, state: RequestState) -> bool:
         """A row of the pool: the free one that remembers most of the prompt."""
         if not self._free:
             return False
-        prompt = response.prompt
+        prompt = state.prompt
         row = max(self._free, key=lambda r: (common_prefix(self._memory[r], prompt), -r))
         known = self._next[row] if np.array_equal(self._memory[row], prompt) else None
         begin = self._reusable(prompt, self._memory[row]) if known is None else len(prompt)
         self._memory[row], self._next[row] = prompt[:begin], known
-        if response.main.last < 0:
-            response.main.logits = known
+        if state.main.last < 0:
+            state.main.logits = known
         self._free.remove(row)
-        response.slot, response.cached = row, begin
+        state.slot, state.cached = row, begin
         return True
 
     @torch.inference_mode()
-    def _recall(self, response: Response) -> None:
-        prompt, row, n = response.prompt, response.slot, len(response.prompt)
+    def _recall(self, state: RequestState) -> None:
+        prompt, row, n = state.prompt, state.slot, len(state.prompt)
         for source, logits in enumerate(self._next):
             if logits is not None and np.array_equal(self._memory[source], prompt):
                 for layer in self._pool.layers:
@@ -775,23 +775,23 @@ class TransformersEngine(BatchingEngine):
                         if held is not None:
                             held[row, :, :n] = held[source, :, :n]
                 self._memory[row], self._next[row] = prompt, logits
-                response.cached = n
-                response.main.logits = logits if response.main.last < 0 else None
+                state.cached = n
+                state.main.logits = logits if state.main.last < 0 else None
                 return
 
-    def _leave(self, response: Response) -> None:
-        self._free.add(response.slot)
+    def _leave(self, state: RequestState) -> None:
+        self._free.add(state.slot)
 
     @torch.inference_mode()
-    def _prefill(self, response: Response, stop: int, logits: bool) -> Tensor | None:
-        prompt, row, begin = response.prompt, response.slot, response.cached
+    def _prefill(self, state: RequestState, stop: int, logits: bool) -> Tensor | None:
+        prompt, row, begin = state.prompt, state.slot, state.cached
         width = self._width(stop)
         where = np.arange(begin, stop)
         sight = _Sight(
             row,
             np.arange(width)[None] <= where[:, None],
             where,
-            response.layout.positions[:width],
+            state.layout.positions[:width],
             np.arange(len(where)),
         )
         rows = self._run(
@@ -813,14 +813,14 @@ class TransformersEngine(BatchingEngine):
         """Logits [len(keep), vocabulary] of one forward over the due tokens of some requests."""
         placed = [token for _, due in batch for token in due]
         sights, n = [], 0
-        for response, due in batch:
-            width = self._width(response.layout.used)
+        for state, due in batch:
+            width = self._width(state.layout.used)
             sights.append(
                 _Sight(
-                    response.slot,
+                    state.slot,
                     np.stack([token.row[:width] for token in due]),
                     np.array([token.position for token in due]),
-                    response.layout.positions[:width],
+                    state.layout.positions[:width],
                     np.arange(n, n + len(due)),
                 )
             )
@@ -830,7 +830,7 @@ class TransformersEngine(BatchingEngine):
         return self._run(
             ids=np.array([token.token for token in placed]),
             positions=np.array([token.position for token in placed]),
-            rows=np.repeat([response.slot for response, _ in batch], [len(due) for _, due in batch]),
+            rows=np.repeat([state.slot for state, _ in batch], [len(due) for _, due in batch]),
             slots=np.array([token.place for token in placed]),
             seen=[sights[i:j] for i, j in ranges],
             keep=keep,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pastalm import loading
 from pastalm.core.driver import Driver, Response
-from pastalm.core.engine import Engine
-from pastalm.core.events import FinishReason
+from pastalm.core.events import Event, FinishReason
 from pastalm.core.interpreter import Limits
 from pastalm.core.layout import Policy
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
+from pastalm.engines.base import Engine
 from pastalm.errors import ModelError, RequestError, check_text
 from pastalm.models import EMBEDDED
 
@@ -255,6 +255,10 @@ class LLM:
         if params.n != 1:
             raise RequestError("a stream decodes one answer; n must be 1")
         return self.submit(prompt, params)
+
+    def astream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> AsyncIterator[Event]:
+        """As `stream`, for `async for`: steps are made on a thread, and all streams of an event loop share them."""
+        return aiter(self.stream(prompt, params))
 
     def submit(
         self,

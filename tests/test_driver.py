@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.core.driver import Driver, Response, run_tasks
-from pastalm.core.engine import Engine, SampledToken
-from pastalm.core.events import Event, Finished
+from pastalm.core.driver import Driver, Response
+from pastalm.core.events import Event, Finished, SampledToken
 from pastalm.core.interpreter import Limits
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
+from pastalm.engines.base import Engine
 from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import EngineError
+from pastalm.sampling import run_tasks
 from tests.laws.tiny import tiny_model, tiny_vocabulary
+from tests.server.serving import playing
 
 SCRIPTS = (
     'Two.\n<promise topic="a" tokens="20"/><async>one two\n</async>'
@@ -170,6 +172,19 @@ def test_async_readers_share_the_steps() -> None:
 
     for got, expected in zip(asyncio.run(all_of_them()), ALONE, strict=True):
         assert bare(got) == expected
+
+
+def test_an_llm_streams_to_async_code() -> None:
+    llm = playing("one two three", "four")
+
+    async def text(prompt: str) -> str:
+        return Transcript([event async for event in llm.astream(prompt, PARAMS)]).text
+
+    async def both() -> list[str]:
+        return list(await asyncio.gather(text("a"), text("b")))
+
+    assert asyncio.run(both()) == ["one two three", "four"]
+    assert not llm.driver.running
 
 
 def test_threads_read_side_by_side() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import pastalm
 
@@ -104,3 +109,30 @@ def test_the_adapter_of_own_answers_owes_nothing_to_anyone() -> None:
     for data in (run["data"] for run in runs):
         assert set(data["licences"]) <= {"Apache-2.0", "the model's own"}
         assert set(data["sources"]) <= {"pastalm prompts", "own answers"}
+
+
+def built(project: Path, target: str, out: Path) -> Path:
+    """The one archive that hatchling makes of a project; no compiler is looked for."""
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
+    environment = os.environ | {"CXX": "nothing"}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = out.iterdir()
+    return archive
+
+
+def test_a_source_distribution_is_small_and_makes_the_wheel(tmp_path: Path) -> None:
+    """It holds the adapter that ships and the sources, none of the other weights, and no results."""
+    archive = built(ROOT, "sdist", tmp_path / "sdist")
+    assert archive.stat().st_size < 15e6
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path, filter="data")
+    (project,) = tmp_path.glob("pastalm-*")
+    shipped = Path("pastalm", "adapters", "smollm2-135m-instruct", "adapter_model.safetensors")
+    assert [file.relative_to(project) for file in project.rglob("*.safetensors")] == [shipped]
+    sources = Path("pastalm", "engines", "native", "src")
+    assert {file.name for file in (project / sources).iterdir()} == {file.name for file in (ROOT / sources).iterdir()}
+    assert not (project / "results").exists()
+    with zipfile.ZipFile(built(project, "wheel", tmp_path / "wheel")) as wheel:
+        assert wheel.read(shipped.as_posix()) == (ROOT / shipped).read_bytes()

@@ -24,8 +24,8 @@ from pathlib import Path
 from forkjoin import LlamaCpp, processor
 
 from pastalm import LLM, SamplingParams
-from pastalm.core.engine import Request
 from pastalm.core.events import Decoded, Forked
+from pastalm.core.params import Request
 from pastalm.eval.intervals import mean
 from pastalm.records import prompts
 

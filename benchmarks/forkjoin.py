@@ -38,9 +38,9 @@ import numpy as np
 import random_llama
 
 from pastalm import models
-from pastalm.core.engine import Engine, Request
 from pastalm.core.events import Blocked, Decoded, Finished, Forked, Joined
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
+from pastalm.engines.base import Engine
 
 THREADS = (1, 2, 3, 4, 8, 16)
 BATCH = 512
@@ -158,11 +158,11 @@ class Forward:
     def run(self, plan: Plan, threads: int) -> Timing:
         import torch
 
-        from pastalm.engines.transformers.engine import _attending
+        from pastalm.engines.transformers.attention import ATTENTION, attending
 
         inputs = self._recorder.seen[threads]
         steps = []
-        with torch.inference_mode(), _attending(self._model.config):
+        with torch.inference_mode(), attending(self._model.config, ATTENTION):
             inputs["past_key_values"].plan = inputs["plan"]
             for _ in range(40):
                 start = time.perf_counter()

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from pastalm import Limits, SamplingParams
 from pastalm.core.driver import Driver, Response
-from pastalm.core.engine import Capabilities
 from pastalm.core.events import Path
 from pastalm.core.language import MAX_LENGTH, Promise, Sync
+from pastalm.engines.base import Capabilities
 from pastalm.engines.batching import Batch, BatchingEngine, RequestState
 from pastalm.engines.scripted import byte_vocabulary
 from pastalm.server.protocol import Answer

@@ -22,8 +22,9 @@ from pathlib import Path
 from forkjoin import LlamaCpp, native, processor
 
 from pastalm import LLM, SamplingParams, models
-from pastalm.core.engine import Engine, Request
 from pastalm.core.events import Decoded, Forked
+from pastalm.core.params import Request
+from pastalm.engines.base import Engine
 
 START = r"""
 import re, sys, time

@@ -39,11 +39,12 @@ from openai import OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 
 from pastalm import LLM, SamplingParams
-from pastalm.core.events import Event, from_json
+from pastalm.core.events import Event
 from pastalm.core.transcript import Transcript
 from pastalm.eval.replay import replay, told
 from pastalm.models import EMBEDDED
 from pastalm.records.prompts import read
+from pastalm.records.traces import from_json
 
 KINDS: dict[str, float | None] = {"asynchronous": 1.0, "lowered": None, "sequential": 0.0}
 LENGTHS = (32, 96, 192, 384)

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pastalm.cli.view import View
-from pastalm.core.events import from_json
+from pastalm.records.traces import from_json
 
 WIDTH, HEIGHT = 104, 34
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from pastalm.core.engine import Engine
+from pastalm.engines.base import Engine
 from pastalm.errors import CapabilityError, ModelError, RequestError, complaint
 from pastalm.models import Loaded
 

@@ -6,19 +6,21 @@ ends, so an interrupted run can be resumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-from pastalm.core.driver import Task, run_tasks
+from pastalm.core.driver import Driver, Response
 from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.llm import LLM
 from pastalm.records import answers
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -136,3 +138,36 @@ def _missing(
                 counts.skipped += 1
             else:
                 yield answer(llm, prompt, params, choice=choice, place=place)
+
+
+Task: TypeAlias = Generator[Sequence[Response], None, T]
+"""Submits responses, yields them, is resumed when all of them have ended, and so on; returns what it made of them."""
+
+
+def run_tasks(driver: Driver, tasks: Iterable[Task[T]], most: int) -> Generator[T | RequestError, None, None]:
+    """What tasks return, in the order in which they end, `most` of them under way at once; of a task that is refused,
+    its RequestError. What is still under way is cancelled when the iterator is closed. Raises as `Driver.step`."""
+    todo, waiting = iter(tasks), dict[Task[T], Sequence[Response]]()
+
+    def resume(task: Task[T]) -> Iterator[T | RequestError]:
+        for response in waiting.pop(task, ()):
+            response.check()
+        try:
+            waiting[task] = next(task)
+        except StopIteration as ended:
+            yield ended.value
+        except RequestError as error:
+            yield error
+
+    try:
+        while True:
+            while len(waiting) < most and (task := next(todo, None)) is not None:
+                yield from resume(task)
+            if not waiting:
+                return
+            driver.step()
+            for task in [t for t, phase in waiting.items() if all(r.finished for r in phase)]:
+                yield from resume(task)
+    finally:
+        for response in [r for phase in waiting.values() for r in phase]:
+            response.cancel()

@@ -20,11 +20,11 @@ import torch
 
 from pastalm import models
 from pastalm.core.language import Document, Text, strip
-from pastalm.core.layout import IGNORED, Packed, pack, pack_serial
 from pastalm.eval.intervals import mean
 from pastalm.models import Loaded, encode_chat
 from pastalm.train.dataset import Source, collate, read_annotated
 from pastalm.train.loss import decisions
+from pastalm.train.packing import IGNORED, Packed, pack, pack_serial
 
 LONGEST = 512
 """Tokens of an answer, and half of those of a prompt."""

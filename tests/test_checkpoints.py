@@ -181,9 +181,8 @@ def quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_quantised_weights_are_never_cast(quantised: Path) -> None:
-    from pastalm.core.engine import Request
     from pastalm.core.events import Forked
-    from pastalm.core.params import SamplingParams
+    from pastalm.core.params import Request, SamplingParams
     from pastalm.engines.transformers.engine import TransformersEngine
 
     loaded = pasta.load(str(quantised))

@@ -21,11 +21,12 @@ from typer.testing import CliRunner, Result
 
 from pastalm import models
 from pastalm.cli import app
-from pastalm.core.events import Decoded, Finished, Forked, from_json, to_json
+from pastalm.core.events import Decoded, Finished, Forked
 from pastalm.core.language import parse, strip
 from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.transformers import engine as transformers
+from pastalm.records.traces import from_json, to_json
 from tests.served import replaying
 from tests.test_models import byte_level, small_model
 

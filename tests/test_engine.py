@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pastalm.core.engine import Capabilities, Request
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
 from pastalm.engines import scripted
+from pastalm.engines.base import Capabilities
 from pastalm.errors import CapabilityError
 
 ALL = Capabilities(name="any", weights="none", positions=("promised", "overlap"))

@@ -11,19 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.core.events import (
-    Blocked,
-    Decoded,
-    Event,
-    Finished,
-    Forked,
-    Joined,
-    TokenSet,
-    from_json,
-    stamp,
-    to_json,
-)
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, TokenSet, stamp
 from pastalm.errors import DataError
+from pastalm.records.traces import from_json, to_json
 
 ids = st.integers(0, 2**31)
 paths = st.lists(st.integers(0, 99), max_size=4).map(tuple)

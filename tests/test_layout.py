@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 
 from pastalm.core.events import Blocked, Decoded, Finished, Forked, Path
 from pastalm.core.language import LENGTHS, Async, Document, Promise, Sync, Text, normalize
-from pastalm.core.layout import (
-    IGNORED,
-    Layout,
-    Packed,
-    Policy,
-    decoded_rows,
-    pack,
-    pack_serial,
-    unroll,
-)
+from pastalm.core.layout import Layout, Policy
 from pastalm.errors import CapabilityError
+from pastalm.eval.replay import decoded_rows
+from pastalm.train.packing import IGNORED, Packed, pack, pack_serial, unroll
 from tests.laws.oracle import Fed, Fork, Linear, Record
 from tests.laws.tiny import EOS, TAGS, tiny_vocabulary
 

@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pastalm import models as pasta
 from pastalm.core.language import parse
-from pastalm.core.layout import unroll
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError
 from pastalm.models.chat_tokenizer import ChatTokenizer, described
+from pastalm.train.packing import unroll
 from tests.test_models import byte_level
 
 SPECIALS = ["<unk>", "<s>", "</s>"]

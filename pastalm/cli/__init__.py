@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from pastalm.core.layout import MIXED, POLICIES, Policy
+from pastalm.core.layout import POLICIES, Policy
 from pastalm.core.params import SamplingParams
 from pastalm.errors import (
     CapabilityError,
@@ -40,6 +40,7 @@ from pastalm.errors import (
 )
 from pastalm.loading import missing
 from pastalm.models import EMBEDDED
+from pastalm.train.packing import MIXED
 
 if TYPE_CHECKING:
     from pastalm import LLM
@@ -470,7 +471,7 @@ def _shown(
 
 def _decode(response: Response, output: Output, trace: TextIO | None = None) -> bool:
     """Shows a response to its end; whether Ctrl-C ended it early."""
-    from pastalm.core.events import to_json
+    from pastalm.records.traces import to_json
 
     try:
         with _CtrlC() as ctrl_c:
@@ -619,8 +620,8 @@ def replay(
 
 def _read_trace(source: str) -> list[Event]:
     """The events of a trace, checked to be one. Raises DataError."""
-    from pastalm.core.events import from_json
     from pastalm.core.transcript import Transcript
+    from pastalm.records.traces import from_json
 
     events: list[Event] = []
     transcript = Transcript()

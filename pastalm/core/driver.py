@@ -17,24 +17,23 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from threading import RLock
 from types import TracebackType
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING
 
-from pastalm.core.engine import Engine, Request
 from pastalm.core.events import Event, Finished, stamp
 from pastalm.core.interpreter import Interpreter, Limits
 from pastalm.core.layout import Policy
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
 from pastalm.core.stops import Stops
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
-from pastalm.errors import RequestError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from pastalm.engines.base import Engine
 
 
 class Response:
@@ -273,36 +272,3 @@ class Driver:
             stamp(event, response._steps, seconds)
             response.transcript.apply(event)
         return events
-
-
-Task: TypeAlias = Generator[Sequence[Response], None, T]
-"""Submits responses, yields them, is resumed when all of them have ended, and so on; returns what it made of them."""
-
-
-def run_tasks(driver: Driver, tasks: Iterable[Task[T]], most: int) -> Generator[T | RequestError, None, None]:
-    """What tasks return, in the order in which they end, `most` of them under way at once; of a task that is refused,
-    its RequestError. What is still under way is cancelled when the iterator is closed. Raises as `Driver.step`."""
-    todo, waiting = iter(tasks), dict[Task[T], Sequence[Response]]()
-
-    def resume(task: Task[T]) -> Iterator[T | RequestError]:
-        for response in waiting.pop(task, ()):
-            response.check()
-        try:
-            waiting[task] = next(task)
-        except StopIteration as ended:
-            yield ended.value
-        except RequestError as error:
-            yield error
-
-    try:
-        while True:
-            while len(waiting) < most and (task := next(todo, None)) is not None:
-                yield from resume(task)
-            if not waiting:
-                return
-            driver.step()
-            for task in [t for t, phase in waiting.items() if all(r.finished for r in phase)]:
-                yield from resume(task)
-    finally:
-        for response in [r for phase in waiting.values() for r in phase]:
-            response.cancel()

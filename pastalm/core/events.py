@@ -12,11 +12,7 @@ The driver stamps `step` (forward passes done so far) and `time` (seconds since 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
-
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-
-from pastalm.errors import DataError
+from typing import Literal, TypeAlias
 
 Path: TypeAlias = "tuple[int, ...]"
 """A thread: () is the main thread, p + (k,) the child that keeps the k-th promise of thread p."""
@@ -132,28 +128,9 @@ class Finished(_Event):
 
 Event: TypeAlias = "Forked | Decoded | Blocked | Joined | Finished"
 
-_adapter: TypeAdapter[Event] = TypeAdapter(
-    Annotated[Forked | Decoded | Blocked | Joined | Finished, Field(discriminator="kind")],
-    config=ConfigDict(ser_json_inf_nan="strings"),  # JSON has no infinite log-probability
-)
-
 
 def stamp(event: Event, step: int, time: float) -> None:
     """Writes the driver's step and time on an event that nobody else has been given yet: from then on it is what all
     see, and does not change any more."""
     object.__setattr__(event, "step", step)
     object.__setattr__(event, "time", time)
-
-
-def to_json(event: Event) -> str:
-    """One line of JSON."""
-    return _adapter.dump_json(event, exclude_defaults=False).decode()
-
-
-def from_json(line: str | bytes) -> Event:
-    """The event of one line. Raises DataError if it is none."""
-    try:
-        return _adapter.validate_json(line)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise DataError(f"not an event: {problem['msg']} at {problem['loc']}") from None

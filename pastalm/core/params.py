@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
+from pastalm.core.layout import Policy
 from pastalm.errors import RequestError, check_text, complaint
 
 
@@ -137,3 +138,21 @@ def parameters() -> Mapping[str, Parameter]:
         )
         for field in fields(SamplingParams)
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to decode. id is unique among the engine's unfinished requests.
+
+    seed and choice with the thread's path and token index give every token its own noise.
+    logit_bias: the request's, tags' biases included, added before anything else.
+    positions: the policy of layout.py.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0
+    choice: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    positions: Policy = "promised"

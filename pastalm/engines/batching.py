@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.core.engine import Capabilities, Request, SampledToken, Schedule
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
 from pastalm.core.layout import Layout, Placed
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
+from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key
 from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint

@@ -26,9 +26,9 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.core.engine import Capabilities, Schedule
 from pastalm.core.events import Event, Finished, Forked, Joined, Path
 from pastalm.core.layout import Placed
+from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,

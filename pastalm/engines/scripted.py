@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TypeAlias
 
-from pastalm.core.engine import Capabilities, Request, SampledToken, Schedule
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
 from pastalm.core.language import (
     Async,
     AsyncClose,
@@ -32,7 +31,9 @@ from pastalm.core.language import (
     render_mark,
     strip,
 )
+from pastalm.core.params import Request
 from pastalm.core.vocabulary import Tags, Vocabulary
+from pastalm.engines.base import Capabilities, Schedule
 from pastalm.errors import CapabilityError, RequestError
 
 Script: TypeAlias = "str | Document"

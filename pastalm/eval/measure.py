@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pastalm.core.driver import run_tasks
 from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import Decoding, System, cold, force
 from pastalm.records import answers, jsonl
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
+from pastalm.sampling import run_tasks
 
 
 @dataclass(slots=True)

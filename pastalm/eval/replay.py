@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pastalm.core.events import Decoded, Event, Path, TokenSet
-from pastalm.core.layout import Layout, Policy, decoded_rows
+from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
+from pastalm.core.layout import Layout, Policy
+from pastalm.engines.completions.serial import SerialLayout
 from pastalm.engines.native.weights import Matrix, Tensors, unpack
 
 
@@ -146,3 +147,25 @@ def _allowed(events: Sequence[Event]) -> list[TokenSet | None]:
         before.append(now.get(event.path))
         now[event.path] = event.allowed
     return before
+
+
+def decoded_rows(
+    prompt: Sequence[int], events: Iterable[Event]
+) -> Iterator[tuple[list[int], list[tuple[int, Decoded | None]]]]:
+    """Of a decoded response under `serial`, what each stretch of a thread between syncs read before it began, and its
+    own tokens, each with the event that decoded it (None: it was forced): what a plain causal model must be asked to
+    replay it."""
+    layout = SerialLayout(prompt)
+    begun: dict[Path, tuple[list[int], list[tuple[int, Decoded | None]]]] = {}
+    for event in events:
+        if isinstance(event, Joined) and event.path in begun:
+            yield begun.pop(event.path)
+        layout.apply(event)
+        if isinstance(event, Forked | Joined):
+            begun[event.path] = (layout.row(event.path), [])
+        elif isinstance(event, Decoded | Finished):
+            own = begun[event.path][1]
+            if isinstance(event, Decoded):
+                own.append((event.token, event))
+            own += [(token, None) for token in event.forced]
+    yield from begun.values()

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pastalm import sampling
-from pastalm.core.driver import Response, Task
-from pastalm.core.engine import Engine, Request
+from pastalm.core.driver import Response
 from pastalm.core.events import Decoded, Finished, Forked
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
+from pastalm.engines.base import Engine
 from pastalm.llm import LLM
 from pastalm.records import answers
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
+from pastalm.sampling import Task
 
 
 class System(Protocol):

@@ -38,13 +38,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pastalm.core.engine import SampledToken
-from pastalm.core.events import Decoded, Event, to_json
+from pastalm.core.events import Decoded, Event, SampledToken
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import PastaError
 from pastalm.models import Rendering
+from pastalm.records.traces import to_json
 
 UNLIKELY = -9999.0
 """OpenAI's word for a log-probability that JSON cannot write."""

@@ -17,8 +17,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from pastalm.core.driver import Response
-from pastalm.core.engine import SampledToken
-from pastalm.core.events import Event, Finished, Forked
+from pastalm.core.events import Event, Finished, Forked, SampledToken
 from pastalm.core.params import SamplingParams
 from pastalm.errors import EngineError, PastaError
 from pastalm.llm import LLM

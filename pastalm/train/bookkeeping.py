@@ -22,7 +22,7 @@ from pastalm.models import contents
 from pastalm.records import disk, jsonl
 
 if TYPE_CHECKING:
-    from pastalm.core.layout import Packed
+    from pastalm.train.packing import Packed
     from pastalm.train.run import RunConfig
 
 _OURS = ("checkpoint-*", "adapter", "model", "log.jsonl", "loss.png", "reference.jsonl")

@@ -31,21 +31,13 @@ from pastalm.core.language import (
     parse,
     strip,
 )
-from pastalm.core.layout import (
-    IGNORED,
-    MIXED,
-    Packed,
-    Policy,
-    pack,
-    pack_events,
-    pack_serial,
-    retell,
-)
+from pastalm.core.layout import Policy
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, LanguageError, RequestError
 from pastalm.models import SEQUENTIAL_MARKER, encode_chat
 from pastalm.records import answers, jsonl
+from pastalm.train.packing import IGNORED, MIXED, Packed, pack, pack_events, pack_serial, retell
 
 Lengths = Literal["tens", "fixed", "oracle"]
 """What a promise says: its chunk's length in tens; always the same; in tens, while positions follow the true one."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pastalm.core.layout import IGNORED
 from pastalm.core.vocabulary import Tags
 from pastalm.models import logits
+from pastalm.train.packing import IGNORED
 
 
 def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

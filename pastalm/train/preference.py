@@ -27,7 +27,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from pastalm import models
-from pastalm.core.layout import MIXED, Packed, Policy
+from pastalm.core.layout import Policy
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, RequestError
 from pastalm.models import encode_chat
@@ -36,6 +36,7 @@ from pastalm.records.scores import Length, Scored
 from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import collate, pack_sampled, provenance
 from pastalm.train.loss import bonbon, log_probs
+from pastalm.train.packing import MIXED, Packed
 
 BEST_OF_TEN = 9 * sum(1 / k for k in range(1, 10))
 """1/beta at which IPO's optimum is the best-of-10 policy."""

@@ -25,7 +25,7 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from pastalm import models
-from pastalm.core.layout import IGNORED, POLICIES
+from pastalm.core.layout import POLICIES
 from pastalm.core.vocabulary import Tags
 from pastalm.errors import DataError
 from pastalm.train import run
@@ -41,6 +41,7 @@ from pastalm.train.dataset import (
     read_repeats,
 )
 from pastalm.train.loss import weighted_loss
+from pastalm.train.packing import IGNORED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pastalm.core.engine import Capabilities, Request, SampledToken, Schedule
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
-from pastalm.core.params import SamplingParams
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken
+from pastalm.core.params import Request, SamplingParams
+from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.batching import Batch, BatchingEngine, RequestState, Thread
 from pastalm.engines.sampling import Draw
 from pastalm.errors import RequestError

@@ -13,9 +13,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pastalm.core.engine import Request
 from pastalm.core.events import Blocked, Decoded, Finished, Forked, Joined
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
 from pastalm.models import Loaded, vocabulary_of

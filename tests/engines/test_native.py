@@ -11,10 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pastalm.core.engine import Request
 from pastalm.core.events import Decoded, Finished, Forked
 from pastalm.core.layout import Policy
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.native import library
 from pastalm.engines.native.engine import NativeEngine
 from pastalm.engines.native.model import NativeModel

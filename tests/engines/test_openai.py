@@ -31,17 +31,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pastalm.core.driver import Driver, Response
-from pastalm.core.events import Decoded, Event, Finished, Joined, from_json, to_json
+from pastalm.core.events import Decoded, Event, Finished, Joined
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import Async, Document, Node, Sync, normalize, parse, strip
-from pastalm.core.layout import SerialLayout, decoded_rows, pack_serial, unroll
 from pastalm.core.params import SamplingParams
-from pastalm.core.vocabulary import TAG_TOKENS, Pieces, Vocabulary
+from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.engines.completions.engine import OpenAIEngine, connect
+from pastalm.engines.completions.pieces import Pieces
+from pastalm.engines.completions.serial import SerialLayout
 from pastalm.engines.scripted import EOS, byte_vocabulary
 from pastalm.errors import CapabilityError, ModelError, RemoteError, RequestError
+from pastalm.eval.replay import decoded_rows
 from pastalm.llm import LLM
 from pastalm.models import TEACHING, Loaded, TextTokenizer, vocabulary_of
+from pastalm.records.traces import from_json, to_json
+from pastalm.train.packing import pack_serial, unroll
 from tests.laws.test_replay import PLENTY, ROOM, roomy
 from tests.play import PIECES
 from tests.served import Parts, Reply, llama_cpp_server, streaming

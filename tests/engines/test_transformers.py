@@ -28,10 +28,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pastalm.core.engine import Request, SampledToken
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, TokenSet
-from pastalm.core.params import SamplingParams
-from pastalm.engines.transformers.engine import CALL, TransformersEngine, together
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
+from pastalm.core.params import Request, SamplingParams
+from pastalm.engines.transformers.engine import TransformersEngine
+from pastalm.engines.transformers.masks import CALL_COST, grouped
 from pastalm.errors import CapabilityError, EngineError, RequestError
 from tests.laws.tiny import SIZE, TAGS, tiny_model
 
@@ -478,7 +478,7 @@ def test_rows_are_read_together_where_that_reads_least(entries: list[tuple[int, 
     rows, widths = sorted(chosen), [chosen[row] for row in sorted(chosen)]
 
     def cost(ranges: Sequence[tuple[int, int]]) -> int:
-        return sum((rows[j - 1] + 1 - rows[i]) * max(widths[i:j]) + CALL for i, j in ranges)
+        return sum((rows[j - 1] + 1 - rows[i]) * max(widths[i:j]) + CALL_COST for i, j in ranges)
 
     def splits(i: int) -> Iterator[list[tuple[int, int]]]:
         if i == len(rows):
@@ -486,6 +486,6 @@ def test_rows_are_read_together_where_that_reads_least(entries: list[tuple[int, 
         for j in range(i + 1, len(rows) + 1):
             yield from ([(i, j), *rest] for rest in splits(j))
 
-    ranges = together(rows, widths)
+    ranges = grouped(rows, widths)
     assert [k for i, j in ranges for k in range(i, j)] == list(range(len(rows)))
     assert cost(ranges) == min(map(cost, splits(0)))

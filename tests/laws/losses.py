@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from pastalm.core.engine import Request
 from pastalm.core.events import Blocked, Decoded, Event, Joined, Path
 from pastalm.core.language import Async, Document, Promise, Sync, Text
-from pastalm.core.layout import Policy, pack, unroll
-from pastalm.core.params import SamplingParams
+from pastalm.core.layout import Policy
+from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.train.dataset import collate
 from pastalm.train.loss import token_log_probs
+from pastalm.train.packing import pack, unroll
 from tests.laws.double import AllDouble
 from tests.laws.tiny import EOS, WINDOW, tiny_vocabulary
 

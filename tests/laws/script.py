@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pastalm.core.engine import Request
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
 from pastalm.core.layout import Policy
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.transformers.engine import TransformersEngine
 from tests.laws.oracle import Fed, Record
 from tests.laws.tiny import TAGS

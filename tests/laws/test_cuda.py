@@ -8,11 +8,11 @@ import torch
 from pastalm.core.driver import Driver
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import Text, parse
-from pastalm.core.layout import pack
 from pastalm.core.params import SamplingParams
 from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.train.dataset import collate
 from pastalm.train.loss import log_probs
+from pastalm.train.packing import pack
 from tests.laws.test_exactness import worst
 from tests.laws.tiny import ARCHITECTURES, EOS, tiny_model, tiny_vocabulary
 

@@ -15,8 +15,8 @@ import torch
 
 from pastalm import Limits, SamplingParams
 from pastalm.core.driver import Driver
-from pastalm.core.engine import Schedule
 from pastalm.core.events import Path
+from pastalm.engines.base import Schedule
 from pastalm.engines.transformers.engine import TransformersEngine
 from tests.laws.tiny import ARCHITECTURES, EOS, TAGS, tiny_model, tiny_vocabulary
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pastalm.core.engine import Request, Schedule
 from pastalm.core.events import Decoded, Forked, Path
 from pastalm.core.layout import Policy
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
+from pastalm.engines.base import Schedule
 from pastalm.engines.transformers.engine import TransformersEngine
 from tests.laws.oracle import Fork, Linear
 from tests.laws.reference import EXACT, reference_logits
@@ -93,7 +93,7 @@ def test_one_response(model: PreTrainedModel, policy: Policy, schedule: str, gra
 @pytest.mark.parametrize("schedule", ["all", "uneven"])
 @pytest.mark.parametrize("call", [0, 30, 10**6], ids=["rows apart", "some", "one call"])
 def test_many_responses(model: PreTrainedModel, schedule: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pastalm.engines.transformers.engine.CALL", call)
+    monkeypatch.setattr("pastalm.engines.transformers.masks.CALL_COST", call)
     chosen = SCHEDULES[schedule]()
     engine = TransformersEngine(model, max_num_seqs=3, max_model_len=256, schedule=chosen, prefill_budget=3)
     assert worst(engine, model, overlapping=2) < EXACTLY
@@ -102,7 +102,7 @@ def test_many_responses(model: PreTrainedModel, schedule: str, call: int, monkey
 @pytest.mark.parametrize("schedule", ["all", "uneven"])
 def test_many_responses_in_fixed_shapes(model: PreTrainedModel, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As CUDA graphs are fed, on any device: rows that are full, short or empty, and steps too large for a shape."""
-    monkeypatch.setattr("pastalm.engines.transformers.engine.NARROWEST", 32)
+    monkeypatch.setattr("pastalm.engines.transformers.cuda_graphs.MIN_WIDTH", 32)
     engine = TransformersEngine(model, max_num_seqs=4, max_model_len=256, schedule=SCHEDULES[schedule](), graphs=True)
     assert worst(engine, model, overlapping=3) < EXACTLY
     assert engine._graphs is not None and len(engine._graphs) > 2
@@ -111,7 +111,7 @@ def test_many_responses_in_fixed_shapes(model: PreTrainedModel, schedule: str, m
 def test_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph for up to 4 threads and one for up to 16, whichever row of the pool a response is in."""
     kept = {"freezing": True}  # the kernels are chosen without trying all: the test is shorter
-    monkeypatch.setattr("pastalm.engines.transformers.engine._FREEZING", kept)
+    monkeypatch.setattr("pastalm.engines.transformers.compiled.FREEZING", kept)
     model = tiny_model("qwen2-sliding", layers=2)
     engine = TransformersEngine(model, max_num_seqs=2, max_model_len=256, compiled=True)
     made = engine._compiled

@@ -12,8 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pastalm.core.driver import Driver
-from pastalm.core.engine import Schedule
-from pastalm.core.events import Decoded, Event, Finished, Joined, Path, from_json, to_json
+from pastalm.core.events import Decoded, Event, Finished, Joined, Path
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import (
     Async,
@@ -32,8 +31,10 @@ from pastalm.core.language import (
 )
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
+from pastalm.engines.base import Schedule
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import DataError
+from pastalm.records.traces import from_json, to_json
 from tests.strategies import LOOK_ALIKES, as_decoded, documents
 
 PLENTY = 20_000

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pastalm.core.engine import Request
 from pastalm.core.events import Forked
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request, SamplingParams
 from pastalm.engines import batching
 from pastalm.engines.batching import BatchingEngine
 from pastalm.engines.native.engine import NativeEngine

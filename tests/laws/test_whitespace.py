@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pastalm.cli.view import Plain
-from pastalm.core.events import from_json, to_json
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import AsyncClose, Document, Text, linearize, parse, strip
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.llm import LLM
+from pastalm.records.traces import from_json, to_json
 from pastalm.train.structure import annotate
 from tests.server.serving import playing
 from tests.strategies import documents

@@ -17,8 +17,8 @@ import uvicorn
 from openai import OpenAI
 
 from pastalm import LLM, models
-from pastalm.core.engine import Engine
 from pastalm.core.vocabulary import TAG_TOKENS
+from pastalm.engines.base import Engine
 from pastalm.engines.scripted import Script, ScriptedEngine
 from pastalm.models import Loaded
 from pastalm.server.app import Settings, application, listen

@@ -17,9 +17,9 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
 from pastalm import SamplingParams
-from pastalm.core.events import from_json
 from pastalm.core.transcript import Transcript
 from pastalm.errors import RequestError
+from pastalm.records.traces import from_json
 from pastalm.server.app import Settings, listen
 from tests.server.serving import (
     HELLO,

@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 
 from pastalm import LLM, EngineError, SamplingParams, models
-from pastalm.core.engine import Request as EngineRequest
-from pastalm.core.engine import SampledToken
-from pastalm.core.events import from_json
+from pastalm.core.events import SampledToken
+from pastalm.core.params import Request as EngineRequest
 from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine
+from pastalm.records.traces import from_json
 from tests.server.serving import (
     HELLO,
     TIPS,

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from pastalm import Limits, SamplingParams
 from pastalm.core.driver import Driver
-from pastalm.core.engine import SampledToken
-from pastalm.core.events import Event, Forked, from_json, to_json
+from pastalm.core.events import Event, Forked, SampledToken
 from pastalm.core.events import Path as ThreadPath
 from pastalm.core.language import Async, Document, Promise, Text, parse
 from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
+from pastalm.records.traces import from_json, to_json
 from pastalm.server.app import PAGE
 from tests.server.serving import TIPS, TIPS_TEXT, Served, curl, eventually, playing, serving
 from tests.strategies import documents

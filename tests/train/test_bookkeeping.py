@@ -14,10 +14,10 @@ import pytest
 
 from pastalm import models
 from pastalm.core.language import Text, parse
-from pastalm.core.layout import pack
 from pastalm.errors import DataError
 from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import Mix
+from pastalm.train.packing import pack
 from pastalm.train.preference import PreferenceConfig
 from pastalm.train.run import RunConfig
 from pastalm.train.sft import SftConfig

@@ -21,7 +21,7 @@ from pastalm import models
 from pastalm.core.events import Event
 from pastalm.core.events import Path as ThreadPath
 from pastalm.core.language import Async, Document, Promise, Sync, Text
-from pastalm.core.layout import Policy, pack, unroll
+from pastalm.core.layout import Policy
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, ModelError, RequestError
@@ -33,6 +33,7 @@ from pastalm.records.scores import Scored
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate, pack_sampled
 from pastalm.train.loss import bonbon, log_probs, token_log_probs
+from pastalm.train.packing import pack, unroll
 from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig, choose, pairs, train
 from pastalm.train.sft import SftConfig
 from pastalm.train.sft import train as train_sft

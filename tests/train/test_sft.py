@@ -30,7 +30,6 @@ from pastalm.core.language import (
     render,
     strip,
 )
-from pastalm.core.layout import IGNORED, pack, pack_serial
 from pastalm.errors import DataError, RequestError
 from pastalm.train import run, sft
 from pastalm.train.dataset import (
@@ -49,6 +48,7 @@ from pastalm.train.dataset import (
     repeated,
 )
 from pastalm.train.loss import token_log_probs, unlikelihood, weighted_loss
+from pastalm.train.packing import IGNORED, pack, pack_serial
 from pastalm.train.sft import SftConfig, train
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.test_models import BYTE_LEVEL, small_model

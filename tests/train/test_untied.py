@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pastalm import LLM, SamplingParams, models
 from pastalm.core.language import Async, Document, Promise, Sync, Text, render
-from pastalm.core.layout import pack
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.native import weights
 from pastalm.errors import ModelError
@@ -23,6 +22,7 @@ from pastalm.models import encode_chat, gguf_files, packed_models
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate
 from pastalm.train.loss import weighted_loss
+from pastalm.train.packing import pack
 from pastalm.train.sft import SftConfig, train
 from tests.test_checkpoints import Halves, multimodal, saved
 from tests.test_models import byte_level, small_model

@@ -34,10 +34,12 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import openai
 
-from pastalm.core.engine import Capabilities, Request, SampledToken
-from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
-from pastalm.core.layout import SerialLayout
-from pastalm.core.vocabulary import Pieces, Vocabulary
+from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
+from pastalm.core.params import Request
+from pastalm.core.vocabulary import Vocabulary
+from pastalm.engines.base import Capabilities
+from pastalm.engines.completions.pieces import Pieces
+from pastalm.engines.completions.serial import SerialLayout
 from pastalm.errors import CapabilityError, EngineError, RemoteError, RequestError, complaint
 from pastalm.records.chat_client import check_address, explain, key, line, no_api
 

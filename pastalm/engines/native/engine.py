@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pastalm.core.engine import Capabilities, Request, Schedule
 from pastalm.core.layout import Placed
+from pastalm.core.params import Request
+from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,

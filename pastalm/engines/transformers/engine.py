@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pastalm.core.engine import Capabilities, Schedule
+from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 
-from pastalm.core.driver import Task
 from pastalm.core.language import Text, render
 from pastalm.core.params import SamplingParams
 from pastalm.errors import CapabilityError
@@ -26,6 +25,7 @@ from pastalm.llm import LLM
 from pastalm.records import answers
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
+from pastalm.sampling import Task
 
 SEQUENTIAL = SamplingParams(temperature=0, parallelism=0)
 

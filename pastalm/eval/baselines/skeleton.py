@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pastalm.core.driver import Response, Task, run_tasks
+from pastalm.core.driver import Response
 from pastalm.core.language import Async, Node, Promise, Sync, Text, normalize, render
 from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
@@ -22,6 +22,7 @@ from pastalm.llm import LLM
 from pastalm.records import answers
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
+from pastalm.sampling import Task, run_tasks
 
 MOST_POINTS = 10
 

@@ -12,33 +12,14 @@ The driver's loop, the same for every engine:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from pastalm.core.events import Event, Path
-from pastalm.core.events import SampledToken as SampledToken
+from pastalm.core.events import Event, Path, SampledToken
 from pastalm.core.layout import Policy
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Request
 from pastalm.errors import CapabilityError, complaint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One response to decode. id is unique among the engine's unfinished requests.
-
-    seed and choice with the thread's path and token index give every token its own noise.
-    logit_bias: the request's, tags' biases included, added before anything else.
-    positions: the policy of layout.py.
-    """
-
-    id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int = 0
-    choice: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    positions: Policy = "promised"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

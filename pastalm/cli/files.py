@@ -1,0 +1,37 @@
+"""Files that verbs read and write."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pastalm.cli.terminal import print_error
+from pastalm.errors import DataError, PastaError
+
+
+def read_text(source: str) -> str:
+    """The text of a file; `-` is stdin. Raises DataError."""
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 (at byte {error.start})") from None
+
+
+def check_target(target: Path, *sources: Path | None) -> None:
+    """Raises DataError where results would overwrite a file that they are made from."""
+    for source in sources:
+        if source is not None and source.exists() and target.exists() and target.samefile(source):
+            raise DataError(f"{target} is what is read: give another file for the result")
+
+
+def bad_row_handler(skip_bad: bool) -> Callable[[PastaError], None] | None:
+    """What to do with the error of a bad row: print it and go on, or None to stop at the first."""
+    return print_left_out if skip_bad else None
+
+
+def print_left_out(error: PastaError) -> None:
+    print_error(f"left out: {error}")

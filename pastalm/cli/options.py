@@ -1,0 +1,163 @@
+"""Options that several verbs share, each written once, and groups of those that go together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from pastalm.cli.command import NoEffect
+from pastalm.core.params import SamplingParams, parameters
+
+Model = Annotated[str, typer.Option(help="The embedded model, a hub name, a folder, or a GGUF file.")]
+Adapter = Annotated[str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code run that comes with the model, as transformers does.")
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together; else the model's, 4096 at most.", min=2)
+]
+MaxTokens = Annotated[int, typer.Option(help=parameters()["max_tokens"].help)]
+Seed = Annotated[int | None, typer.Option(help=parameters()["seed"].help)]
+System = Annotated[str | None, typer.Option(help="A system message.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+NoLive = Annotated[bool, typer.Option("--no-live", help="Plain text on a terminal too.")]
+BaseUrl = Annotated[
+    str | None, typer.Option(help="Of an OpenAI-compatible server, with /v1; OPENAI_API_KEY is its key.")
+]
+Counted = Annotated[
+    str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched, smaller or parallelism.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start again: replaces what an earlier run of this command wrote there.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What runs a model, and how."""
+
+    engine: Annotated[
+        str, typer.Option(help="native, transformers, llama.cpp (GGUF files), or auto: native on a CPU, if it can.")
+    ] = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto, q8_0 or q4_0 (native), bfloat16, float16, float32 or float64.")
+    ] = "auto"
+    device: Device = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(EngineOptions):
+    """The same, with the adapter that the model has."""
+
+    adapter: Adapter = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadOptions:
+    """How the threads of an answer decode."""
+
+    positions: Annotated[
+        str | None, typer.Option(help="Position ids of chunks: promised or overlap (all that llama.cpp has).")
+    ] = None
+    max_threads: Annotated[int, typer.Option(help="Threads of an answer decoding at once; others wait.")] = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
+    """A server that decodes in place of an engine."""
+
+    base_url: BaseUrl = None
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="With --base-url: a hub name or folder with the model's tokenizer, if not --model's."),
+    ] = None
+    prompted: Annotated[
+        bool, typer.Option("--prompted", help="With --base-url: the model was not finetuned; teach it the tags.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargeModelOptions:
+    """A server whose large model annotates or judges, and what it costs."""
+
+    base_url: BaseUrl = None
+    concurrency: Annotated[int, typer.Option(help="Requests to the server at once.")] = 8
+    price_in: Annotated[float, typer.Option(help="Dollars for a million tokens in, to count the cost.")] = 0.0
+    price_out: Annotated[float, typer.Option(help="Dollars for a million tokens out.")] = 0.0
+
+
+LARGE_MODEL = ("base_url", "concurrency", "price_in", "price_out")
+"""Names of `LargeModelOptions`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions:
+    """How a file of results is written."""
+
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Name rows that are bad, and go on without them.")] = (
+        False
+    )
+    overwrite: Overwrite = False
+
+
+# ------------------------------------------------------------------------------ sampling
+
+
+_DEFAULTS = {"temperature": 0.0, "max_tokens": 1024}
+"""Of the command line, where they are not the table's."""
+_KINDS = {"stop": list[str] | None}
+"""How a parameter is written on the command line, where its type is not one that typer reads."""
+_LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids")
+"""Parameters that `pasta generate` does not offer: it shows one answer, as text."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options made from rows of the table in `core/params.py`, and `--sequential`; their value is SamplingParams.
+
+    names: of the rows.
+    defaults: those of this verb, by name.
+    """
+
+    names: tuple[str, ...] = tuple(name for name in parameters() if name not in _LIBRARY_ONLY)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self) -> list[inspect.Parameter]:
+        defaults = {**_DEFAULTS, **self.defaults}
+        options = []
+        for row in (parameters()[name] for name in self.names):
+            kind = _KINDS.get(row.name, row.kind)
+            default = defaults.get(row.name, row.default)
+            options.append(_option(row.name, Annotated[kind, typer.Option(help=row.help)], default))
+        return [*options, _option("sequential", _Sequential, False)]
+
+    def build(self, arguments: Mapping[str, Any]) -> SamplingParams:
+        values = {name: arguments[name] for name in self.names}
+        return SamplingParams(**values | ({"parallelism": 0.0} if arguments["sequential"] else {}))
+
+
+_Sequential = Annotated[bool, typer.Option("--sequential", help="The same model with forking off (--parallelism 0).")]
+
+
+def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+# ------------------------------------------------------------------------------ options without effect
+
+
+GREEDY = NoEffect(("top_p", "top_k", "min_p"), lambda a: a["temperature"] == 0, "at --temperature 0, which is greedy")
+NOT_FORKING = (
+    NoEffect(("parallelism",), lambda a: a["sequential"], "with --sequential"),
+    NoEffect(
+        ("positions", "max_threads"),
+        lambda a: a["sequential"] or a["parallelism"] == 0,
+        "where nothing forks (--sequential, --parallelism 0)",
+    ),
+)

@@ -67,3 +67,34 @@ def test_messages_are_plain(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError) as refused:
         SamplingParams(**arguments)
     assert str(refused.value) == message
+
+
+def test_a_row_is_an_option_of_the_command_and_a_field_of_a_request() -> None:
+    """Those that have another form there are named where they do; a new row needs no line in either."""
+    from typer.main import get_command
+
+    from pastalm.cli import app
+    from pastalm.cli.options import LIBRARY_ONLY
+    from pastalm.server.protocol import OTHER_FORM, CompletionRequest
+
+    options = {param.name: param for param in get_command(app).commands["generate"].params}  # type: ignore[attr-defined]
+    schema = CompletionRequest.model_json_schema()["properties"]
+    for row in parameters().values():
+        assert row.name in LIBRARY_ONLY or options[row.name].help.startswith(row.help)
+        assert row.name in OTHER_FORM or schema[row.name]["description"] == row.help
+
+
+@given(st.sampled_from(BOUNDED), st.integers(-4, 200))
+def test_a_server_takes_no_value_that_python_refuses(row: Parameter, value: int) -> None:
+    from pydantic import ValidationError
+
+    from pastalm.server.protocol import CompletionRequest
+
+    if row.name == "parallelism":
+        return
+    typed = value / 4 if row.kind is float else value
+    try:
+        CompletionRequest(prompt="a", **given_to(row, typed))
+    except ValidationError:
+        return
+    assert row.problem(typed) is None or (row.name, typed) == ("max_tokens", 0)

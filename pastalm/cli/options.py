@@ -113,7 +113,7 @@ _DEFAULTS = {"temperature": 0.0, "max_tokens": 1024}
 """Of the command line, where they are not the table's."""
 _KINDS = {"stop": list[str] | None}
 """How a parameter is written on the command line, where its type is not one that typer reads."""
-_LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids")
+LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids")
 """Parameters that `pasta generate` does not offer: it shows one answer, as text."""
 
 
@@ -125,7 +125,7 @@ class SamplingOptions:
     defaults: those of this verb, by name.
     """
 
-    names: tuple[str, ...] = tuple(name for name in parameters() if name not in _LIBRARY_ONLY)
+    names: tuple[str, ...] = tuple(name for name in parameters() if name not in LIBRARY_ONLY)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self) -> list[inspect.Parameter]:
@@ -134,7 +134,8 @@ class SamplingOptions:
         for row in (parameters()[name] for name in self.names):
             kind = _KINDS.get(row.name, row.kind)
             default = defaults.get(row.name, row.default)
-            options.append(_option(row.name, Annotated[kind, typer.Option(help=row.help)], default))
+            explained = f"{row.help} May be repeated." if row.name in _KINDS else row.help
+            options.append(_option(row.name, Annotated[kind, typer.Option(help=explained)], default))
         return [*options, _option("sequential", _Sequential, False)]
 
     def build(self, arguments: Mapping[str, Any]) -> SamplingParams:

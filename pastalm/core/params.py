@@ -82,9 +82,9 @@ class SamplingParams:
     seed: Annotated[
         int | None, Parameter(help="Makes sampling repeatable.", served_ge=-(2**63), served_le=2**63 - 1)
     ] = None
-    stop: Annotated[
-        tuple[str, ...] | list[str] | str | None, Parameter(help="Ends the answer before this text (repeatable).")
-    ] = None
+    stop: Annotated[tuple[str, ...] | list[str] | str | None, Parameter(help="Ends the answer before this text.")] = (
+        None
+    )
     max_tokens: Annotated[int, Parameter(help="Bound on all decoded tokens, tags too.", ge=1)] = 16
     logprobs: Annotated[
         int | None, Parameter(help="Top log-probabilities returned beside each token's own.", ge=0, le=20)

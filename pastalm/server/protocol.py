@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import (
@@ -34,12 +34,13 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from pastalm.core.events import Decoded, Event, SampledToken
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import Parameter, SamplingParams, parameters
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import PastaError
@@ -265,7 +266,7 @@ class PastaOptions(_Checked):
     """What only this server understands. parallelism: the odds of forking are multiplied by it, 0 turns forking
     off; given, it is not lowered under load. events: the chunks of a stream carry the threads' events."""
 
-    parallelism: float | None = Field(default=None, ge=0)
+    parallelism: float | None = Field(default=None, ge=parameters()["parallelism"].ge)
     events: bool = False
 
 
@@ -322,19 +323,35 @@ _NOT_DONE: dict[str, Sequence[Any]] = {
 }
 
 
-class _Sampled(_Unheeded):
+OTHER_FORM = ("stop", "max_tokens", "logprobs", "logit_bias", "stop_token_ids", "parallelism")
+"""Sampling parameters that a request has in a form or place of its own: written out below."""
+_SAME_FORM = {name: row for name, row in parameters().items() if name not in OTHER_FORM}
+"""The others, whose fields are made from their rows of the table."""
+
+
+def _sampling_field(row: Parameter) -> tuple[Any, Any]:
+    """Type and bounds of a field."""
+    lowest = row.ge if row.served_ge is None else row.served_ge
+    highest = row.le if row.served_le is None else row.served_le
+    return row.kind, Field(default=row.default, description=row.help, gt=row.gt, ge=lowest, le=highest)
+
+
+if TYPE_CHECKING:
+
+    class _Sampling(_Unheeded):
+        """What the code below reads by name; see `_SAME_FORM`."""
+
+        n: int
+        min_tokens: int
+else:
+    _fields = {name: _sampling_field(row) for name, row in _SAME_FORM.items()}
+    _Sampling = create_model("_Sampling", __base__=_Unheeded, __module__=__name__, **_fields)
+
+
+class _Sampled(_Sampling):
     model: str | None = None
-    n: int = Field(default=1, ge=1, le=128)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1, le=2**31)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: _Text | list[_Text] | None = None
     stop_token_ids: list[_Token] | None = None
-    ignore_eos: bool = False
-    min_tokens: int = Field(default=0, ge=0, lt=2**31)
     logit_bias: dict[str, float] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -374,17 +391,9 @@ class _Sampled(_Unheeded):
     def params(self, *, max_tokens: int, logprobs: int | None, parallelism: float) -> SamplingParams:
         """How it is sampled. Raises RequestError."""
         return SamplingParams(
-            n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
+            **{name: getattr(self, name) for name in _SAME_FORM},
             stop=self.stops,
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-            min_tokens=self.min_tokens,
             max_tokens=max_tokens,
             logprobs=logprobs,
             logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
@@ -447,7 +456,7 @@ class ChatRequest(_Conversation, _Sampled):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=20)
+    top_logprobs: int = Field(default=0, ge=0, le=parameters()["logprobs"].le)
     documents: list[_Object] | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
@@ -494,7 +503,7 @@ class CompletionRequest(_Sampled):
     neutral = {"suffix": [""]}
     prompt: _Text | list[_Text] | list[_Token] | list[list[_Token]]
     max_tokens: int = Field(default=16, ge=0)
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprobs: int | None = Field(default=None, ge=0, le=parameters()["logprobs"].le)
     echo: bool = False
     best_of: int | None = Field(default=None, ge=1)
     add_special_tokens: bool = True

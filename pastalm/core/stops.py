@@ -1,6 +1,6 @@
-"""Where an answer is cut: at the first stop string of its text, or where a stop token stood in a chunk.
+"""Stop conditions: the answer is cut at the first stop string of its text, or where a stop token ended a chunk.
 
-Looks at new text alone, so that a token costs the same at the beginning of an answer and at its end.
+Only new text is searched, so that a token costs the same at any length.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from pastalm.core.events import Path
 from pastalm.core.interpreter import Interpreter
-from pastalm.core.language import Sync
 from pastalm.core.transcript import Transcript, begins
 
 
@@ -24,66 +23,50 @@ class Stops:
         self._strings = strings
         self._min_tokens = min_tokens
         self._searched = 0
-        """Characters of the settled text in which no stop string begins and ends."""
+        """So many characters of the settled text hold no whole stop string."""
         self._early: int | None = None
-        """How many parts of the main thread are too early for stop strings (None: all so far)."""
+        """Number of parts of the main thread in which no stop string counts (None: all so far)."""
         self._ended: dict[Path, int] = {}
-        """Chunks that a stop token ended, and after how many parts."""
+        """Chunks that a stop token ended, and their number of parts then."""
 
     def update(self, interpreter: Interpreter, transcript: Transcript) -> None:
-        """Takes in what the interpreter knows of ends, once its events are in the transcript."""
+        """Notes what the interpreter's last events, which the transcript already has, say about stop conditions."""
         threads = transcript.threads
         if self._early is None and interpreter.written >= self._min_tokens:
             self._early = len(threads[()].parts) if self._min_tokens else 0
+            transcript.mark((), self._early)
         for path in filter(None, interpreter.stopped):
             if path not in self._ended and threads[path].state == "done":
                 last = threads[path].parts[-1:]
-                self._ended[path] = len(threads[path].parts) - (last == ["\n"])  # what the end of a chunk forces
+                self._ended[path] = len(threads[path].parts) - (last == ["\n"])  # the newline was forced
+                transcript.mark(path, self._ended[path])
 
     def cut(self, transcript: Transcript) -> int | None:
-        """The character where the text is to be cut: a stop token stood there or the first stop string begins there,
-        and no other may yet turn out to begin before it. None: nowhere so far."""
-        ends = (_offset(transcript, path, parts) for path, parts in self._ended.items())
-        end = min((at for at in ends if at is not None), default=None)
-        found = self._first_string(transcript, end)
-        return end if found is None else found
+        """The character before which the text ends: the first at which a stop token stood or a stop string begins.
+
+        None: there is none, or an earlier one may still turn up.
+        """
+        ends = (transcript.marked(path, part) for path, part in self._ended.items())
+        first_token = min((end for end in ends if end is not None), default=None)
+        first_string = self._first_string(transcript, first_token)
+        return first_token if first_string is None else first_string
 
     def _first_string(self, transcript: Transcript, end: int | None) -> int | None:
-        """Where the first stop string begins in the text before character `end`."""
+        """The character before `end` at which the first stop string begins."""
         if not self._strings or self._early is None:
             return None
-        early = _offset(transcript, (), self._early) if self._early else 0
+        early = transcript.marked((), self._early) if self._early else 0
         if early is None:
             return None
         start = max(0, self._searched - max(map(len, self._strings)) + 1)
         text = transcript.settled_from(start)[: None if end is None else end - start]
         self._searched = start + len(text)
-        begin = {s: max(0, early - start - len(s) + 1) for s in self._strings}
-        places = (text.find(s, begin[s]) for s in self._strings)
-        found = min((at for at in places if at >= 0), default=None)
-        over = transcript.finished or end is not None
-        if found is None or not over and min(at + begins(text[at:], s) for s, at in begin.items()) < found:
+        begin = {string: max(0, early - start - len(string) + 1) for string in self._strings}
+        places = [text.find(string, begin[string]) for string in self._strings]
+        first = min((place for place in places if place >= 0), default=None)
+        if first is None:
             return None
-        return start + found
-
-
-def _offset(transcript: Transcript, path: Path, parts: int) -> int | None:
-    """Characters of the text before part number `parts` of a thread; None while what stands before it may grow."""
-    at: int = 0
-    here: Path = ()
-    while True:
-        for i, part in enumerate(transcript.threads[here].parts):
-            if here == path and i == parts:
-                return at
-            if not isinstance(part, tuple):
-                at += 0 if isinstance(part, Sync) else len(part if isinstance(part, str) else part.text)
-            elif path[: len(part)] == part:
-                here = part
-                break
-            else:
-                within = [t for p, t in transcript.threads.items() if p[: len(part)] == part]
-                if any(thread.state != "done" for thread in within):
-                    return None
-                at += sum(len(thread.text) for thread in within)
-        else:
-            return at
+        complete = transcript.finished or end is not None
+        if not complete and min(at + begins(text[at:], string) for string, at in begin.items()) < first:
+            return None  # a longer stop string may begin before it
+        return start + first

@@ -1,36 +1,37 @@
-"""Folds the events of one response into its text, its linear form and its figures.
+"""The transcript: from the events of one response, its text, its linear form and its figures.
 
-Live and from a trace alike: no model, no vocabulary, no clock. Figures as in SPEC "Figures":
-depth(token) = 1 + the largest depth among its predecessor in its thread, for a chunk's first token
-the promise's last, for a sync every joined child's last; the critical path is the largest depth.
+It works alike on events as they come and on those of a trace: no model, no vocabulary, no clock. What is settled, the
+text through the first unfinished chunk, is built once, so that a token costs the same at any length.
+
+The depth of a token is 1 + the largest depth among the tokens it waits for: the one before it in its thread; for the
+first of a chunk, the last of its promise; for a sync, the last of every joined child. The critical path is the largest
+depth: the fewest steps in which the response can be decoded.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice, takewhile
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
-from pastalm.core.events import (
-    Blocked,
-    Decoded,
-    Event,
-    Finished,
-    FinishReason,
-    Forked,
-    Joined,
-    Path,
-)
+from pastalm.core.events import Blocked, Decoded, Event, Finished, FinishReason, Forked, Joined, Path
 from pastalm.core.language import Async, Document, Node, Promise, Sync, Text, normalize, render
 
 
 @dataclass(slots=True)
 class ThreadRecord:
-    """One thread so far. parts: text as it came (a sampled token that carries log-probabilities whole),
-    children where they stand, and syncs, in order; it only grows."""
+    """One thread so far.
+
+    parts: its text as it came, children where they stand, and syncs, in order; it only grows. A sampled token that
+    carries log-probabilities is kept whole.
+    token_ids: its tokens in order; a child's path where the child stands in linear form.
+    forced: indices in `token_ids` of tokens that the thread did not sample.
+    """
 
     path: Path
     topic: str = ""
@@ -46,9 +47,7 @@ class ThreadRecord:
     why: str = ""
     parts: list[str | Decoded | Path | Sync] = field(default_factory=list)
     token_ids: list[int | Path] = field(default_factory=list)
-    """Tokens in order; a child's path stands where the child does in linear form."""
     forced: set[int] = field(default_factory=set)
-    """Places in `token_ids` of tokens that the thread did not sample."""
 
     @property
     def parent(self) -> Path | None:
@@ -70,7 +69,7 @@ def _text(piece: str | Decoded) -> str:
 
 
 class Transcript:
-    """The response that a list of events tells; never raises on events of one interpreter."""
+    """One response, built up from its events. Never raises on the events of one interpreter."""
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.threads: dict[Path, ThreadRecord] = {}
@@ -82,6 +81,7 @@ class Transcript:
         self._unfinished = 0
         self._settled = io.StringIO(newline="")
         self._settled_scores: list[tuple[int, Decoded]] = []
+        self._marks: dict[tuple[Path, int], int | None] = {}
         self._settling = self._certain_pieces(())
         for event in events:
             self.apply(event)
@@ -149,7 +149,7 @@ class Transcript:
 
     def segments(self) -> list[tuple[Path, str]]:
         """The reader's text in document order, by thread, adjacent pieces of one thread merged."""
-        runs = groupby(self._pieces(), key=lambda found: found[0])
+        runs = groupby(self._pieces(), key=itemgetter(0))
         return [(path, "".join(_text(piece) for _, piece in run)) for path, run in runs]
 
     def _pieces(self, path: Path = ()) -> Iterator[tuple[Path, str | Decoded]]:
@@ -166,19 +166,21 @@ class Transcript:
                 yield from self._pieces(part)
 
     def _certain_pieces(self, path: Path) -> Iterator[str | Decoded | None]:
-        """Pieces in document order, through the first unfinished chunk; None where the next is not there yet, but
-        may be once more events have come. So what was given before is never looked at again."""
+        """Pieces in document order, through the first unfinished chunk; None where the next one has not come yet. The
+        iterator goes on from there later, so no piece is visited twice."""
         while (thread := self.threads.get(path)) is None:
             yield None
         given = 0
         while True:
             for part in thread.parts[given:]:
+                self._note_mark(path, given)
                 given += 1
                 if isinstance(part, tuple):
                     yield from self._certain_pieces(part)
                 elif not isinstance(part, Sync):
                     yield part
             if given == len(thread.parts):
+                self._note_mark(path, given)
                 if thread.state == "done":
                     return
                 yield None
@@ -195,6 +197,19 @@ class Transcript:
             text.write(_text(piece))
         return text
 
+    def _note_mark(self, path: Path, part: int) -> None:
+        if (path, part) in self._marks:
+            self._marks[path, part] = self._settled.tell()
+
+    def mark(self, path: Path, part: int) -> None:
+        """Asks for the character at which part number `part` of a thread begins. That part is not settled yet."""
+        self._marks[path, part] = None
+
+    def marked(self, path: Path, part: int) -> int | None:
+        """The character that was asked for with `mark`; None while the text before it may still grow."""
+        self._settle()
+        return self._marks[path, part]
+
     @property
     def text(self) -> str:
         """The reader's text: tags removed, chunks in their places, cut where a stop string began."""
@@ -207,22 +222,22 @@ class Transcript:
         return self._settle().getvalue()
 
     def settled_from(self, start: int) -> str:
-        """The settled text from character `start` on, at the cost of what it gives."""
+        """The settled text from character `start` on."""
         text = self._settle()
         text.seek(start)
         return text.read()
 
     def certain(self, stops: Iterable[str] = (), *, start: int = 0) -> str:
-        """What can be shown for good to one who can only append: the settled text, without what a stop
-        string may yet cut off; all of it at the end. Each value begins with the one before, so that `start`,
-        the length of an earlier one, gives what is new, at the cost of that."""
+        """Text that will not change any more, from character `start` on: the settled text without what a stop string
+        may still cut off, and at the end all of it. For readers who can only append: with `start` the number of
+        characters they have, they get what is new."""
         if self.finished:
             return self.text[start:]
         text = self.settled_from(start)
         return text[: min((begins(text, stop) for stop in stops), default=len(text))]
 
     def cut(self, at: int) -> None:
-        """The answer ends before character `at`: a stop string was found there."""
+        """Ends the answer before character `at`, where a stop string begins."""
         self._cut = at
 
     # ------------------------------------------------------------------ linear form
@@ -258,8 +273,8 @@ class Transcript:
                 yield path, token
 
     def sampled_tokens(self, path: Path = ()) -> Iterator[tuple[int, bool]]:
-        """Every decoded token in linear order, and whether its thread sampled it (it was not forced, nor put in the
-        place of another)."""
+        """Every decoded token in linear order, and whether its thread sampled it. A forced token was not sampled, nor
+        one that replaced another."""
         if (thread := self.threads.get(path)) is None:
             return
         for place, token in enumerate(thread.token_ids):
@@ -273,7 +288,7 @@ class Transcript:
         return (token for _, token in self.scored())
 
     def scored(self) -> Iterator[tuple[int, Decoded]]:
-        """The same, each with where it begins in the text, up to where that is cut."""
+        """Tokens of the text with log-probabilities, each with the character at which it begins, up to the cut."""
         at = 0
         for _, piece in self._pieces():
             if self._cut is not None and at >= self._cut:
@@ -283,11 +298,11 @@ class Transcript:
             at += len(_text(piece))
 
     def scored_from(self, start: int, *, end: float = math.inf) -> list[tuple[int, Decoded]]:
-        """Those of the settled text but the first `start`, up to where it is cut or character `end`, at the cost of
-        what it gives."""
+        """`scored` of the settled text without the first `start` tokens, up to character `end`."""
         self._settle()
         end = end if self._cut is None else min(end, self._cut)
-        return list(takewhile(lambda each: each[0] < end, islice(self._settled_scores, start, None)))
+        stop = bisect_left(self._settled_scores, end, lo=start, key=itemgetter(0))
+        return self._settled_scores[start:stop]
 
     # ------------------------------------------------------------------ figures
 
@@ -367,7 +382,8 @@ def _first(document: Document, characters: int) -> tuple[Document, int]:
 
 
 def begins(text: str, stop: str) -> int:
-    """Where a stop string begins in a text, or may begin at its end once more comes; else the text's length."""
+    """The character at which a stop string begins in a text, or at which the text ends in the start of one; the text's
+    length if neither is so."""
     if (at := text.find(stop)) >= 0:
         return at
     longest = min(len(stop) - 1, len(text))

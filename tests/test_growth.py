@@ -43,17 +43,16 @@ class Lines:
 
 
 @pytest.mark.parametrize(
-    "extras",
+    ("extras", "allowance"),
     [
-        {},
-        {"logprobs": 2},
-        {"stop": "\0"},
-        {"stop": "\0", "min_tokens": 20},
-        {"min_tokens": 2000, "stop": "\0"},
-        {"stop_token_ids": (0,)},
+        ({}, 0),
+        ({"logprobs": 2}, 0),
+        ({"stop": "\0"}, 0),
+        ({"stop_token_ids": (0,)}, 0),
+        ({"stop": "\0", "min_tokens": 2000}, 100),  # the search begins only then
     ],
 )
-def test_a_token_takes_the_same_work_at_any_length(extras: dict[str, Any]) -> None:
+def test_a_token_takes_the_same_work_at_any_length(extras: dict[str, Any], allowance: int) -> None:
     """From interpreter to transcript, and for the deltas of a server. Text after few and after many chunks."""
     vocabulary = byte_vocabulary()
     driver = Driver(ScriptedEngine(vocabulary, [render(PARTS)], max_num_seqs=4, max_model_len=9000), vocabulary)
@@ -69,4 +68,4 @@ def test_a_token_takes_the_same_work_at_any_length(extras: dict[str, Any]) -> No
         if [event.kind for event in events] == ["decoded"] and not events[0].tag:  # type: ignore[union-attr]
             work.append(lines.count)
     assert len(work) > 3000
-    assert max(work[-500:]) <= max(work[300:800])
+    assert max(work[-500:]) <= max(work[300:800]) + allowance

@@ -304,6 +304,7 @@ class LLM:
 
     def _encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. Tags in it are encoded as plain text, other special tokens as themselves."""
+        loaded, _ = self._open()
         if not isinstance(prompt, str):
             tokens: Any = prompt
             listed = isinstance(tokens, Sequence) and not isinstance(tokens, bytes)
@@ -313,9 +314,7 @@ class LLM:
         from pastalm import models
 
         check_text(prompt, "the prompt")
-        return models.raw_prompt(
-            self.loaded.tokenizer, self.loaded.vocabulary, prompt, add_special_tokens=add_special_tokens
-        )
+        return models.raw_prompt(loaded.tokenizer, loaded.vocabulary, prompt, add_special_tokens=add_special_tokens)
 
     def _conversation(self, messages: Any, params: SamplingParams, rendering: Rendering | None = None) -> list[int]:
         """Token ids of a conversation, up to the start of the answer. The system message gets the sequential marker

@@ -1,14 +1,14 @@
-"""The exceptions a user can cause: one tree, one line each, saying what to do.
+"""The exceptions that a user can cause. Each message is one line that says what to do.
 
 PastaError
-├── LanguageError      text that is not PASTA-LANG (a position where there is one)
-├── RequestError       a request that no engine could serve (also a ValueError)
-├── CapabilityError    asked of an engine that does not offer it
-├── ModelError         a model or adapter that cannot be found, read or prepared
-├── DataError          a file of prompts, annotations or events that cannot be read
-├── EngineError        the engine failed in the middle of a step
-├── RemoteError        a server that cannot be reached, or that refuses the run
-└── Refused            what our own server tells a client (server/protocol.py)
+├── LanguageError      text is not PASTA-LANG; has the position if it is known
+├── RequestError       the request is invalid, for any engine (also a ValueError)
+├── CapabilityError    the engine does not support the request
+├── ModelError         a model or adapter cannot be found, read or prepared
+├── DataError          a file of prompts, answers or events cannot be read
+├── EngineError        the engine failed during a step
+├── RemoteError        a server cannot be reached, or rejects the run
+└── Refused            our own server rejects a client's request (server/protocol.py)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class PastaError(Exception):
 
 
 class LanguageError(PastaError, ValueError):
-    """Not PASTA-LANG. `position` is the offset in characters where it stops being so."""
+    """The text is not PASTA-LANG. `position`: offset of the first invalid character, if known."""
 
     def __init__(self, message: str, position: int | None = None) -> None:
         super().__init__(message if position is None else f"{message} (at character {position})")
@@ -29,11 +29,11 @@ class LanguageError(PastaError, ValueError):
 
 
 class RequestError(PastaError, ValueError):
-    """A request that cannot be served as it stands."""
+    """The request is invalid."""
 
 
 class CapabilityError(PastaError):
-    """The engine does not support what was asked of it."""
+    """The engine does not support the request."""
 
 
 class ModelError(PastaError):
@@ -41,31 +41,36 @@ class ModelError(PastaError):
 
 
 class DataError(PastaError):
-    """A data file cannot be read or is not what it should be."""
+    """A data file cannot be read, written or parsed."""
 
 
 class EngineError(PastaError):
-    """An engine failed in the middle of a step."""
+    """The engine failed during a step."""
 
 
 class RemoteError(PastaError):
-    """A server cannot be reached, or refuses everything that this run asks."""
+    """A server cannot be reached, or rejects every request of this run."""
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises RequestError where a text holds half of a surrogate pair, which no encoding can write: it comes of bytes
-    that are not UTF-8 on a command line, and of JSON that holds such halves."""
+    """Raises RequestError if the text contains a lone surrogate, which cannot be encoded.
+
+    Lone surrogates come from command-line bytes that are not UTF-8, and from JSON escapes.
+
+    text: the text to check.
+    name: how the error message calls it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # as Python's surrogateescape has it
+        if 0xDC80 <= code <= 0xDCFF:  # how Python's surrogateescape stores an invalid byte
             what = f"is not UTF-8: byte 0x{code - 0xDC00:02x}"
         else:
-            what = f"holds half of a surrogate pair, U+{code:04X},"
-        raise RequestError(f"{name} {what} at character {error.start}; give whole characters, as UTF-8") from None
+            what = f"contains a lone surrogate, U+{code:04X},"
+        raise RequestError(f"{name} {what} at character {error.start}; give valid UTF-8") from None
 
 
 def complaint(checks: Iterable[tuple[bool, str]]) -> str | None:
-    """What the first failed check says; None if all of them (whether it holds, what else) hold."""
-    return next((said for holds, said in checks if not holds), None)
+    """The message of the first check that failed; None if all are valid. checks: (valid, message)."""
+    return next((message for valid, message in checks if not valid), None)

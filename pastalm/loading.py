@@ -1,8 +1,8 @@
-"""Which engine runs a model: its name and options in, what goes with it and an engine over its weights out.
+"""Chooses the engine for a model and loads both.
 
-On a CPU that is the native engine. Where it cannot run a model, transformers does, or llama.cpp a GGUF file, and one
-warning says why; an engine that was asked for by name raises instead. A GPU, compiled steps and the types float16 and
-float64 are transformers' from the start. A native start of a model that is packed imports neither torch nor
+With engine="auto", CPUs get the native engine. If it cannot run the model, transformers does (llama.cpp for a GGUF
+file), and a warning says why. An engine that is named explicitly raises instead. GPUs, compiled steps, float16 and
+float64 always go to transformers. If the model is already packed, the native engine imports neither torch nor
 transformers.
 """
 
@@ -30,7 +30,7 @@ _PACKED: Mapping[str, WeightType] = {
 _QUANTISED = ("q8_0", "q4_0")
 DTYPES = ("auto", *_PACKED, "float64")
 MAX_MODEL_LEN = 4096
-"""Of an engine, unless more is asked for, or the model takes less."""
+"""Default for an engine's max_model_len; less if the model's context is shorter."""
 _EXTRAS = {
     **dict.fromkeys(("tokenizers", "safetensors", "jinja2", "gguf", "huggingface_hub"), "native"),
     **dict.fromkeys(("fastapi", "uvicorn", "sse_starlette", "prometheus_client"), "server"),
@@ -38,12 +38,12 @@ _EXTRAS = {
     "openai": "remote",
     "llama_cpp": "llama-cpp",
 }
-"""Which extra of the package brings a module that may be missing; else `transformers`."""
+"""The extra that installs an optional module; `transformers` for all others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How a model is to run; as `LLM` has them."""
+    """How to run a model. The fields are the arguments of `LLM`."""
 
     engine: str = "auto"
     adapter: str | None = "auto"
@@ -62,58 +62,64 @@ Opened: TypeAlias = "tuple[Loaded, Engine]"
 
 
 def load(model: str, options: Options) -> Opened:
-    """A model and the engine that runs it. Raises RequestError for options that say nothing, CapabilityError for what
-    the engine does not offer, ModelError."""
+    """Loads a model and the engine that runs it.
+
+    Raises RequestError for unknown or contradictory options, CapabilityError if the engine does not support the model
+    or an option, ModelError if the model cannot be loaded.
+    """
     gguf = model.endswith(".gguf")
-    if said := complaint(_sense(options, gguf)):
-        raise RequestError(said)
-    chosen = _choice(options, gguf)
-    if said := complaint(_offers(chosen, options, gguf)):
-        raise CapabilityError(said)
+    if problem := complaint(_option_checks(options, gguf)):
+        raise RequestError(problem)
+    name = _engine_name(options, gguf)
+    if problem := complaint(_engine_checks(name, options, gguf)):
+        raise CapabilityError(problem)
     try:
-        return _LOADERS[chosen](model, options)
+        return _LOADERS[name](model, options)
     except CapabilityError as error:
-        other = _other(gguf)
-        if options.engine != "auto" or chosen == other or options.dtype in _QUANTISED:
+        fallback = _fallback(gguf)
+        if options.engine != "auto" or name == fallback or options.dtype in _QUANTISED:
             raise
-        log.warning("%s; %s runs it", error, other)
-    return _LOADERS[other](model, options)
+        log.warning("%s; %s runs it", error, fallback)
+    return _LOADERS[fallback](model, options)
 
 
-def _choice(options: Options, gguf: bool) -> str:
+def _engine_name(options: Options, gguf: bool) -> str:
     if options.engine != "auto":
         return options.engine
     native = options.device == "cpu" and not options.compiled and options.dtype not in ("float16", "float64")
-    return "native" if native else _other(gguf)
+    return "native" if native else _fallback(gguf)
 
 
-def _other(gguf: bool) -> str:
+def _fallback(gguf: bool) -> str:
     return "llama.cpp" if gguf else "transformers"
 
 
-def _sense(options: Options, gguf: bool) -> Iterator[tuple[bool, str]]:
-    """What must hold of the options, whichever the engine."""
+def _option_checks(options: Options, gguf: bool) -> Iterator[tuple[bool, str]]:
+    """(valid, message) of the options, for any engine."""
     yield options.engine in ENGINES, f"unknown engine {options.engine!r}: {', '.join(ENGINES)}"
     yield options.dtype in DTYPES, f"unknown dtype {options.dtype!r}: {', '.join(DTYPES)}"
-    whole = not gguf or options.adapter in ("auto", None) and options.dtype == "auto"
-    yield whole, "a GGUF file holds its adapter and its weight type: give neither"
+    neither = options.adapter in ("auto", None) and options.dtype == "auto"
+    yield not gguf or neither, "a GGUF file has its adapter merged and its weight type fixed: give neither"
 
 
-def _offers(engine: str, options: Options, gguf: bool) -> Iterator[tuple[bool, str]]:
-    """What must hold of the options for an engine."""
+def _engine_checks(engine: str, options: Options, gguf: bool) -> Iterator[tuple[bool, str]]:
+    """(valid, message) of the options, for one engine."""
     if engine == "transformers":
-        yield not gguf, "transformers runs no GGUF files: choose native or llama.cpp"
+        yield not gguf, "transformers does not run GGUF files: choose native or llama.cpp"
         yield options.dtype not in _QUANTISED, f"{options.dtype} is for the native engine, which runs on CPUs"
         return
     if engine == "native":
-        yield options.device == "cpu", f"the native engine runs on CPUs, not on {options.device}: leave out one of both"
+        yield (
+            options.device == "cpu",
+            f"the native engine runs on CPUs, not on {options.device}: change engine or device",
+        )
         yield options.dtype != "float64", "the native engine has no float64: choose transformers for it"
     if engine == "llama.cpp":
         yield gguf, "llama.cpp runs GGUF files: make one with pasta export"
-    yield not options.compiled, f"{engine} is compiled already: leave compiled=True to transformers"
+    yield not options.compiled, f"{engine} has no compiled=True: use it with the transformers engine"
 
 
-# ------------------------------------------------------------------------------ each engine
+# ------------------------------------------------------------------------------ one loader an engine
 
 
 def _native(model: str, options: Options) -> Opened:
@@ -122,7 +128,7 @@ def _native(model: str, options: Options) -> Opened:
     from pastalm.engines.native.model import NativeModel
     from pastalm.models import packed_models
 
-    library.library()  # before anything is packed for it
+    library.library()  # fail before the slow packing if the library is missing
     try:
         if model.endswith(".gguf"):
             packed = packed_models.load_gguf(model)
@@ -130,7 +136,7 @@ def _native(model: str, options: Options) -> Opened:
             weights = _PACKED.get(options.dtype, packed_models.DEFAULT)
             packed = packed_models.load(model, adapter=options.adapter, weights=weights)
     except ModuleNotFoundError as error:
-        raise ModelError(f"{model} is not packed for this CPU yet; for that, once, {missing(error)}") from None
+        raise ModelError(f"{model} is not packed for this CPU yet, which needs more once: {missing(error)}") from None
     engine = NativeEngine(
         NativeModel(packed.architecture, packed.tensors),
         max_num_seqs=options.max_num_seqs,
@@ -178,5 +184,5 @@ _LOADERS: Mapping[str, Callable[[str, Options], Opened]] = {
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """One line about a module that is not installed."""
+    """The error message for a module that is not installed: which extra installs it."""
     return f"{error.name} is missing: pip install 'pastalm[{_EXTRAS.get(error.name or '', 'transformers')}]'"

@@ -94,14 +94,14 @@ def test_the_choice(model: str, options: dict[str, Any], chosen: str, monkeypatc
 REFUSED: list[tuple[str, dict[str, Any], type[PastaError], str]] = [
     ("folder", {"engine": "vllm"}, RequestError, "auto, native, transformers, llama.cpp"),
     ("folder", {"dtype": "int3"}, RequestError, "auto, q8_0, q4_0, bfloat16, float16, float32, float64"),
-    ("file.gguf", {"dtype": "q4_0"}, RequestError, "holds its adapter and its weight type"),
-    ("file.gguf", {"adapter": "somewhere"}, RequestError, "holds its adapter and its weight type"),
+    ("file.gguf", {"dtype": "q4_0"}, RequestError, "has its adapter merged and its weight type fixed"),
+    ("file.gguf", {"adapter": "somewhere"}, RequestError, "has its adapter merged and its weight type fixed"),
     ("file.gguf", {"engine": "transformers"}, CapabilityError, "native or llama.cpp"),
-    ("file.gguf", {"engine": "llama.cpp", "compiled": True}, CapabilityError, "compiled already"),
+    ("file.gguf", {"engine": "llama.cpp", "compiled": True}, CapabilityError, "has no compiled=True"),
     ("folder", {"engine": "llama.cpp"}, CapabilityError, "pasta export"),
     ("folder", {"engine": "native", "device": "cuda"}, CapabilityError, "on CPUs, not on cuda"),
     ("folder", {"engine": "native", "dtype": "float64"}, CapabilityError, "no float64"),
-    ("folder", {"engine": "native", "compiled": True}, CapabilityError, "compiled already"),
+    ("folder", {"engine": "native", "compiled": True}, CapabilityError, "has no compiled=True"),
     ("folder", {"engine": "transformers", "dtype": "q8_0"}, CapabilityError, "for the native engine"),
     ("folder", {"device": "cuda", "dtype": "q4_0"}, CapabilityError, "for the native engine"),
 ]
@@ -316,7 +316,7 @@ def test_systems_are_compared_on_it(folder: str, tmp_path: Path) -> None:
     assert result.stderr.startswith("6 answers, 0 were there\n")
     target = tmp_path / "answers.jsonl"
     result = pasta("sample", str(prompts), str(target), "--model", folder, "--max-tokens", "9", "--n", "2")
-    assert result.exit_code == 0 and len(target.read_text().splitlines()) == 4
+    assert result.exit_code == 0 and len(target.read_text().splitlines()) == 1 + 4  # a header first
 
 
 # ------------------------------------------------------------------------------ closing

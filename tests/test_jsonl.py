@@ -62,9 +62,9 @@ FOREIGN = {
     "bytes": (b"\xff\xd8" + bytes(range(256)), "line 1: not UTF-8"),
     "gzip": (gzip.compress(b"x", mtime=0), "line 1: not UTF-8"),
     "rows of another kind": (b'{"id": "1", "prompt": "x"}\n', "line 1: not a row .'text' is missing"),
-    "rows without a header": (b'{"id": "1", "text": "x"}\n', "does not say what made it"),
-    "rows without a header or newline": (b'{"id": "1", "text": "x"}', "does not say what made it"),
-    "blank lines": (b"\n\n", "does not say what made it"),
+    "rows without a header": (b'{"id": "1", "text": "x"}\n', "has no header that says what made it"),
+    "rows without a header or newline": (b'{"id": "1", "text": "x"}', "has no header that says what made it"),
+    "blank lines": (b"\n\n", "has no header that says what made it"),
     "another command's": (
         b'{"pasta": {"format": 1, "command": "score"}}\n',
         "written by pasta score, not by pasta sample",
@@ -72,7 +72,7 @@ FOREIGN = {
     "a later version's": (b'{"pasta": {"format": 2, "command": "sample"}}\n', "another version"),
     "ours with a line in the middle that is none": (
         b'{"pasta": {"format": 1, "command": "sample", "seed": 1}}\n{"id": "1", "te\n{"id": "2", "text": "x"}\n',
-        "was made otherwise",
+        "was made with other settings",
     ),
 }
 
@@ -83,7 +83,7 @@ def test_what_is_not_ours_is_refused_and_left_alone(name: str, overwrite: bool, 
     content, said = FOREIGN[name]
     path = tmp_path / "bench.json"
     path.write_bytes(content)
-    if overwrite and said in ("does not say what made it", "was made otherwise"):  # rows of this command may go
+    if overwrite and said in ("has no header that says what made it", "was made with other settings"):  # rows of this command may go
         with results(path, overwrite=True):
             pass
         assert path.read_bytes() == write(tmp_path / "new", [])
@@ -192,7 +192,7 @@ def test_every_form_of_file_reads_alike(content: bytes, mark: bytes, packed: boo
     [
         (gzip.compress(LINES, mtime=0)[:-9], "gzip"),
         (gzip.compress(LINES, mtime=0)[:20] + bytes(30), "gzip"),
-        (b"[" * 100_000, "no JSON list"),
+        (b"[" * 100_000, "not a JSON list"),
         (b'{"a":' * 100_000, "line 1: not a line of JSON"),
         (LINES + b'{"id": "\xff"}\n', "line 3: not UTF-8"),
         ("\ufeff{}".encode("utf-16-le"), "line 1: not UTF-8"),

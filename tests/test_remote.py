@@ -16,7 +16,7 @@ pytest.importorskip("openai")
 from pastalm import models
 from pastalm.core.language import parse, strip
 from pastalm.errors import RemoteError
-from pastalm.records.chat_client import Answer, Remote, Usage
+from pastalm.records.chat_client import ChatClient, Completion, Usage
 from pastalm.train.annotate import Row, annotate_file
 from pastalm.train.annotate_remote import LanguageModel
 from tests.served import Reply, completion, free_port, llama_cpp_server, replaying
@@ -41,9 +41,9 @@ def test_every_question_is_answered_once_and_several_are_under_way() -> None:
         return completion(last(body).upper())
 
     with replaying(answer) as url:
-        remote: Remote[int] = Remote(url, "m", concurrency=4, usage=Usage(prices=(1e6, 2e6)))
+        remote: ChatClient[int] = ChatClient(url, "m", concurrency=4, usage=Usage(prices=(1e6, 2e6)))
         found = dict(remote.ask((i, asked(f"q{i}")) for i in range(12)))
-    assert found == {i: Answer(f"Q{i}", "stop") for i in range(12)}
+    assert found == {i: Completion(f"Q{i}", "stop") for i in range(12)}
     assert (remote.usage.requests, remote.usage.tokens_in, remote.usage.tokens_out) == (12, 120, 60)
     assert remote.usage.cost == 12 * (10 + 2 * 5)
 
@@ -60,8 +60,8 @@ def test_busy_and_failing_servers_are_asked_again() -> None:
         return completion("yes")
 
     with replaying(answer) as url:
-        remote: Remote[str] = Remote(url, "m", concurrency=1, retries=3)
-        assert list(remote.ask([("a", asked("x"))])) == [("a", Answer("yes", "stop"))]
+        remote: ChatClient[str] = ChatClient(url, "m", concurrency=1, retries=3)
+        assert list(remote.ask([("a", asked("x"))])) == [("a", Completion("yes", "stop"))]
     assert next(turns) == 3
 
 
@@ -75,19 +75,19 @@ def test_busy_and_failing_servers_are_asked_again() -> None:
 )
 def test_a_question_that_gets_no_answer_says_why(reply: Reply, why: str) -> None:
     with replaying(lambda body: reply if "bad" in last(body) else completion("ok")) as url:
-        remote: Remote[str] = Remote(url, "m", retries=0)
+        remote: ChatClient[str] = ChatClient(url, "m", retries=0)
         found = dict(remote.ask([("a", asked("bad")), ("b", asked("good"))]))
     assert why in found["a"].refused
-    assert found["b"] == Answer("ok", "stop")
+    assert found["b"] == Completion("ok", "stop")
 
 
 def test_a_server_that_is_down_or_refuses_the_run_is_one_clear_error() -> None:
-    gone: Remote[str] = Remote(f"http://127.0.0.1:{free_port()}/v1", "m", retries=0)
+    gone: ChatClient[str] = ChatClient(f"http://127.0.0.1:{free_port()}/v1", "m", retries=0)
     with pytest.raises(RemoteError, match="cannot reach http.*start the server"):
         list(gone.ask([("a", asked("x"))]))
     for status, said in ((401, "wrong key"), (404, "no such model")):
         with replaying(lambda _, s=status, t=said: (s, {}, {"error": {"message": t}})) as url:  # type: ignore[misc]
-            remote: Remote[str] = Remote(url, "m", retries=0)
+            remote: ChatClient[str] = ChatClient(url, "m", retries=0)
             with pytest.raises(RemoteError, match=f"answers {status}.*{said}") as caught:
                 list(remote.ask([("a", asked("x"))]))
             assert "\n" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_annotations_are_checked_counted_and_gone_on_with(tmp_path: Path) -> Non
     rows = [row(str(i), PLAIN) | {"prompt": f"Tips? {i}"} for i in range(1, 6)]
     source, target = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
     with replaying(answer) as url:
-        remote: Remote[Row] = Remote(url, "m", concurrency=1, retries=0)
+        remote: ChatClient[Row] = ChatClient(url, "m", concurrency=1, retries=0)
         marks = LanguageModel(remote, words)
         with pytest.raises(RemoteError, match="key expired"):
             annotate_file(source, target, marks, words)
@@ -140,7 +140,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_real_server_is_asked(server: str, tmp_path: Path) -> None:
     """What so small a model writes is no annotation; that it is dropped, counted and paid for is what is seen."""
     source = write(tmp_path / "in.jsonl", row("a", "Sleep well."), row("b", PLAIN))
-    remote: Remote[Row] = Remote(
+    remote: ChatClient[Row] = ChatClient(
         server, "any", concurrency=2, options={"temperature": 0, "max_tokens": 48}, usage=Usage(prices=(1, 1))
     )
     counts = annotate_file(source, tmp_path / "out.jsonl", LanguageModel(remote, words), words)

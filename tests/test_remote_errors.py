@@ -1,5 +1,5 @@
 """Every way in which a server cannot be asked is one line of its own, that ends in what to do: as an engine
-(`connect`), for questions (`Remote`), and on the command line."""
+(`connect`), for questions (`ChatClient`), and on the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from pastalm.cli import app
 from pastalm.engines.completions.engine import connect
 from pastalm.errors import ModelError, PastaError, RemoteError, RequestError
-from pastalm.records.chat_client import Remote
+from pastalm.records.chat_client import ChatClient
 from tests.served import free_port
 
 Told = tuple[int, str, Any]
@@ -80,7 +80,7 @@ def as_engine(url: str, model: str | None) -> str:
 
 
 def as_questions(url: str, model: str | None) -> str:
-    remote: Remote[int] = Remote(url, model or "m", retries=0, timeout=5)
+    remote: ChatClient[int] = ChatClient(url, model or "m", retries=0, timeout=5)
     with pytest.raises(PastaError) as caught:
         list(remote.ask([(0, [{"role": "user", "content": "x"}])]))
     return str(caught.value)
@@ -195,7 +195,7 @@ def test_models_that_are_listed(asked: Any) -> None:
 def test_nobody_answers(asked: Any) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     one_line(asked(url, "m"), f"cannot reach {url}", "start the server")
-    one_line(asked("http://nowhere.invalid/v1", "m"), "no host 'nowhere.invalid'")
+    one_line(asked("http://nowhere.invalid/v1", "m"), "the host 'nowhere.invalid' is unknown")
 
 
 @pytest.mark.parametrize("asked", EVERY)
@@ -220,7 +220,7 @@ def test_tls_on_one_side_only(asked: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [as_engine, as_questions])
 @pytest.mark.parametrize(
-    ("status", "what"), [(429, "ask again later"), (500, "server's log"), (502, "server's log"), (503, "server's log")]
+    ("status", "what"), [(429, "try again later"), (500, "server's log"), (502, "server's log"), (503, "server's log")]
 )
 def test_a_server_that_is_busy_or_broken(asked: Any, status: int, what: str) -> None:
     with telling(always(status, JSON, {"error": {"message": "no, not now"}})) as port:
@@ -237,10 +237,10 @@ def test_a_server_that_does_not_answer() -> None:
         return LISTED
 
     with telling(silent) as port:
-        with pytest.raises(RemoteError, match="does not answer within 0.3 s: wait"):
+        with pytest.raises(RemoteError, match="did not answer within 0.3 s: wait"):
             connect(f"http://127.0.0.1:{port}/v1", "m", retries=0, timeout=0.3)
-        remote: Remote[int] = Remote(f"http://127.0.0.1:{port}/v1", "m", retries=0, timeout=0.3)
-        with pytest.raises(RemoteError, match="does not answer within 0.3 s: wait"):
+        remote: ChatClient[int] = ChatClient(f"http://127.0.0.1:{port}/v1", "m", retries=0, timeout=0.3)
+        with pytest.raises(RemoteError, match="did not answer within 0.3 s: wait"):
             list(remote.ask([(0, [{"role": "user", "content": "x"}])]))
         end.set()
 

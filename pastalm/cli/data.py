@@ -54,7 +54,7 @@ def annotate(
             " wrote."
         ),
     ],
-    target: Annotated[Path, typer.Argument(help="JSONL of annotated answers; goes on where it is.")],
+    target: Annotated[Path, typer.Argument(help="JSONL of annotated answers; an existing file is continued.")],
     server: LargeModelOptions,
     results: ResultOptions,
     annotator: Annotated[
@@ -62,12 +62,12 @@ def annotate(
         typer.Option(help="structural (lists, titles; no model), openai (a large model), or apar (form alone)."),
     ] = "structural",
     model: Annotated[str | None, typer.Option(help="The large model that annotates.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Of one annotation (openai).")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Token limit of one annotation (openai).")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Rows of SOURCE to look at.")] = None,
     max_repetition: Annotated[
-        float, typer.Option(help="Answers that say a larger share of their words again are dropped.")
+        float, typer.Option(help="Answers with a larger share of repeated words are dropped.")
     ] = 1.0,
-    tokenizer: Annotated[str, typer.Option(help="The model whose tokens promised lengths count.")] = EMBEDDED,
+    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer measures promised lengths.")] = EMBEDDED,
 ) -> None:
     """Mark the independent parts of existing answers in PASTA-LANG."""
     from pastalm.train.annotate import annotate_file
@@ -142,7 +142,7 @@ def sample(
             " Spec-Bench's."
         ),
     ],
-    target: Annotated[Path, typer.Argument(help="JSONL of answers; goes on where it is.")],
+    target: Annotated[Path, typer.Argument(help="JSONL of answers; an existing file is continued.")],
     params: Annotated[
         SamplingParams,
         SamplingOptions(

@@ -135,7 +135,7 @@ def _scorer_header(name: str, options: ScorerOptions) -> dict[str, Any]:
 )
 def score(
     samples: Annotated[Path, typer.Argument(help="What pasta sample wrote: N answers to each prompt.")],
-    target: Annotated[Path, typer.Argument(help="JSONL of scored answers; goes on where it is.")],
+    target: Annotated[Path, typer.Argument(help="JSONL of scored answers; an existing file is continued.")],
     server: LargeModelOptions,
     results: ResultOptions,
     baseline: Annotated[Path, typer.Option(help="The sequential baseline's answers (pasta sample --sequential).")],
@@ -148,11 +148,11 @@ def score(
         Path | None, typer.Option(help="JSON or JSONL: {id, reference or response or output} each.")
     ] = None,
     sigma: Annotated[
-        float | None, typer.Option(help="Unit of differences (that of the stage-1 samples); else theirs.")
+        float | None, typer.Option(help="Unit of differences, of the stage-1 samples (default: of these answers).")
     ] = None,
     length: Counted = "theoretical",
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="The model whose tokens count.")] = EMBEDDED,
+    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer counts tokens.")] = EMBEDDED,
     device: Device = "cpu",
 ) -> None:
     """Score sampled answers by speed and quality against the baseline's."""
@@ -218,33 +218,27 @@ class EvalOptions:
         ),
     ]
     baseline: Annotated[str, typer.Option(help="Adapter of the sequential baseline; none: the model as it is.")]
-    out: Annotated[Path, typer.Option(help="Folder of answers and scores; goes on where it is.")]
+    out: Annotated[Path, typer.Option(help="Folder of answers and scores; an existing one is continued.")]
     report: Annotated[Path | None, typer.Option(help="Folder of page, pictures and figures (OUT/report).")] = None
     model: Model = EMBEDDED
-    scorer: Annotated[list[str] | None, typer.Option(help="pmi, reference, or judge; as many as you like.")] = None
+    scorer: Annotated[list[str] | None, typer.Option(help="pmi, reference or judge; may be repeated.")] = None
     sigma: Annotated[
-        list[str] | None, typer.Option(help="SCORER=UNIT of its differences; else their standard deviation.")
+        list[str] | None, typer.Option(help="SCORER=UNIT of its differences (default: their standard deviation).")
     ] = None
     judge: Annotated[str | None, typer.Option(help="The large model that judges, at --base-url.")] = None
-    gamed: Annotated[Path | None, typer.Option(help="AlpacaEval's df_gamed.csv, where the hub cannot be reached.")] = (
-        None
-    )
+    gamed: Annotated[Path | None, typer.Option(help="AlpacaEval's df_gamed.csv, if the hub cannot be reached.")] = None
     max_tokens: MaxTokens = 1024
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None
     requests: Annotated[int, typer.Option(help="Answers decoded at once: figures under load.")] = 1
     timed: Annotated[
         int, typer.Option(help="With --requests: prompts answered one at a time instead, for the realized figures.")
     ] = 0
-    begin: Annotated[
-        str, typer.Option("--from", help="decode, score or report: what is missing of the steps before is left out.")
-    ] = "decode"
+    begin: Annotated[str, typer.Option("--from", help="First step to run: decode, score or report.")] = "decode"
     matched: Annotated[
         bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
     ] = True
     length: Counted = "theoretical"
-    against: Annotated[
-        str | None, typer.Option(help="One of the systems: how much higher the others' scores are than its.")
-    ] = None
+    against: Annotated[str | None, typer.Option(help="A system whose scores the others' are compared with.")] = None
     public: Annotated[bool, typer.Option("--public", help="Leave prompts and answers out of the page.")] = False
     seed: Seed = 0
 

@@ -130,7 +130,7 @@ class ScriptedEngine:
         self._capabilities.check(request)
         length = len(request.prompt_token_ids) + request.params.max_tokens
         if not request.prompt_token_ids:
-            raise RequestError("the prompt is empty: say something")
+            raise RequestError("the prompt is empty: give some text")
         if length > self._capabilities.max_model_len:
             raise RequestError(
                 f"prompt and max_tokens need {length} places, the engine has "

@@ -25,7 +25,7 @@ import torch
 from pastalm.errors import ModelError, RequestError
 from pastalm.models import Loaded, chat_prompt, logits
 from pastalm.models.checkpoints import quiet
-from pastalm.records.chat_client import Answer, Messages, Remote
+from pastalm.records.chat_client import ChatClient, Completion, Messages
 from pastalm.records.repetition import repetition, sameness
 
 NEUTRAL = "Write something."
@@ -159,7 +159,7 @@ they stand means nothing. Answer with one letter, m or M, and nothing else."""
 class Judge:
     """See the module. remote: the judge; asked twice a candidate."""
 
-    remote: Remote[tuple[int, bool]]
+    remote: ChatClient[tuple[int, bool]]
     name: str = field(default="judge", init=False)
     asks: bool = field(default=True, init=False)
 
@@ -193,19 +193,19 @@ class Judge:
         return Verdict(win=(float(straight) + 1 - float(swapped)) / 2)
 
 
-def preference(answer: Answer) -> float | str:
+def preference(reply: Completion) -> float | str:
     """The probability of M against m in a judge's answer: of the two letters among the likeliest first tokens, else
     of the letter it wrote; or why there is none."""
-    if answer.refused:
-        return f"refused: {answer.refused}"
+    if reply.refused:
+        return f"refused: {reply.refused}"
     shares = {"m": 0.0, "M": 0.0}
-    for token, logprob in answer.top_logprobs.items():
+    for token, logprob in reply.top_logprobs.items():
         if token.strip() in shares:
             shares[token.strip()] += math.exp(logprob)
     if sum(shares.values()) > 0:
         return shares["M"] / sum(shares.values())
-    said = answer.text.strip().strip(".()\"'*")
-    return float(said == "M") if said in shares else f"not a verdict: {answer.text[:20]!r}"
+    said = reply.text.strip().strip(".()\"'*")
+    return float(said == "M") if said in shares else f"not a verdict: {reply.text[:20]!r}"
 
 
 def penalty(candidate: Candidate) -> float:

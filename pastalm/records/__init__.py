@@ -1,1 +1,1 @@
-"""Files: what is asked, answered, scored, and how it is written so that nothing is lost."""
+"""Files: prompts, answers and scores, written so that an interrupted run loses nothing; and the chat client."""

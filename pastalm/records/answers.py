@@ -1,4 +1,4 @@
-"""Answers on disk: one JSON object a line, written by `pasta sample` and `pasta eval`, read by all who look at them."""
+"""Answers on disk: JSONL, one answer a line, written by `pasta sample` and `pasta eval`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,25 @@ from pastalm.records.prompts import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer to one prompt. choice: which of several. sequential: decoded with forking off. annotated:
-    PASTA-LANG. tokens: with tags; critical_path, steps: as in SPEC "Figures". seconds: to its end, first_seconds: to
-    the first character that a reader sees; matched_seconds: the same text decoded sequentially, forced (None: not
-    measured). threads: of `Transcript.to_dict`, where kept. token_ids: all decoded tokens in linear order, tags too,
-    under the model that answered; forced: the places in it of those that no thread sampled. Both empty: not kept.
-    category: of the prompt."""
+    """One answer to one prompt.
+
+    id: the prompt's id.
+    choice: which of the prompt's answers this is.
+    prompt: the prompt's text.
+    sequential: decoded with forking off.
+    annotated: the answer as PASTA-LANG.
+    tokens: decoded tokens, tags included.
+    critical_path: tokens on the longest chain of dependent tokens (SPEC "Figures").
+    steps: engine steps.
+    finish_reason: "stop", "length", ...
+    seconds: wall-clock time to the end; None if not measured, as the next two.
+    first_seconds: time to the first character that a reader sees.
+    matched_seconds: time of decoding the same text sequentially, with forced tokens.
+    threads: thread records of `Transcript.to_dict`; empty if not stored.
+    token_ids: all decoded tokens in linear order, tags included; empty if not stored.
+    forced: indices into token_ids of the tokens that no thread sampled.
+    category, source, licence: the prompt's.
+    """
 
     id: str
     choice: int = 0
@@ -45,7 +58,7 @@ class Answer:
 
     @property
     def key(self) -> tuple[str, int, bool]:
-        """What no two answers of a file share."""
+        """Unique in a file."""
         return self.id, self.choice, self.sequential
 
     @property
@@ -54,16 +67,16 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The reader's text."""
+        """The text without tags, as a reader sees it."""
         return strip(self.document)
 
     @property
     def chunks(self) -> tuple[str, ...]:
-        """The texts of all chunks, nested ones too."""
+        """The texts of all chunks, including nested ones."""
         return tuple(_chunks(self.document))
 
     def to_dict(self) -> dict[str, Any]:
-        """Without what was not measured."""
+        """As JSON, without fields that were not measured or stored."""
         return {key: value for key, value in asdict(self).items() if value is not None and value != ()}
 
 
@@ -75,7 +88,7 @@ def _chunks(document: Document) -> Iterator[str]:
 
 
 def to(prompt: Prompt, **measured: Any) -> Answer:
-    """An answer to a prompt, with all that is known of that."""
+    """An Answer with the prompt's fields filled in. measured: the other fields."""
     return Answer(
         id=prompt.id,
         prompt=prompt.text,
@@ -87,7 +100,7 @@ def to(prompt: Prompt, **measured: Any) -> Answer:
 
 
 def figures(transcript: Transcript) -> dict[str, Any]:
-    """The fields of an Answer that a finished response tells."""
+    """The fields of an Answer that come from a finished response."""
     return {
         "annotated": transcript.annotated,
         "tokens": transcript.tokens,
@@ -99,8 +112,7 @@ def figures(transcript: Transcript) -> dict[str, Any]:
 
 
 def sampled(transcript: Transcript) -> dict[str, Any]:
-    """The fields of an Answer that say which tokens it is made of. Of an answer that a stop string cut: none, as its
-    tokens say more than its text."""
+    """The token fields of an Answer. Empty if a stop string cut the answer: then its tokens do not match its text."""
     if transcript.was_cut:
         return {}
     tokens = list(transcript.sampled_tokens())
@@ -120,16 +132,16 @@ _NUMBERS = ("choice", "tokens", "critical_path")
 
 
 def read(path: Path, *, bad: Bad | None = None) -> list[Answer]:
-    """All answers of a file, their PASTA-LANG checked. Raises DataError with the line that cannot be read, unless `bad`
-    takes it."""
-    found = list(parsed(jsonl.read(path, bad=bad), bad=bad))
-    if not found:
+    """All answers of a file. Raises DataError for the first invalid row, unless `bad` is given; also if there is no
+    answer."""
+    answers = list(parsed(jsonl.read(path, bad=bad), bad=bad))
+    if not answers:
         raise DataError(f"{path} has no answers: sample some first (pasta sample)")
-    return found
+    return answers
 
 
 def parsed(rows: Iterable[tuple[str, dict[str, Any]]], *, bad: Bad | None = None) -> Iterator[Answer]:
-    """The answers that rows stand for. Raises DataError for one that is none, unless `bad` takes it."""
+    """Parses rows, (where, row), into answers. Raises DataError for an invalid row, unless `bad` is given."""
     for where, row in rows:
         try:
             yield _answer(where, row)
@@ -143,13 +155,13 @@ def _answer(where: str, row: Mapping[str, Any]) -> Answer:
     if missing := [key for key in KIND.fields if key not in row]:
         raise DataError(f"{where}: not an answer ({missing[0]!r} is missing): use another file")
     names = {f.name for f in fields(Answer)}
-    known = {key: value for key, value in row.items() if key in names}
-    known |= {key: jsonl.string(row, key, where) for key in KIND.fields if key not in _NUMBERS}
+    values = {key: value for key, value in row.items() if key in names}
+    values |= {key: jsonl.string(row, key, where) for key in KIND.fields if key not in _NUMBERS}
     try:
-        known |= {key: int(row[key]) for key in _NUMBERS}
-        known["threads"] = tuple(row.get("threads", ()))
-        known |= {key: tuple(map(int, row.get(key, ()))) for key in ("token_ids", "forced")}
-        answer = Answer(**known)
+        values |= {key: int(row[key]) for key in _NUMBERS}
+        values["threads"] = tuple(row.get("threads", ()))
+        values |= {key: tuple(map(int, row.get(key, ()))) for key in ("token_ids", "forced")}
+        answer = Answer(**values)
         parse(answer.annotated)
     except (TypeError, ValueError, LanguageError) as error:
         raise DataError(f"{where}: not an answer ({error}): sample it again (pasta sample)") from None
@@ -157,23 +169,31 @@ def _answer(where: str, row: Mapping[str, Any]) -> Answer:
 
 
 def results(
-    path: Path, kind: jsonl.Kind, made: Mapping[str, Any], asked: Sequence[Prompt], *, overwrite: bool = False
+    path: Path, kind: jsonl.Kind, header: Mapping[str, Any], prompts: Sequence[Prompt], *, overwrite: bool = False
 ) -> tuple[jsonl.Results, list[Answer]]:
-    """A file that answers are written to, and those that are there. In the end they stand in order of the prompts.
-    Raises DataError as `jsonl.Results`, also for an answer to another prompt of the same id."""
-    places = jsonl.by_place((prompt.id for prompt in asked), lambda row: row["id"])
+    """Opens a file for answers. Returns it and the answers that it has already. On exit it is sorted by prompt.
+
+    path: the JSONL file.
+    kind: the kind of its rows.
+    header: what determines the rows, for the file's header.
+    prompts: the prompts, in order.
+    overwrite: delete the answers that the file has.
+
+    Raises DataError as `jsonl.Results`, and if the file answers a different prompt with the same id.
+    """
+    places = jsonl.by_place((prompt.id for prompt in prompts), lambda row: row["id"])
     file = jsonl.Results(
         path,
         kind,
-        made,
+        header,
         overwrite=overwrite,
         order=lambda row: (places(row), row["choice"], not row.get("sequential", False)),
     )
-    texts = {prompt.id: prompt.text for prompt in asked}
-    there = list(parsed(file.rows))
-    for found in there:
-        if texts.get(found.id, found.prompt) != found.prompt:
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    existing = list(parsed(file.rows))
+    for answer in existing:
+        if texts.get(answer.id, answer.prompt) != answer.prompt:
             raise DataError(
-                f"{path} answers another prompt of id {found.id!r}: give another file, or --overwrite to start anew"
+                f"{path} answers another prompt of id {answer.id!r}: give another file, or --overwrite to start anew"
             )
-    return file, there
+    return file, existing

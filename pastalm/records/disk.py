@@ -1,4 +1,4 @@
-"""Files that are either what they were or what they should be, whenever a process ends."""
+"""Atomic replacement of files: a crash leaves the old file or the new one, never a half-written one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes a path's place once it is whole. Raises OSError."""
+    """Yields a temporary file that replaces `path` when the block ends without an error. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        made = Path(scratch) / "made"
-        with made.open("wb") as file:
+        temporary = Path(scratch) / "made"
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        made.replace(path)
+        temporary.replace(path)

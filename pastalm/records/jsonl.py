@@ -1,12 +1,12 @@
-"""Files of one JSON object a line: read with the place named, written row by row, gone on with after a cut.
+"""JSONL files: errors that name the line, rows written one by one, runs that can be resumed.
 
-What is read (`read`): JSONL or one JSON list, gzipped or not, with or without a byte-order mark; header lines are
-passed over. What is written (`Results`): a header that says what made the file, then a row a line:
+`read` takes JSONL or one JSON list, gzipped or not, with or without a byte-order mark, and skips header lines.
+`Results` writes a header that records what produced the file, then one row a line:
 
     {"pasta": {"format": 1, "command": "sample", "model": {"name": …, "sha256": …}, "seed": 0, …}}
     {"id": "1", …}
 
-A file is gone on with where all of that is what it was. Names are not compared, contents are.
+A run resumes a file only if the header is the same. Models are compared by hash, not by name.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from pastalm.records import disk
 HEADER = "pasta"
 FORMAT = 1
 Bad = Callable[[DataError], None]
-"""Is told of a row that cannot be used; then that is left out. None: it ends the run."""
+"""Called with the error for each invalid row, which is then skipped. None instead: the error is raised."""
 
 
 # ------------------------------------------------------------------------------ reading
 
 
 def read(path: Path, *, bad: Bad | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of every row of a file. Raises DataError for what is none, unless `bad` takes it."""
+    """Yields (where, object) for every row; `where` names file and line. Raises DataError for an invalid row, unless
+    `bad` is given."""
     for where, row in entries(path):
         if not isinstance(row, DataError):
             yield where, row
@@ -46,12 +47,12 @@ def read(path: Path, *, bad: Bad | None = None) -> Iterator[tuple[str, dict[str,
 
 
 def entries(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """As `read`; for a row that is no object, the error. Raises DataError for a file that cannot be read at all."""
+    """Like `read`, but yields the error in place of an invalid row. Raises DataError if the file cannot be read."""
     try:
         with _opened(path) as file:
             yield from _entries(path, file)
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DataError(f"cannot read {path}: its gzip data are not whole") from None
+        raise DataError(f"cannot read {path}: its gzip data are truncated or damaged") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
@@ -81,13 +82,13 @@ def _entries(path: Path, file: IO[bytes]) -> Iterator[tuple[str, dict[str, Any] 
 
 
 def _without_mark(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines without the byte-order mark that editors on Windows put first."""
+    """The lines without the byte-order mark that editors on Windows write."""
     for number, line in enumerate(file):
         yield line if number else line.removeprefix(b"\xef\xbb\xbf")
 
 
 def _row(line: bytes, where: str) -> dict[str, Any] | DataError | None:
-    """None for a header."""
+    """The object in a line, an error, or None for a header."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -105,27 +106,34 @@ def _listed(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any] | 
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; give a JSON or JSONL file") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON list ({error}); give a JSON or JSONL file") from None
+        raise DataError(f"{path} is not a JSON list ({error}); give a JSON or JSONL file") from None
     for number, row in enumerate(rows, 1):
         where = f"{path}, entry {number}"
         yield where, row if isinstance(row, dict) else DataError(f"{where}: not a JSON object")
 
 
 def string(value: Mapping[str, Any], key: str, where: str, *, needed: bool = True) -> str:
-    """The string under a key (of `id` a whole number too); "" if it is missing and not needed. Raises DataError, also
-    for one that is no text: half of a pair of surrogates, which no tokenizer takes and no file."""
-    found = value.get(key, None if needed else "")
-    if found is None and not needed:
+    """The string in a field.
+
+    value: the row.
+    key: the field's name; `id` may be an integer too.
+    where: file and line, for the error.
+    needed: False: a missing field is "".
+
+    Raises DataError if the field is missing or not a string, or contains a lone surrogate, which cannot be encoded.
+    """
+    content = value.get(key, None if needed else "")
+    if content is None and not needed:
         return ""
-    if key == "id" and type(found) is int:
-        return str(found)
-    if not isinstance(found, str):
-        raise DataError(f"{where}: {key!r} must be a string, got {found!r:.40}")
-    return text(found, key, where)
+    if key == "id" and type(content) is int:
+        return str(content)
+    if not isinstance(content, str):
+        raise DataError(f"{where}: {key!r} must be a string, got {content!r:.40}")
+    return text(content, key, where)
 
 
 def text(value: str, key: str, where: str) -> str:
-    """The string itself, if it is text. Raises DataError."""
+    """Returns the string. Raises DataError if it contains a lone surrogate."""
     try:
         check_text(value, f"{where}: {key!r}")
     except RequestError as error:
@@ -133,27 +141,31 @@ def text(value: str, key: str, where: str) -> str:
     return value
 
 
-# ------------------------------------------------------------------------------ what made a file
+# ------------------------------------------------------------------------------ headers
 
 
 def _is_header(value: Mapping[str, Any]) -> bool:
     return set(value) == {HEADER} and isinstance(value[HEADER], dict)
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What two descriptions of a run do not have in common, in words. Of values with a `sha256` that alone counts."""
-    keys = dict.fromkeys((*there, *asked))
+def differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Messages about the settings in which two runs differ. Values that have a `sha256` are compared by that alone.
+
+    recorded: the settings in a file's header.
+    requested: the settings of this run.
+    """
+    keys = dict.fromkeys((*recorded, *requested))
     return [
-        f"{key} is {_shown(there.get(key))}, asked for {_shown(asked.get(key))}"
+        f"{key} is {_shown(recorded.get(key))}, asked for {_shown(requested.get(key))}"
         for key in keys
-        if _compared(there.get(key)) != _compared(asked.get(key))
+        if _compared(recorded.get(key)) != _compared(requested.get(key))
     ]
 
 
 def _compared(value: Any) -> Any:
     if isinstance(value, Mapping) and "sha256" in value:
         return value["sha256"]
-    return json.loads(json.dumps(value))  # as it is read again: tuples are lists there
+    return json.loads(json.dumps(value))  # as it would be read from a file: tuples become lists
 
 
 def _shown(value: Any) -> str:
@@ -163,7 +175,7 @@ def _shown(value: Any) -> str:
 
 
 def header(path: Path) -> dict[str, Any] | None:
-    """What made a file; None where it does not say, or there is none."""
+    """The header of a file; None if it has none or cannot be read."""
     try:
         with path.open("rb") as file:
             return _header_of(file.readline())
@@ -176,8 +188,12 @@ def header(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What a command writes. command: as in `pasta sample`. name: of a row, with its article. fields: that every row
-    has."""
+    """What kind of rows a file has.
+
+    command: the command that writes them, as in `pasta sample`.
+    name: what error messages call a row, with its article.
+    fields: fields that every row has.
+    """
 
     command: str
     name: str
@@ -185,50 +201,57 @@ class Kind:
 
 
 class Results:
-    """A file of rows that a command writes, or goes on with. rows: (where, row) of what is there.
+    """A file of rows that a command writes or resumes. A context manager: the file is not touched before it is entered.
 
-    made: what decides the rows (model and adapter by their contents, seed, settings). Nothing is touched until it is
-    entered; then rows can be written, each safe once `write` has returned. A last line that was cut in the middle is
-    left out, and one that is whole gets the newline that it lacks. Where all went well, `order` sorts the rows, so that
-    a run that was cut off leaves the same bytes as one that was not. overwrite: what an earlier run of the same command
-    wrote makes way. Raises DataError for a file that is something else, or that was made otherwise, or cannot be
-    written.
+    Each row is on disk when `write` returns. When a run resumes, a truncated last line is removed and a missing final
+    newline is added. At the end the rows are sorted by `order`, so an interrupted run that was resumed gives the same
+    bytes as an uninterrupted one.
+
+    path: the file.
+    kind: the kind of its rows.
+    run: what determines the rows (hashes of model and adapter, seed, settings), for the header.
+    overwrite: delete the rows of an earlier run of the same command.
+    order: sort key of a row. None: rows stay in the order written.
+
+    `rows` are the (where, row) that the file has already. Raises DataError if the file has other content or was
+    written with other settings, or cannot be written.
     """
 
     def __init__(
         self,
         path: Path,
         kind: Kind,
-        made: Mapping[str, Any],
+        run: Mapping[str, Any],
         *,
         overwrite: bool = False,
         order: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         self.path, self.kind, self._order = path, kind, order
         self.rows: list[tuple[str, dict[str, Any]]] = []
-        self._header = _line({HEADER: {"format": FORMAT, "command": kind.command, **made}})
+        self._header = _line({HEADER: {"format": FORMAT, "command": kind.command, **run}})
         content = _content(path)
         self._size, self._whole = len(content), 0
-        if not self._header.startswith(content):  # of nothing, or of a header that was cut off, nothing is kept
-            self._check(content, made, overwrite)
+        if not self._header.startswith(content):  # an empty file or a truncated header is written anew
+            self._check(content, run, overwrite)
 
-    def _check(self, content: bytes, made: Mapping[str, Any], overwrite: bool) -> None:
-        there = _header_of(content)
-        if there is None:
+    def _check(self, content: bytes, run: Mapping[str, Any], overwrite: bool) -> None:
+        recorded = _header_of(content)
+        if recorded is None:
             self._refuse_other(content, overwrite)
             return
-        wrote = there.pop("command", None)
-        if there.pop("format", None) != FORMAT:
+        writer = recorded.pop("command", None)
+        if recorded.pop("format", None) != FORMAT:
             raise DataError(f"{self.path} was written by another version of pastalm: give another file")
-        if wrote != self.kind.command:
+        if writer != self.kind.command:
             raise DataError(
-                f"{self.path} was written by pasta {wrote}, not by pasta {self.kind.command}: give another file"
+                f"{self.path} was written by pasta {writer}, not by pasta {self.kind.command}: give another file"
             )
         if overwrite:
             return
-        if apart := differences(there, made):
+        if changes := differences(recorded, run):
             raise DataError(
-                f"{self.path} was made otherwise ({'; '.join(apart)}): give another file, or --overwrite to start anew"
+                f"{self.path} was made with other settings ({'; '.join(changes)}): give another file, or "
+                "--overwrite to start again"
             )
         for where, row, end in _lines(self.path, content):
             self._has_fields(where, row)
@@ -237,15 +260,14 @@ class Results:
         self._whole = max(self._whole, content.find(b"\n") + 1)
 
     def _refuse_other(self, content: bytes, overwrite: bool) -> None:
-        """Of a file without a header. Raises DataError, unless it holds rows of this kind that may go."""
+        """Handles a file without a header. Raises DataError, unless it has rows of this kind and may be overwritten."""
         if content.lstrip().startswith(b"["):
             raise DataError(f"{self.path} is a JSON list, not a file of pasta {self.kind.command}: use another file")
         for where, row, _ in _lines(self.path, content, cut=False):
             self._has_fields(where, row)
         if not overwrite:
             raise DataError(
-                f"{self.path} does not say what made it (it has no header): use another file, or --overwrite to start "
-                "anew"
+                f"{self.path} has no header that says what made it: use another file, or --overwrite to start again"
             )
 
     def _has_fields(self, where: str, row: Mapping[str, Any]) -> None:
@@ -271,7 +293,7 @@ class Results:
     def _begin(self) -> None:
         _lock(self._file, self.path)
         if self._file.seek(0, os.SEEK_END) != self._size:
-            raise DataError(f"{self.path} was changed by another run meanwhile: start again to go on")
+            raise DataError(f"{self.path} was changed by another run meanwhile: run again to resume")
         if self._size > self._whole:
             self._file.truncate(self._whole)
         if not self._whole:
@@ -280,20 +302,20 @@ class Results:
             self._append(b"\n")
 
     def write(self, value: Mapping[str, Any]) -> None:
-        """Appends a row. Raises DataError, which says that what stands in the file is whole."""
+        """Appends a row. Raises DataError if that fails; the rows before it stay intact."""
         self._append(_line(value))
 
     def _append(self, data: bytes) -> None:
         before = self._file.seek(0, os.SEEK_END)
         try:
-            done = self._file.write(data)
-            while done < len(data):  # a full disk may take part of a line before it says so
-                done += self._file.write(data[done:])
+            written = self._file.write(data)
+            while written < len(data):  # a full disk may accept part of a line before it fails
+                written += self._file.write(data[written:])
         except OSError as error:
             self._file.truncate(before)
             raise DataError(
-                f"cannot write {self.path}: {error.strerror}; what it holds is whole: make room and "
-                "start again to go on"
+                f"cannot write {self.path}: {error.strerror}; all rows so far are intact: free some space and "
+                "run again to resume"
             ) from None
 
     def _unwritable(self, error: OSError) -> DataError:
@@ -317,20 +339,20 @@ class Results:
 
 
 def by_place(keys: Iterable[Any], key: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], int]:
-    """An order of rows: that of `keys`, and last what is not among them. key: of a row."""
-    places = {one: place for place, one in enumerate(keys)}
+    """A sort key for rows: the order of `keys`; rows with other keys come last. key: gives a row's key."""
+    places = {value: place for place, value in enumerate(keys)}
     return lambda row: places.get(key(row), len(places))
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair: only its escape can be written
+    except UnicodeEncodeError:  # a lone surrogate can only be written as an escape
         return json.dumps(value).encode() + b"\n"
 
 
 def _content(path: Path) -> bytes:
-    """b"" where there is nothing yet. Raises DataError for what is no file."""
+    """The content of a file; b"" if it does not exist. Raises DataError if it cannot be read."""
     try:
         if path.exists() and not path.is_file():
             raise DataError(f"{path} is not a file: cannot write results to it, give another")
@@ -350,8 +372,14 @@ def _header_of(content: bytes) -> dict[str, Any] | None:
 
 
 def _lines(path: Path, content: bytes, *, cut: bool = True) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(where, row, where its line ends) of every row. cut: a last line without its newline that does not parse was cut
-    in the middle. Raises DataError for any other line that is no row."""
+    """Yields (where, row, byte offset of its line's end) for every row.
+
+    path: for `where`.
+    content: of the file.
+    cut: accept a truncated last line (no newline, not JSON) and leave it out.
+
+    Raises DataError for any other invalid line.
+    """
     at = 0
     for number, line in enumerate(_split(content), 1):
         at += len(line)
@@ -365,7 +393,7 @@ def _lines(path: Path, content: bytes, *, cut: bool = True) -> Iterator[tuple[st
 
 
 def _split(content: bytes) -> list[bytes]:
-    """The lines, each with the newline that it has."""
+    """The lines, each with its newline if it has one."""
     lines = [line + b"\n" for line in content.split(b"\n")]
     lines[-1] = lines[-1][:-1]
     return [line for line in lines if line]
@@ -386,7 +414,7 @@ def _ends_line(path: Path) -> bool:
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
-    """Held until the file is closed. Raises DataError where another run has it."""
+    """Locks the file until it is closed. Raises DataError if another run has the lock."""
     try:
         import fcntl
     except ImportError:  # not on Windows

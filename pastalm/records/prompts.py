@@ -1,17 +1,17 @@
-"""Prompts from files, in the forms that the field's data and benchmarks have; the first turn of each.
+"""Reads prompts from files, in the formats of common data sets and benchmarks. Only the first turn is used.
 
-| form | fields |
+| format | fields |
 | --- | --- |
-| plain | `id`, `prompt`; where known `category`, `source`, `licence`, `reference` or `response` |
-| Alpaca (Taori et al. 2023) | `instruction`, `input`, `output`; the input stands below the instruction |
+| plain | `id`, `prompt`; optional `category`, `source`, `licence`, `reference` or `response` |
+| Alpaca (Taori et al. 2023) | `instruction`, `input`, `output`; the input is appended to the instruction |
 | AlpacaEval (Li et al. 2023) | `index`, `instruction`, `dataset`, `output` or `outputs` by model |
-| messages, as OpenAI's | `messages`: [{`role`, `content`}] (or `prompt` and `completion` as such lists) |
+| OpenAI's messages | `messages`: [{`role`, `content`}] (or `prompt` and `completion` as such lists) |
 | ShareGPT | `conversations`: [{`from`, `value`}] |
 | MT-bench, Vicuna (Zheng et al. 2023), Spec-Bench (Xia et al. 2024) | `question_id`, `turns`, `category`, `reference` |
-| independent sub-queries (as in ParallelPrompt, Kolawole et al. 2025) | `id`, `queries`: asked as one list |
+| independent sub-queries (as in ParallelPrompt, Kolawole et al. 2025) | `id`, `queries`: sent as one numbered list |
 
-Of a conversation the first thing that the user says is the prompt, and what is answered to it a reference; a system
-message is left out. Files are as jsonl.py reads them: JSONL or one JSON list, gzipped or not.
+The prompt of a conversation is its first user message, and the answer to that is a reference; system messages are
+ignored. Files are JSONL or one JSON list, gzipped or not (jsonl.py).
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ from pastalm.records.jsonl import Bad
 FORMS = "give each row a 'prompt', an 'instruction' (and 'input'), 'messages', 'conversations', 'turns' or 'queries'"
 IDS = ("id", "question_id", "prompt_id", "index")
 REPLIES = ("reference", "response", "completion", "output")
-"""Where an answer to a prompt may stand."""
+"""Fields that may contain a reference answer."""
 _USERS = ("user", "human")
 _ASSISTANTS = ("assistant", "gpt", "chatgpt", "model", "bot")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """id: a whole number or a string in the file, else the place in it. references: good answers, where known.
-    source and licence: of the prompt."""
+    """One prompt.
+
+    id: from the file (a string or an integer), else the index of the row.
+    text: what the user asks.
+    category: of the prompt, "" if unknown.
+    references: reference answers.
+    source, licence: of the prompt, "" if unknown.
+    """
 
     id: str
     text: str
@@ -48,25 +54,31 @@ class Prompt:
 
 
 def read(path: Path, limit: int | None = None, *, bad: Bad | None = None) -> list[Prompt]:
-    """The prompts of a file, or of its first `limit` rows. Raises DataError with the line or entry that is none, or an
-    id that two share, unless `bad` takes it."""
-    found: dict[str, Prompt] = {}
+    """The prompts of a file.
+
+    path: the file.
+    limit: read only so many rows.
+    bad: called with the error for each invalid row, which is then skipped. None: the error is raised.
+
+    Raises DataError for an invalid row, a duplicate id, or a file that cannot be read.
+    """
+    prompts: dict[str, Prompt] = {}
     for where, _, prompt in rows(path, limit, bad=bad):
-        if prompt.id not in found:
-            found[prompt.id] = prompt
+        if prompt.id not in prompts:
+            prompts[prompt.id] = prompt
             continue
-        error = DataError(f"{where}: id {prompt.id!r} was there before; give each prompt its own")
+        error = DataError(f"{where}: duplicate id {prompt.id!r}; give each prompt its own id")
         if bad is None:
             raise error
         bad(error)
-    return list(found.values())
+    return list(prompts.values())
 
 
 def rows(
     path: Path, limit: int | None = None, *, bad: Bad | None = None
 ) -> Iterator[tuple[str, dict[str, Any], Prompt]]:
-    """(where, row, prompt) of a file, or of its first `limit` rows. Raises DataError for a row that has none, unless
-    `bad` takes it."""
+    """Yields (where, row, prompt) for each row of a file; arguments as `read`. Raises DataError for a row without a
+    valid prompt, unless `bad` is given."""
     for place, (where, row) in enumerate(islice(jsonl.entries(path), limit)):
         try:
             if isinstance(row, DataError):
@@ -81,25 +93,25 @@ def rows(
 
 
 def read_references(path: Path, *, bad: Bad | None = None) -> dict[str, str]:
-    """The first reference of each id; prompts need not stand beside them. Raises DataError as `read`."""
-    found: dict[str, str] = {}
+    """The first reference of each id. The rows need no prompt. Raises DataError as `read`."""
+    references: dict[str, str] = {}
     for place, (where, row) in enumerate(jsonl.entries(path)):
         try:
             if isinstance(row, DataError):
                 raise row
             if (reference := next(_references(row, where), None)) is not None:
-                found.setdefault(identity(row, where, place), reference)
+                references.setdefault(identity(row, where, place), reference)
         except DataError as error:
             if bad is None:
                 raise error from None
             bad(error)
-    return found
+    return references
 
 
 def identity(row: Mapping[str, Any], where: str, place: int) -> str:
-    """The id of a row, else its place in the file. Raises DataError for one that is no id."""
-    given = next((row[key] for key in IDS if row.get(key) is not None), place)
-    return jsonl.string({"id": given}, "id", where)
+    """The id of a row, else its index in the file. Raises DataError if the id is invalid."""
+    value = next((row[key] for key in IDS if row.get(key) is not None), place)
+    return jsonl.string({"id": value}, "id", where)
 
 
 def _prompt(row: Mapping[str, Any], where: str, place: int) -> Prompt:
@@ -119,8 +131,8 @@ def _text(row: Mapping[str, Any], where: str) -> str:
         queries = row["queries"]
         if not isinstance(queries, list) or not queries or not all(isinstance(q, str) for q in queries):
             raise DataError(f"{where}: 'queries' must be a list of strings")
-        asked = ["Answer each of these:", *(f"{i}. {query}" for i, query in enumerate(queries, 1))]
-        return jsonl.text("\n".join(asked), "queries", where)
+        lines = ["Answer each of these:", *(f"{i}. {query}" for i, query in enumerate(queries, 1))]
+        return jsonl.text("\n".join(lines), "queries", where)
     if "turns" in row:
         turns = row["turns"]
         if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
@@ -137,27 +149,27 @@ def _text(row: Mapping[str, Any], where: str) -> str:
 
 
 def _conversation(row: Mapping[str, Any]) -> str | None:
-    """Under which key a row has messages."""
+    """The key of a row's list of messages; None if it has none."""
     return next((key for key in ("messages", "conversations", "prompt") if isinstance(row.get(key), list)), None)
 
 
 def _first_turn(messages: Sequence[Any], key: str, where: str) -> tuple[str, str | None]:
-    """What a user says first, and what is answered to it. Raises DataError."""
-    said = [_message(message, key, where) for message in messages]
-    asked = next((place for place, (role, _) in enumerate(said) if role in _USERS), None)
-    if asked is None:
-        raise DataError(f"{where}: {key!r} has no message of a user")
-    role, text = said[asked + 1] if asked + 1 < len(said) else ("", "")
-    return said[asked][1], text if role in _ASSISTANTS else None
+    """The first user message, and the assistant's answer to it (None: none). Raises DataError."""
+    turns = [_message(message, key, where) for message in messages]
+    start = next((place for place, (role, _) in enumerate(turns) if role in _USERS), None)
+    if start is None:
+        raise DataError(f"{where}: {key!r} has no user message")
+    role, text = turns[start + 1] if start + 1 < len(turns) else ("", "")
+    return turns[start][1], text if role in _ASSISTANTS else None
 
 
 def _message(message: Any, key: str, where: str) -> tuple[str, str]:
-    """Who says what, in OpenAI's or in ShareGPT's form."""
+    """(role, text) of a message in OpenAI's or ShareGPT's format."""
     if isinstance(message, dict):
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
-        if content is None and role in _ASSISTANTS:  # it called a tool
+        if content is None and role in _ASSISTANTS:  # a tool call
             content = ""
         if isinstance(role, str) and isinstance(content, str):
             return role, jsonl.text(content, key, where)
@@ -168,11 +180,11 @@ def _message(message: Any, key: str, where: str) -> tuple[str, str]:
 
 def _references(row: Mapping[str, Any], where: str) -> Iterator[str]:
     for key in REPLIES:
-        found = row.get(key)
-        if isinstance(found, list) and found:
-            found = found[0] if not isinstance(found[0], dict) else _message(found[0], key, where)[1]
-        if isinstance(found, str):
-            yield jsonl.text(found, key, where)
+        value = row.get(key)
+        if isinstance(value, list) and value:
+            value = value[0] if not isinstance(value[0], dict) else _message(value[0], key, where)[1]
+        if isinstance(value, str):
+            yield jsonl.text(value, key, where)
     if (key := _conversation(row) or "") and (reply := _first_turn(row[key], key, where)[1]) is not None:
         yield reply
     outputs = row.get("outputs")

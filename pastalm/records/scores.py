@@ -1,8 +1,8 @@
-"""Sampled answers with what they are worth: `pasta score` writes them, stage 2 chooses by them (PASTA section 5.3).
+"""Scored answers: written by `pasta score`, used to choose preference pairs in stage 2 (PASTA section 5.3).
 
-score = speedup + lambda * quality; lambda = inf: quality alone. Quality is a win probability against the baseline's
-answer: a judge's, or sigmoid(difference / sigma) of a scorer's difference, sigma the standard deviation of the
-differences over the stage-1 samples (ours; METHOD of the offline runs).
+score = speedup + lambda * quality; with lambda = inf it is the quality alone. Quality is the probability of winning
+against the baseline's answer: a judge's, or sigmoid(difference / sigma) for other scorers, where sigma is the standard
+deviation of the differences over all samples (our choice).
 """
 
 from __future__ import annotations
@@ -20,16 +20,24 @@ from pastalm.records import jsonl
 from pastalm.records.jsonl import Bad
 
 Length = Literal["theoretical", "matched", "smaller", "parallelism"]
-"""Tokens that a speedup divides by the critical path: those of the baseline's answer (the paper's), the answer's own
-text, the smaller of the two, which neither a short nor a padded answer can raise, or all that was decoded, tags too
-(the paper's ablation: padding raises it)."""
+"""The number of tokens that a speedup divides by the critical path. theoretical: of the baseline's answer (the
+paper's). matched: of the answer's own text. smaller: the smaller of these two; neither a short nor a padded answer
+raises it. parallelism: all decoded tokens, tags included (the paper's ablation; padding raises it)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """One sampled answer. tokens: with tags; text_tokens: of the reader's text; baseline_tokens: of the baseline's
-    answer. difference: the scorer's number less the baseline's, in its unit; win: a judge's probability. Both
-    None: it could not be scored. token_ids, forced: as in answers.py. against: a hash of what it was held against."""
+    """One sampled answer and its score. Fields not listed here are as in answers.py.
+
+    tokens: decoded tokens, tags included.
+    text_tokens: tokens of the reader's text.
+    baseline_tokens: tokens of the baseline's answer.
+    scorer: the scorer's name.
+    difference: the scorer's value minus the baseline's, in the scorer's unit; None for a judge.
+    win: a judge's probability that the answer beats the baseline's; None for other scorers.
+    repetition: share of repeated 4-grams, 0 to 1.
+    against: hash of the baseline's answer and the reference that it was compared with.
+    """
 
     id: str
     choice: int
@@ -51,7 +59,7 @@ class Scored:
     against: str = ""
 
     def speedup(self, length: Length = "theoretical") -> float:
-        """Larger is faster; 1 is the sequential baseline."""
+        """The theoretical speedup; 1 is sequential decoding of the baseline's answer."""
         lengths = {
             "theoretical": self.baseline_tokens,
             "matched": self.text_tokens,
@@ -61,13 +69,18 @@ class Scored:
         return lengths[length] / max(1, self.critical_path)
 
     def quality(self, sigma: float) -> float | None:
-        """0 to 1; 0.5 is as good as the baseline's answer."""
+        """Quality, 0 to 1; 0.5 is as good as the baseline's answer. None if it was not scored."""
         if self.win is not None or self.difference is None:
             return self.win
         return 0.5 * (1 + math.tanh(0.5 * self.difference / sigma)) if sigma > 0 else 0.5
 
     def score(self, lambda_: float, sigma: float, length: Length = "theoretical") -> float | None:
-        """None where there is no quality."""
+        """speedup + lambda * quality; None if there is no quality.
+
+        lambda_: weight of the quality; inf: the quality alone.
+        sigma: unit of the differences, > 0.
+        length: the tokens that the speedup counts.
+        """
         quality = self.quality(sigma)
         if quality is None:
             return None
@@ -85,22 +98,23 @@ _STRINGS = ("id", "prompt", "annotated", "finish_reason", "scorer")
 
 
 def read(path: Path, *, bad: Bad | None = None) -> list[Scored]:
-    """What `pasta score` wrote. Raises DataError with the line that is something else, unless `bad` takes it."""
-    found = []
+    """All rows of a file of `pasta score`. Raises DataError for the first invalid row, unless `bad` is given; also if
+    there is no row."""
+    scored = []
     for where, row in jsonl.read(path, bad=bad):
         try:
-            found.append(parsed(where, row))
+            scored.append(parsed(where, row))
         except DataError as error:
             if bad is None:
                 raise
             bad(error)
-    if not found:
+    if not scored:
         raise DataError(f"{path} is empty: score some answers first (pasta score)")
-    return found
+    return scored
 
 
 def parsed(where: str, row: Mapping[str, Any]) -> Scored:
-    """The scored answer that a row stands for. Raises DataError."""
+    """Parses a row. Raises DataError if it is invalid."""
     try:
         tokens = {key: tuple(map(int, row.get(key, ()))) for key in ("token_ids", "forced")}
         strings = {key: jsonl.string(row, key, where) for key in _STRINGS if key in row}
@@ -110,13 +124,13 @@ def parsed(where: str, row: Mapping[str, Any]) -> Scored:
 
 
 def spread(rows: Sequence[Scored]) -> float:
-    """The standard deviation of the differences: sigma."""
+    """Sigma: the standard deviation of the differences; 1 if there are fewer than two."""
     differences = [row.difference for row in rows if row.difference is not None]
     return float(np.std(differences)) if len(differences) > 1 else 1.0
 
 
 def check_length(length: str) -> Length:
-    """Raises RequestError for what is none."""
+    """Returns the name as a Length. Raises RequestError if it is unknown."""
     names: dict[str, Length] = {name: name for name in get_args(Length)}
     if length not in names:
         raise RequestError(f"unknown length {length!r}: use {', '.join(names)}")
@@ -126,8 +140,13 @@ def check_length(length: str) -> Length:
 def summary(
     rows: Sequence[Scored], lambdas: Sequence[float], sigma: float, length: Length = "theoretical"
 ) -> dict[str, float]:
-    """Means over the answers that were scored: speedups (geometric), quality, repetition, and the score at each
-    lambda."""
+    """Means over all answers with a quality: speedups (geometric), quality, repetition and scores, by name.
+
+    rows: the answers.
+    lambdas: report the score at each of these.
+    sigma: unit of the differences.
+    length: the tokens that the scores' speedup counts.
+    """
     scored = [row for row in rows if row.quality(sigma) is not None]
     if not scored:
         return {"answers": 0.0}

@@ -32,7 +32,7 @@ from pastalm.core.language import (
     topic_key,
 )
 from pastalm.errors import LanguageError
-from pastalm.records.chat_client import Messages, Remote
+from pastalm.records.chat_client import ChatClient, Messages
 from pastalm.train.annotate import Row
 from pastalm.train.annotation_prompt import EXAMPLES, SYSTEM
 from pastalm.train.structure import MAX_GROUP, CountTokens
@@ -158,7 +158,7 @@ def _mended(document: Document, count_tokens: CountTokens) -> Document:
 class LanguageModel:
     """The annotator that asks a server. Rows come back as they are answered, in any order."""
 
-    remote: Remote[Row]
+    remote: ChatClient[Row]
     count_tokens: CountTokens
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | str]]:

@@ -22,7 +22,7 @@ from pastalm.eval.quality import (
     penalty,
     preference,
 )
-from pastalm.records.chat_client import Answer, Remote
+from pastalm.records.chat_client import ChatClient, Completion
 from pastalm.records.repetition import repetition, sameness
 from tests.laws.architectures import build
 from tests.laws.tiny import ARCHITECTURES, tiny_model
@@ -157,12 +157,12 @@ def test_an_answer_near_its_reference_scores_higher() -> None:
 
 @given(st.floats(-9, 0), st.floats(-9, 0))
 def test_a_judges_confidence_is_that_of_its_letters(m: float, other: float) -> None:
-    found = preference(Answer("M", top_logprobs={"m": m, " M": other, "x": -0.1}))
+    found = preference(Completion("M", top_logprobs={"m": m, " M": other, "x": -0.1}))
     assert found == pytest.approx(1 / (1 + math.exp(m - other)))
-    assert preference(Answer("M")) == 1
-    assert preference(Answer(" m.")) == 0
-    assert preference(Answer("Both are fine.")) == "not a verdict: 'Both are fine.'"
-    assert preference(Answer(refused="too long")) == "refused: too long"
+    assert preference(Completion("M")) == 1
+    assert preference(Completion(" m.")) == 0
+    assert preference(Completion("Both are fine.")) == "not a verdict: 'Both are fine.'"
+    assert preference(Completion(refused="too long")) == "refused: too long"
 
 
 def test_the_judge_sees_both_orders_and_a_liking_for_one_place_cancels_out() -> None:
@@ -180,7 +180,7 @@ def test_the_judge_sees_both_orders_and_a_liking_for_one_place_cancels_out() -> 
         return completion("M", logprobs={"content": content, "refusal": None})
 
     with replaying(answer) as url:
-        judge = Judge(Remote(url, "m", retries=0))
+        judge = Judge(ChatClient(url, "m", retries=0))
         texts = ("gold", "lead", "odd")
         verdicts = judge.compare([Candidate("p", t, baseline="iron") for t in texts])
 
@@ -193,6 +193,6 @@ def test_the_judge_sees_both_orders_and_a_liking_for_one_place_cancels_out() -> 
 
 
 def test_a_judge_that_is_down_is_one_clear_error() -> None:
-    judge = Judge(Remote(f"http://127.0.0.1:{free_port()}/v1", "m", retries=0))
+    judge = Judge(ChatClient(f"http://127.0.0.1:{free_port()}/v1", "m", retries=0))
     with pytest.raises(RemoteError, match="cannot reach"):
         judge.compare([Candidate("p", "a", baseline="b")])

@@ -16,7 +16,7 @@ from pastalm.eval.quality import Judge
 from pastalm.eval.score import score
 from pastalm.records import scores
 from pastalm.records.answers import Answer
-from pastalm.records.chat_client import Remote
+from pastalm.records.chat_client import ChatClient
 from tests.served import Reply, completion, replaying
 
 PROMPTS = 80
@@ -57,7 +57,7 @@ def test_a_judge_that_fails_half_the_time_costs_no_verdict(files: tuple[Path, Pa
 
     samples, baseline, target = files
     with replaying(answer) as url:
-        judge = Judge(Remote(url, "m", retries=0, timeout=2.5, patience=60, concurrency=16))
+        judge = Judge(ChatClient(url, "m", retries=0, timeout=2.5, patience=60, concurrency=16))
         counts = score(samples, baseline, target, judge, words)
         assert {row.id for row in scores.read(target)} == {str(i) for i in range(0, PROMPTS, 2)}
         assert counts.written == PROMPTS / 2
@@ -80,8 +80,8 @@ def test_a_judge_that_dies_ends_the_run_with_what_was_judged(files: tuple[Path, 
 
     samples, baseline, target = files
     with replaying(answer) as url:
-        judge = Judge(Remote(url, "m", retries=0, concurrency=1))
-        with pytest.raises(RemoteError, match="answers 503.*gone.*start again to go on"):
+        judge = Judge(ChatClient(url, "m", retries=0, concurrency=1))
+        with pytest.raises(RemoteError, match="answers 503.*gone.*run again to resume"):
             score(samples, baseline, target, judge, words)
     assert len(scores.read(target)) == 64
 
@@ -90,4 +90,4 @@ def test_a_baseline_that_lacks_a_prompt_is_said(files: tuple[Path, Path, Path], 
     samples, _, target = files
     short = answers(tmp_path / "short.jsonl", "iron", of=10)
     with pytest.raises(DataError, match="has no answer to prompt '10'"):
-        score(samples, short, target, Judge(Remote("http://127.0.0.1:1/v1", "m")), words)
+        score(samples, short, target, Judge(ChatClient("http://127.0.0.1:1/v1", "m")), words)

@@ -317,7 +317,7 @@ class Connection:
                 except openai.OpenAIError as error:
                     return replace(self.failure(error), opening=False, unreachable=False)
                 except (ValueError, TypeError, LookupError, AttributeError) as error:
-                    return Ended(why=f"{self.base_url} gives no answer: {line(error)}")
+                    return Ended(why=f"{self.base_url} gave no valid answer: {line(error)}")
                 for token in said:
                     self.inbox.put((number, token))
                 if end is not None:
@@ -858,14 +858,14 @@ def _tried(connection: Connection, prompt: Any, *, needed: bool = False, **optio
         choices = getattr(reply, "choices", None)
         if choices:
             return choices[0]
-        why = f"{connection.base_url} gives no answer: no choices"
+        why = f"{connection.base_url} gave no valid answer: no choices"
     except openai.OpenAIError as error:
         failure = connection.failure(error)
         if failure.unreachable or failure.barred:
             raise RemoteError(failure.why) from None
         why = failure.why
     except ValueError as error:
-        why = f"{connection.base_url} gives no answer: {line(error)}"
+        why = f"{connection.base_url} gave no valid answer: {line(error)}"
     if needed:
         raise RemoteError(why)
     return None

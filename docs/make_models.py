@@ -13,7 +13,8 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from pastalm.engines.transformers.engine import MODEL_TYPES, TransformersEngine
+from pastalm.engines.transformers.engine import TransformersEngine
+from pastalm.engines.transformers.supported import MODEL_TYPES
 from pastalm.errors import CapabilityError
 from pastalm.models.checkpoints import TWINS
 from pastalm.models.packed_models import _CLASSES as NATIVE

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from pastalm.engines.transformers.engine import ATTENTION, MODEL_TYPES, TransformersEngine
+from pastalm.engines.transformers.attention import ATTENTION
+from pastalm.engines.transformers.engine import TransformersEngine
+from pastalm.engines.transformers.supported import MODEL_TYPES
 from pastalm.errors import CapabilityError
 from tests.laws.architectures import VARIANTS, build, exactness, longrope, plain_logits
 from tests.laws.oracle import Linear
@@ -123,7 +125,7 @@ def test_an_argument_that_is_none_says_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_type_that_is_not_listed_must_say_the_same_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pastalm.engines.transformers.engine.MODEL_TYPES", frozenset())
+    monkeypatch.setattr("pastalm.engines.transformers.supported.MODEL_TYPES", frozenset())
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         TransformersEngine(build("qwen3").to(dtype))  # it does
     model: Any = build("qwen3")

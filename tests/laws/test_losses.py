@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pastalm.engines.transformers.engine import MODEL_TYPES
+from pastalm.engines.transformers.supported import MODEL_TYPES
 from pastalm.models import logits
 from tests.laws.architectures import VARIANTS, build
 from tests.laws.losses import difference

@@ -57,12 +57,12 @@ class WinRate:
         return asdict(self)
 
 
-def outputs(found: Sequence[Answer], generator: str) -> list[dict[str, str]]:
+def outputs(answers: Sequence[Answer], generator: str) -> list[dict[str, str]]:
     """Answers in AlpacaEval's own form, for `alpaca_eval --model_outputs`."""
-    return [{"instruction": a.prompt, "output": a.text, "generator": generator, "dataset": a.category} for a in found]
+    return [{"instruction": a.prompt, "output": a.text, "generator": generator, "dataset": a.category} for a in answers]
 
 
-def verdicts(found: Sequence[Pair], generator: str) -> list[dict[str, Any]]:
+def verdicts(pairs: Sequence[Pair], generator: str) -> list[dict[str, Any]]:
     """A judge's verdicts in AlpacaEval's own form, those that are there."""
     return [
         {
@@ -74,7 +74,7 @@ def verdicts(found: Sequence[Pair], generator: str) -> list[dict[str, Any]]:
             "annotator": "judge",
             "preference": 1 + judged.win,
         }
-        for pair in found
+        for pair in pairs
         if (judged := pair.scored.get("judge")) is not None and judged.win is not None
     ]
 
@@ -91,14 +91,14 @@ def win_rate(judged: Sequence[dict[str, Any]], *, asked: int, gamed: Path | None
     deltas = {len(row["output_1"]) - len(row["output_2"]) for row in judged}
     with _package(form, gamed, len(judged)) as (metrics, frame):
         if len(deltas) == 1 or len(judged) < 10:  # nothing to control for; too few for five folds
-            found = metrics.get_winrate(frame(list(judged)))
+            metrics_found = metrics.get_winrate(frame(list(judged)))
         else:
-            found = metrics.get_length_controlled_winrate(
+            metrics_found = metrics.get_length_controlled_winrate(
                 frame(list(judged)), glm_name=form, save_weights_dir=None, is_warn_extreme_changes=False
             )
-    controlled, error = found.get("length_controlled_winrate"), found.get("lc_standard_error")
+    controlled, error = metrics_found.get("length_controlled_winrate"), metrics_found.get("lc_standard_error")
     return WinRate(
-        win_rate=float(found["win_rate"]),
+        win_rate=float(metrics_found["win_rate"]),
         length_controlled=None if controlled is None else float(controlled),
         standard_error=None if error is None else float(error),
         n=len(judged),
@@ -137,10 +137,10 @@ def _package(form: str, gamed: Path | None, rows: int) -> Iterator[Any]:
             logging.getLogger().setLevel(logging.WARNING)
 
 
-def write_outputs(path: Path, found: Sequence[Answer], generator: str) -> None:
+def write_outputs(path: Path, answers: Sequence[Answer], generator: str) -> None:
     """Writes `outputs` as one JSON list. Raises DataError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(outputs(found, generator), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(outputs(answers, generator), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from None

@@ -43,16 +43,16 @@ class Pair:
         """theoretical and realized against the baseline's answer; both length-matched, against the same text
         decoded sequentially; what was not measured is left out."""
         own, base = self.answer, self.baseline
-        found = {
+        ratios = {
             "theoretical": base.tokens / own.critical_path,
             "theoretical, matched": self.text_tokens / own.critical_path,
             "theoretical, smaller": min(base.tokens, self.text_tokens) / own.critical_path,
         }
         if own.seconds and base.seconds:
-            found["realized"] = base.seconds / own.seconds
+            ratios["realized"] = base.seconds / own.seconds
         if own.seconds and own.matched_seconds:
-            found["realized, matched"] = own.matched_seconds / own.seconds
-        return found
+            ratios["realized, matched"] = own.matched_seconds / own.seconds
+        return ratios
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +71,22 @@ def pairs(
     scored: Mapping[str, Sequence[Scored]] | None = None,
 ) -> list[Pair]:
     """Answers to the prompts that both have, in order of ids. Raises DataError if there is none."""
-    base = {found.id: found for found in baseline}
-    by = {name: {row.id: row for row in rows} for name, rows in (scored or {}).items()}
-    found = [
+    base = {matched.id: matched for matched in baseline}
+    scores_by_scorer = {name: {row.id: row for row in rows} for name, rows in (scored or {}).items()}
+    matched = [
         Pair(
             answer,
             base[answer.id],
             _text_tokens(answer, count_tokens),
             _text_tokens(base[answer.id], count_tokens),
-            {name: rows[answer.id] for name, rows in by.items() if answer.id in rows},
+            {name: rows[answer.id] for name, rows in scores_by_scorer.items() if answer.id in rows},
         )
         for answer in sorted(answers, key=lambda a: _place(a.id))
         if answer.id in base and answer.critical_path
     ]
-    if not found:
+    if not matched:
         raise DataError("no prompt was answered by both system and baseline: evaluate both on the same prompts")
-    return found
+    return matched
 
 
 def _place(identity: str) -> tuple[int, int, str]:
@@ -98,35 +98,35 @@ def _text_tokens(answer: Answer, count_tokens: CountTokens) -> int:
     return max(1, count_tokens(answer.text) + (answer.finish_reason == "stop"))
 
 
-def figures(found: Sequence[Pair], sigmas: Mapping[str, float], length: Length = "theoretical") -> dict[str, Mean]:
+def figures(pairs: Sequence[Pair], sigmas: Mapping[str, float], length: Length = "theoretical") -> dict[str, Mean]:
     """All figures of some pairs. sigmas: the unit of each scorer's differences; names of the scorers to report.
     length: whose tokens a score's speedup counts."""
-    own = [pair.answer for pair in found]
+    own = [pair.answer for pair in pairs]
     table = {
-        "forks": mean([pair.chunks >= 2 for pair in found]),
-        "chunks": mean([pair.chunks for pair in found]),
+        "forks": mean([pair.chunks >= 2 for pair in pairs]),
+        "chunks": mean([pair.chunks for pair in pairs]),
     }
-    names = dict.fromkeys(name for pair in found for name in pair.speedups)
+    names = dict.fromkeys(name for pair in pairs for name in pair.speedups)
     for name in names:
-        values = [pair.speedups[name] for pair in found if name in pair.speedups]
+        values = [pair.speedups[name] for pair in pairs if name in pair.speedups]
         table[name] = mean(values, "geometric")
         if not name.endswith("smaller"):
             table[f"{name}, arithmetic mean"] = mean(values)
             table[f"{name}, harmonic mean"] = mean(values, "harmonic")
-    both = [pair.speedups for pair in found if "realized, matched" in pair.speedups]
+    both = [pair.speedups for pair in pairs if "realized, matched" in pair.speedups]
     if both:
         ratios = [s["realized, matched"] / s["theoretical, matched"] for s in both]
         table["realized over theoretical, matched"] = mean(ratios, "geometric")
     table["parallelism"] = mean([a.tokens / a.critical_path for a in own], "geometric")
-    table["text against the baseline's"] = mean([p.text_tokens / p.baseline_text_tokens for p in found], "geometric")
+    table["text against the baseline's"] = mean([p.text_tokens / p.baseline_text_tokens for p in pairs], "geometric")
     times = {"seconds": [a.seconds for a in own], "seconds to the first token": [a.first_seconds for a in own]}
     for name, measured in times.items():
-        if there := [value for value in measured if value is not None]:
-            table[name] = mean(there)
+        if values_measured := [value for value in measured if value is not None]:
+            table[name] = mean(values_measured)
     table["tokens"] = mean([a.tokens for a in own])
     table["critical path"] = mean([a.critical_path for a in own])
     for name, sigma in sigmas.items():
-        rows = [pair.scored[name] for pair in found if name in pair.scored]
+        rows = [pair.scored[name] for pair in pairs if name in pair.scored]
         qualities = [q for row in rows if (q := row.quality(sigma)) is not None]
         if qualities:
             table[f"quality, {name}"] = mean(qualities)
@@ -158,10 +158,10 @@ def differences(row: Row, other: Row, sigmas: Mapping[str, float], length: Lengt
     return table
 
 
-def groups(found: Sequence[Pair], key: Callable[[Pair], Any]) -> dict[str, dict[str, Mean]]:
+def groups(pairs: Sequence[Pair], key: Callable[[Pair], Any]) -> dict[str, dict[str, Mean]]:
     """Speedups of the pairs that share a key, by key, in order of keys."""
     parts: dict[Any, list[Pair]] = {}
-    for pair in found:
+    for pair in pairs:
         parts.setdefault(key(pair), []).append(pair)
     table: dict[str, dict[str, Mean]] = {}
     for value in sorted(parts):

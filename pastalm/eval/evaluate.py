@@ -98,23 +98,23 @@ def described(
     """What each system of a command line is, by its contents: the header of its file. adapter_of: name and hash of an
     adapter. settings: what they have in common. Raises RequestError, ModelError."""
     base = {"adapter": adapter_of(baseline), **settings}
-    found = {BASELINE: {"method": "sequential", **base}}
+    headers = {BASELINE: {"method": "sequential", **base}}
     for one in map(asked, wanted):
         if one.adapter:
             method = "sequential" if one.off else "asynchronous"
-            found[one.name] = {**base, "method": method, "adapter": adapter_of(one.adapter), "positions": one.policy}
+            headers[one.name] = {**base, "method": method, "adapter": adapter_of(one.adapter), "positions": one.policy}
         else:
-            found[one.name] = {**base, "method": one.name}
-    return found
+            headers[one.name] = {**base, "method": one.name}
+    return headers
 
 
 def check_folder(
-    folder: Path, made: Mapping[str, Mapping[str, Any]], prompts: Sequence[Prompt], *, overwrite: bool
+    folder: Path, headers: Mapping[str, Mapping[str, Any]], prompts: Sequence[Prompt], *, overwrite: bool
 ) -> None:
     """Raises DataError where a system's answers are there already and were made otherwise, before anything is decoded
     or written."""
-    for name in made:
-        measure.results(folder / "answers", name, made, prompts, overwrite=overwrite)
+    for name in headers:
+        measure.results(folder / "answers", name, headers, prompts, overwrite=overwrite)
 
 
 def check_scores(
@@ -122,25 +122,25 @@ def check_scores(
 ) -> None:
     """The same of scores. models: what each scorer is."""
     for name in names:
-        for scorer, told in models.items():
+        for scorer, header in models.items():
             path = folder / "scored" / f"{name}.{scorer}.jsonl"
-            jsonl.Results(path, scores.KIND, {"scorer": scorer, **told}, overwrite=overwrite)
+            jsonl.Results(path, scores.KIND, {"scorer": scorer, **header}, overwrite=overwrite)
 
 
 WHAT = ("model", "adapter", "method", "positions")
 """What a system is, beside how it was measured."""
 
 
-def check_answers(folder: Path, made: Mapping[str, Mapping[str, Any]]) -> None:
+def check_answers(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:
     """The same where answers are only to be read: that they are those of the systems named, as far as files say what
     made them, and adapters are here (which are then in `made`)."""
-    for name, asked in made.items():
+    for name, requested in headers.items():
         path = folder / "answers" / f"{name}.jsonl"
-        if (there := jsonl.header(path)) is None:
+        if (recorded := jsonl.header(path)) is None:
             continue
-        kept = [key for key in WHAT if key in asked]
-        if apart := jsonl.differences({k: there.get(k) for k in kept}, {k: asked[k] for k in kept}):
-            raise DataError(f"{path} holds the answers of another system ({'; '.join(apart)}): name that one")
+        keys = [key for key in WHAT if key in requested]
+        if changes := jsonl.differences({k: recorded.get(k) for k in keys}, {k: requested[k] for k in keys}):
+            raise DataError(f"{path} holds the answers of another system ({'; '.join(changes)}): name that one")
 
 
 def score_all(
@@ -203,13 +203,13 @@ def compare_all(
         for name in names
     }
     units = {
-        scorer: given or scores.spread([row for found in judged.values() for row in found.get(scorer, ())])
+        scorer: given or scores.spread([row for by_scorer in judged.values() for row in by_scorer.get(scorer, ())])
         for scorer, given in sigmas.items()
     }
     rows = []
     for name in names:
-        found = pairs(answers.read(folder / "answers" / f"{name}.jsonl"), base, count_tokens, judged[name])
-        rows.append(Row(name, found, figures(found, units, length)))
+        by_scorer = pairs(answers.read(folder / "answers" / f"{name}.jsonl"), base, count_tokens, judged[name])
+        rows.append(Row(name, by_scorer, figures(by_scorer, units, length)))
     return rows, units
 
 
@@ -217,15 +217,15 @@ def win_rates(folder: Path, rows: Sequence[Row], gamed: Path | None) -> dict[str
     """Every system's win rate by the judge, those without a verdict left out; it joins the row's figures.
 
     Writes folder/alpaca_eval/NAME.json, the answers in the benchmark's form. Raises DataError, ModelError."""
-    found = {}
+    rates = {}
     for row in rows:
         path = folder / "alpaca_eval" / f"{row.system}.json"
         alpaca.write_outputs(path, [pair.answer for pair in row.pairs], row.system)
         if row.system != BASELINE and (judged := alpaca.verdicts(row.pairs, row.system)):
-            won = alpaca.win_rate(judged, asked=len(row.pairs), gamed=gamed)
+            rate = alpaca.win_rate(judged, asked=len(row.pairs), gamed=gamed)
             row.figures["win rate, raw"] = mean([100 * (a["preference"] - 1) for a in judged])
-            if (middle := won.length_controlled) is not None and (error := won.standard_error) is not None:
+            if (middle := rate.length_controlled) is not None and (error := rate.standard_error) is not None:
                 low, high = middle - 1.96 * error, middle + 1.96 * error
-                row.figures["win rate, length-controlled"] = Mean(middle, low, high, won.n)
-            found[row.system] = won
-    return found
+                row.figures["win rate, length-controlled"] = Mean(middle, low, high, rate.n)
+            rates[row.system] = rate
+    return rates

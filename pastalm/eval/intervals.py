@@ -37,12 +37,12 @@ def mean(values: Sequence[float], kind: Kind = "arithmetic") -> Mean:
     fixed seed."""
     from scipy.stats import bootstrap
 
-    there, back = _AS[kind]
-    inner = there(np.asarray(values, dtype=np.float64))
+    transform, back = _AS[kind]
+    inner = transform(np.asarray(values, dtype=np.float64))
     middle = float(back(inner.mean()))
     if len(inner) < 2 or np.ptp(inner) == 0:
         return Mean(middle, middle, middle, len(inner))
     rng = np.random.default_rng(0)
-    found = bootstrap((inner,), np.mean, method="percentile", rng=rng).confidence_interval
-    low, high = sorted((float(back(found.low)), float(back(found.high))))
+    interval = bootstrap((inner,), np.mean, method="percentile", rng=rng).confidence_interval
+    low, high = sorted((float(back(interval.low)), float(back(interval.high))))
     return Mean(middle, low, high, len(inner))

@@ -76,7 +76,7 @@ def measure(
         system.name: results(folder, system.name, made or {}, among or prompts, overwrite=overwrite)
         for system in systems
     }
-    there = {name: {found.id for found in rows} for name, (_, rows) in opened.items()}
+    existing = {name: {found.id for found in rows} for name, (_, rows) in opened.items()}
     counts = Counts()
     shuffled = random.Random(seed).sample(list(prompts), len(prompts))
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def measure(
         for turn, prompt in enumerate(shuffled):
             first = turn % len(systems)
             for system in [*systems[first:], *systems[:first]]:
-                if prompt.id in there[system.name]:
+                if prompt.id in existing[system.name]:
                     counts.skipped += 1
                     continue
                 try:
@@ -102,21 +102,26 @@ def measure(
 
 
 def results(
-    folder: Path, name: str, made: Mapping[str, Mapping[str, Any]], asked: Sequence[Prompt], *, overwrite: bool = False
+    folder: Path,
+    name: str,
+    made: Mapping[str, Mapping[str, Any]],
+    prompts: Sequence[Prompt],
+    *,
+    overwrite: bool = False,
 ) -> tuple[jsonl.Results, list[Answer]]:
     """The file of a system's answers, and those that are there. Raises DataError as `answers.results`."""
-    return answers.results(folder / f"{name}.jsonl", KIND, made.get(name, {}), asked, overwrite=overwrite)
+    return answers.results(folder / f"{name}.jsonl", KIND, made.get(name, {}), prompts, overwrite=overwrite)
 
 
-def _forced(system: Decoding, found: Answer) -> float | None:
+def _forced(system: Decoding, answer: Answer) -> float | None:
     """Seconds that the text of an answer takes sequentially. An answer without chunks is its own match."""
-    if found.critical_path == found.tokens:
-        return found.seconds
+    if answer.critical_path == answer.tokens:
+        return answer.seconds
     llm = system.llm
     params = SamplingParams(temperature=0, max_tokens=1, parallelism=0)
-    prompt = llm.encode([{"role": "user", "content": found.prompt}], params)
+    prompt = llm.encode([{"role": "user", "content": answer.prompt}], params)
     cold(llm)
-    tokens = [*llm.loaded.vocabulary.encode(found.text), min(llm.loaded.vocabulary.eos)]
+    tokens = [*llm.loaded.vocabulary.encode(answer.text), min(llm.loaded.vocabulary.eos)]
     return round(force(llm.driver.engine, prompt, tokens), 4)
 
 
@@ -137,8 +142,8 @@ def under_load(
     counts = Counts(prompts=len(prompts))
     for system in systems:
         opened, rows = results(folder, system.name, made or {}, among or prompts, overwrite=overwrite)
-        there = {found.id for found in rows}
-        tasks = [system.task(prompt, max_tokens) for prompt in prompts if prompt.id not in there]
+        existing = {found.id for found in rows}
+        tasks = [system.task(prompt, max_tokens) for prompt in prompts if prompt.id not in existing]
         counts.skipped += len(prompts) - len(tasks)
         driver = system.llm.driver
         most = driver.engine.capabilities.max_num_seqs

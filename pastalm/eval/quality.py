@@ -96,24 +96,26 @@ class PmiScorer:
         rows = []
         for prompt, answer in pairs:
             ids = self.model.vocabulary.encode(answer)
-            for asked in (prompt, NEUTRAL):
-                rows.append((chat_prompt(self.model, [{"role": "user", "content": asked}]), ids))
+            for question in (prompt, NEUTRAL):
+                rows.append((chat_prompt(self.model, [{"role": "user", "content": question}]), ids))
         sums = log_likelihoods(self.model.model, rows, batch_tokens=self.batch_tokens)
-        return [given - neutral for given, neutral in zip(sums[::2], sums[1::2], strict=True)]
+        return [conditional - neutral for conditional, neutral in zip(sums[::2], sums[1::2], strict=True)]
 
 
 def _differences(
-    score: Callable[[Sequence[Candidate]], list[float]], candidates: Sequence[Candidate], known: dict[Candidate, float]
+    score: Callable[[Sequence[Candidate]], list[float]],
+    candidates: Sequence[Candidate],
+    baseline_scores: dict[Candidate, float],
 ) -> list[Verdict]:
     """Each answer's number less its baseline's, which is scored once for all answers to a prompt, of all systems.
     known: the baselines' numbers, kept from call to call. What a number was computed beside never hangs on what was
     known: the same answers give the same numbers, to the last bit."""
     baselines = [c.sequential() for c in candidates]
-    if not known.keys() >= set(baselines):
+    if not baseline_scores.keys() >= set(baselines):
         wanted = list(dict.fromkeys(baselines))
-        known.update(zip(wanted, score(wanted), strict=True))
+        baseline_scores.update(zip(wanted, score(wanted), strict=True))
     own = [c for c in dict.fromkeys(candidates) if c not in set(baselines)]
-    found = known | dict(zip(own, score(own) if own else (), strict=True))
+    found = baseline_scores | dict(zip(own, score(own) if own else (), strict=True))
     return [Verdict(difference=found[c] - found[b]) for c, b in zip(candidates, baselines, strict=True)]
 
 
@@ -168,10 +170,10 @@ class Judge:
         questions = (
             ((i, swapped), self._question(c, swapped)) for i, c in enumerate(candidates) for swapped in (False, True)
         )
-        found: dict[tuple[int, bool], float | str] = {
+        preferences: dict[tuple[int, bool], float | str] = {
             key: preference(answer) for key, answer in self.remote.ask(questions)
         }
-        return [self._verdict(found[i, False], found[i, True]) for i in range(len(candidates))]
+        return [self._verdict(preferences[i, False], preferences[i, True]) for i in range(len(candidates))]
 
     @staticmethod
     def _question(candidate: Candidate, swapped: bool) -> Messages:
@@ -179,17 +181,17 @@ class Judge:
         first, second = candidate.baseline or "", candidate.text
         if swapped:
             first, second = second, first
-        asked = (
+        content = (
             f"# Instruction\n{candidate.prompt}\n\n# Answer m\n{first}\n\n# Answer M\n{second}\n\n"
             "Which answer is better, m or M?"
         )
-        return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": asked}]
+        return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": content}]
 
     @staticmethod
     def _verdict(straight: float | str, swapped: float | str) -> Verdict:
-        for said in (straight, swapped):
-            if isinstance(said, str):
-                return Verdict(why=said)
+        for result in (straight, swapped):
+            if isinstance(result, str):
+                return Verdict(why=result)
         return Verdict(win=(float(straight) + 1 - float(swapped)) / 2)
 
 
@@ -204,8 +206,8 @@ def preference(reply: Completion) -> float | str:
             shares[token.strip()] += math.exp(logprob)
     if sum(shares.values()) > 0:
         return shares["M"] / sum(shares.values())
-    said = reply.text.strip().strip(".()\"'*")
-    return float(said == "M") if said in shares else f"not a verdict: {reply.text[:20]!r}"
+    letter = reply.text.strip().strip(".()\"'*")
+    return float(letter == "M") if letter in shares else f"not a verdict: {reply.text[:20]!r}"
 
 
 def penalty(candidate: Candidate) -> float:
@@ -250,13 +252,13 @@ def _add(
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     answer = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, i in enumerate(batch):
-        prompt, said = rows[i]
-        n = len(prompt) + len(said)
-        ids[row, :n] = torch.tensor([*prompt, *said])
+        prompt, answer_ids = rows[i]
+        n = len(prompt) + len(answer_ids)
+        ids[row, :n] = torch.tensor([*prompt, *answer_ids])
         answer[row, len(prompt) : n] = True
     ids, answer = ids.to(model.device), answer.to(model.device)
-    wanted = answer[:, 1:]
-    found = logits.at(model, {"input_ids": ids}, torch.nn.functional.pad(wanted, (0, 1)))
-    each = -torch.nn.functional.cross_entropy(found, ids[:, 1:][wanted], reduction="none").double()
-    for row, value in zip(wanted.nonzero()[:, 0].tolist(), each.tolist(), strict=True):
+    labelled = answer[:, 1:]
+    scores = logits.at(model, {"input_ids": ids}, torch.nn.functional.pad(labelled, (0, 1)))
+    each = -torch.nn.functional.cross_entropy(scores, ids[:, 1:][labelled], reduction="none").double()
+    for row, value in zip(labelled.nonzero()[:, 0].tolist(), each.tolist(), strict=True):
         sums[batch[row]] += value

@@ -70,10 +70,10 @@ def load_unpacked(model: Any, tensors: Tensors) -> None:
     engine computes is then to be compared with float activations over the same weights."""
     modules = dict(model.named_modules())
     whole = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    for name, held in tensors.items():
-        if not isinstance(held, Matrix):
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Matrix):
             continue
-        rows, (layer, _, part) = unpack(held), name.rpartition(".")
+        rows, (layer, _, part) = unpack(tensor), name.rpartition(".")
         if part in whole:
             targets = [whole[part]]
         else:
@@ -100,12 +100,12 @@ def told(gaps: Sequence[float]) -> str:
 
 
 def _gap(logits: torch.Tensor, chosen: Chosen) -> float:
-    admitted = logits
+    allowed_logits = logits
     if chosen.allowed is not None:
         inside = torch.zeros(len(logits), dtype=torch.bool)
         inside[list(chosen.allowed.ids)] = True
-        admitted = logits[~inside if chosen.allowed.inverted else inside]
-    return float(admitted.max() - logits[chosen.token])
+        allowed_logits = logits[~inside if chosen.allowed.inverted else inside]
+    return float(allowed_logits.max() - logits[chosen.token])
 
 
 def _whole(prompt: Sequence[int], events: Sequence[Event], policy: Policy) -> Row:

@@ -28,17 +28,17 @@ LIBRARIES = ("pastalm", "torch", "transformers", "llama-cpp-python")
 
 def environment() -> dict[str, str]:
     """What the figures were measured on."""
-    found = {
+    versions = {
         "made": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except ImportError:
             continue
-    return found
+    return versions
 
 
 def write(
@@ -84,13 +84,13 @@ def figures(rows: Sequence[Row], baseline: str, told: Mapping[str, Any]) -> dict
 
 
 def _plain(table: Mapping[str, Mapping[str, Mean]]) -> dict[str, dict[str, dict[str, float]]]:
-    return {key: {name: value.to_dict() for name, value in found.items()} for key, found in table.items()}
+    return {key: {name: value.to_dict() for name, value in figures.items()} for key, figures in table.items()}
 
 
 def _prompt_figures(pair: Pair) -> dict[str, Any]:
     own = pair.answer
-    kept = ("tokens", "critical_path", "steps", "seconds", "first_seconds", "matched_seconds", "finish_reason")
-    table = {"id": own.id, "chunks": pair.chunks, **{key: getattr(own, key) for key in kept}}
+    keys = ("tokens", "critical_path", "steps", "seconds", "first_seconds", "matched_seconds", "finish_reason")
+    table = {"id": own.id, "chunks": pair.chunks, **{key: getattr(own, key) for key in keys}}
     table |= {name: round(value, 4) for name, value in pair.speedups.items()}
     for name, scored in pair.scored.items():
         table[name] = scored.difference if scored.win is None else scored.win
@@ -117,9 +117,9 @@ def _drawn(draw: Callable[[Any], bool]) -> bytes:
             return b""
         axes.grid(alpha=0.25)
         figure.tight_layout()
-        kept = io.BytesIO()
-        figure.savefig(kept, dpi=120)
-        return kept.getvalue()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=120)
+        return buffer.getvalue()
     finally:
         pyplot.close(figure)
 
@@ -150,8 +150,8 @@ def frontier_theoretical(rows: Sequence[Row]) -> bytes:
 
 def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
     def draw(axes: Any) -> bool:
-        there = dict.fromkeys(n for row in rows for n in row.figures)
-        name = next((n for start in QUALITIES for n in there if n.startswith(start)), None)
+        figure_names = dict.fromkeys(n for row in rows for n in row.figures)
+        name = next((n for start in QUALITIES for n in figure_names if n.startswith(start)), None)
         if name is None:
             return False
         shown = sorted((row for row in rows if name in row.figures), key=lambda row: row.figures[speedup(row)].mean)
@@ -209,7 +209,7 @@ def _bars(value: Mean) -> list[list[float]]:
 
 def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> bytes:
     """What was measured, if it was for every prompt; else theory."""
-    whole = all((found := row.figures.get(MEASURED)) and found.n == len(row.pairs) for row in rows)
+    whole = all((measured := row.figures.get(MEASURED)) and measured.n == len(row.pairs) for row in rows)
     speedup = MEASURED if whole else THEORETICAL
 
     def draw(axes: Any) -> bool:
@@ -220,12 +220,12 @@ def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> 
         width = 0.8 / len(rows)
         for i, row in enumerate(rows):
             table = tables[row.system]
-            there = [(j, table[n][speedup]) for j, n in enumerate(names) if speedup in table.get(n, {})]
+            bars = [(j, table[n][speedup]) for j, n in enumerate(names) if speedup in table.get(n, {})]
             axes.bar(
-                [j + i * width for j, _ in there],
-                [value.mean for _, value in there],
+                [j + i * width for j, _ in bars],
+                [value.mean for _, value in bars],
                 width,
-                yerr=[[_bars(v)[side][0] for _, v in there] for side in (0, 1)],
+                yerr=[[_bars(v)[side][0] for _, v in bars] for side in (0, 1)],
                 capsize=2,
                 color=_colour(rows, row),
                 label=row.system,
@@ -260,8 +260,8 @@ def realized_theoretical(rows: Sequence[Row]) -> bytes:
         for row in rows:
             points = [(s[THEORETICAL], s[MEASURED]) for s in _both(row)]
             if points:
-                named = f"{row.system} (n={len(points)})"
-                axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, color=_colour(rows, row), label=named)
+                legend = f"{row.system} (n={len(points)})"
+                axes.scatter(*zip(*points, strict=True), s=10, alpha=0.6, color=_colour(rows, row), label=legend)
                 most = max(most, *(max(point) for point in points))
         if not axes.collections:
             return False
@@ -290,8 +290,8 @@ def lengths(rows: Sequence[Row]) -> bytes:
             shares, edges = np.histogram(values, bins=40, range=(0, most))
             axes.stairs(place + 0.9 * shares / shares.max(), edges, baseline=place, fill=True, color=_colour(rows, row))
             axes.vlines(np.median(values), place, place + 0.9, color="black", linewidth=1)
-        named = [f"{row.system} (n={len(row.pairs)})" for row in reversed(rows)]
-        axes.set_yticks([place + 0.4 for place in range(len(rows))], named, fontsize=8)
+        labels = [f"{row.system} (n={len(row.pairs)})" for row in reversed(rows)]
+        axes.set_yticks([place + 0.4 for place in range(len(rows))], labels, fontsize=8)
         axes.set_ylim(-0.2, len(rows) + 0.2)
         axes.set_xlabel("tokens of the reader's text; line: median")
         return True
@@ -339,10 +339,10 @@ def _shown(value: Mean | None) -> str:
 
 def _browsed(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
     """Every prompt with all answers to it, for the page's browser."""
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for row in rows:
         for pair in row.pairs:
-            entry = found.setdefault(
+            entry = entries.setdefault(
                 pair.answer.id,
                 {
                     "id": pair.answer.id,
@@ -352,7 +352,7 @@ def _browsed(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
                 },
             )
             entry["answers"].append(_shown_answer(row.system, pair.answer, pair.speedups))
-    return list(found.values())
+    return list(entries.values())
 
 
 def _shown_answer(system: str, answer: Any, speedups: Mapping[str, float]) -> dict[str, Any]:

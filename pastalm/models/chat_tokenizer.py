@@ -122,8 +122,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Reasoning goes by three names; templates read the first two."""
-    held = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-    return message if held is None else {"thinking": held, **message, "reasoning_content": held}
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _plain(value: Any) -> Any:

@@ -85,12 +85,12 @@ def read(
 def _weights(folder: Path, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, loading_info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     text = options.get("config")
-    if set(found["missing_keys"]) == {"lm_head.weight"} and text is not None and not text.tie_word_embeddings:
+    if set(loading_info["missing_keys"]) == {"lm_head.weight"} and text is not None and not text.tie_word_embeddings:
         text.tie_word_embeddings = True  # only the multimodal configuration says so
         return _weights(folder, options)
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise ModelError(f"{folder} lacks weights ({missing[0]}, {len(missing)} in all): get the model again")
     if text is not None:
         head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
@@ -131,23 +131,27 @@ def _as_twin(text: Any, twin: str, more: dict[str, Any]) -> Any:
     rope = {k: v for k, v in (text.rope_parameters or {}).items() if not k.startswith("mrope")}
     if rope.get("rope_type") == "mrope":
         rope["rope_type"] = "default"
-    held = {f.name: getattr(text, f.name) for f in fields(kind) if hasattr(text, f.name) and f.name != "model_type"}
-    return kind(**(held | {"rope_parameters": rope} | more))
+    values = {f.name: getattr(text, f.name) for f in fields(kind) if hasattr(text, f.name) and f.name != "model_type"}
+    return kind(**(values | {"rope_parameters": rope} | more))
 
 
 def quantised_by(config: Any) -> str | None:
     """How the weights are quantised, by the configuration; None: they are not."""
-    said = getattr(config, "quantization_config", None)
-    if said is None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
         return None
-    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    method = (
+        quantisation.get("quant_method")
+        if isinstance(quantisation, dict)
+        else getattr(quantisation, "quant_method", None)
+    )
     return str(getattr(method, "value", method) or "an unnamed method")
 
 
 def _check_method(method: str | None, folder: Path) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    if method is not None and not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+    if method is not None and not any(supported.startswith(method) for supported in AUTO_QUANTIZATION_CONFIG_MAPPING):
         raise ModelError(f"the weights in {folder} are quantised ({method}) as transformers does not know")
 
 

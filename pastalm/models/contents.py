@@ -60,43 +60,43 @@ def _name(folder: Path) -> str:
 
 def _of(path: Path, name: str) -> dict[str, str]:
     try:
-        return {"name": name, "sha256": _sha256([found for found in files(path) if found[0] not in _TOLD])}
+        return {"name": name, "sha256": _sha256([entry for entry in files(path) if entry[0] not in _TOLD])}
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _sha256(found: list[tuple[str, str]]) -> str:
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+def _sha256(entries: list[tuple[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def files(path: Path) -> list[tuple[str, str]]:
     """Names and hashes of what a folder has of a model, or of one file. Raises OSError."""
     if path.is_dir():
-        found = {f.name: f for f in sorted(path.iterdir()) if f.suffix in PARTS and f.is_file()}
+        paths = {f.name: f for f in sorted(path.iterdir()) if f.suffix in PARTS and f.is_file()}
     else:
-        found = {"": path}
+        paths = {"": path}
     memory = models.cache_folder() / "packed" / "hashes.json"
     try:
-        known: dict[str, list[Any]] = json.loads(memory.read_text())
+        cache: dict[str, list[Any]] = json.loads(memory.read_text())
     except (OSError, ValueError):
-        known = {}
-    before = dict(known)
-    hashed = [(name, _digest(file, known)) for name, file in found.items()]
-    if known != before:
+        cache = {}
+    before = dict(cache)
+    hashed = [(name, _digest(file, cache)) for name, file in paths.items()]
+    if cache != before:
         with contextlib.suppress(OSError), disk.replacing(memory) as opened:  # else they are read again
-            opened.write(json.dumps(known).encode())
+            opened.write(json.dumps(cache).encode())
     return hashed
 
 
-def _digest(file: Path, known: dict[str, list[Any]]) -> str:
+def _digest(file: Path, cache: dict[str, list[Any]]) -> str:
     """The hash of a file's contents, out of `known` or put there."""
     stat, key = file.stat(), str(file.resolve())
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    if known.get(key, [])[:3] == state:
-        return str(known[key][3])
+    if cache.get(key, [])[:3] == state:
+        return str(cache[key][3])
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    known.pop(key, None)
+    cache.pop(key, None)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
-        known[key] = [*state, digest]
+        cache[key] = [*state, digest]
     return digest

@@ -309,8 +309,8 @@ def _tensors(model: Any, kind: str) -> Iterator[tuple[str, Any, Any]]:
         elif kind == "F16":
             yield short, weights.numpy().astype(np.float16), None
         else:
-            kept = gguf.GGMLQuantizationType.BF16
-            yield short, gguf.quantize(weights.numpy(), kept), kept
+            bfloat16 = gguf.GGMLQuantizationType.BF16
+            yield short, gguf.quantize(weights.numpy(), bfloat16), bfloat16
 
 
 def _interleaved(weights: Any, heads: int) -> Any:
@@ -327,7 +327,7 @@ def _write_tokenizer(writer: Any, loaded: Loaded) -> None:
     if described["model"]["type"] != "BPE" or described["model"].get("byte_fallback"):
         raise CapabilityError("only byte-level BPE tokenizers can be written as GGUF here")
     split = json.dumps(described["pre_tokenizer"], ensure_ascii=False)
-    known = (name for name, sign in _SPLITS if sign in split or json.dumps(sign)[1:-1] in split)
+    names = (name for name, sign in _SPLITS if sign in split or json.dumps(sign)[1:-1] in split)
     words = {i: t for t, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
@@ -341,7 +341,7 @@ def _write_tokenizer(writer: Any, loaded: Loaded) -> None:
             tokens.append(words.get(i, f"[PAD{i}]"))
     merges = described["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(next(known))
+    writer.add_tokenizer_pre(next(names))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])

@@ -36,30 +36,30 @@ _ENDS = {
 
 def from_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """The description of a ChatTokenizer, and the ids that end an answer."""
-    said = _Said(metadata)
-    if said.model == "gpt2" and said.pre in SPLITS:
-        backend = _byte_level(said)
-    elif said.model == "llama":
-        backend = _sentence_pieces(said)
+    settings = _Said(metadata)
+    if settings.model == "gpt2" and settings.pre in SPLITS:
+        backend = _byte_level(settings)
+    elif settings.model == "llama":
+        backend = _sentence_pieces(settings)
     else:
-        raise _refuse(f"is a {said.model!r}, split as {said.pre!r}")
-    kinds = said.kinds
-    control = [said.tokens[i] for i in sorted(said.control)]
+        raise _refuse(f"is a {settings.model!r}, split as {settings.pre!r}")
+    kinds = settings.kinds
+    control = [settings.tokens[i] for i in sorted(settings.control)]
     backend.add_special_tokens([_added(token, special=True) for token in control])
-    words = [t for i, t in enumerate(said.tokens) if kinds[i] == _USER_DEFINED and i not in said.control]
+    words = [t for i, t in enumerate(settings.tokens) if kinds[i] == _USER_DEFINED and i not in settings.control]
     backend.add_tokens([_added(token, special=False) for token in words])
-    _begin(backend, said)
+    _begin(backend, settings)
     description = {
         "backend": backend.to_str(),
         "chat_template": metadata.get("tokenizer.chat_template"),
-        "special_tokens": {f"{_NAMES[n]}_token": said.tokens[i] for n, i in said.named.items()},
-        "all_special_ids": sorted(said.control),
+        "special_tokens": {f"{_NAMES[n]}_token": settings.tokens[i] for n, i in settings.named.items()},
+        "all_special_ids": sorted(settings.control),
     }
-    return description, sorted(said.ends)
+    return description, sorted(settings.ends)
 
 
-def _refuse(said: str) -> CapabilityError:
-    return CapabilityError(f"the native engine cannot run this GGUF file: its tokenizer {said}")
+def _refuse(reason: str) -> CapabilityError:
+    return CapabilityError(f"the native engine cannot run this GGUF file: its tokenizer {reason}")
 
 
 class _Said:
@@ -86,13 +86,13 @@ class _Said:
 
     @cached_property
     def named(self) -> dict[str, int]:
-        said = {name: self.get(f"{name}_token_id") for name in _NAMES}
-        return {name: i for name, i in said.items() if i is not None and i < len(self.tokens)}
+        ids = {name: self.get(f"{name}_token_id") for name in _NAMES}
+        return {name: i for name, i in ids.items() if i is not None and i < len(self.tokens)}
 
     @cached_property
     def ends(self) -> set[int]:
-        said = {self.get(f"{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
-        return said | {i for i in self.control if self.tokens[i] in _ENDS}
+        ids = {self.get(f"{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+        return ids | {i for i in self.control if self.tokens[i] in _ENDS}
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -107,65 +107,65 @@ def _added(token: str, *, special: bool) -> Any:
     return AddedToken(token, special=special, normalized=False)
 
 
-def _core(said: _Said, merges: list[tuple[str, str]], **options: Any) -> Any:
+def _core(settings: _Said, merges: list[tuple[str, str]], **options: Any) -> Any:
     from tokenizers import Tokenizer, models
 
     try:
-        return Tokenizer(models.BPE(said.vocabulary, merges, **options))
+        return Tokenizer(models.BPE(settings.vocabulary, merges, **options))
     except Exception as error:
         raise _refuse(f"does not fit together ({error})") from None
 
 
-def _byte_level(said: _Said) -> Any:
+def _byte_level(settings: _Said) -> Any:
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in said.get("merges", [])]
-    made = _core(said, merges, ignore_merges=said.pre in _LLAMA3)
-    split = SPLITS[said.pre]
+    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in settings.get("merges", [])]
+    tokenizer = _core(settings, merges, ignore_merges=settings.pre in _LLAMA3)
+    split = SPLITS[settings.pre]
     steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
     if split is not None:
         steps.insert(0, pre_tokenizers.Split(Regex(split), behavior="isolated"))
-    elif said.pre == "smollm":
+    elif settings.pre == "smollm":
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    made.decoder = decoders.ByteLevel()
-    if said.pre == "qwen2":
-        made.normalizer = normalizers.NFC()
-    return made
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    if settings.pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
 
 
-def _sentence_pieces(said: _Said) -> Any:
+def _sentence_pieces(settings: _Said) -> Any:
     """Merges in the order of the scores of what comes of them; a character that is no token is its bytes."""
     from tokenizers import decoders, normalizers
 
-    scores = said.get("scores", [])
-    if len(scores) != len(said.tokens):
+    scores = settings.get("scores", [])
+    if len(scores) != len(settings.tokens):
         raise _refuse("has no scores")
-    found = sorted(_merges(said), key=lambda merge: -scores[said.vocabulary["".join(merge)]])
-    made = _core(said, found, byte_fallback=True)
+    merges = sorted(_merges(settings), key=lambda merge: -scores[settings.vocabulary["".join(merge)]])
+    tokenizer = _core(settings, merges, byte_fallback=True)
     spaces: list[Any] = [normalizers.Replace(" ", "\u2581")]
-    if said.get("add_space_prefix", True):
+    if settings.get("add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("\u2581"))
-    made.normalizer = normalizers.Sequence(spaces)
-    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return made
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
 
 
-def _merges(said: _Said) -> Iterator[tuple[str, str]]:
+def _merges(settings: _Said) -> Iterator[tuple[str, str]]:
     """Every way in which a token can be made of two."""
-    none = said.control | {i for i, kind in enumerate(said.kinds) if kind == _BYTE}
-    words = {token: i for token, i in said.vocabulary.items() if i not in none}
+    no_text = settings.control | {i for i, kind in enumerate(settings.kinds) if kind == _BYTE}
+    words = {token: i for token, i in settings.vocabulary.items() if i not in no_text}
     for word in words:
         for at in range(1, len(word)):
             if word[:at] in words and word[at:] in words:
                 yield word[:at], word[at:]
 
 
-def _begin(backend: Any, said: _Said) -> None:
+def _begin(backend: Any, settings: _Said) -> None:
     """What every text begins with, if with anything."""
     from tokenizers import processors
 
-    if said.get("add_bos_token", said.pre in _LLAMA3 or said.model == "llama") and "bos" in said.named:
-        i = said.named["bos"]
-        first = {"id": "BOS", "ids": [i], "tokens": [said.tokens[i]]}
+    if settings.get("add_bos_token", settings.pre in _LLAMA3 or settings.model == "llama") and "bos" in settings.named:
+        i = settings.named["bos"]
+        first = {"id": "BOS", "ids": [i], "tokens": [settings.tokens[i]]}
         backend.post_processor = processors.TemplateProcessing(single=["BOS", "$A"], special_tokens=[first])

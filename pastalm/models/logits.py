@@ -16,20 +16,20 @@ def unwrapped(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def at(model: Any, fed: Mapping[str, Any], kept: Tensor) -> Tensor:
+def at(model: Any, fed: Mapping[str, Any], places: Tensor) -> Tensor:
     """Logits [m, vocabulary], float32 (float64 of a float64 model), of the m places that `kept` [B, n] bool names, in
     its order. fed: what the model's forward takes, input_ids [B, n] among it. Only those places go through the head,
     and the model is called as a whole, so that whatever it is wrapped in takes part."""
-    wanted = int(kept.sum())
+    count = int(places.sum())
 
-    def narrowed(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden, *rest = given
-        return (hidden[kept][None], *rest) if hidden.shape[:2] == kept.shape else None
+    def narrowed(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden, *rest = inputs
+        return (hidden[places][None], *rest) if hidden.shape[:2] == places.shape else None
 
     hook = unwrapped(model).get_output_embeddings().register_forward_pre_hook(narrowed)
     try:
         logits: Tensor = model(**fed, use_cache=False).logits
     finally:
         hook.remove()
-    chosen = logits[kept] if logits.shape[:2] == kept.shape and kept.shape != (1, wanted) else logits[0]
-    return chosen if chosen.dtype == float64 else chosen.float()
+    selected = logits[places] if logits.shape[:2] == places.shape and places.shape != (1, count) else logits[0]
+    return selected if selected.dtype == float64 else selected.float()

@@ -61,11 +61,11 @@ def _apart(backend: Any, *, sign_has_bytes: bool) -> re.Pattern[str]:
 def _cut(text: str, apart: re.Pattern[str]) -> Iterator[str]:
     """The text in parts: the sign alone, and every other find behind its first character."""
     at = 0
-    for found in apart.finditer(text):
-        alone = found[0] == SPACE
-        cut = found.start() + (0 if alone else 1)
+    for match in apart.finditer(text):
+        alone = match[0] == SPACE
+        cut = match.start() + (0 if alone else 1)
         yield text[at:cut]
-        at = found.end() if alone else cut
+        at = match.end() if alone else cut
         if alone:
             yield SPACE
     yield text[at:]
@@ -105,15 +105,15 @@ def _remade(backend: Any, cutting: Any, added: Mapping[int, Any]) -> Any:
     """The model of one tokenizer behind the normalizer and pre-tokenizer of another."""
     from tokenizers import Tokenizer
 
-    made = Tokenizer(backend.model)
+    tokenizer = Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer"):
-        if (held := getattr(cutting, part)) is not None:
-            setattr(made, part, held)
+        if (component := getattr(cutting, part)) is not None:
+            setattr(tokenizer, part, component)
     tokens = (token for _, token in sorted(added.items()))
     for special, some in groupby(tokens, key=lambda token: token.special):
-        (made.add_special_tokens if special else made.add_tokens)(list(some))
-    made.encode_special_tokens = True
-    return made
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(list(some))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 Step = dict[str, Any]
@@ -128,7 +128,7 @@ def _changed(step: Step, change: Callable[[Step], Step | None]) -> Step | None:
     if step["type"] != "Sequence":
         return change(step)
     key = "normalizers" if "normalizers" in step else "pretokenizers"
-    return {**step, key: [made for inner in step[key] if (made := _changed(inner, change)) is not None]}
+    return {**step, key: [changed for inner in step[key] if (changed := _changed(inner, change)) is not None]}
 
 
 def _only_spaces(step: Step) -> Step | None:
@@ -165,8 +165,8 @@ def byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
             return b""
         if byte_level:
             return b"".join(alphabet.get(char) or char.encode() for char in piece)
-        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-            return bytes.fromhex(found[1])
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(match[1])
         return piece.replace(SPACE, " ").encode()
 
     return read
@@ -201,8 +201,8 @@ def encode_parts(tokenizer: Any, encode: Callable[[str], Any], parts: list[str])
     for i, part in enumerate(parts):
         rest = part
         if i % 2 or (i and prefixes):
-            found = None if i % 2 else special.search(part)
-            at = found.start() if found else len(part)
+            match = None if i % 2 else special.search(part)
+            at = match.start() if match else len(part)
             ids += encode(part[:at])
             rest = part[at:]
         if rest:

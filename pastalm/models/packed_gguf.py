@@ -40,12 +40,12 @@ def read(path: Path) -> Packable:
         file = _File(gguf.GGUFReader(path))
     except Exception as error:
         raise ModelError(f"cannot read {path} as a GGUF file: {str(error).splitlines()[0]}") from None
-    made = _architecture(file)
+    shape = _architecture(file)
     tokenizer, eos = gguf_tokenizers.from_metadata(file.fields)
-    _check_tensors(file, made)
+    _check_tensors(file, shape)
     return Packable(
-        architecture=made,
-        tensors=lambda: _tensors(file, made),
+        architecture=shape,
+        tensors=lambda: _tensors(file, shape),
         tokenizer=tokenizer,
         eos=eos,
         sequential_marker=file.fields.get(MARKER_KEY),
@@ -53,8 +53,8 @@ def read(path: Path) -> Packable:
     )
 
 
-def _refuse(said: str) -> CapabilityError:
-    return CapabilityError(f"the native engine cannot run this GGUF file: {said}")
+def _refuse(reason: str) -> CapabilityError:
+    return CapabilityError(f"the native engine cannot run this GGUF file: {reason}")
 
 
 class _File:
@@ -125,8 +125,8 @@ _AS_USUAL = {
 
 
 def _architecture(file: _File) -> Architecture:
-    if said := complaint(_checks(file)):
-        raise _refuse(said)
+    if problem := complaint(_checks(file)):
+        raise _refuse(problem)
     gemma = file.kind in _GEMMA
     heads, hidden, layers = (file[key] for key in ("attention.head_count", "embedding_length", "block_count"))
     head_dim = file.own.get("attention.key_length", hidden // heads)
@@ -163,9 +163,9 @@ def _checks(file: _File) -> Iterator[tuple[bool, str]]:
     for key in sorted(_NEEDED - set(own)):
         yield False, f"it does not say its {key}"
     for key, value in own.items():
-        known = _READ | _MEANS_NOTHING | (_READ_OF_GEMMA if file.kind in _GEMMA else set())
+        read_keys = _READ | _MEANS_NOTHING | (_READ_OF_GEMMA if file.kind in _GEMMA else set())
         usual = key in _AS_USUAL and value == _AS_USUAL[key]
-        yield key in known or usual, f"it has a {key} of {value!r}"
+        yield key in read_keys or usual, f"it has a {key} of {value!r}"
         one = not isinstance(value, list) or key == "attention.sliding_window_pattern"
         yield one, f"its {key} differs from layer to layer"
     capped = file.kind == "gemma3" and (own.keys() & {"attn_logit_softcapping", "final_logit_softcapping"})
@@ -257,42 +257,42 @@ _ALWAYS = ("qkv", "attention_out", "gate_up", "down", "input_norm", "mlp_norm")
 _FLOATS = ("F32", "F16", "BF16")
 
 
-def _sources(file: _File, made: Architecture) -> dict[str, tuple[str, ...]]:
+def _sources(file: _File, architecture: Architecture) -> dict[str, tuple[str, ...]]:
     """Which of the file's tensors each packed one is made of."""
-    found: dict[str, tuple[str, ...]] = {"embedding": ("token_embd.weight",)}
-    for i in range(made.layers):
+    sources: dict[str, tuple[str, ...]] = {"embedding": ("token_embd.weight",)}
+    for i in range(architecture.layers):
         for name, parts in _LAYER.items():
             if name in _ALWAYS or f"blk.{i}.{parts[0]}" in file.tensors:
-                found[f"{i}.{name}"] = tuple(f"blk.{i}.{part}" for part in parts)
-    found["norm"] = ("output_norm.weight",)
-    return found | ({"head": ("output.weight",)} if "output.weight" in file.tensors else {})
+                sources[f"{i}.{name}"] = tuple(f"blk.{i}.{part}" for part in parts)
+    sources["norm"] = ("output_norm.weight",)
+    return sources | ({"head": ("output.weight",)} if "output.weight" in file.tensors else {})
 
 
-def _check_tensors(file: _File, made: Architecture) -> None:
+def _check_tensors(file: _File, architecture: Architecture) -> None:
     """Every tensor is read, and has the shape that goes with the rest."""
-    sources = _sources(file, made)
-    read = {name for names in sources.values() for name in names}
-    if missing := sorted(read - set(file.tensors)):
+    sources = _sources(file, architecture)
+    used = {name for names in sources.values() for name in names}
+    if missing := sorted(used - set(file.tensors)):
         raise _refuse(f"it has no {missing[0]}")
-    if unknown := sorted(set(file.tensors) - read - {"rope_freqs.weight"}):
+    if unknown := sorted(set(file.tensors) - used - {"rope_freqs.weight"}):
         raise _refuse(f"it has a tensor {unknown[0]}")
-    heads, wide = made.heads * made.head_dim, made.intermediate
-    both = heads + 2 * made.kv_heads * made.head_dim
+    heads, wide = architecture.heads * architecture.head_dim, architecture.intermediate
+    both = heads + 2 * architecture.kv_heads * architecture.head_dim
     shapes = {
-        "embedding": (made.vocabulary, made.hidden),
-        "head": (made.vocabulary, made.hidden),
-        "qkv": (both, made.hidden),
-        "attention_out": (made.hidden, heads),
-        "gate_up": (2 * wide, made.hidden),
-        "down": (made.hidden, wide),
+        "embedding": (architecture.vocabulary, architecture.hidden),
+        "head": (architecture.vocabulary, architecture.hidden),
+        "qkv": (both, architecture.hidden),
+        "attention_out": (architecture.hidden, heads),
+        "gate_up": (2 * wide, architecture.hidden),
+        "down": (architecture.hidden, wide),
         "qkv_bias": (both,),
-        "q_norm": (made.head_dim,),
-        "k_norm": (made.head_dim,),
+        "q_norm": (architecture.head_dim,),
+        "k_norm": (architecture.head_dim,),
     }
     for name, names in sources.items():
         parts = [_shape(file.tensors[n]) for n in names]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
-        if shape != shapes.get(name.split(".")[-1], (made.hidden,)):
+        if shape != shapes.get(name.split(".")[-1], (architecture.hidden,)):
             raise _refuse(f"its {names[0]} has the shape {list(parts[0])}")
 
 
@@ -300,11 +300,11 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(reversed(tensor.shape.tolist()))
 
 
-def _tensors(file: _File, made: Architecture) -> Iterator[Tensor]:
+def _tensors(file: _File, architecture: Architecture) -> Iterator[Tensor]:
     """The packed tensors, one after the other."""
-    for name, names in _sources(file, made).items():
+    for name, names in _sources(file, architecture).items():
         parts = [file.tensors[n] for n in names]
-        orders = [_order(file, made, n) for n in names]
+        orders = [_order(file, architecture, n) for n in names]
         if len(_shape(parts[0])) == 1:
             vectors = [_vector(part)[order] for part, order in zip(parts, orders, strict=True)]
             yield name, np.concatenate(vectors)
@@ -320,17 +320,17 @@ def _type(parts: Sequence[Any]) -> WeightType:
     """What a matrix becomes that is made of some tensors."""
     kinds = {part.tensor_type.name for part in parts}
     if len(kinds) == 1:
-        return next((known for known in weights.TYPES if known in kinds), "Q8_0")
+        return next((weight_type for weight_type in weights.TYPES if weight_type in kinds), "Q8_0")
     return "F32" if kinds <= set(_FLOATS) else "Q8_0"
 
 
-def _order(file: _File, made: Architecture, name: str) -> Any:
+def _order(file: _File, architecture: Architecture, name: str) -> Any:
     """The order in which a tensor's rows are taken: halves of a head that rotate together, not neighbours."""
     part = name.split(".")[-2]
     if file.kind not in _INTERLEAVED or part not in ("attn_q", "attn_k"):
         return slice(None)
-    heads = made.heads if part == "attn_q" else made.kv_heads
-    return np.arange(heads * made.head_dim).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+    heads = architecture.heads if part == "attn_q" else architecture.kv_heads
+    return np.arange(heads * architecture.head_dim).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 
 
 def _rows(tensor: Any, order: Any, blocks: bool) -> Rows:
@@ -348,10 +348,10 @@ def _floats(raw: Bytes, tensor: Any) -> Floats:
     import gguf
 
     try:
-        read: Floats = gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type)
+        values: Floats = gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type)
     except NotImplementedError:
         raise _refuse(f"{tensor.name} is of type {tensor.tensor_type.name}") from None
-    return read.astype(np.float32, copy=False)
+    return values.astype(np.float32, copy=False)
 
 
 def _vector(tensor: Any) -> Floats:

@@ -95,11 +95,11 @@ def load(
     and of the embedding where they are one; None: as the others, but Q8_0 beside Q4_0. Raises ModelError,
     CapabilityError."""
     folder = models.pull(name)
-    chosen = models.adapter_folder(name, adapter)
+    adapter_path = models.adapter_folder(name, adapter)
     _check_kind(folder)
     origin = Origin(
         name,
-        (folder, *([chosen] if chosen else ())),
+        (folder, *([adapter_path] if adapter_path else ())),
         (weights, head or _HEADS.get(weights, weights)),
     )
     return _kept(origin, lambda: _packable(name, adapter, *origin.types))
@@ -129,8 +129,8 @@ class Packable:
     context_length: int
 
 
-def _refuse(said: str) -> CapabilityError:
-    return CapabilityError(f"the native engine cannot run this model: {said}")
+def _refuse(reason: str) -> CapabilityError:
+    return CapabilityError(f"the native engine cannot run this model: {reason}")
 
 
 def _check_kind(folder: Path) -> None:
@@ -158,10 +158,10 @@ def _check_configuration(folder: Path) -> None:
 def _packable(name: str, adapter: str | None, type: WeightType, head_type: WeightType) -> Packable:
     _check_configuration(models.pull(name))
     loaded = models.load(name, adapter=adapter, dtype="stored")
-    made = _architecture_of(loaded.model)
+    shape = _architecture_of(loaded.model)
     return Packable(
-        architecture=made,
-        tensors=lambda: _tensors(loaded.model, made, type, head_type),
+        architecture=shape,
+        tensors=lambda: _tensors(loaded.model, shape, type, head_type),
         tokenizer=described(loaded.tokenizer),
         eos=sorted(loaded.vocabulary.eos),
         sequential_marker=loaded.sequential_marker,
@@ -169,16 +169,16 @@ def _packable(name: str, adapter: str | None, type: WeightType, head_type: Weigh
     )
 
 
-def _packed(name: str, made: Packable, tensors: Tensors) -> Packed:
-    tokenizer = ChatTokenizer(made.tokenizer)
+def _packed(name: str, packable: Packable, tensors: Tensors) -> Packed:
+    tokenizer = ChatTokenizer(packable.tokenizer)
     return Packed(
         name=name,
-        architecture=made.architecture,
+        architecture=packable.architecture,
         tensors=tensors,
         tokenizer=tokenizer,
-        vocabulary=models.vocabulary_of(tokenizer, eos=made.eos, size=made.architecture.vocabulary),
-        sequential_marker=made.sequential_marker,
-        context_length=made.context_length,
+        vocabulary=models.vocabulary_of(tokenizer, eos=packable.eos, size=packable.architecture.vocabulary),
+        sequential_marker=packable.sequential_marker,
+        context_length=packable.context_length,
     )
 
 
@@ -206,18 +206,18 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
     """The packed file of an origin, written now if there is none. Where none can be written, the model is packed in
     memory."""
     folder = models.cache_folder() / "packed"
-    place, held = _names(origin)
-    path = next(folder.glob(f"*-{held}.packed"), folder / f"{place}-{held}.packed")
+    place, digest = _names(origin)
+    path = next(folder.glob(f"*-{digest}.packed"), folder / f"{place}-{digest}.packed")
     if (packed := _read(path, origin.name)) is not None:
         with contextlib.suppress(OSError):
             os.utime(path)  # it is in use
         return packed
     log.info("packing %s for this CPU, once", origin.name)
-    made = make()
+    packable = make()
     with contextlib.suppress(OSError):
-        _write(path, made)
+        _write(path, packable)
         _tidy(folder, place, path)
-    return _read(path, origin.name) or _packed(origin.name, made, dict(made.tensors()))
+    return _read(path, origin.name) or _packed(origin.name, packable, dict(packable.tensors()))
 
 
 def _tidy(folder: Path, place: str, new: Path) -> None:
@@ -230,38 +230,38 @@ def _tidy(folder: Path, place: str, new: Path) -> None:
 
 def _names(origin: Origin) -> tuple[str, str]:
     """Of where an origin lies and of what is in it, for the name of its packed file."""
-    found = [contents.files(path) for path in origin.paths]
+    hashes = [contents.files(path) for path in origin.paths]
     slug = re.sub(r"[^a-z0-9.]+", "-", Path(origin.name).name.lower())
     place = _hash([str(path.resolve()) for path in origin.paths], origin.types)[:8]
-    named = "-".join((slug, *dict.fromkeys(origin.types), place))
-    return named, _hash(_FORMAT, weights.fingerprint(), found, origin.types)
+    stem = "-".join((slug, *dict.fromkeys(origin.types), place))
+    return stem, _hash(_FORMAT, weights.fingerprint(), hashes, origin.types)
 
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _write(path: Path, made: Packable) -> None:
+def _write(path: Path, packable: Packable) -> None:
     with disk.replacing(path) as file:
         file.write(bytes(_PROLOGUE.size))
         places = {}
-        for name, tensor in made.tensors():
+        for name, tensor in packable.tensors():
             if isinstance(tensor, Matrix):
                 shape, data = [tensor.outputs, tensor.inputs], tensor.data
             else:
                 shape, data = [len(tensor)], tensor.view(np.uint8)
             kind = tensor.type if isinstance(tensor, Matrix) else None
             places[name] = {"type": kind, "shape": shape, "at": _put(file, data)}
-        rest = dict(made.tokenizer)
+        rest = dict(packable.tokenizer)
         backend = rest.pop("backend").encode()
         header = {
-            "architecture": made.architecture.to_json(),
+            "architecture": packable.architecture.to_json(),
             "tensors": places,
             "backend": [_put(file, backend), len(backend)],
             "tokenizer": rest,
-            "eos": list(made.eos),
-            "sequential_marker": made.sequential_marker,
-            "context_length": made.context_length,
+            "eos": list(packable.eos),
+            "sequential_marker": packable.sequential_marker,
+            "context_length": packable.context_length,
         }
         text = json.dumps(header).encode()
         at = _put(file, text)
@@ -281,35 +281,35 @@ def _read(path: Path, name: str) -> Packed | None:
     """A packed file, mapped; None where there is none, or not a whole one."""
     try:
         with path.open("rb") as file:
-            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # an empty file cannot be mapped
         return None
-    if len(held) < _PROLOGUE.size:
+    if len(mapping) < _PROLOGUE.size:
         return None
-    magic, at, length = _PROLOGUE.unpack_from(held)
-    if magic != _MAGIC or at + length != len(held):
+    magic, at, length = _PROLOGUE.unpack_from(mapping)
+    if magic != _MAGIC or at + length != len(mapping):
         return None
-    if hasattr(held, "madvise"):
-        held.madvise(mmap.MADV_WILLNEED)
-    header = json.loads(held[at:])
-    tensors = {key: _mapped(held, **place) for key, place in header["tensors"].items()}
+    if hasattr(mapping, "madvise"):
+        mapping.madvise(mmap.MADV_WILLNEED)
+    header = json.loads(mapping[at:])
+    tensors = {key: _mapped(mapping, **place) for key, place in header["tensors"].items()}
     start, size = header["backend"]
-    made = Packable(
+    packable = Packable(
         architecture=Architecture.from_json(header["architecture"]),
         tensors=lambda: iter(tensors.items()),
-        tokenizer=header["tokenizer"] | {"backend": held[start : start + size].decode()},
+        tokenizer=header["tokenizer"] | {"backend": mapping[start : start + size].decode()},
         eos=header["eos"],
         sequential_marker=header["sequential_marker"],
         context_length=header["context_length"],
     )
-    return _packed(name, made, tensors)
+    return _packed(name, packable, tensors)
 
 
-def _mapped(held: mmap.mmap, type: WeightType | None, shape: list[int], at: int) -> Matrix | Floats:
+def _mapped(mapping: mmap.mmap, type: WeightType | None, shape: list[int], at: int) -> Matrix | Floats:
     if type is None:
-        return np.frombuffer(held, np.float32, shape[0], at)
+        return np.frombuffer(mapping, np.float32, shape[0], at)
     size = weights.packed_bytes(type, *shape)
-    return Matrix(np.frombuffer(held, np.uint8, size, at), type, *shape)
+    return Matrix(np.frombuffer(mapping, np.uint8, size, at), type, *shape)
 
 
 # ------------------------------------------------------------------------------ what a model is
@@ -329,8 +329,8 @@ _ROPES = ("default", "linear", "llama3", "yarn")
 
 def architecture(config: Any) -> Architecture:
     """What transformers' configuration says, in numbers. Raises CapabilityError for what the engine cannot do."""
-    if said := complaint(_checks(config)):
-        raise _refuse(said)
+    if problem := complaint(_checks(config)):
+        raise _refuse(problem)
     gemma = config.model_type in _GEMMA
     ropes, layer_ropes = _ropes(config)
     scale = getattr(config, "query_pre_attn_scalar", None) if gemma else None
@@ -362,9 +362,9 @@ def _checks(config: Any) -> Iterator[tuple[bool, str]]:
     yield getattr(config, "quantization_config", None) is None, "its weights are quantised already"
     yield not getattr(config, "mlp_bias", False), "its MLP has biases"
     yield not getattr(config, "use_bidirectional_attention", False), "its attention looks ahead"
-    wanted = "gelu_pytorch_tanh" if kind in _GEMMA else "silu"
-    used = config.hidden_activation if kind in _GEMMA else config.hidden_act
-    yield used == wanted, f"its activation is {used!r}, not {wanted!r}"
+    expected = "gelu_pytorch_tanh" if kind in _GEMMA else "silu"
+    activation = config.hidden_activation if kind in _GEMMA else config.hidden_act
+    yield activation == expected, f"its activation is {activation!r}, not {expected!r}"
     yield (
         config.intermediate_size % weights.GROUP == 0,
         f"its MLP is {config.intermediate_size} wide",
@@ -444,29 +444,29 @@ def from_model(
 ) -> tuple[Architecture, dict[str, Matrix | Floats]]:
     """A transformers model, packed; its vectors stay float32. head_type: the head's, and so the embedding's where
     they are one. Raises CapabilityError."""
-    made = _architecture_of(model)
-    return made, dict(_tensors(model, made, type, head_type or type))
+    shape = _architecture_of(model)
+    return shape, dict(_tensors(model, shape, type, head_type or type))
 
 
 def _architecture_of(model: Any) -> Architecture:
     import torch
 
     config = model.config
-    made = architecture(config)
+    result = architecture(config)
     name = model.__class__.__name__
     if name != _CLASSES[config.model_type]:
         raise _refuse(f"{name} is not known to it")
     table = model.get_input_embeddings().weight
     if config.model_type in _GEMMA:
         scale = torch.tensor(config.hidden_size**0.5).to(table.dtype)  # the model rounds it so
-        made = replace(made, embedding_scale=float(scale))
-    return replace(made, vocabulary=table.shape[0])
+        result = replace(result, embedding_scale=float(scale))
+    return replace(result, vocabulary=table.shape[0])
 
 
-def _tensors(model: Any, made: Architecture, type: WeightType, head_type: WeightType) -> Iterator[Tensor]:
+def _tensors(model: Any, shape: Architecture, type: WeightType, head_type: WeightType) -> Iterator[Tensor]:
     """The packed tensors, one after the other."""
     state = model.state_dict()
-    sources = _sources(state, made)
+    sources = _sources(state, shape)
     tied = _tied(model)
     if unknown := sorted(set(state) - {name for names in sources.values() for name in names}):
         raise _refuse(f"it does not know {unknown[0]}")
@@ -503,17 +503,17 @@ _POST_NORMS = {
 }
 
 
-def _sources(state: Mapping[str, Any], made: Architecture) -> dict[str, tuple[str, ...]]:
+def _sources(state: Mapping[str, Any], shape: Architecture) -> dict[str, tuple[str, ...]]:
     """Which of a model's weights each packed tensor is made of."""
-    found: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
-    for i in range(made.layers):
+    sources: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
+    for i in range(shape.layers):
         at = f"model.layers.{i}."
         gemma = f"{at}pre_feedforward_layernorm.weight" in state
         norms = _POST_NORMS if gemma else {"mlp_norm": ("post_attention_layernorm.weight",)}
         for name, names in (_LAYER | norms).items():
             if at + names[0] in state:
-                found[f"{i}.{name}"] = tuple(at + n for n in names)
-    return found | {"norm": ("model.norm.weight",), "head": ("lm_head.weight",)}
+                sources[f"{i}.{name}"] = tuple(at + n for n in names)
+    return sources | {"norm": ("model.norm.weight",), "head": ("lm_head.weight",)}
 
 
 def _tied(model: Any) -> bool:

@@ -141,8 +141,8 @@ class Settings:
                 "an origin is scheme://host or scheme://host:port, without a path, or *",
             ),
         )
-        if said := complaint(checks):
-            raise RequestError(said)
+        if problem := complaint(checks):
+            raise RequestError(problem)
 
 
 # ------------------------------------------------------------------------------ requests
@@ -184,43 +184,47 @@ class _Service:
         finally:
             self.unfinished -= answers
 
-    def _parallelism(self, asked: float | None) -> float:
+    def _parallelism(self, requested: float | None) -> float:
         """The odds of forking: as asked, else the server's own, and none while more threads than its target live.
         Nothing lies between: a finetuned model is so sure of its tags that it still forks at a 256th of the odds.
         """
-        if asked is not None:
-            return asked
+        if requested is not None:
+            return requested
         live = max(self.worker.live_threads, self.unfinished)
         return 0.0 if 0 < self.settings.thread_target < live else self.settings.parallelism
 
-    async def _job(self, asked: ChatRequest | CompletionRequest) -> Job:
+    async def _job(self, request: ChatRequest | CompletionRequest) -> Job:
         """The request in token ids. Raises Refused, RequestError, ModelError."""
-        parallelism = self._parallelism(asked.pasta.parallelism)
-        prompts = await self.encoded(asked, parallelism)
-        self._check_ids(asked, prompts)
-        max_tokens = self._fitting(max(map(len, prompts), default=0), asked.wanted_tokens, asked.about)
-        if asked.min_tokens > max_tokens:
+        parallelism = self._parallelism(request.pasta.parallelism)
+        prompts = await self.encoded(request, parallelism)
+        self._check_ids(request, prompts)
+        max_tokens = self._fitting(max(map(len, prompts), default=0), request.wanted_tokens, request.about)
+        if request.min_tokens > max_tokens:
             raise bad_value(f"min_tokens is above max_tokens, {max_tokens}: lower it", "min_tokens")
-        params = asked.params(max_tokens=max(1, max_tokens), logprobs=asked.wanted_logprobs, parallelism=parallelism)
-        scored = asked.wanted_logprobs if asked.echoes else None
+        params = request.params(
+            max_tokens=max(1, max_tokens), logprobs=request.wanted_logprobs, parallelism=parallelism
+        )
+        scored = request.wanted_logprobs if request.echoes else None
         if scored is not None and not self._offered.prompt_logprobs:
-            said = f"the {self._offered.name} engine gives no log-probabilities of prompts: leave out echo or logprobs"
-            raise bad_value(said, "echo")
+            message = (
+                f"the {self._offered.name} engine gives no log-probabilities of prompts: leave out echo or logprobs"
+            )
+            raise bad_value(message, "echo")
         return Job(prompts, params, _noise(prompts, params), scored, decodes=max_tokens > 0)
 
-    async def encoded(self, asked: Encoded, parallelism: float = 1.0) -> list[list[int]]:
+    async def encoded(self, request: Encoded, parallelism: float = 1.0) -> list[list[int]]:
         """Token ids of a request's prompts, encoded on the tokenizer's own thread. Raises Refused, ModelError."""
         loop = asyncio.get_running_loop()
         try:
-            how = asked.rendering()
+            how = request.rendering()
         except RequestError as error:
             raise bad_value(str(error), "chat_template_kwargs") from None
         params = SamplingParams(parallelism=parallelism)
-        encode = partial(self.llm.encode, rendering=how, add_special_tokens=asked.add_special_tokens)
+        encode = partial(self.llm.encode, rendering=how, add_special_tokens=request.add_special_tokens)
         try:
-            ids = [await loop.run_in_executor(self._encoder, encode, prompt, params) for prompt in asked.prompts]
+            ids = [await loop.run_in_executor(self._encoder, encode, prompt, params) for prompt in request.prompts]
         except RequestError as error:
-            raise bad_value(str(error), asked.about) from None
+            raise bad_value(str(error), request.about) from None
         return ids
 
     async def spelled(self, token_ids: Sequence[int]) -> list[str]:
@@ -248,14 +252,14 @@ class _Service:
         if (odd := next((i for i in token_ids if not 0 <= i < size), None)) is not None:
             raise bad_value(f"token id {odd} is outside the model's vocabulary of {size}", param)
 
-    def _check_ids(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> None:
+    def _check_ids(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> None:
         if not all(prompts):
-            raise bad_value("the prompt is empty: give some text", asked.about)
-        if asked.logit_bias and self.llm.loaded.vocabulary.size < sys.maxsize:
-            self.check_ids(map(int, asked.logit_bias), "logit_bias")
-        if asked.stop_token_ids:
-            self.check_ids(asked.stop_token_ids, "stop_token_ids")
-        if any(isinstance(prompt, list) and isinstance(prompt[0], int) for prompt in asked.prompts if prompt):
+            raise bad_value("the prompt is empty: give some text", request.about)
+        if request.logit_bias and self.llm.loaded.vocabulary.size < sys.maxsize:
+            self.check_ids(map(int, request.logit_bias), "logit_bias")
+        if request.stop_token_ids:
+            self.check_ids(request.stop_token_ids, "stop_token_ids")
+        if any(isinstance(prompt, list) and isinstance(prompt[0], int) for prompt in request.prompts if prompt):
             self.check_ids((i for prompt in prompts for i in prompt), "prompt")
 
     def named(self, model: str | None) -> None:
@@ -268,41 +272,41 @@ class _Service:
                 param="model",
             )
 
-    def _fitting(self, prompt: int, wanted: int | None, about: str) -> int:
+    def _fitting(self, prompt: int, requested: int | None, about: str) -> int:
         """The bound on tokens; if none is wanted, the server's, or what is left. Raises Refused."""
         room = self._offered.max_model_len
         most = min(self.settings.max_prompt_tokens or room, room - 1)
         if prompt > most:
-            said = f"the prompt has {prompt} tokens, the most is {most}: shorten it"
-        elif wanted is not None and prompt + wanted > room:
-            said = f"the prompt's {prompt} tokens and max_tokens {wanted} exceed {room}: lower one"
+            message = f"the prompt has {prompt} tokens, the most is {most}: shorten it"
+        elif requested is not None and prompt + requested > room:
+            message = f"the prompt's {prompt} tokens and max_tokens {requested} exceed {room}: lower one"
         else:
-            return min(self.settings.max_tokens, room - prompt) if wanted is None else wanted
-        raise Refused(said, code="context_length_exceeded", param="max_tokens" if prompt <= most else about)
+            return min(self.settings.max_tokens, room - prompt) if requested is None else requested
+        raise Refused(message, code="context_length_exceeded", param="max_tokens" if prompt <= most else about)
 
     @asynccontextmanager
-    async def asking(self, asked: ChatRequest | CompletionRequest) -> AsyncIterator[_Asked]:
+    async def asking(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[_RunningRequest]:
         """A request under way: it has its places until the end, and whatever ends it frees its slots. Raises
         PastaError, TimeoutError."""
         begun = time.perf_counter()
-        self.named(asked.model)
-        if not asked.prompts:
+        self.named(request.model)
+        if not request.prompts:
             raise Refused("prompt is empty: give at least one", param="prompt")
-        with self._places(len(asked.prompts) * asked.n):
-            job = await self._job(asked)
-            operation = "chat" if isinstance(asked, ChatRequest) else "text_completion"
+        with self._places(len(request.prompts) * request.n):
+            job = await self._job(request)
+            operation = "chat" if isinstance(request, ChatRequest) else "text_completion"
             with tracing.span(operation, self.settings.name, job.params) as span:
                 self.worker.ask(job)
                 try:
-                    under_way = _Asked(job, self, begun)
-                    await under_way.taken(asked)
+                    under_way = _RunningRequest(job, self, begun)
+                    await under_way.accepted(request)
                     yield under_way
                     under_way.tell(span)
                 finally:
                     self.worker.drop(job)
 
 
-class _Asked:
+class _RunningRequest:
     """A request in the engine: its answers, and what becomes certain of them."""
 
     def __init__(self, job: Job, service: _Service, begun: float) -> None:
@@ -314,17 +318,17 @@ class _Asked:
         self._deadline = asyncio.get_running_loop().time() + service.settings.timeout
         self._first: tuple[int, list[Event]] | None = None
 
-    async def taken(self, asked: ChatRequest | CompletionRequest) -> None:
+    async def accepted(self, request: ChatRequest | CompletionRequest) -> None:
         """Waits until the engine has it. Raises PastaError, TimeoutError."""
         self._first = await self._next()
-        if not asked.echoes:
+        if not request.echoes:
             return
         job, vocabulary = self._job, self._vocabulary
         ends = vocabulary.eos.union(job.params.stop_token_ids or ())
         for i, answer in enumerate(self.answers):
             place = i // job.params.n
-            ids, said = job.prompts[place], asked.prompts[place]
-            text = said if isinstance(said, str) else vocabulary.text(ids)
+            ids, prompt = job.prompts[place], request.prompts[place]
+            text = prompt if isinstance(prompt, str) else vocabulary.text(ids)
             answer.echo = Echo(text, ids, job.scores[place] if job.scores else None, ends)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -358,11 +362,11 @@ class _Asked:
 class _Replying(Response):
     """The reply to a request; it is made while it is sent."""
 
-    def __init__(self, service: _Service, asked: ChatRequest | CompletionRequest) -> None:
+    def __init__(self, service: _Service, request: ChatRequest | CompletionRequest) -> None:
         super().__init__()
-        self._service, self._asked = service, asked
-        kind = ChatReply if isinstance(asked, ChatRequest) else CompletionReply
-        self._reply = kind(service.settings.name, service.llm.loaded.vocabulary, asked.wanted_logprobs is not None)
+        self._service, self._request = service, request
+        kind = ChatReply if isinstance(request, ChatRequest) else CompletionReply
+        self._reply = kind(service.settings.name, service.llm.loaded.vocabulary, request.wanted_logprobs is not None)
 
 
 class _Whole(_Replying):
@@ -370,9 +374,9 @@ class _Whole(_Replying):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         making = asyncio.ensure_future(self._made())
-        left = asyncio.ensure_future(_left(receive))
+        disconnected = asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait((making, left), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((making, disconnected), return_when=asyncio.FIRST_COMPLETED)
             if making.done():
                 await making.result()(scope, receive, send)
             else:
@@ -380,11 +384,11 @@ class _Whole(_Replying):
                 await Response(status_code=CLIENT_LEFT)(scope, receive, send)
         finally:
             making.cancel()
-            left.cancel()
-            await asyncio.wait((making, left))
+            disconnected.cancel()
+            await asyncio.wait((making, disconnected))
 
     async def _made(self) -> Response:
-        async with self._service.asking(self._asked) as under_way:
+        async with self._service.asking(self._request) as under_way:
             async for _ in under_way.deltas():
                 pass
         reply = self._reply.whole(under_way.answers, under_way.usage())
@@ -405,7 +409,7 @@ class _Chunks(_Replying):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._service.settings
         # entered here and not in the generator, which is never closed if it never began
-        async with self._service.asking(self._asked) as under_way:
+        async with self._service.asking(self._request) as under_way:
             stream = EventSourceResponse(
                 self._events(under_way),
                 sep="\n",
@@ -417,7 +421,7 @@ class _Chunks(_Replying):
         if not self._ended:
             self._service.metrics.disconnects.inc()
 
-    async def _events(self, under_way: _Asked) -> AsyncIterator[dict[str, str]]:
+    async def _events(self, under_way: _RunningRequest) -> AsyncIterator[dict[str, str]]:
         try:
             async for chunk in self._chunks(under_way):
                 yield {"data": line(chunk)}
@@ -428,19 +432,19 @@ class _Chunks(_Replying):
             yield {"data": json.dumps(_refused(error).body())}
         self._ended = True
 
-    async def _chunks(self, under_way: _Asked) -> AsyncIterator[ChatCompletionChunk | Completion]:
-        asked, reply = self._asked, self._reply
+    async def _chunks(self, under_way: _RunningRequest) -> AsyncIterator[ChatCompletionChunk | Completion]:
+        request, reply = self._request, self._reply
         for index in range(len(under_way.answers)):
             if (opening := reply.opening(index, under_way.answers[index])) is not None:
                 yield opening
         async for index, delta in under_way.deltas():
-            if asked.pasta.events:
+            if request.pasta.events:
                 yield reply.chunk(index, delta, **events_key(delta.events))
             elif delta.text or delta.scored:
                 yield reply.chunk(index, delta)
             if delta.finish_reason is not None:
                 yield reply.closing(index, delta.finish_reason)
-        if asked.stream_options.include_usage:
+        if request.stream_options.include_usage:
             yield reply.used(under_way.usage())
 
 
@@ -453,9 +457,9 @@ def _refused(error: Exception) -> Refused:
     if isinstance(error, HTTPException):
         return Refused(error.detail, error.status_code, headers=error.headers)
     if isinstance(error, TimeoutError):
-        said = "the time for this request is over: ask for fewer tokens"
+        message = "the time for this request is over: ask for fewer tokens"
         # the same request would take as long again
-        return Refused(said, 504, "timeout", headers={"x-should-retry": "false"})
+        return Refused(message, 504, "timeout", headers={"x-should-retry": "false"})
     if isinstance(error, RequestError | CapabilityError | ModelError):
         return Refused(str(error), code="invalid_value")
     if isinstance(error, PastaError):
@@ -501,8 +505,8 @@ class _Gate:
         headers = dict(scope["headers"])
         refused = None
         if not self._called_rightly(scope, headers.get(b"host", b"")):
-            said = "this server is not called by this Host: use localhost, or name it with --allowed-host"
-            refused = Refused(said, status=403, code="host_not_allowed")
+            message = "this server is not called by this Host: use localhost, or name it with --allowed-host"
+            refused = Refused(message, status=403, code="host_not_allowed")
         elif path not in _OPEN and not self._admitted(headers.get(b"authorization", b"")):
             refused = Refused(
                 "this server needs its API key: send Authorization: Bearer KEY",
@@ -611,14 +615,14 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
     chunks = {"text/event-stream": {"schema": event}}
 
     @app.post("/v1/chat/completions", dependencies=key, responses={200: {"model": ChatCompletion, "content": chunks}})
-    async def chat(asked: ChatRequest) -> Response:
+    async def chat(request: ChatRequest) -> Response:
         """Answers a conversation."""
-        return (_Chunks if asked.stream else _Whole)(service, asked)
+        return (_Chunks if request.stream else _Whole)(service, request)
 
     @app.post("/v1/completions", dependencies=key, responses={200: {"model": Completion, "content": chunks}})
-    async def complete(asked: CompletionRequest) -> Response:
+    async def complete(request: CompletionRequest) -> Response:
         """Completes raw prompts."""
-        return (_Chunks if asked.stream else _Whole)(service, asked)
+        return (_Chunks if request.stream else _Whole)(service, request)
 
     @app.get("/v1/models", dependencies=key)
     async def models() -> dict[str, Any]:
@@ -633,23 +637,23 @@ def application(llm: LLM, settings: Settings) -> FastAPI:
 
     @app.post("/tokenize", dependencies=key)
     async def tokenize(
-        asked: Annotated[
+        request: Annotated[
             Annotated[TokenizeRequest, Tag("<prompt>")] | Annotated[TokenizeChatRequest, Tag("<messages>")],
             Discriminator(tokenized),
         ],
     ) -> Tokens:
         """Token ids of a raw prompt or of a conversation, as vLLM gives them."""
-        service.named(asked.model)
-        service.check_ids((), asked.about)
-        (ids,) = await service.encoded(asked)
-        strings = await service.spelled(ids) if asked.return_token_strs else None
+        service.named(request.model)
+        service.check_ids((), request.about)
+        (ids,) = await service.encoded(request)
+        strings = await service.spelled(ids) if request.return_token_strs else None
         return Tokens(count=len(ids), max_model_len=length, tokens=ids, token_strs=strings)
 
     @app.post("/detokenize", dependencies=key)
-    async def detokenize(asked: DetokenizeRequest) -> TokensText:
+    async def detokenize(request: DetokenizeRequest) -> TokensText:
         """The text of token ids, as vLLM gives it."""
-        service.named(asked.model)
-        return TokensText(prompt="".join(await service.spelled(asked.tokens)))
+        service.named(request.model)
+        return TokensText(prompt="".join(await service.spelled(request.tokens)))
 
     @app.get("/tokenizer_info", dependencies=key)
     async def tokenizer_info() -> dict[str, Any]:
@@ -693,12 +697,12 @@ def _noise(prompts: list[list[int]], params: SamplingParams) -> list[tuple[int, 
     n more of it would; any prompt alone gets with its seed what it gets here."""
     seeds: dict[tuple[int, ...], int] = {}
     times: Counter[tuple[int, ...]] = Counter()
-    found = []
+    noise = []
     for prompt in map(tuple, prompts):
         seed = seeds.setdefault(prompt, random.getrandbits(63) if params.seed is None else params.seed)
-        found.append((seed, times[prompt] * params.n))
+        noise.append((seed, times[prompt] * params.n))
         times[prompt] += 1
-    return found
+    return noise
 
 
 def _file(name: str) -> Callable[[], Awaitable[Response]]:

@@ -23,7 +23,7 @@ from pastalm.server.protocol import Answer
 @contextmanager
 def span(operation: str, model: str, params: SamplingParams) -> Iterator[Span]:
     """A request under way. operation: chat or text_completion. What ends it early is its status."""
-    asked: dict[str, AttributeValue] = {
+    span_attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "pastalm",
         "gen_ai.request.model": model,
@@ -35,31 +35,31 @@ def span(operation: str, model: str, params: SamplingParams) -> Iterator[Span]:
         "pasta.parallelism": params.parallelism,
     }
     if params.seed is not None:
-        asked["gen_ai.request.seed"] = params.seed
+        span_attributes["gen_ai.request.seed"] = params.seed
     tracer = trace.get_tracer("pastalm")
     with tracer.start_as_current_span(
         f"{operation} {model}",
         kind=SpanKind.SERVER,
-        attributes=asked,
+        attributes=span_attributes,
         record_exception=False,
         set_status_on_exception=False,
-    ) as found:
+    ) as request_span:
         try:
-            yield found
+            yield request_span
         except BaseException as error:
-            found.set_attribute("error.type", type(error).__name__)
-            found.set_status(StatusCode.ERROR)
+            request_span.set_attribute("error.type", type(error).__name__)
+            request_span.set_status(StatusCode.ERROR)
             raise
 
 
-def answered(found: Span, model: str, prompt_tokens: int, answers: Sequence[Answer]) -> None:
+def answered(request_span: Span, model: str, prompt_tokens: int, answers: Sequence[Answer]) -> None:
     """Tells a span what came of its request; one whose answers are not finished (the client left, or was told of an
     error in its stream) has failed."""
     each = [answer.transcript for answer in answers]
     if not all(t.finished for t in each):
-        found.set_attribute("error.type", "unfinished")
-        found.set_status(StatusCode.ERROR)
-    found.set_attributes(
+        request_span.set_attribute("error.type", "unfinished")
+        request_span.set_status(StatusCode.ERROR)
+    request_span.set_attributes(
         {
             "gen_ai.response.model": model,
             "gen_ai.response.finish_reasons": [t.finish_reason or "abort" for t in each],

@@ -195,9 +195,9 @@ class Worker:
     def _fail(self, error: Exception) -> None:
         """Every request under way gets the error; the driver has cancelled what it decoded."""
         self.failures += 1
-        told = _told(error)
-        log.error("a step failed, %d answers with it: %s", len(self._jobs), told)
-        self._tell([(job, told) for job, _, _ in self._jobs.values()])
+        failure = _told(error)
+        log.error("a step failed, %d answers with it: %s", len(self._jobs), failure)
+        self._tell([(job, failure) for job, _, _ in self._jobs.values()])
 
     def _tell(self, updates: list[_Update]) -> None:
         """Hands updates to the event loop, all of a step at once; nobody listens once it is closed."""

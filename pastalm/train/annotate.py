@@ -137,26 +137,26 @@ def unusable(row: Row, max_repetition: float = 1.0) -> str | None:
     return "repetitive" if repetition(row.response) > max_repetition else None
 
 
-def checked(row: Row, found: Document | str, count_tokens: CountTokens) -> Annotated | str:
+def checked(row: Row, document: Document | str, count_tokens: CountTokens) -> Annotated | str:
     """What is written for a row, or why nothing is."""
-    if isinstance(found, str):
-        return found
-    text = render(found)
+    if isinstance(document, str):
+        return document
+    text = render(document)
     try:
         jsonl.text(text, "annotated", row.id)
-        kept = strip(parse(text)) == row.response
+        unchanged = strip(parse(text)) == row.response
     except (DataError, LanguageError):
-        kept = False
-    if not kept:
+        unchanged = False
+    if not unchanged:
         return "text not kept"
-    chunks = sum(isinstance(node, Promise) for node in found)
+    chunks = sum(isinstance(node, Promise) for node in document)
     return Annotated(row.id, row.prompt, text, count_tokens(row.response), chunks, row.source, row.licence)
 
 
 def annotate_rows(rows: Iterable[Row], annotator: Annotator, count_tokens: CountTokens) -> Iterator[Annotated]:
     """Each row annotated; one whose text would not be kept is left out."""
-    for row, found in annotator(row for row in rows if unusable(row) is None):
-        result = checked(row, found, count_tokens)
+    for row, document in annotator(row for row in rows if unusable(row) is None):
+        result = checked(row, document, count_tokens)
         if isinstance(result, Annotated):
             yield result
 
@@ -249,8 +249,8 @@ def annotate_file(
     run = _Run(target, dict(_present(results)), progress, max_repetition)
     rows = _noted(read_rows(source, limit, bad=bad), places)
     with results as file:
-        for row, found in annotator(run.todo(rows)):
-            result = checked(row, found, count_tokens)
+        for row, document in annotator(run.todo(rows)):
+            result = checked(row, document, count_tokens)
             if isinstance(result, Annotated):
                 file.write(asdict(result))
                 run.keep(result)

@@ -49,19 +49,19 @@ def question(row: Row) -> Messages:
     messages = [{"role": "system", "content": SYSTEM}]
     for prompt, annotated in (*EXAMPLES, (row.prompt, "")):
         plain = row.response if not annotated else strip(parse(annotated))
-        asked = f"Question:\n{prompt}\n\nAnswer to annotate:\n<answer>{plain}</answer>"
-        messages.append({"role": "user", "content": asked})
+        content = f"Question:\n{prompt}\n\nAnswer to annotate:\n<answer>{plain}</answer>"
+        messages.append({"role": "user", "content": content})
         if annotated:
             messages.append({"role": "assistant", "content": f"<answer>{annotated}</answer>"})
     return messages
 
 
-def read(said: str, response: str, count_tokens: CountTokens) -> Document | str:
+def read(reply: str, response: str, count_tokens: CountTokens) -> Document | str:
     """The document that a model's words mean for a response, or why they mean none."""
     try:
         if parse(response) != (Text(response),):
             return "response looks like PASTA-LANG"
-        document = parse(_well_spelled(said, response))
+        document = parse(_well_spelled(reply, response))
     except LanguageError:
         return "malformed tags"
     marks = _carried(list(linearize(document)), response)
@@ -73,15 +73,15 @@ def read(said: str, response: str, count_tokens: CountTokens) -> Document | str:
         return str(error)
 
 
-def _well_spelled(said: str, response: str) -> str:
+def _well_spelled(reply: str, response: str) -> str:
     """The tags as the language spells them; a fence and tags around the whole left out."""
-    fenced = _FENCE.fullmatch(said)
+    fenced = _FENCE.fullmatch(reply)
     if fenced and not _FENCE.fullmatch(response):
-        said = fenced[1]
-    said = _ANSWER.sub("", said) if not _ANSWER.search(response) else said
-    said = re.sub(r"<sync\s*>(?:\s*</sync>)?|<sync\s+/>", "<sync/>", said)
-    said = _PROMISE.sub(lambda found: _promise(found[1]), said)
-    return _STRAY.sub("", said)
+        reply = fenced[1]
+    reply = _ANSWER.sub("", reply) if not _ANSWER.search(response) else reply
+    reply = re.sub(r"<sync\s*>(?:\s*</sync>)?|<sync\s+/>", "<sync/>", reply)
+    reply = _PROMISE.sub(lambda match: _promise(match[1]), reply)
+    return _STRAY.sub("", reply)
 
 
 def _promise(attributes: str) -> str:
@@ -98,16 +98,16 @@ def _carried(marks: list[Mark], response: str) -> list[Mark] | None:
     if "".join(copy.split()) != "".join(response.split()):
         return None
     places = [i for i, c in enumerate(response) if not c.isspace()]
-    done, at, carried = 0, 0, list[Mark]()
+    copied, at, carried = 0, 0, list[Mark]()
     for i, mark in enumerate(marks):
         if not isinstance(mark, Text):
             carried.append(mark)
             continue
-        done += sum(not c.isspace() for c in mark.text)
+        copied += sum(not c.isspace() for c in mark.text)
         more = any(isinstance(m, Text) and m.text.strip() for m in marks[i + 1 :])
-        end = places[done] if more and done < len(places) else len(response)
+        end = places[copied] if more and copied < len(places) else len(response)
         if not mark.text[-1:].isspace() and more:  # white space goes where the copy has it
-            end = places[done - 1] + 1 if done else 0
+            end = places[copied - 1] + 1 if copied else 0
         carried.append(Text(response[at:end]))
         at = end
     return carried if at == len(response) else None
@@ -129,7 +129,7 @@ def _without_strays(marks: list[Mark]) -> Iterator[Mark]:
 
 def _mended(document: Document, count_tokens: CountTokens) -> Document:
     """Lengths from the tokenizer, chunks flat. Raises ValueError, with the reason, for what cannot be mended."""
-    nodes, taken = list[Node](), set[str]()
+    nodes, topics = list[Node](), set[str]()
     for i, node in enumerate(document):
         if isinstance(node, Promise):
             chunk = document[i + 1] if i + 1 < len(document) else None
@@ -140,14 +140,14 @@ def _mended(document: Document, count_tokens: CountTokens) -> Document:
                 raise ValueError("empty chunk")
             if count_tokens(text) > MAX_LENGTH:
                 raise ValueError("chunk too long")
-            if topic_key(node.topic) in taken or not topic_key(node.topic):
+            if topic_key(node.topic) in topics or not topic_key(node.topic):
                 raise ValueError("topics alike")
-            taken.add(topic_key(node.topic))
-            if len(taken) > MAX_GROUP:
+            topics.add(topic_key(node.topic))
+            if len(topics) > MAX_GROUP:
                 raise ValueError("too many promises before a sync")
             nodes += [Promise(node.topic, round_length(count_tokens(text))), Async((Text(text),))]
         elif isinstance(node, Sync):
-            taken.clear()
+            topics.clear()
             nodes.append(node)
         elif isinstance(node, Text):
             nodes.append(node)

@@ -31,20 +31,20 @@ _OURS = ("checkpoint-*", "adapter", "model", "log.jsonl", "loss.png", "reference
 
 def asked(config: RunConfig) -> dict[str, Any]:
     """What decides what a run trains, as `config.json` has it. Raises DataError, ModelError."""
-    found = config.described()
-    for key in found:
+    settings = config.described()
+    for key in settings:
         if isinstance(path := getattr(config, key), Path):
-            found[key] = contents.of_folder(path) if path.is_dir() else contents.of_file(path)
-    return found | {"model": contents.of_model(config.model)}
+            settings[key] = contents.of_folder(path) if path.is_dir() else contents.of_file(path)
+    return settings | {"model": contents.of_model(config.model)}
 
 
 def claim(config: RunConfig) -> None:
     """Makes the folder, or finds it to be of the same run. Raises DataError where it is of another, or cannot be
     written; ModelError."""
     out, path = config.out, config.out / "config.json"
-    wanted = asked(config)
+    settings = asked(config)
     if not config.overwrite:
-        _check(path, wanted)
+        _check(path, settings)
     PartialState().wait_for_everyone()  # else one process might read what another writes
     try:
         if PartialState().is_main_process:
@@ -52,29 +52,29 @@ def claim(config: RunConfig) -> None:
             if config.overwrite:
                 _clear(path)
             with disk.replacing(path) as file:
-                file.write((json.dumps(wanted, indent=2) + "\n").encode())
+                file.write((json.dumps(settings, indent=2) + "\n").encode())
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from None
     PartialState().wait_for_everyone()
 
 
-def _check(path: Path, wanted: dict[str, Any]) -> None:
+def _check(path: Path, settings: dict[str, Any]) -> None:
     try:
-        there = json.loads(path.read_text())
+        recorded = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        if found := next(_left(path.parent), None):
+        if leftover := next(_left(path.parent), None):
             raise DataError(
-                f"{path.parent} holds {found.name} and no {path.name} that says what made it: use another --out"
+                f"{path.parent} holds {leftover.name} and no {path.name} that says what made it: use another --out"
             ) from None
         return
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise DataError(f"{path} is not whole: use another --out, or --overwrite to start anew") from None
-    apart = jsonl.differences(there, wanted) if isinstance(there, dict) else ["it is not one of pastalm"]
-    if apart:
+    changes = jsonl.differences(recorded, settings) if isinstance(recorded, dict) else ["it is not one of pastalm"]
+    if changes:
         raise DataError(
-            f"{path.parent} holds a run of another configuration ({'; '.join(apart)}): use another --out, or "
+            f"{path.parent} holds a run of another configuration ({'; '.join(changes)}): use another --out, or "
             "--overwrite to start anew"
         )
 
@@ -87,20 +87,20 @@ def _left(out: Path) -> Iterator[Path]:
 
 def _clear(path: Path) -> None:
     """Removes what an earlier run left, its configuration last. Raises DataError where nothing says that it is."""
-    left = list(_left(path.parent))
-    if left and not path.is_file():
+    leftovers = list(_left(path.parent))
+    if leftovers and not path.is_file():
         raise DataError(
-            f"{path.parent} holds {left[0].name} and no {path.name}, so it is left alone: use another --out"
+            f"{path.parent} holds {leftovers[0].name} and no {path.name}, so it is left alone: use another --out"
         )
-    for found in left:
-        shutil.rmtree(found) if found.is_dir() else found.unlink()
+    for path_left in leftovers:
+        shutil.rmtree(path_left) if path_left.is_dir() else path_left.unlink()
     path.unlink(missing_ok=True)
 
 
 def newest(out: Path) -> Path | None:
     """The newest whole checkpoint, if there is one."""
-    found = sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    return next(filter(_is_whole, found), None)
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    return next(filter(_is_whole, checkpoints), None)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -113,23 +113,23 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def entries(log: Path) -> list[dict[str, Any]]:
     """The lines of a log that are whole."""
-    found = []
+    parsed = []
     with contextlib.suppress(FileNotFoundError):
         for line in log.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
+                parsed.append(json.loads(line))
+    return parsed
 
 
 def cut(log: Path, step: int) -> list[dict[str, Any]]:
     """The entries of a log up to a step, which alone are left in it. Raises DataError."""
-    kept = [entry for entry in entries(log) if entry.get("step", 0) <= step]
+    remaining = [entry for entry in entries(log) if entry.get("step", 0) <= step]
     try:
         with disk.replacing(log) as file:
-            file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
+            file.writelines(json.dumps(entry).encode() + b"\n" for entry in remaining)
     except OSError as error:
         raise DataError(f"cannot write {log}: {error.strerror}") from None
-    return kept
+    return remaining
 
 
 # ------------------------------------------------------------------------------ numbers that were computed before
@@ -139,12 +139,14 @@ _NUMBERS = jsonl.Kind(command="train prefer", name="log-probabilities of a pair"
 
 def digest(*packed: Packed) -> str:
     """A hash of sequences as a model gets them: tokens, positions, labels and who sees whom."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for one in packed:
         for field in fields(one):
             value = getattr(one, field.name)
-            found.update(field.name.encode() + (value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()))
-    return found.hexdigest()
+            hasher.update(
+                field.name.encode() + (value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
+            )
+    return hasher.hexdigest()
 
 
 def remembered(
@@ -157,19 +159,19 @@ def remembered(
     """Numbers for each key, kept in `out/reference.jsonl` under it. plan: places in `keys` that are computed together;
     of a batch of which only some are there, all are computed again, in the same company, so that a run that was cut off
     comes to the same numbers. compute: the numbers of a batch. progress: is told how many are there after each."""
-    chosen = asked(config)
+    settings = asked(config)
     results = jsonl.Results(
-        config.out / "reference.jsonl", _NUMBERS, {key: chosen[key] for key in ("model", "start", "full", "device")}
+        config.out / "reference.jsonl", _NUMBERS, {key: settings[key] for key in ("model", "start", "full", "device")}
     )
-    there = {str(row["pair"]): list(row["log_probs"]) for _, row in results.rows}
+    numbers = {str(row["pair"]): list(row["log_probs"]) for _, row in results.rows}
     PartialState().wait_for_everyone()
     with results if PartialState().is_main_process else contextlib.nullcontext() as file:
         for batch in plan:
-            if any(keys[i] not in there for i in batch):
-                for i, found in zip(batch, compute(batch), strict=True):
-                    if keys[i] not in there:
-                        there[keys[i]] = list(found)
+            if any(keys[i] not in numbers for i in batch):
+                for i, values in zip(batch, compute(batch), strict=True):
+                    if keys[i] not in numbers:
+                        numbers[keys[i]] = list(values)
                         if file is not None:
-                            file.write({"pair": keys[i], "log_probs": list(found)})
-            progress(len(there))
-    return [there[key] for key in keys]
+                            file.write({"pair": keys[i], "log_probs": list(values)})
+            progress(len(numbers))
+    return [numbers[key] for key in keys]

@@ -68,10 +68,10 @@ class Mix:
 
 def check_lengths(name: str) -> Lengths:
     """Raises RequestError for what is none."""
-    known: dict[str, Lengths] = {one: one for one in get_args(Lengths)}
-    if name not in known:
-        raise RequestError(f"unknown lengths {name!r}: use {', '.join(known)}")
-    return known[name]
+    names: dict[str, Lengths] = {one: one for one in get_args(Lengths)}
+    if name not in names:
+        raise RequestError(f"unknown lengths {name!r}: use {', '.join(names)}")
+    return names[name]
 
 
 FIXED = 100
@@ -169,7 +169,7 @@ def examples(
     rng.shuffle(plain)
     repeated = tagged.copy()
     rng.shuffle(repeated)
-    left = mix.token_budget
+    budget = mix.token_budget
     while tagged or plain:
         draw = rng.random()
         if draw < mix.sequential:
@@ -181,14 +181,14 @@ def examples(
         if not pool:
             return
         row = pool.pop()
-        drawn = list(_example(row, kind, tokenizer, vocabulary, mix, rng, eos))
-        for example in drawn:
-            left -= len(example.packed)
-            if left < 0:
+        row_examples = list(_example(row, kind, tokenizer, vocabulary, mix, rng, eos))
+        for example in row_examples:
+            budget -= len(example.packed)
+            if budget < 0:
                 return
             if not mix.untagged:
                 yield example
-        if mix.untagged and drawn and kind != "sequential":  # those stand among the others but for the marker
+        if mix.untagged and row_examples and kind != "sequential":  # those stand among the others but for the marker
             yield _untagged(row, tokenizer, vocabulary, eos)
 
 
@@ -292,22 +292,22 @@ def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
     before; None if there are none. What follows the last of them is left out, if it is all one thread's."""
     tags = set(vocabulary.tags.ids if vocabulary.tags else ()) | vocabulary.eos
     labels = np.full_like(packed.labels, IGNORED)
-    said: dict[ThreadPath, list[int]] = {}
-    seen: dict[ThreadPath, set[tuple[int, ...]]] = {}
-    left = REPEATS
+    tokens: dict[ThreadPath, list[int]] = {}
+    runs: dict[ThreadPath, set[tuple[int, ...]]] = {}
+    remaining = REPEATS
     for i, (token, label, path) in enumerate(
         zip(packed.input_ids.tolist(), packed.labels.tolist(), packed.paths, strict=True)
     ):
         if label == IGNORED:
             continue
-        said.setdefault(path, []).append(token)
-        run = tuple(said[path][-REPEAT:])
+        tokens.setdefault(path, []).append(token)
+        run = tuple(tokens[path][-REPEAT:])
         if len(run) < REPEAT or tags.intersection(run):
             continue
-        if run in seen.setdefault(path, set()) and left:
+        if run in runs.setdefault(path, set()) and remaining:
             labels[i] = token
-            left -= 1
-        seen[path].add(run)
+            remaining -= 1
+        runs[path].add(run)
     marked = np.flatnonzero(labels != IGNORED)
     if not len(marked):
         return None
@@ -325,23 +325,23 @@ def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
 # ------------------------------------------------------------------------------ batches
 
 
-def held_out(drawn: Sequence[Example], prompts: int) -> tuple[list[Example], list[Example]]:
+def held_out(examples: Sequence[Example], prompts: int) -> tuple[list[Example], list[Example]]:
     """The examples of the first so many prompts, and all others: what is held out shares neither an answer nor a prompt
     with what is trained on, however often it was drawn."""
-    chosen = set(list(dict.fromkeys(example.prompt.strip() for example in drawn))[:prompts])
-    held = [example for example in drawn if example.prompt.strip() in chosen]
-    return held, [example for example in drawn if example.prompt.strip() not in chosen]
+    prompts_held = set(list(dict.fromkeys(example.prompt.strip() for example in examples))[:prompts])
+    validation = [example for example in examples if example.prompt.strip() in prompts_held]
+    return validation, [example for example in examples if example.prompt.strip() not in prompts_held]
 
 
-def batches(chosen: Sequence[Example], tokens: int, *, seed: int = 0) -> list[list[int]]:
+def batches(examples: Sequence[Example], tokens: int, *, seed: int = 0) -> list[list[int]]:
     """Indices of examples in batches of about `tokens` padded tokens, like lengths together, shuffled."""
     rng = random.Random(seed)
     out: list[list[int]] = []
-    for start in range(0, len(chosen), 256):
-        window = sorted(range(start, min(start + 256, len(chosen))), key=lambda i: len(chosen[i].packed))
+    for start in range(0, len(examples), 256):
+        window = sorted(range(start, min(start + 256, len(examples))), key=lambda i: len(examples[i].packed))
         batch: list[int] = []
         for index in window:
-            if batch and (len(batch) + 1) * len(chosen[index].packed) > tokens:
+            if batch and (len(batch) + 1) * len(examples[index].packed) > tokens:
                 out.append(batch)
                 batch = []
             batch.append(index)

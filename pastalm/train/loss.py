@@ -17,17 +17,19 @@ def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, T
     """log p of each labelled token [m], and its row in the batch [m]. inputs: as `collate` gives them. In float32,
     or float64 for a float64 model."""
     labels = inputs["labels"][:, 1:]
-    kept = labels != IGNORED
-    fed = {key: inputs[key] for key in ("input_ids", "position_ids")} | {"attention_mask": masks(model, inputs)}
-    found = logits.at(model, fed, torch.nn.functional.pad(kept, (0, 1)))
-    return -torch.nn.functional.cross_entropy(found, labels[kept], reduction="none"), kept.nonzero()[:, 0]
+    labelled = labels != IGNORED
+    forward_inputs = {key: inputs[key] for key in ("input_ids", "position_ids")} | {
+        "attention_mask": masks(model, inputs)
+    }
+    scores = logits.at(model, forward_inputs, torch.nn.functional.pad(labelled, (0, 1)))
+    return -torch.nn.functional.cross_entropy(scores, labels[labelled], reduction="none"), labelled.nonzero()[:, 0]
 
 
 def masks(model: Any, inputs: Mapping[str, Tensor]) -> Any:
     """The mask [B, 1, n, n] in the form that the model's attention takes; where some layers have a sliding window,
     which goes by position, one for each type of layer. Outside of sdpa and FlexAttention it is added to the scores."""
     config = logits.unwrapped(model).config.get_text_config(decoder=True)
-    seen, positions = inputs["attention_mask"], inputs["position_ids"]
+    visible, positions = inputs["attention_mask"], inputs["position_ids"]
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
 
@@ -38,11 +40,11 @@ def masks(model: Any, inputs: Mapping[str, Tensor]) -> Any:
         return mask if kind == "sdpa" else _added(mask, _floats(model))
 
     if not window or kinds == {"full_attention"}:
-        return formed(seen)
+        return formed(visible)
     near = (positions[:, None, :, None] - positions[:, None, None, :]) < window
     if "sliding_attention" not in kinds:
-        return formed(seen & near)
-    return {kind: formed(seen & near if kind == "sliding_attention" else seen) for kind in kinds}
+        return formed(visible & near)
+    return {kind: formed(visible & near if kind == "sliding_attention" else visible) for kind in kinds}
 
 
 def _floats(model: Any) -> torch.dtype:
@@ -57,8 +59,8 @@ def _blocks(mask: Tensor) -> Any:
     """The mask [B, 1, n, n] in the form of FlexAttention, which skips the blocks that nobody sees."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    seen, n = mask[:, 0], mask.shape[-1]
-    return create_block_mask(lambda b, h, q, k: seen[b, q, k], len(mask), None, n, n, device=str(mask.device))
+    visible, n = mask[:, 0], mask.shape[-1]
+    return create_block_mask(lambda b, h, q, k: visible[b, q, k], len(mask), None, n, n, device=str(mask.device))
 
 
 def log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -89,9 +91,9 @@ def decisions(inputs: Mapping[str, Tensor], tags: Tags) -> Tensor:
     """Whether each labelled token is a decision: a tag, or what follows a promise [m]. inputs: as `collate` gives
     them."""
     labels = inputs["labels"][:, 1:]
-    kept = labels != IGNORED
+    labelled = labels != IGNORED
     ids = torch.tensor(tags.ids, device=labels.device)
-    return torch.isin(labels[kept], ids) | (inputs["input_ids"][:, :-1][kept] == tags.promise_end)
+    return torch.isin(labels[labelled], ids) | (inputs["input_ids"][:, :-1][labelled] == tags.promise_end)
 
 
 def unlikelihood(losses: Tensor) -> Tensor:
@@ -99,8 +101,8 @@ def unlikelihood(losses: Tensor) -> Tensor:
     return -torch.log(-torch.expm1(-losses.clamp_min(1e-6)))
 
 
-def bonbon(found: Tensor, reference: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+def bonbon(policy: Tensor, reference: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """The loss of each pair [B] and its margin, nats [B] (PASTA section 5.3; Gui et al. 2024). found, reference: log p
     of y+ and y- [B, 2] under the model and under p0."""
-    margin = (found[:, 0] - found[:, 1]) - (reference[:, 0] - reference[:, 1])
-    return -alpha * found[:, 0] + (1 - alpha) * (margin - 1 / beta) ** 2, margin
+    margin = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
+    return -alpha * policy[:, 0] + (1 - alpha) * (margin - 1 / beta) ** 2, margin

@@ -89,12 +89,12 @@ def choose(
     """(best, worst, gap) of each prompt whose answers differ in score. The best must have ended by itself."""
     ordered = sorted(rows, key=lambda r: (r.id, r.choice))
     for _, group in groupby(ordered, key=lambda r: r.id):
-        found = [(s, r) for r in group if (s := r.score(lambda_, sigma, length)) is not None]
-        ended = [(s, r) for s, r in found if r.finish_reason == "stop"]
+        scored_answers = [(s, r) for r in group if (s := r.score(lambda_, sigma, length)) is not None]
+        ended = [(s, r) for s, r in scored_answers if r.finish_reason == "stop"]
         if not ended:
             continue
         high, best = max(ended, key=lambda f: f[0])
-        low, worst = min(found, key=lambda f: f[0])
+        low, worst = min(scored_answers, key=lambda f: f[0])
         if high > low and best.annotated != worst.annotated:
             yield best, worst, high - low
 
@@ -108,7 +108,7 @@ def pairs(
     for best, worst, gap in choose(rows, config.lambda_, sigma, config.length):
         prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": best.prompt}])
         policy = rng.choices(list(config.positions), list(config.positions.values()))[0]
-        (better, one), (worse, other) = (_packed(prompt, said, vocabulary, policy, eos) for said in (best, worst))
+        (better, one), (worse, other) = (_packed(prompt, answer, vocabulary, policy, eos) for answer in (best, worst))
         if len(prompt) > config.max_prompt_tokens or len(better) > len(prompt) + config.max_tokens:
             continue
         if len(worse) <= len(prompt) + 2 * config.max_tokens:
@@ -125,13 +125,13 @@ def _packed(
         raise DataError(f"answer {answer.choice} to {answer.id!r}: {error}") from None
 
 
-def batches(chosen: Sequence[Pair], tokens: int, *, seed: int = 0) -> list[list[int]]:
+def batches(pairs: Sequence[Pair], tokens: int, *, seed: int = 0) -> list[list[int]]:
     """Indices of pairs in batches of about `tokens` padded tokens, both answers counted, like lengths together."""
-    order = sorted(range(len(chosen)), key=lambda i: len(chosen[i]))
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]))
     out: list[list[int]] = []
     batch: list[int] = []
     for index in order:
-        if batch and 2 * (len(batch) + 1) * len(chosen[index]) > tokens:
+        if batch and 2 * (len(batch) + 1) * len(pairs[index]) > tokens:
             out.append(batch)
             batch = []
         batch.append(index)
@@ -144,9 +144,9 @@ def batches(chosen: Sequence[Pair], tokens: int, *, seed: int = 0) -> list[list[
 # ------------------------------------------------------------------------------ the trainer
 
 
-def inputs_of(chosen: Sequence[Pair]) -> dict[str, Tensor]:
+def inputs_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """Rows y+, y-, y+, y-, … of some pairs."""
-    return collate([one for pair in chosen for one in (pair.better, pair.worse)])
+    return collate([one for pair in pairs for one in (pair.better, pair.worse)])
 
 
 class _Trainer(run.Shared, DPOTrainer):  # type: ignore[misc]
@@ -163,8 +163,8 @@ class _Trainer(run.Shared, DPOTrainer):  # type: ignore[misc]
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
         reference, counted = inputs.pop("reference"), inputs.pop("counted").float()
         with run.autocast(self.settings):
-            found = log_probs(model, inputs).view(-1, 2)
-        losses, margin = bonbon(found, reference, self.settings.alpha, self.settings.beta)
+            policy = log_probs(model, inputs).view(-1, 2)
+        losses, margin = bonbon(policy, reference, self.settings.alpha, self.settings.beta)
         mode = "train" if model.training else "eval"
         pairs = self.average(counted.sum())  # of each process
         for name, each in (("margin", margin.detach()), ("pairs_in_order", (margin > 0).float())):
@@ -185,25 +185,27 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     sigma = scores.spread(rows) if config.sigma is None else config.sigma
     before = scores.summary(rows, [config.lambda_], sigma, config.length)
     progress(f"{config.data.name}, sigma {sigma:.4g}: {json.dumps({k: round(v, 4) for k, v in before.items()})}")
-    chosen = list(pairs(rows, base.tokenizer, base.vocabulary, config, eos=base.eos))
-    if not chosen:
+    chosen_pairs = list(pairs(rows, base.tokenizer, base.vocabulary, config, eos=base.eos))
+    if not chosen_pairs:
         raise DataError(f"{config.data}: no two answers to one prompt differ in score; sample more to each")
-    if anew := sum(not pair.sampled for pair in chosen):
-        progress(f"{anew} of {len(chosen)} pairs keep no sampled tokens of this model: their text is encoded anew")
-    both = [one for pair in chosen for one in (pair.better, pair.worse)]
-    data = provenance(both, [("pairs", pair.source or "not stated", pair.licence) for pair in chosen])
+    if anew := sum(not pair.sampled for pair in chosen_pairs):
+        progress(
+            f"{anew} of {len(chosen_pairs)} pairs keep no sampled tokens of this model: their text is encoded anew"
+        )
+    both = [one for pair in chosen_pairs for one in (pair.better, pair.worse)]
+    data = provenance(both, [("pairs", pair.source or "not stated", pair.licence) for pair in chosen_pairs])
     data |= {"sigma": sigma, "samples": before}
-    progress(f"training on {len(chosen)} pairs, {data['tokens']} packed tokens")
+    progress(f"training on {len(chosen_pairs)} pairs, {data['tokens']} packed tokens")
     adapted = run.adapted(config, base.model, base.tags)
-    reference = _reference(config, adapted, chosen, progress)
-    plan = run.planned(config, lambda tokens: batches(chosen, tokens, seed=config.seed))
-    trainer = _trainer(config, adapted, base.tokenizer, chosen, plan, reference)
+    reference = _reference(config, adapted, chosen_pairs, progress)
+    plan = run.planned(config, lambda tokens: batches(chosen_pairs, tokens, seed=config.seed))
+    trainer = _trainer(config, adapted, base.tokenizer, chosen_pairs, plan, reference)
     trainer.add_callback(run.Log(config, progress, validate=dict, curves=("margin", "pairs_in_order")))
     started = time.perf_counter()
     run.go(trainer, config)
-    final = _margins(trainer, chosen, reference, config)
+    final = _margins(trainer, chosen_pairs, reference, config)
     shown = "inf" if config.lambda_ == float("inf") else f"{config.lambda_:g}"
-    made = run.Made(
+    card = run.Made(
         stage=f"stage 2, lambda = {shown}",
         positions=list(config.positions),
         marker=models.SEQUENTIAL_MARKER,
@@ -216,7 +218,7 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
             f"(aim {1 / config.beta:.1f})."
         ],
     )
-    return run.save(trainer, config, made)
+    return run.save(trainer, config, card)
 
 
 def _check(config: PreferenceConfig) -> None:
@@ -232,37 +234,39 @@ def _check(config: PreferenceConfig) -> None:
         raise RequestError(f"unknown positions {sorted(unknown)}: use promised, overlap")
 
 
-def _reference(config: PreferenceConfig, model: Any, chosen: Sequence[Pair], progress: Callable[[str], None]) -> Tensor:
+def _reference(
+    config: PreferenceConfig, model: Any, chosen_pairs: Sequence[Pair], progress: Callable[[str], None]
+) -> Tensor:
     """log p0 of both answers of each pair [n, 2], computed once and kept in `out/reference.jsonl`."""
     model.eval()
 
     def compute(batch: Sequence[int]) -> list[list[float]]:
-        inputs = {k: v.to(model.device) for k, v in inputs_of([chosen[i] for i in batch]).items()}
+        inputs = {k: v.to(model.device) for k, v in inputs_of([chosen_pairs[i] for i in batch]).items()}
         with torch.no_grad(), run.autocast(config):
-            found: list[list[float]] = log_probs(model, inputs).view(-1, 2).tolist()
-        return found
+            values: list[list[float]] = log_probs(model, inputs).view(-1, 2).tolist()
+        return values
 
-    def say(there: int) -> None:
-        progress(f"log-probabilities of {there}/{len(chosen)} pairs before training")
+    def say(done: int) -> None:
+        progress(f"log-probabilities of {done}/{len(chosen_pairs)} pairs before training")
 
-    keys = [bookkeeping.digest(pair.better, pair.worse) for pair in chosen]
-    return torch.tensor(bookkeeping.remembered(config, keys, batches(chosen, config.batch_tokens), compute, say))
+    keys = [bookkeeping.digest(pair.better, pair.worse) for pair in chosen_pairs]
+    return torch.tensor(bookkeeping.remembered(config, keys, batches(chosen_pairs, config.batch_tokens), compute, say))
 
 
 def _trainer(
     config: PreferenceConfig,
     model: Any,
     tokenizer: Any,
-    chosen: Sequence[Pair],
+    chosen_pairs: Sequence[Pair],
     plan: list[list[int]],
     reference: Tensor,
 ) -> _Trainer:
-    def collated(wanted: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = [i for one in wanted for i in one["indices"]]
+    def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = [i for one in items for i in one["indices"]]
         own = run.share(batch)
-        taken = own or batch[:1]  # a process that is left without any takes one, and does not count it
-        counted = torch.tensor([bool(own)] * len(taken))
-        return inputs_of([chosen[i] for i in taken]) | {"reference": reference[taken], "counted": counted}
+        indices = own or batch[:1]  # a process that is left without any takes one, and does not count it
+        counted = torch.tensor([bool(own)] * len(indices))
+        return inputs_of([chosen_pairs[i] for i in indices]) | {"reference": reference[indices], "counted": counted}
 
     optimizer = run.optimizer(config, model)
     trainer = _Trainer(
@@ -278,17 +282,17 @@ def _trainer(
 
 
 def _margins(
-    trainer: _Trainer, chosen: Sequence[Pair], reference: Tensor, config: PreferenceConfig
+    trainer: _Trainer, chosen_pairs: Sequence[Pair], reference: Tensor, config: PreferenceConfig
 ) -> dict[str, float]:
     """How far apart the trained model holds its pairs."""
     model = trainer.model
     model.eval()
     margins: list[float] = []
     with torch.no_grad(), run.autocast(config):
-        for batch in batches(chosen, config.batch_tokens):
-            inputs = {k: v.to(model.device) for k, v in inputs_of([chosen[i] for i in batch]).items()}
-            found = log_probs(model, inputs).view(-1, 2).cpu()
-            _, margin = bonbon(found, reference[batch], config.alpha, config.beta)
+        for batch in batches(chosen_pairs, config.batch_tokens):
+            inputs = {k: v.to(model.device) for k, v in inputs_of([chosen_pairs[i] for i in batch]).items()}
+            policy = log_probs(model, inputs).view(-1, 2).cpu()
+            _, margin = bonbon(policy, reference[batch], config.alpha, config.beta)
             margins += margin.tolist()
     return {
         "margin": sum(margins) / len(margins),

@@ -69,12 +69,12 @@ class RunConfig:
 
     def described(self) -> dict[str, Any]:
         """The configuration without what does not change the result; of paths only their names."""
-        found = asdict(replace(self, out=Path(".")))
+        settings = asdict(replace(self, out=Path(".")))
         for key in ("out", "overwrite"):
-            found.pop(key)
-        names = {key: value.name for key, value in found.items() if isinstance(value, Path)}
-        endless = {key: "inf" for key, value in found.items() if value == math.inf}  # JSON has no such number
-        plain = json.dumps(found | names | endless | {"model": self.base_name}, default=str)
+            settings.pop(key)
+        names = {key: value.name for key, value in settings.items() if isinstance(value, Path)}
+        endless = {key: "inf" for key, value in settings.items() if value == math.inf}  # JSON has no such number
+        plain = json.dumps(settings | names | endless | {"model": self.base_name}, default=str)
         return json.loads(plain)  # type: ignore[no-any-return]
 
 
@@ -145,11 +145,11 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
     if config.start is not None:
         models.check_base(models.read_card(config.start), model, config.start)
         try:
-            made = PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
+            peft_model = PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"cannot go on from the adapter in {config.start}: {reason}") from None
-        return _trainable(made, config.start)
+        return _trainable(peft_model, config.start)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
@@ -175,8 +175,8 @@ def _layer_types(model: Any) -> Sequence[str]:
 
 def _names(model: Any, modules: Sequence[Any]) -> list[str]:
     """What a model calls some of its modules."""
-    wanted = {id(module) for module in modules}
-    return [name for name, module in model.named_modules() if id(module) in wanted]
+    module_ids = {id(module) for module in modules}
+    return [name for name, module in model.named_modules() if id(module) in module_ids]
 
 
 def _linear_layers(model: Any) -> list[str]:
@@ -199,7 +199,7 @@ def _trainable(adapted: Any, start: Path | None = None) -> Any:
         raise ModelError(f"the adapter in {start} has no tag rows of the output head: train it anew from the base")
     bias = getattr(head.original_module, "bias", None)
     if bias is not None:  # PEFT computes a head's rows without it
-        head.register_forward_hook(lambda _, __, found: found + bias)
+        head.register_forward_hook(lambda _, __, output: output + bias)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -312,29 +312,29 @@ class Log(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leaves out what was logged after the checkpoint, and adds what was not any more."""
         if not state.is_world_process_zero:
-            there = [entry for entry in bookkeeping.entries(self.path) if entry.get("step", 0) <= state.global_step]
+            logged = [entry for entry in bookkeeping.entries(self.path) if entry.get("step", 0) <= state.global_step]
         else:
-            there = bookkeeping.cut(self.path, state.global_step)
-        for entry in there:
+            logged = bookkeeping.cut(self.path, state.global_step)
+        for entry in logged:
             self.last.update(entry)
         if not state.global_step:
             return
-        if not any("loss" not in e and e["step"] == state.global_step for e in there):
+        if not any("loss" not in e and e["step"] == state.global_step for e in logged):
             self.on_save(args, state, control)
         elif state.is_world_process_zero:
             self._plot()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            kept = {k: v for k, v in logs.items() if k in (*self.curves, "loss", "learning_rate")}
-            self._write({"step": state.global_step, **kept})
+            figures = {k: v for k, v in logs.items() if k in (*self.curves, "loss", "learning_rate")}
+            self._write({"step": state.global_step, **figures})
             self.progress(f"step {state.global_step}/{state.max_steps} loss {logs['loss']}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        found = self.validate()
+        figures = self.validate()
         if not state.is_world_process_zero:
             return
-        self._write({"step": state.global_step, **found})
+        self._write({"step": state.global_step, **figures})
         self._plot()
 
     def _plot(self) -> None:
@@ -385,7 +385,7 @@ class Made:
     losses: Sequence[str]
 
 
-def save(trainer: Any, config: RunConfig, made: Made) -> Path:
+def save(trainer: Any, config: RunConfig, summary: Made) -> Path:
     """Writes the adapter (or, `full`, the model) with its cards; returns its folder. Weights in bfloat16, as the
     base is used. Of several processes the first writes; all gather what is sharded."""
     folder = config.out / ("model" if config.full else "adapter")
@@ -404,17 +404,17 @@ def save(trainer: Any, config: RunConfig, made: Made) -> Path:
             "base": config.base_name,
             "shape": models.shape_of(base),
             "tags": list(TAG_TOKENS.values()),
-            "positions": sorted(made.positions),
-            "sequential_marker": made.marker,
+            "positions": sorted(summary.positions),
+            "sequential_marker": summary.marker,
         },
     )
     record = {
-        "stage": made.stage,
+        "stage": summary.stage,
         "config": config.described(),
-        "data": made.data,
-        "steps": made.steps,
-        "seconds_this_run": round(made.seconds),
-        "final": made.final,
+        "data": summary.data,
+        "steps": summary.steps,
+        "seconds_this_run": round(summary.seconds),
+        "final": summary.final,
         "machine": _machine(config),
         "processes": PartialState().num_processes,
         "torch": torch.__version__,
@@ -422,7 +422,7 @@ def save(trainer: Any, config: RunConfig, made: Made) -> Path:
     if config.start is not None and (before := config.start / "train.json").is_file():
         record["before"] = json.loads(before.read_text())
     (folder / "train.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "README.md").write_text(card(record, made.losses))  # PEFT's own is an empty form
+    (folder / "README.md").write_text(card(record, summary.losses))  # PEFT's own is an empty form
     return folder
 
 

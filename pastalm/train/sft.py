@@ -84,27 +84,27 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
         raise DataError(f"unknown positions {sorted(unknown)}: use {', '.join(POLICIES)}")
     base = run.begin(config, progress)
     rows = read_annotated(config.data)
-    chosen = list(examples(rows, base.tokenizer, base.vocabulary, config.mix, eos=base.eos))
+    training = list(examples(rows, base.tokenizer, base.vocabulary, config.mix, eos=base.eos))
     if config.repeats is not None:
-        chosen += read_repeats(config.repeats, base.tokenizer, base.vocabulary, config.mix, eos=base.eos)
-    held, chosen = held_out(chosen, config.validation_rows)
-    held = [example for example in held if example.kind != "repeat"]
-    if not chosen:
+        training += read_repeats(config.repeats, base.tokenizer, base.vocabulary, config.mix, eos=base.eos)
+    validation, training = held_out(training, config.validation_rows)
+    validation = [example for example in validation if example.kind != "repeat"]
+    if not training:
         raise DataError(f"{config.data}: no usable answers are left to train on")
     if config.repeats is not None:
-        random.Random(config.seed).shuffle(chosen)
-    data = provenance([e.packed for e in chosen], [(e.kind, e.source, e.licence) for e in chosen])
+        random.Random(config.seed).shuffle(training)
+    data = provenance([e.packed for e in training], [(e.kind, e.source, e.licence) for e in training])
     progress(f"training on {json.dumps(data)}")
-    plan = run.planned(config, lambda tokens: batches(chosen, tokens, seed=config.seed))
-    trainer = _trainer(config, base, chosen, plan)
+    plan = run.planned(config, lambda tokens: batches(training, tokens, seed=config.seed))
+    trainer = _trainer(config, base, training, plan)
     curves = ("validation_text", "validation_tags")
-    log = run.Log(config, progress, validate=lambda: _validate(trainer, held), curves=curves)
+    log = run.Log(config, progress, validate=lambda: _validate(trainer, validation), curves=curves)
     trainer.add_callback(log)
     started = time.perf_counter()
     run.go(trainer, config)
-    final = _validate(trainer, held)
+    final = _validate(trainer, validation)
     untagged = config.mix.untagged
-    made = run.Made(
+    summary = run.Made(
         stage="Baseline-SFT, without tags" if untagged else "stage 1",
         positions=list(config.mix.positions),
         marker=None if untagged else models.SEQUENTIAL_MARKER,
@@ -116,44 +116,44 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
             f"Held-out loss, nats a token: {final['validation_tags']} on tags, {final['validation_text']} on text."
         ],
     )
-    return run.save(trainer, config, made)
+    return run.save(trainer, config, summary)
 
 
-def _trainer(config: SftConfig, base: run.Base, chosen: list[Example], plan: list[list[int]]) -> _Trainer:
+def _trainer(config: SftConfig, base: run.Base, training: list[Example], plan: list[list[int]]) -> _Trainer:
     model = run.adapted(config, base.model, base.tags)
     trainer = _Trainer(
         model=model,
         optimizers=(run.optimizer(config, model), None),
         args=TrlConfig(**run.arguments(config, len(plan)), dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_dict({"indices": plan}),
-        data_collator=lambda wanted: _share(chosen, [i for batch in wanted for i in batch["indices"]]),
+        data_collator=lambda items: _share(training, [i for batch in items for i in batch["indices"]]),
         processing_class=base.tokenizer,
     )
     trainer.settings, trainer.tags = config, base.tags
     return trainer
 
 
-def _share(chosen: list[Example], batch: list[int]) -> dict[str, Tensor]:
+def _share(training: list[Example], batch: list[int]) -> dict[str, Tensor]:
     """What this process takes of a batch. One that is left without any takes one, and counts none of it."""
     own = run.share(batch)
-    inputs = _collated([chosen[i] for i in own or batch[:1]])
+    inputs = _collated([training[i] for i in own or batch[:1]])
     if not own:
         inputs["labels"][:] = IGNORED
     return inputs
 
 
-def _collated(chosen: list[Example]) -> dict[str, Tensor]:
-    return collate([e.packed for e in chosen], unlikely=[e.kind == "repeat" for e in chosen])
+def _collated(examples: list[Example]) -> dict[str, Tensor]:
+    return collate([e.packed for e in examples], unlikely=[e.kind == "repeat" for e in examples])
 
 
-def _validate(trainer: _Trainer, held: list[Example]) -> dict[str, float]:
+def _validate(trainer: _Trainer, validation: list[Example]) -> dict[str, float]:
     """Mean loss over held-out answers: decision tokens and text apart. Computed as in training."""
     model = trainer.model
     model.eval()
     sums = {"validation_tags": [0.0, 0], "validation_text": [0.0, 0]}
     with torch.no_grad(), run.autocast(trainer.settings):
-        for batch in batches(held, 2048):
-            inputs = _collated([held[i] for i in batch])
+        for batch in batches(validation, 2048):
+            inputs = _collated([validation[i] for i in batch])
             inputs = {k: v.to(model.device) for k, v in inputs.items()}
             _, losses, decision = weighted_loss(model, inputs, trainer.tags, 1.0)
             for name, where in (("validation_tags", decision), ("validation_text", ~decision)):

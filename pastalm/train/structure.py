@@ -184,9 +184,9 @@ def _plain_marker(index: int, line: _Line, repeated: frozenset[str]) -> _Marker 
         name = (label[1] or label[2]).strip()
         if len(name.split()) <= 6 and name not in repeated and not _NO_TITLE.search(name):
             return _Marker(index, "label", 9)
-    if line.opens and (found := _ORDINAL.match(line.text)):
-        number = _ORDINALS.index(found[1].casefold()) if found[1] else None
-        return _Marker(index, "ordinal", _INNERMOST, "counted" if found[1] else "", number)
+    if line.opens and (matched := _ORDINAL.match(line.text)):
+        number = _ORDINALS.index(matched[1].casefold()) if matched[1] else None
+        return _Marker(index, "ordinal", _INNERMOST, "counted" if matched[1] else "", number)
     return None
 
 
@@ -194,21 +194,21 @@ def _marker(index: int, line: _Line, repeated: frozenset[str], below: _Line | No
     text = line.text
     if line.fenced or line.blank or not re.search(r"\w", text) or text.lstrip().startswith("|"):
         return None
-    if found := _NUMBER.match(text):
-        return _Marker(index, "number", _LIST_RANK + line.indent, number=int(found[1]))
-    if found := _BULLET.match(text):
-        return _Marker(index, "bullet", _LIST_RANK + line.indent, found[1] or found[2])
+    if matched := _NUMBER.match(text):
+        return _Marker(index, "number", _LIST_RANK + line.indent, number=int(matched[1]))
+    if matched := _BULLET.match(text):
+        return _Marker(index, "bullet", _LIST_RANK + line.indent, matched[1] or matched[2])
     if line.indent:
         return None
-    if line.opens and below and (found := _UNDERLINE.match(below.text)):
-        return _Marker(index, "heading", 1 if found[1].startswith("=") else 2)
-    if found := _OUTLINE.match(text):
-        return _Marker(index, "outline", _LIST_RANK, found[1], int(found[2]))
-    if found := _HEADING.match(text):
-        return _Marker(index, "heading", len(found[1]))
-    if found := _SERIES.match(text):
-        return _Marker(index, "series", 8, found[1].casefold())
-    if (found := _BOLD.match(text)) and (found[1] or found[2]) not in repeated:
+    if line.opens and below and (matched := _UNDERLINE.match(below.text)):
+        return _Marker(index, "heading", 1 if matched[1].startswith("=") else 2)
+    if matched := _OUTLINE.match(text):
+        return _Marker(index, "outline", _LIST_RANK, matched[1], int(matched[2]))
+    if matched := _HEADING.match(text):
+        return _Marker(index, "heading", len(matched[1]))
+    if matched := _SERIES.match(text):
+        return _Marker(index, "series", 8, matched[1].casefold())
+    if (matched := _BOLD.match(text)) and (matched[1] or matched[2]) not in repeated:
         return _Marker(index, "bold", 7)
     if _BRACKET.match(text):
         return _Marker(index, "bracket", 7)
@@ -221,12 +221,12 @@ def _names(lines: Sequence[_Line]) -> Iterator[str]:
     for line in lines:
         if line.fenced or line.blank:
             continue
-        if found := _BOLD.match(line.text):
-            yield found[1] or found[2]
+        if matched := _BOLD.match(line.text):
+            yield matched[1] or matched[2]
         elif title := _title_text(line.text):
             yield title
-        elif found := _LABEL.match(line.text):
-            yield (found[1] or found[2]).strip()
+        elif matched := _LABEL.match(line.text):
+            yield (matched[1] or matched[2]).strip()
 
 
 def _markers(lines: Sequence[_Line]) -> list[_Marker]:
@@ -234,9 +234,9 @@ def _markers(lines: Sequence[_Line]) -> list[_Marker]:
     counts = Counter(_names(lines))
     repeated = frozenset(name for name, count in counts.items() if count > 1)
     below = (*lines[1:], None)
-    found = (_marker(i, line, repeated, after) for i, (line, after) in enumerate(zip(lines, below, strict=True)))
+    markers = (_marker(i, line, repeated, after) for i, (line, after) in enumerate(zip(lines, below, strict=True)))
     spoken = any(count > 2 for count in counts.values())
-    return [m for m in found if m and not (spoken and m.kind == "label")]
+    return [m for m in markers if m and not (spoken and m.kind == "label")]
 
 
 # ---------------------------------------------------------------------------------------- runs
@@ -254,11 +254,11 @@ def _runs(lines: Sequence[_Line], markers: Sequence[_Marker]) -> list[_Run]:
     """All runs of sibling parts, nested ones too."""
     by_line = {marker.line: marker for marker in markers}
     stack: list[list[_Marker]] = []
-    done: list[_Run] = []
+    finished: list[_Run] = []
 
     def close(depth: int, bound: int) -> None:
         while len(stack) > depth:
-            done.append(_Run(tuple(stack.pop()), bound))
+            finished.append(_Run(tuple(stack.pop()), bound))
 
     for index, line in enumerate(lines):
         marker = by_line.get(index)
@@ -273,7 +273,7 @@ def _runs(lines: Sequence[_Line], markers: Sequence[_Marker]) -> list[_Run]:
         close(_depth_of_new(stack, marker), index)
         stack.append([marker])
     close(0, len(lines))
-    return done
+    return finished
 
 
 def _depth_of_new(stack: Sequence[Sequence[_Marker]], marker: _Marker) -> int:
@@ -331,7 +331,7 @@ def _last_end(lines: Sequence[_Line], run: _Run) -> int:
     most = min((len(_blocks(lines, a, b)) for a, b in spans), default=1)
     single = all(sum(not lines[i].blank for i in range(a, b)) == 1 for a, b in spans)
     indent = lines[last].indent
-    taken = 1
+    paragraphs = 1
     for i in range(last + 1, run.bound):
         line = lines[i]
         if line.blank or line.indent > indent or (line.fenced and lines[i - 1].fenced):
@@ -339,8 +339,8 @@ def _last_end(lines: Sequence[_Line], run: _Run) -> int:
         closes = _closes(line)
         if not line.opens and (single or closes):
             return i
-        taken += line.opens
-        if line.opens and (closes or (taken > most and kind != "heading")):
+        paragraphs += line.opens
+        if line.opens and (closes or (paragraphs > most and kind != "heading")):
             return i
     return run.bound
 
@@ -372,22 +372,22 @@ def _head(text: str, kind: Kind) -> tuple[str, str]:
     """A part's lead and the rest, its own marker left out."""
     body = text
     for pattern in (_NUMBER, _BULLET):
-        if kind in ("number", "bullet") and (found := pattern.match(body)):
-            body = body[found.end() :]
+        if kind in ("number", "bullet") and (matched := pattern.match(body)):
+            body = body[matched.end() :]
             break
     if kind == "roman":
         body = re.sub(r"^[IVX]+[.)]\s+", "", body)
     if kind == "heading":
         body = re.sub(r"^#+\s+(?:\d+[.)]\s*)?", "", body)
-    if kind in ("heading", "bold", "bracket", "title") and (found := _FIRST_LINE.match(body)):
-        return _clean(found[1]), body[found.end() :]
+    if kind in ("heading", "bold", "bracket", "title") and (matched := _FIRST_LINE.match(body)):
+        return _clean(matched[1]), body[matched.end() :]
     for pattern in (_LEAD_BOLD, _LEAD_QUOTED, _LEAD_PLAIN):
-        found = pattern.match(body)
-        if found and len(found[1].split()) <= 9:
-            return _clean(found[1]), body[found.end() :]
-    found = _FIRST_LINE.match(body)
-    if found and body[found.end() :].strip() and len(found[1].split()) <= 8:
-        return _clean(found[1]), body[found.end() :]
+        matched = pattern.match(body)
+        if matched and len(matched[1].split()) <= 9:
+            return _clean(matched[1]), body[matched.end() :]
+    matched = _FIRST_LINE.match(body)
+    if matched and body[matched.end() :].strip() and len(matched[1].split()) <= 8:
+        return _clean(matched[1]), body[matched.end() :]
     return "", body
 
 
@@ -441,8 +441,8 @@ def _topics(part: _Part, common: frozenset[str], most: int) -> Iterator[str]:
     sentence = re.split(r"(?<=[.!?])\s", rest, maxsplit=1)[0]
     if len(_content(sentence)) <= most:
         sentence = rest[:200]
-    if found := _SERIES_LEAD.match(lead):
-        series, more = f"{found[1]} {found[2]}", _content(lead[found.end() :] or sentence)
+    if matched := _SERIES_LEAD.match(lead):
+        series, more = f"{matched[1]} {matched[2]}", _content(lead[matched.end() :] or sentence)
         yield from (f"{series} {word}" for word in more)
         yield series
     words = _words(lead)
@@ -620,12 +620,12 @@ def _stepwise(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     if parts[0].kind in _LISTS and _BEGINS.match(parts[0].rest) and not parts[0].lead:
         return True
     opening = before.strip().rpartition("\n")[2]
-    told = _PROCEDURE.search(opening) or _WORKING.search(opening) or _GOAL.match(opening)
-    if not (told or _PROCEDURE.search(prompt)):
+    procedure = _PROCEDURE.search(opening) or _WORKING.search(opening) or _GOAL.match(opening)
+    if not (procedure or _PROCEDURE.search(prompt)):
         return False
     if _share(parts, _HANDS) >= CLOSED_SHARE:
         return True
-    assorted = not told and _ASSORTED.search(opening)
+    assorted = not procedure and _ASSORTED.search(opening)
     return not assorted and not all(_explained(p) for p in parts)
 
 
@@ -633,10 +633,10 @@ def _invented(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     """A name that one part brings up and others take up: they share what only the first made."""
     if parts[0].kind in (*_LISTS, "series") and not _TALE.search(prompt):
         return False
-    known = f"{prompt}\n{before}".casefold()
+    given_text = f"{prompt}\n{before}".casefold()
     counts = Counter(name for part in parts for name in set(_NAME.findall(part.rest)))
     limit = max(1, len(parts) * 0.4)
-    return any(n > limit and name.casefold() not in known for name, n in counts.items())
+    return any(n > limit and name.casefold() not in given_text for name, n in counts.items())
 
 
 def _told(parts: Sequence[_Part], prompt: str) -> bool:
@@ -715,16 +715,16 @@ def _named_apart(parts: list[_Part]) -> list[_Part]:
 
 def _stretches(parts: Sequence[_Part], count_tokens: CountTokens) -> Iterator[list[_Part]]:
     """Runs of at least two parts that lean on none of their siblings, at most MAX_GROUP long."""
-    held: list[_Part] = []
+    current: list[_Part] = []
     runs: list[list[_Part]] = []
     for part in parts:
         leans = bool(part is not parts[0] and _leans(part)) or bool(_SUMMARY.match(part.lead))
         if leans or count_tokens(part.text) > MAX_LENGTH or not part.rest.strip() + part.lead:
-            runs.append(held)
-            held = []
+            runs.append(current)
+            current = []
         else:
-            held.append(part)
-    runs.append(held)
+            current.append(part)
+    runs.append(current)
     for run in runs:
         pieces = -(-len(run) // MAX_GROUP) or 1
         size = -(-len(run) // pieces) or 1
@@ -736,7 +736,7 @@ def _promises(parts: Sequence[_Part], count_tokens: CountTokens) -> tuple[Promis
 
     The topic of a numbered item begins with its number, so that the chunk need not count its siblings.
     """
-    common, taken, promises = _common(parts), set[str](), []
+    common, topics_used, promises = _common(parts), set[str](), []
     for part in parts:
         number = "" if part.number is None else f"{part.number}. "
         most = MAX_TOPIC_WORDS - len(number.split())
@@ -744,13 +744,13 @@ def _promises(parts: Sequence[_Part], count_tokens: CountTokens) -> tuple[Promis
             (
                 f"{number}{t}"
                 for t in _topics(part, common, most)
-                if topic_key(t) not in taken and _usable(f"{number}{t}", count_tokens)
+                if topic_key(t) not in topics_used and _usable(f"{number}{t}", count_tokens)
             ),
             None,
         )
         if topic is None:
             return None
-        taken.add(topic_key(topic))
+        topics_used.add(topic_key(topic))
         promises.append(Promise(topic, round_length(count_tokens(part.text))))
     return tuple(promises)
 
@@ -793,9 +793,9 @@ def _chosen(groups: Sequence[_Group]) -> list[_Group]:
     best: list[tuple[int, list[_Group]]] = [(0, [])]
     for i, group in enumerate(ordered):
         before = max(j for j in range(i + 1) if j == 0 or ordered[j - 1].end <= group.start)
-        saved, chosen = best[before]
-        taken = (saved + group.saved, [*chosen, group])
-        best.append(max(best[-1], taken, key=lambda b: b[0]))
+        saved, groups_so_far = best[before]
+        with_group = (saved + group.saved, [*groups_so_far, group])
+        best.append(max(best[-1], with_group, key=lambda b: b[0]))
     return best[-1][1]
 
 

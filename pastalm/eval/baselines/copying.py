@@ -33,11 +33,11 @@ Propose = Callable[[Sequence[int]], Sequence[int]]
 """Prompt and answer so far -> tokens that may come next."""
 
 
-def lookup(known: Sequence[int], source: Sequence[int], *, longest: int, shortest: int, draft: int) -> list[int]:
+def lookup(tokens: Sequence[int], source: Sequence[int], *, longest: int, shortest: int, draft: int) -> list[int]:
     """Up to `draft` tokens that followed the last occurrence in `source` of the longest run of tokens, from
     `shortest` to `longest`, that `known` ends with; [] if there is none."""
-    for size in range(min(longest, len(known)), shortest - 1, -1):
-        tail = list(known[-size:])
+    for size in range(min(longest, len(tokens)), shortest - 1, -1):
+        tail = list(tokens[-size:])
         for start in range(len(source) - size - 1, -1, -1):
             if list(source[start : start + size]) == tail:
                 return list(source[start + size : start + size + draft])
@@ -58,17 +58,17 @@ Said = Callable[[int, Sequence[int]], Sequence[int]]
 """How many tokens stand so far, prompt included, and those fed after them -> what greedy decoding says after each."""
 
 
-def verify(said: Said, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]) -> Decoded:
+def verify(greedy: Said, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]) -> Decoded:
     """Greedy decoding that verifies drafts. ends: tokens that end the answer."""
     started = time.perf_counter()
-    tokens = [said(0, prompt)[-1]]
+    tokens = [greedy(0, prompt)[-1]]
     first, passes = time.perf_counter() - started, 1
     while tokens[-1] not in ends and len(tokens) < max_tokens:
         draft = list(propose([*prompt, *tokens]))[: max_tokens - len(tokens) - 1]
-        found = said(len(prompt) + len(tokens) - 1, [tokens[-1], *draft])
+        predictions = greedy(len(prompt) + len(tokens) - 1, [tokens[-1], *draft])
         passes += 1
-        taken = next((i for i, token in enumerate(draft) if token != found[i]), len(draft))
-        for token in found[: taken + 1]:
+        accepted = next((i for i, token in enumerate(draft) if token != predictions[i]), len(draft))
+        for token in predictions[: accepted + 1]:
             tokens.append(token)
             if token in ends:
                 break
@@ -96,8 +96,8 @@ def decode(
             logits_to_keep=len(fed) if stand else 1,
         ).logits[0]
         logits[:, banned] = -torch.inf
-        found: list[int] = logits.argmax(-1).tolist()
-        return found
+        predictions: list[int] = logits.argmax(-1).tolist()
+        return predictions
 
     return verify(said, prompt, propose, max_tokens=max_tokens, ends=ends)
 
@@ -131,30 +131,30 @@ class Copying:
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """See `System`. Critical path: forward passes."""
         started = time.perf_counter()
-        found = self.decode(prompt, max_tokens)
+        decoded = self.decode(prompt, max_tokens)
         seconds = time.perf_counter() - started
-        return self._answer(prompt, found, first_seconds=round(found.first, 4), seconds=round(seconds, 4))
+        return self._answer(prompt, decoded, first_seconds=round(decoded.first, 4), seconds=round(seconds, 4))
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
         """See `System`: the sequential answer, by the engine, and the passes that copying would have taken for it. No
         seconds: it was not decoded so."""
-        asked, params = self.asked(prompt), replace(SEQUENTIAL, max_tokens=max_tokens)
-        response = self.llm.driver.submit(asked, params, positions=self.llm.positions, keep_events=False)
+        prompt_ids, params = self.asked(prompt), replace(SEQUENTIAL, max_tokens=max_tokens)
+        response = self.llm.driver.submit(prompt_ids, params, positions=self.llm.positions, keep_events=False)
         yield [response]
         tokens = [token for _, token in response.transcript.linear_tokens()]
-        return self._answer(prompt, along(asked, tokens, self._proposer(prompt), max_tokens=max_tokens))
+        return self._answer(prompt, along(prompt_ids, tokens, self._proposer(prompt), max_tokens=max_tokens))
 
-    def _answer(self, prompt: Prompt, found: Decoded, **seconds: float) -> Answer:
+    def _answer(self, prompt: Prompt, decoded: Decoded, **seconds: float) -> Answer:
         vocabulary = self.llm.loaded.vocabulary
-        ended = found.tokens[-1] in vocabulary.eos
-        text = vocabulary.text(found.tokens[:-1] if ended else found.tokens)
+        ended = decoded.tokens[-1] in vocabulary.eos
+        text = vocabulary.text(decoded.tokens[:-1] if ended else decoded.tokens)
         return answers.to(
             prompt,
             sequential=True,
             annotated=render((Text(text),)) if text else "",
-            tokens=len(found.tokens),
-            critical_path=found.passes,
-            steps=found.passes,
+            tokens=len(decoded.tokens),
+            critical_path=decoded.passes,
+            steps=decoded.passes,
             finish_reason="stop" if ended else "length",
             **seconds,
         )
@@ -162,11 +162,11 @@ class Copying:
     def _proposer(self, prompt: Prompt) -> Propose:
         references = [self.llm.loaded.vocabulary.encode(text) for text in prompt.references]
 
-        def propose(known: Sequence[int]) -> Sequence[int]:
-            for source in [known] if self.source == "prompt" else references:
-                found = lookup(known, source, longest=self.longest, shortest=self.shortest, draft=self.draft)
-                if found:
-                    return found
+        def propose(tokens: Sequence[int]) -> Sequence[int]:
+            for source in [tokens] if self.source == "prompt" else references:
+                continuation = lookup(tokens, source, longest=self.longest, shortest=self.shortest, draft=self.draft)
+                if continuation:
+                    return continuation
             return []
 
         return propose

@@ -62,10 +62,10 @@ class SkeletonOfThought:
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
         """See `System`."""
         cold(self.llm)
-        (found,) = run_tasks(self.llm.driver, [self.task(prompt, max_tokens)], 1)
-        if isinstance(found, RequestError):
-            raise found
-        return found
+        (answer_or_error,) = run_tasks(self.llm.driver, [self.task(prompt, max_tokens)], 1)
+        if isinstance(answer_or_error, RequestError):
+            raise answer_or_error
+        return answer_or_error
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
         """See `System`. Critical path: router, skeleton, longest point; where no skeleton comes of it, the
@@ -73,8 +73,8 @@ class SkeletonOfThought:
         started = time.perf_counter()
         spent = Spent()
         if not self.routed or (yield from self._suits(prompt.text, spent)):
-            asked = _SKELETON.format(question=prompt.text)
-            (skeleton,) = yield from self._decode([(asked, "1.")], 200, spent, stop=f"\n{MOST_POINTS + 1}.")
+            content = _SKELETON.format(question=prompt.text)
+            (skeleton,) = yield from self._decode([(content, "1.")], 200, spent, stop=f"\n{MOST_POINTS + 1}.")
             points = points_of("1." + skeleton.transcript.text)
             if len(points) >= 2:
                 first = time.perf_counter() - started
@@ -113,20 +113,20 @@ class SkeletonOfThought:
         vocabulary = self.llm.loaded.vocabulary
         words = {word: vocabulary.encode(word)[0] for word in ("Yes", "No")}
         bias = dict.fromkeys(words.values(), 100.0)
-        (said,) = yield from self._decode([(_ROUTE.format(question=question), "")], 1, spent, logit_bias=bias)
-        return said.transcript.text == "Yes"
+        (reply,) = yield from self._decode([(_ROUTE.format(question=question), "")], 1, spent, logit_bias=bias)
+        return reply.transcript.text == "Yes"
 
     def _decode(
-        self, asked: Sequence[tuple[str, str]], max_tokens: int, spent: Spent, **params: Any
+        self, questions: Sequence[tuple[str, str]], max_tokens: int, spent: Spent, **params: Any
     ) -> Task[list[Response]]:
         """Answers to (question, how the answer begins), greedily, all at once."""
-        chosen = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, **params)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, **params)
         running: list[Response] = []
         try:
-            for question, begun in asked:
-                ids = self.llm.encode([{"role": "user", "content": question}], chosen)
+            for question, begun in questions:
+                ids = self.llm.encode([{"role": "user", "content": question}], sampling)
                 ids += self.llm.loaded.vocabulary.encode(begun)
-                running.append(self.llm.driver.submit(ids, chosen, positions=self.llm.positions, keep_events=False))
+                running.append(self.llm.driver.submit(ids, sampling, positions=self.llm.positions, keep_events=False))
         except RequestError:
             for one in running:
                 one.cancel()
@@ -156,8 +156,8 @@ def _expand(question: str, skeleton: str, number: int) -> str:
 
 def points_of(skeleton: str) -> list[str]:
     """The points of a skeleton, in order, each once."""
-    found = [match.group(2).strip().rstrip(":") for match in _POINT.finditer(skeleton)]
-    return [point for point in dict.fromkeys(found) if point][:MOST_POINTS]
+    points = [match.group(2).strip().rstrip(":") for match in _POINT.finditer(skeleton)]
+    return [point for point in dict.fromkeys(points) if point][:MOST_POINTS]
 
 
 def assembled(points: Sequence[str], texts: Sequence[str], parts: Sequence[Response]) -> tuple[Node, ...]:

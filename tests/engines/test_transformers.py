@@ -30,6 +30,7 @@ from transformers import (
 
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
 from pastalm.core.params import Request, SamplingParams
+from pastalm.engines.transformers import cuda_graphs
 from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.engines.transformers.masks import CALL_COST, grouped
 from pastalm.errors import CapabilityError, EngineError, RequestError
@@ -204,6 +205,91 @@ def test_the_row_with_the_longest_common_prefix_is_taken() -> None:
     start(running, request("d"))
     running.step()
     assert running._running["d"].slot == rows["c"]
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_the_pool_grows_with_use_and_not_before() -> None:
+    """Bytes of keys and values: rows and slots double as they are needed, up to what was asked for."""
+    running = engine(max_num_seqs=64, max_model_len=4096)
+    token = 2 * 4 * 2 * 16 * 8  # keys and values, layers, heads, dimensions, bytes
+    assert running._pool.bytes == 0
+    start(running, request("a"))
+    decode(running, 2)
+    assert running._pool.bytes == 257 * token
+    start(running, *(request(name) for name in "bcde"))
+    decode(running, 2)
+    assert running._pool.bytes == 8 * 257 * token
+    start(running, request("f", tuple(range(200)) * 3))
+    decode(running, 15)
+    assert running._pool.bytes == 8 * 1025 * token < 64 * 4096 * token / 10
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "fixed shapes"])
+def test_what_decodes_goes_on_exactly_where_the_pool_grows(graphs: bool) -> None:
+    short, long = request("a"), request("b", tuple(i % 250 for i in range(400)))
+    want = {}
+    for one in (short, long):
+        lone = engine(max_num_seqs=1, max_model_len=512)
+        start(lone, one)
+        want[one.id] = decode(lone, 30)[one.id, ()]
+    running = engine(max_num_seqs=4, max_model_len=512, graphs=graphs)
+    start(running, short)
+    said = decode(running, 5)["a", ()]
+    before = running._pool.bytes
+    start(running, long)
+    both = decode(running, 30)
+    assert running._pool.bytes == before // 257 * 513 * 2
+    assert [*said, *both["a", ()]][:30] == want["a"]
+    assert len(both["b", ()]) > 15
+    assert both["b", ()] == want["b"][: len(both["b", ()])]
+
+
+def test_a_pool_that_cannot_grow_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = engine(max_num_seqs=2, max_model_len=512)
+    start(running, request("a"))
+    said = decode(running, 3)["a", ()]
+    layers, allocated = running._pool.layers, type(running._pool.layers[0])._allocated
+
+    def full(layer: Any, like: Tensor) -> Tensor:
+        if layer is layers[2]:
+            raise RuntimeError("out of memory")
+        return allocated(layer, like)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layers[0]), "_allocated", full)
+        start(running, request("b", tuple(i % 250 for i in range(400))))
+        with pytest.raises(EngineError, match="out of memory"):
+            running.step()
+        running.cancel("b")
+    assert [*said, *decode(running, 5)["a", ()]] == alone(request("a"), 8)
+
+
+def test_captured_steps_are_keyed_by_shape_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shape serves whichever row a request is in; shapes not used for long make way."""
+    running = engine(max_num_seqs=3, graphs=True)
+    assert running._graphs is not None
+    start(running, *(request(name) for name in "abc"))
+    decode(running, 1)
+    for name in "abc":
+        finish(running, name)
+    running._graphs.clear()
+    for row in range(3):
+        running._free = {row}
+        start(running, request("a"))
+        decode(running, 2)
+        assert running._running["a"].slot == row
+        finish(running, "a")
+    assert len(running._graphs) == 1
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
+    running._free = {0, 1, 2}
+    start(running, *(request(name) for name in "abc"))
+    decode(running, 1)
+    for k in range(3):
+        running.apply("a", Forked(path=(k,), promised=10, forced=(1,)))
+        decode(running, 1)
+        assert len(running._graphs) <= 2
 
 
 # ------------------------------------------------------------------------------ threads

@@ -346,7 +346,7 @@ def test_an_argument_that_is_no_text_is_one_line(asked: tuple[str, ...]) -> None
 
 
 def test_half_a_character_in_an_argument_is_one_line() -> None:
-    complains(pasta("generate", "a \ud83d"), 2, "half of a surrogate pair", "U+D83D")
+    complains(pasta("generate", "a \ud83d"), 2, "contains a lone surrogate", "U+D83D")
 
 
 def test_bytes_that_are_no_text_on_the_real_command_line(tiny: Path) -> None:
@@ -600,7 +600,7 @@ def test_a_full_disk_is_one_clear_line_and_what_is_written_is_whole(tmp_path: Pa
             *({"id": str(i), "prompt": "p", "response": f"{i} " + "word " * 400} for i in range(60)),
         )
         result = pasta("annotate", rows, small / "out.jsonl")
-        complains(result, 2, "cannot write", "No space left", "start again")
+        complains(result, 2, "cannot write", "No space left", "run again to resume")
         lines = (small / "out.jsonl").read_text().splitlines()[1:]
         assert 0 < len(lines) < 60
         assert [json.loads(line)["id"] for line in lines] == [str(i) for i in range(len(lines))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -136,3 +137,11 @@ def test_a_source_distribution_is_small_and_makes_the_wheel(tmp_path: Path) -> N
     assert not (project / "results").exists()
     with zipfile.ZipFile(built(project, "wheel", tmp_path / "wheel")) as wheel:
         assert wheel.read(shipped.as_posix()) == (ROOT / shipped).read_bytes()
+
+
+def test_functions_of_the_command_are_short() -> None:
+    """Options that go together are a group (`cli/options.py`), so that no verb is a page of parameters."""
+    for path in (ROOT / "pastalm" / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path.name}: {node.name}"

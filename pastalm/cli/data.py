@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from pastalm.records.chat_client import ChatClient
     from pastalm.sampling import Sampled
-    from pastalm.train.annotate import Annotator, Counts, Row
+    from pastalm.train.annotate import AnnotationCounts, Annotator, PlainAnswer
 
 ANNOTATORS = ("structural", "openai", "apar")
 
@@ -76,7 +76,7 @@ def annotate(
         raise DataError(f"no file {source}")
     if annotator not in ANNOTATORS:
         raise RequestError(f"unknown annotator {annotator!r}: use structural, openai or apar")
-    remote: ChatClient[Row] | None = None
+    remote: ChatClient[PlainAnswer] | None = None
     if annotator == "openai":
         remote = large_model(model, server)
         remote.options = {"temperature": 0, "max_tokens": max_tokens}
@@ -104,7 +104,7 @@ def annotate(
     print(_annotate_summary(counts), file=sys.stderr)
 
 
-def _annotator(name: str, remote: ChatClient[Row] | None, count_tokens: Callable[[str], int]) -> Annotator:
+def _annotator(name: str, remote: ChatClient[PlainAnswer] | None, count_tokens: Callable[[str], int]) -> Annotator:
     """The annotator of that name. remote: the server that openai's asks."""
     from pastalm.train.annotate import Structural
 
@@ -119,13 +119,13 @@ def _annotator(name: str, remote: ChatClient[Row] | None, count_tokens: Callable
     return Structural(count_tokens)
 
 
-def _annotate_progress(counts: Counts, remote: ChatClient[Row] | None, progress: Callable[[str], None]) -> None:
+def _annotate_progress(counts: AnnotationCounts, remote: ChatClient[PlainAnswer] | None, progress: Callable[[str], None]) -> None:
     if counts.read % 20 == 0 or remote is not None:
         line = f"{counts.read} rows read, {counts.structured} with two chunks or more"
         progress(line if remote is None else f"{line}; {remote.usage}")
 
 
-def _annotate_summary(counts: Counts) -> str:
+def _annotate_summary(counts: AnnotationCounts) -> str:
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.items()) or "none"
     return (
         f"{counts.read} rows read, {counts.skipped} were there, {counts.written} written, "
@@ -166,7 +166,7 @@ def sample(
     header: dict[str, Any] = model_header(model, run.adapter)
     header |= {"engine": run.engine, "dtype": run.dtype, "device": run.device, "max_model_len": max_model_len}
     # before a model is loaded: the file may be of another run
-    answers.results(target, answers.KIND, sampling.made(params, header), rows, overwrite=results.overwrite)
+    answers.results(target, answers.KIND, sampling.file_header(params, header), rows, overwrite=results.overwrite)
     llm = load_llm(model, run, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     with busy(f"answering {source.name}") as progress:
 

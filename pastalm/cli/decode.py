@@ -62,7 +62,7 @@ def generate(
     remote: RemoteOptions,
     model: Model = EMBEDDED,
     system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt, no chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt without a chat template.")] = False,
     as_json: AsJson = False,
     trace: Annotated[Path | None, typer.Option(help="Write the events to this file (JSONL).")] = None,
     no_live: NoLive = False,
@@ -98,7 +98,7 @@ def _messages(prompt: str, system: str | None) -> list[Message]:
 )
 def replay(
     file: Annotated[str, typer.Argument(help="A trace (generate --trace); - is stdin.")],
-    speed: Annotated[float, typer.Option(help="Times as fast as it was.")] = 1.0,
+    speed: Annotated[float, typer.Option(help="Playback speed; 1 is the recorded one.")] = 1.0,
     as_json: AsJson = False,
     no_live: NoLive = False,
 ) -> None:
@@ -165,7 +165,7 @@ def demo(
     max_tokens: MaxTokens = 1024,
     no_live: NoLive = False,
 ) -> None:
-    """One prompt asynchronously, then sequentially, and the time of each."""
+    """Answer one prompt asynchronously, then sequentially, and compare the times."""
     params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p) for p in (1, 0)]
     quiet_libraries()
     fetch(model)

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from pastalm import LLM
     from pastalm.core.layout import Policy
     from pastalm.eval.alpaca import WinRate
-    from pastalm.eval.measure import Counts as Measured
+    from pastalm.eval.measure import MeasureCounts as Measured
     from pastalm.eval.quality import Scorer
-    from pastalm.eval.score import Counts as ScoreCounts
+    from pastalm.eval.score import ScoreCounts
     from pastalm.eval.systems import Decoding
     from pastalm.records.chat_client import ChatClient
     from pastalm.records.prompts import Prompt
@@ -398,7 +398,7 @@ class _Evaluation:
         """Decodes what is missing of all systems' answers. Raises DataError, EngineError."""
         from pastalm.eval import measure
 
-        counts = measure.Counts()
+        counts = measure.MeasureCounts()
         if self.options.begin != "decode":
             return counts
         with busy(f"answering {self.options.prompts.name}") as progress:
@@ -421,7 +421,7 @@ class _Evaluation:
             max_tokens=self.options.max_tokens,
             seed=self.options.seed or 0,
             among=self.rows,
-            made=self.system_headers,
+            headers=self.system_headers,
             overwrite=self.results.overwrite,
             progress=lambda counts, _: progress(f"{counts.prompts} of {len(alone)} prompts"),
         )
@@ -441,7 +441,7 @@ class _Evaluation:
             max_tokens=self.options.max_tokens,
             timed=not alone,
             among=self.rows,
-            made=self.system_headers,
+            headers=self.system_headers,
             overwrite=self.results.overwrite and not alone,
             progress=lambda counts, _: progress(f"{counts.written} answers, {counts.skipped} were there"),
         )
@@ -488,7 +488,7 @@ class _Evaluation:
         }
         table = markdown(rows, sigmas, options.against, self.length)
         folder = options.report or options.out / "report"
-        page = report.write(folder, rows, table, baseline=BASELINE, told=settings, public=options.public)
+        page = report.write(folder, rows, table, baseline=BASELINE, settings=settings, public=options.public)
         print(table, end="")
         for name, won in wins.items():
             print(_win_rate(name, won))
@@ -506,12 +506,12 @@ _ABSENT = {"name": "", "sha256": ""}
 
 def _system_headers(systems: list[str], options: EvalOptions, engine: EngineOptions) -> dict[str, dict[str, Any]]:
     """What each system is, by its contents. Raises RequestError, ModelError."""
-    from pastalm.eval.evaluate import asked, described
+    from pastalm.eval.evaluate import described, parse_system
 
     may_lack = options.begin != "decode"  # answers may have been decoded on another machine
     adapters = {
         adapter: _adapter_header(options.model, adapter, may_lack)
-        for adapter in {options.baseline, *(asked(system).adapter for system in systems)}
+        for adapter in {options.baseline, *(parse_system(system).adapter for system in systems)}
     }
     settings = {
         "max_tokens": options.max_tokens,

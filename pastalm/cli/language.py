@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 @verb(app)
 def parse(
     file: Annotated[str, typer.Argument(help="PASTA-LANG text; - is stdin.")] = "-",
-    strip: Annotated[bool, typer.Option("--strip", help="Only the reader's text.")] = False,
-    render: Annotated[bool, typer.Option("--render", help="The text form, normalized.")] = False,
+    strip: Annotated[bool, typer.Option("--strip", help="Print only the reader's text.")] = False,
+    render: Annotated[bool, typer.Option("--render", help="Print the text form, normalized.")] = False,
 ) -> None:
     """Parse PASTA-LANG: prints its values as JSON."""
     from pastalm.core import language

@@ -58,7 +58,7 @@ def export(
 
 @verb(app)
 def env(as_json: AsJson = False) -> None:
-    """What is installed here, what each engine supports, and which models are at hand."""
+    """What is installed here, what each engine supports, and which models are in the cache."""
     quiet_libraries()
     facts = _facts()
     if as_json:

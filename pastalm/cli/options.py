@@ -16,18 +16,18 @@ Model = Annotated[str, typer.Option(help="The embedded model, a hub name, a fold
 Adapter = Annotated[str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let code run that comes with the model, as transformers does.")
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model, as transformers' option does.")
 ]
 MaxModelLen = Annotated[
-    int | None, typer.Option(help="Tokens of prompt and answer together; else the model's, 4096 at most.", min=2)
+    int | None, typer.Option(help="Tokens of prompt and answer together (default: the model's, at most 4096).", min=2)
 ]
 MaxTokens = Annotated[int, typer.Option(help=parameters()["max_tokens"].help)]
 Seed = Annotated[int | None, typer.Option(help=parameters()["seed"].help)]
 System = Annotated[str | None, typer.Option(help="A system message.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
-NoLive = Annotated[bool, typer.Option("--no-live", help="Plain text on a terminal too.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+NoLive = Annotated[bool, typer.Option("--no-live", help="Print plain text on a terminal too.")]
 BaseUrl = Annotated[
-    str | None, typer.Option(help="Of an OpenAI-compatible server, with /v1; OPENAI_API_KEY is its key.")
+    str | None, typer.Option(help="URL of an OpenAI-compatible server, with /v1; its key is read from OPENAI_API_KEY.")
 ]
 Counted = Annotated[
     str, typer.Option(help="Whose tokens a speedup counts: theoretical, matched, smaller or parallelism.")
@@ -46,7 +46,8 @@ class EngineOptions:
     ] = "auto"
     trust_remote_code: TrustRemoteCode = False
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto, q8_0 or q4_0 (native), bfloat16, float16, float32 or float64.")
+        str,
+        typer.Option(help="Type of the weights: auto, q8_0 or q4_0 (native), bfloat16, float16, float32 or float64."),
     ] = "auto"
     device: Device = "cpu"
 
@@ -78,7 +79,7 @@ class RemoteOptions:
         typer.Option(help="With --base-url: a hub name or folder with the model's tokenizer, if not --model's."),
     ] = None
     prompted: Annotated[
-        bool, typer.Option("--prompted", help="With --base-url: the model was not finetuned; teach it the tags.")
+        bool, typer.Option("--prompted", help="With --base-url: teach the tags to a model that was not finetuned.")
     ] = False
 
 
@@ -88,8 +89,8 @@ class LargeModelOptions:
 
     base_url: BaseUrl = None
     concurrency: Annotated[int, typer.Option(help="Requests to the server at once.")] = 8
-    price_in: Annotated[float, typer.Option(help="Dollars for a million tokens in, to count the cost.")] = 0.0
-    price_out: Annotated[float, typer.Option(help="Dollars for a million tokens out.")] = 0.0
+    price_in: Annotated[float, typer.Option(help="Dollars per million input tokens, to count the cost.")] = 0.0
+    price_out: Annotated[float, typer.Option(help="Dollars per million output tokens.")] = 0.0
 
 
 LARGE_MODEL = ("base_url", "concurrency", "price_in", "price_out")
@@ -100,9 +101,9 @@ LARGE_MODEL = ("base_url", "concurrency", "price_in", "price_out")
 class ResultOptions:
     """How a file of results is written."""
 
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Name rows that are bad, and go on without them.")] = (
-        False
-    )
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Print the errors of bad rows, and go on without them.")
+    ] = False
     overwrite: Overwrite = False
 
 

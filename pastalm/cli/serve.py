@@ -23,32 +23,32 @@ class ServeOptions:
     """Who may ask, how much, and what a request gets that does not say."""
 
     host: Annotated[str, typer.Option(help="0.0.0.0 is every interface; then give an API key.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000
-    name: Annotated[str | None, typer.Option(help="The model's, for clients; else as given here.")] = None
-    api_key: Annotated[str | None, typer.Option(envvar="PASTA_API_KEY", help="What clients must bring.")] = None
+    port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8000
+    name: Annotated[str | None, typer.Option(help="Name of the model for clients (default: that of MODEL).")] = None
+    api_key: Annotated[str | None, typer.Option(envvar="PASTA_API_KEY", help="Key that clients must send.")] = None
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="A page's origin that may ask from a browser, * for any; may be repeated."),
+        typer.Option(help="Origin of web pages that may send requests, * for any; may be repeated."),
     ] = None
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name beside localhost that a server on loopback may be called by, * for any; repeatable."),
+        typer.Option(help="Host name besides localhost that a server on loopback accepts, * for any; may be repeated."),
     ] = None
     max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once.", min=1)] = 8
-    max_queue: Annotated[int, typer.Option(help="Answers that may wait beside; more get 429.")] = 64
+    max_queue: Annotated[int, typer.Option(help="Answers that may wait for a place; further ones get status 429.")] = 64
     max_model_len: MaxModelLen = None
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of one prompt.")] = None
-    max_tokens: Annotated[int, typer.Option(help="Of a chat request that gives none.")] = 1024
+    max_tokens: Annotated[int, typer.Option(help="Token limit of a chat request that gives none.")] = 1024
     max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 1 << 20
     timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included.")] = 600.0
     client_timeout: Annotated[
-        float, typer.Option(help="Seconds for a client to send its body, or to take a chunk.")
+        float, typer.Option(help="Seconds for a client to send its body, or to read a chunk.")
     ] = 30.0
     parallelism: Annotated[
-        float, typer.Option(help="Of requests that give none: multiplies the odds of forking; 0 turns it off.")
+        float, typer.Option(help="For requests that give none: multiplies the odds of forking; 0 turns it off.")
     ] = 1.0
     thread_target: Annotated[
-        int, typer.Option(help="Above so many live threads new requests do not fork (0: they always may).")
+        int, typer.Option(help="With more live threads than this, new requests do not fork (0: no limit).")
     ] = 32
 
     def settings(self, model: str) -> Settings:

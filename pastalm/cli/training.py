@@ -37,7 +37,7 @@ class TrainOptions:
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 40
     full: Annotated[bool, typer.Option("--full", help="Train all weights, and save a whole model.")] = False
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
     ] = False
     flex: Annotated[
         bool, typer.Option("--flex", help="FlexAttention, compiled for each shape: for long rows on CUDA.")
@@ -52,15 +52,22 @@ class MixOptions:
     """Which rows are drawn from the data."""
 
     token_budget: Annotated[int, typer.Option(help="Tokens to draw from the data.")] = 800_000
-    max_row_tokens: Annotated[int, typer.Option(help="Longer answers are left out.")] = 512
+    max_row_tokens: Annotated[int, typer.Option(help="Tokens of an answer; longer ones are left out.")] = 512
     plain: Annotated[float, typer.Option(help="Share of rows without chunks.")] = 0.33
     sequential: Annotated[float, typer.Option(help="Share of rows untagged, under the sequential marker.")] = 0.12
-    untagged: Annotated[bool, typer.Option("--untagged", help="The same answers without tags: the baseline.")] = False
+    untagged: Annotated[bool, typer.Option("--untagged", help="Train the baseline: the same answers without tags.")] = (
+        False
+    )
     positions: Policies = MIX
     lengths: Annotated[
-        str, typer.Option(help="Ablation: promises say tens; fixed, always 100; oracle, positions know the true one.")
+        str,
+        typer.Option(
+            help="Ablation of promised lengths: tens, fixed (always 100), oracle (positions use the true length)."
+        ),
     ] = "tens"
-    topics: Annotated[bool, typer.Option("--topics/--no-topics", help="Ablation: no topics, only numbers.")] = True
+    topics: Annotated[
+        bool, typer.Option("--topics/--no-topics", help="Ablation: promises without topics, only numbers.")
+    ] = True
     syncs: Annotated[bool, typer.Option("--syncs/--no-syncs", help="Ablation: chunks are never read.")] = True
 
     def mix(self, seed: int) -> Mix:
@@ -87,8 +94,8 @@ def sft(
     options: TrainOptions,
     mix: MixOptions,
     learning_rate: float = 5e-4,
-    row_learning_rate: Annotated[float, typer.Option(help="Of the six tag rows.")] = 5e-3,
-    start: Annotated[Path | None, typer.Option(help="An adapter to go on from.")] = None,
+    row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 5e-3,
+    start: Annotated[Path | None, typer.Option(help="Adapter to start from.")] = None,
     repeats: Annotated[
         Path | None,
         typer.Option(help="The model's own answers (pasta sample): repetitions to unlearn."),
@@ -128,17 +135,17 @@ def prefer(
     options: TrainOptions,
     start: Annotated[Path, typer.Option(help="The adapter that answered: stage 1, or a round before.")],
     lambda_: Annotated[
-        float, typer.Option("--lambda", help="Worth of quality against speed; inf: quality alone.")
+        float, typer.Option("--lambda", help="Weight of quality against speed; inf: quality only.")
     ] = 1.0,
     alpha: Annotated[float, typer.Option(help="Weight of the term that teaches the better one.")] = 0.005,
-    beta: Annotated[float | None, typer.Option(help="1/beta is the margin aimed at, in nats.")] = None,
+    beta: Annotated[float | None, typer.Option(help="1/beta is the target margin, in nats.")] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Unit of the scorer's differences: of the stage-1 samples.")
     ] = None,
     length: Counted = "theoretical",
     positions: Policies = MIX,
     learning_rate: float = 1e-4,
-    row_learning_rate: Annotated[float, typer.Option(help="Of the six tag rows.")] = 2e-4,
+    row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 2e-4,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step, both answers.")] = 4096,
 ) -> None:
     """Stage 2: prefer the best of N scored answers to the worst (BoNBoN); one round."""

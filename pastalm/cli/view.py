@@ -1,9 +1,9 @@
-"""What a terminal shows of a response: events in, pictures out. No model, no engine.
+"""How a terminal shows a response. It reads events only, and knows no model or engine.
 
-`View` folds events into a picture: the answer in document order, each chunk in its thread's colour, and
-below it one row a thread on a common axis of steps, so that what is decoded at once stands side by
-side; a promised length is an outline that fills in. `Live` draws it while events come, `Plain` writes
-the text that is certain and nothing else.
+`View` makes a picture of the events so far: the answer in document order, each chunk in its thread's colour, and below
+it one row for each thread on a common axis of steps, so that threads decoded at the same time stand side by side. A
+promised length is an outline that fills in. `Live` draws the picture while events arrive; `Plain` writes text as soon
+as it is certain.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONTROL = {c: None for c in (*range(32), 127, *range(128, 160)) if chr(c) not i
 
 
 class Output(Protocol):
-    """Something that shows events as they come; `close` shows what only the end can."""
+    """Shows events as they arrive; `close` shows the rest at the end."""
 
     def apply(self, event: Event) -> None: ...
 
@@ -43,7 +43,8 @@ class Output(Protocol):
 
 @dataclass(slots=True)
 class _Course:
-    """When a thread decoded (a step for every token), and when it waited (a pair of steps each)."""
+    """steps: one for each token that a thread decoded. waits: first and last step of each wait (None: it still waits).
+    queued: whether it waits for a place among the running threads."""
 
     steps: list[int] = field(default_factory=list)
     waits: list[tuple[int, int | None]] = field(default_factory=list)
@@ -72,7 +73,7 @@ class View:
     # ------------------------------------------------------------------ pictures
 
     def frame(self, console: Console, width: int, height: int) -> RenderableType:
-        """The picture while events come, in at most `height` lines (8 or more)."""
+        """The picture while events arrive, in at most `height` lines (8 or more)."""
         rows = self._rows(width, max(3, (height - 4) // 2))
         room = max(1, height - len(rows) - 4)
         lines = [self._head(width), *self._window(console, width, room), Text(), *rows, Text()]
@@ -116,7 +117,7 @@ class View:
         return COLOURS[chunks.index(path) % len(COLOURS)]
 
     def _window(self, console: Console, width: int, room: int) -> list[Text]:
-        """The lines around the place up to which the answer is certain."""
+        """The lines around the end of the certain text. room: number of lines."""
         lines = list(self.answer().wrap(console, width))
         certain = len(Text(self.transcript.settled.translate(_CONTROL)).wrap(console, width))
         first = max(0, min(certain - room // 3 - 1, len(lines) - room))
@@ -181,7 +182,7 @@ class View:
 
 
 def _due(thread: ThreadRecord) -> int:
-    """The step at which a thread would end if it kept its promise to the token."""
+    """The step at which a thread ends if it has exactly the promised length."""
     return thread.start_step + (thread.promised + CHUNK_TAGS if thread.path else 0)
 
 
@@ -208,7 +209,7 @@ def figures(transcript: Transcript) -> str:
 
 
 class Live:
-    """Draws the picture on a terminal while events come, and leaves the final one there."""
+    """Draws the picture on a terminal while events arrive, and leaves the final one there."""
 
     def __init__(self, console: Console, title: str = "") -> None:
         self.view = View(title)
@@ -229,7 +230,7 @@ class Live:
         self._live.stop()
 
     def apply(self, event: Event) -> None:
-        """Takes an event, and draws unless it just did."""
+        """Takes an event, and draws if the last frame is old enough."""
         self.view.apply(event)
         now = time.perf_counter()
         if now - self._drawn >= 1 / FRAMES_PER_SECOND:
@@ -246,8 +247,8 @@ class Live:
 class Plain:
     """Writes the reader's text to a file as soon as it is certain.
 
-    stops: stop strings; text that may yet be cut by one is held back. cut: where the answer is known
-    to be cut.
+    stops: stop strings; text that one may still cut off is held back.
+    cut: characters of the answer, if it is known to be cut.
     """
 
     def __init__(self, out: TextIO, *, stops: Sequence[str] = (), cut: int | None = None) -> None:
@@ -256,12 +257,12 @@ class Plain:
         self._written = 0
 
     def apply(self, event: Event) -> None:
-        """Takes an event; writes what it made certain."""
+        """Takes an event, and writes the text that is certain now."""
         self._transcript.apply(event)
         self._write(self._transcript.certain(self._stops, start=self._written))
 
     def close(self) -> None:
-        """Writes what was held back, and what stands after an unfinished chunk."""
+        """Writes the rest: text that was held back, and text after an unfinished chunk."""
         text = self._transcript.text
         self._write(text[self._written :])
         if text and not text.endswith("\n"):
@@ -269,7 +270,7 @@ class Plain:
         self._out.flush()
 
     def _write(self, text: str) -> None:
-        """Writes what follows, up to the cut."""
+        """Writes the next piece of text, up to the cut."""
         if self._cut is not None:
             text = text[: self._cut - self._written]
         if text:
@@ -293,7 +294,7 @@ class Silent:
 
 
 def paced(events: Sequence[Event], speed: float) -> Iterator[Event]:
-    """The events at the times they are stamped with, `speed` times as fast."""
+    """Yields events at their recorded times, `speed` times as fast."""
     begun = time.perf_counter()
     for event in events:
         wait = event.time / speed - (time.perf_counter() - begun)

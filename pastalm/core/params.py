@@ -77,7 +77,7 @@ class SamplingParams:
     temperature: Annotated[float, Parameter(help="0 is greedy.", ge=0, served_le=2)] = 1.0
     top_p: Annotated[float, Parameter(help="Nucleus sampling; 1: off.", gt=0, le=1)] = 1.0
     top_k: Annotated[int, Parameter(help="0: off.", ge=-1, off=0, served_le=2**31)] = 0
-    min_p: Annotated[float, Parameter(help="Least share of the top probability; 0: off.", ge=0, le=1)] = 0.0
+    min_p: Annotated[float, Parameter(help="Smallest share of the top probability; 0: off.", ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Parameter(help="Above 1: against loops; 1: off.", gt=0, served_le=10)] = 1.0
     seed: Annotated[
         int | None, Parameter(help="Makes sampling repeatable.", served_ge=-(2**63), served_le=2**63 - 1)
@@ -85,7 +85,7 @@ class SamplingParams:
     stop: Annotated[tuple[str, ...] | list[str] | str | None, Parameter(help="Ends the answer before this text.")] = (
         None
     )
-    max_tokens: Annotated[int, Parameter(help="Bound on all decoded tokens, tags too.", ge=1)] = 16
+    max_tokens: Annotated[int, Parameter(help="Limit on all decoded tokens, tags included.", ge=1)] = 16
     logprobs: Annotated[
         int | None, Parameter(help="Top log-probabilities returned beside each token's own.", ge=0, le=20)
     ] = None

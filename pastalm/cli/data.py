@@ -119,7 +119,9 @@ def _annotator(name: str, remote: ChatClient[PlainAnswer] | None, count_tokens: 
     return Structural(count_tokens)
 
 
-def _annotate_progress(counts: AnnotationCounts, remote: ChatClient[PlainAnswer] | None, progress: Callable[[str], None]) -> None:
+def _annotate_progress(
+    counts: AnnotationCounts, remote: ChatClient[PlainAnswer] | None, progress: Callable[[str], None]
+) -> None:
     if counts.read % 20 == 0 or remote is not None:
         line = f"{counts.read} rows read, {counts.structured} with two chunks or more"
         progress(line if remote is None else f"{line}; {remote.usage}")

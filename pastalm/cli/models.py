@@ -20,13 +20,6 @@ PACKAGES = (
     "torch", "transformers", "peft", "gguf", "safetensors", "llama-cpp-python", "trl", "datasets", "openai",
 )  # fmt: skip
 """Whose versions `pasta env` shows."""
-ENGINES = {
-    "scripted": "",
-    "transformers.engine": "transformers",
-    "llama_cpp": "llama-cpp",
-    "completions.engine": "remote",
-}
-"""Modules of engines, each with the extra of the package that installs what it needs."""
 
 
 @verb(app)
@@ -84,7 +77,7 @@ def _facts() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "bfloat16 on the CPU": _bfloat16(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "engines": _engines(),
+        "engines": registry.describe(),
         "models": _models(),
     }
 
@@ -105,29 +98,6 @@ def _bfloat16() -> str:
         return "yes" if models.cpu_has_bfloat16() else "no: float32 is the default"
     except ModuleNotFoundError:
         return "unknown: torch is not installed"
-
-
-def _engines() -> dict[str, str]:
-    """What each engine that works here declares, and how to install the others."""
-    lines = {"native": _native_engine()}
-    for module, extra in ENGINES.items():
-        try:
-            engine = import_module(f"pastalm.engines.{module}")
-            advice = getattr(engine, "advice", str)()
-            lines[engine.CAPABILITIES.name] = f"works: {engine.CAPABILITIES}" + (advice and f"; {advice}")
-        except ImportError:
-            lines[module.removesuffix(".engine").replace("_", ".")] = f"pip install 'pastalm[{extra}]'"
-    return lines
-
-
-def _native_engine() -> str:
-    """What the native engine runs with here, or what is missing."""
-    from pastalm.engines.native import engine, library, model
-
-    if reason := library.unavailable():
-        return reason
-    kernels = library.library().pastalm_kernels().decode()
-    return f"works: {engine.CAPABILITIES}; {kernels} kernels, {model.processors()} threads"
 
 
 def _models() -> dict[str, str]:

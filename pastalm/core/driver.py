@@ -6,8 +6,8 @@
             print(response.transcript.settled)      # leaving the loop cancels the response
 
 A step is one forward pass of the engine for all threads of all responses. What it sampled goes to each response's
-interpreter, whose events are stamped, applied to transcript and engine, and queued for whoever reads that response.
-So many responses may be read by turns, from several threads too, and each reader gets exactly its own events, in order.
+interpreter. Its events are stamped, applied to transcript and engine, and queued for the reader of that response. So
+many responses can be read in turn, also from several threads, and each reader gets exactly its own events, in order.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ if TYPE_CHECKING:
 
 
 class Response:
-    """One answer that is decoded, with its own queue of events.
+    """One answer that is being decoded, with its own queue of events.
 
-    request: what was asked. transcript: what is known so far. error: what ended it early, if a step failed.
-    interrupted: asked before every step that reading needs; the response is cancelled once it says yes.
+    request: the request as the engine has it.
+    transcript: the answer so far.
+    error: the exception that ended it early, if a step failed.
+    interrupted: called before each step that a reader causes; the response is cancelled once it returns True.
 
-    Iterating over it, also with `async for`, gives its events in order and ends with the answer; whoever leaves the
-    iteration early cancels it. A context manager, which cancels what still decodes.
+    Iterating over it, also with `async for`, gives its events in order and ends with the answer. Leaving the iteration
+    early cancels it. It is a context manager, which cancels it at the end if it still decodes.
     """
 
     def __init__(self, driver: Driver, request: Request, interpreter: Interpreter, *, keep_events: bool) -> None:
@@ -64,22 +66,22 @@ class Response:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing of it decodes any more. Events may still wait to be read."""
+        """Whether decoding has ended. Events may still wait to be read."""
         return self.transcript.finished
 
     def take(self) -> list[Event]:
-        """The events that nobody has read yet; nothing is decoded."""
+        """The events that have not been read yet, without decoding more."""
         taken: list[Event] = []
         while self._events:
             taken.append(self._events.popleft())
         return taken
 
     def cancel(self) -> None:
-        """Ends the response now and frees its cache; the events of its end can still be read."""
+        """Ends the response now and frees its cache. Its last events can still be read."""
         self._driver.cancel(self)
 
     def __iter__(self) -> Iterator[Event]:
-        """Raises what ended the response early, after its events."""
+        """Gives the events; then raises the error that ended the response early, if there is one."""
         try:
             while bool(self._events) or self._driver.advance(self):
                 if self._events:
@@ -89,7 +91,7 @@ class Response:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        """As `__iter__`; steps are made on a thread, so that the event loop goes on."""
+        """As `__iter__`. Steps run in a worker thread, so that they do not block the event loop."""
         try:
             while bool(self._events) or await asyncio.to_thread(self._driver.advance, self):
                 if self._events:
@@ -99,7 +101,7 @@ class Response:
             self.cancel()
 
     def check(self) -> None:
-        """Raises what ended the response early, if anything did."""
+        """Raises the error that ended the response early, if there is one."""
         if self.error is not None:
             raise self.error
 
@@ -113,7 +115,7 @@ class Response:
 
 
 class Driver:
-    """Many responses over one engine. May be used by several threads: one of them steps at a time.
+    """Decodes many responses on one engine. Thread-safe: one thread at a time makes a step.
 
     running: the responses that decode or wait, by id.
     """
@@ -139,13 +141,16 @@ class Driver:
         positions: Policy = "promised",
         keep_events: bool = True,
     ) -> Response:
-        """Takes a prompt; the response, which decodes from the next step on.
+        """Starts a response, which decodes from the next step on.
 
-        choice, seed: what its randomness depends on beside thread and token (None: the parameters' seed, or a new one).
-        positions: the policy of `layout`.
-        keep_events: False where nobody reads them; the transcript has everything all the same.
+        prompt_token_ids: the prompt, chat template and all.
+        params: how it is sampled.
+        choice: number of the answer among those to one prompt; each has noise of its own.
+        seed: seed of the noise (None: that of `params`, else a new one).
+        positions: position policy, see `layout`.
+        keep_events: False if the events are not read. The transcript is complete either way.
 
-        Raises RequestError for a prompt that is empty or too long, CapabilityError for what the engine does not offer.
+        Raises RequestError if the prompt is empty or too long, CapabilityError if the engine cannot do it.
         """
         chosen = params.seed if seed is None else seed
         with self._lock:
@@ -183,10 +188,10 @@ class Driver:
         return bias
 
     def step(self) -> list[Response]:
-        """One forward pass; the responses that have new events, each once.
+        """Makes one forward pass. Returns the responses that have new events, each once.
 
-        Raises EngineError, or what else went wrong: every response is cancelled then and has the error, and the driver
-        can be used again.
+        Raises EngineError, or whatever the engine raised. Every response is then cancelled and has the error; the
+        driver can be used again.
         """
         with self._lock:
             try:
@@ -209,8 +214,10 @@ class Driver:
         return list(changed.values())
 
     def advance(self, response: Response) -> bool:
-        """One step if a response has nothing to read, by whichever thread comes first. Whether it has, or may come to
-        have. Raises as `step`, but for an error that the response has, which its reader raises."""
+        """Makes a step if a response has no event to read. Returns whether it has one, or may still get one.
+
+        Raises as `step`, unless the response has the error: its reader raises that.
+        """
         with self._lock:
             if response._events:
                 return True
@@ -227,14 +234,14 @@ class Driver:
             return True
 
     def run(self, responses: Sequence[Response]) -> None:
-        """Steps until some responses have ended. Raises what ended one of them early."""
+        """Steps until the given responses have ended. Raises the error that ended one of them early."""
         while not all(response.finished for response in responses):
             self.step()
         for response in responses:
             response.check()
 
     def cancel(self, response: Response) -> None:
-        """Ends a response now; its cache is free at once. Nothing happens if it has ended."""
+        """Ends a response now and frees its cache. Does nothing if it has ended."""
         with self._lock:
             if response.request.id in self.running:
                 self._take(response, response._interpreter.finish("abort"))
@@ -249,7 +256,8 @@ class Driver:
                 close()
 
     def _take(self, response: Response, events: list[Event]) -> None:
-        """Stamps events, applies them to transcript and engine, queues them; ends all where a stop condition holds."""
+        """Stamps events, applies them to transcript and engine and queues them. Ends the response if a stop condition
+        holds."""
         batch = self._note(response, events)
         response._stops.update(response._interpreter, response.transcript)
         cut = response._stops.cut(response.transcript)

@@ -1,9 +1,9 @@
 """Events: the one thing that crosses layers. A list of them is the trace of a response.
 
 The interpreter makes them, engines apply them, and transcripts, views and trace files consume them.
-Each may carry what it means for the next tokens of its thread: `forced` ids, which the engine feeds
-in that order without sampling, and `allowed`, the ids it may sample from next (None: any). Grammar,
-budgets and forced tokens reach an engine that knows no language in this way. A token of a thread
+Each can say what the next tokens of its thread are: `forced` ids, which the engine feeds in that order
+without sampling, and `allowed`, the ids it may sample next (None: any). This is how grammar, budgets and
+forced tokens reach an engine, which knows nothing about the language. A token of a thread
 stands either as the `token` of one `Decoded` or in the `forced` of one event, never in both.
 
 The driver stamps `step` (forward passes done so far) and `time` (seconds since the request began).
@@ -42,8 +42,8 @@ class TokenSet:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
     """A thread's next token as the engine sampled it. logprob: raw log-softmax (before bias, penalty,
-    temperature and masks), None unless asked for. lost: why the thread can get no token any more, one line
-    for people (a server that failed it for good); `token` means nothing then."""
+    temperature and masks), None unless the request wants it. lost: why the engine gives the thread up, one line for
+    people (for example, its server failed for good); `token` means nothing then."""
 
     request_id: str
     path: Path
@@ -115,8 +115,8 @@ class Finished(_Event):
     """Thread `path` ended: `stop` by its own end token or a stop string, `length` by a budget, or `abort`.
 
     text: reader's text that the end adds: what was held back as a possible tag, the newline of a chunk that
-    would end inside a line. cut: the whole answer is cut before this character (there a stop string was
-    found). why: of an `abort` that the engine was the cause of, one line for people.
+    would end inside a line. cut: the whole answer ends before this character, where a stop string begins.
+    why: one line for people, if the engine caused an `abort`.
     """
 
     reason: FinishReason = "stop"
@@ -130,7 +130,6 @@ Event: TypeAlias = "Forked | Decoded | Blocked | Joined | Finished"
 
 
 def stamp(event: Event, step: int, time: float) -> None:
-    """Writes the driver's step and time on an event that nobody else has been given yet: from then on it is what all
-    see, and does not change any more."""
+    """Sets the driver's step and time on an event that no other code has seen yet. It does not change after that."""
     object.__setattr__(event, "step", step)
     object.__setattr__(event, "time", time)

@@ -1,13 +1,16 @@
 """The interpreter: sampled tokens of one response in, events out. No tensor, no clock, no engine.
 
-It holds the grammar, the budgets and the threads of one response (SPEC "Threads"; PASTA section 4):
-a finished promise forks a child, `<|sync|>` blocks until the children have ended, ends end. What a
-thread may sample next, and what it must, leave on the events as `allowed` and `forced`; where the
-grammar leaves one token only, it is forced and costs no step of its own. A token that the mask would
-have forbidden (an engine without masks) is put right or has no effect: nothing here raises, and
-every stream of tokens ends every thread within its budget.
+It keeps the grammar, the budgets and the threads of one response (PASTA, arXiv 2502.11517, section 4):
 
-A prepared model speaks in six special tokens; for any other the XML is found in its text.
+    a promise    forks a child thread, which writes the chunk
+    <|sync|>     blocks the thread until its children have finished
+    <|/async|>   finishes a chunk, the model's end token the main thread
+
+The events say what a thread may sample next (`allowed`) and what it must write (`forced`). Where the grammar leaves one
+token only, it is forced and costs no step. An engine without masks may sample a token that is not allowed: it is
+replaced or has no effect. Nothing here raises, and every thread ends within its budget, whatever tokens come.
+
+A prepared model writes six special tokens; in the text of any other model the XML is searched.
 """
 
 from __future__ import annotations
@@ -51,17 +54,20 @@ CHUNK_SLACK = 16
 """A chunk promised N tokens may take 2N and this many more."""
 MAX_TOPIC_TOKENS = 8
 DISTINCTION_TOKENS = 4
-"""Digits that may be needed to tell a topic from its siblings'."""
+"""Digits that may be needed to make a topic different from those of its siblings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on one response beside its max_tokens. Raises RequestError for bad values.
+    """Bounds on one response, besides its max_tokens.
 
-    max_threads: threads decoding at once; a child beyond it waits its turn. max_depth: 0 forbids
-    promises, 1 lets only the main thread make them. max_promises: in one group, that is since the
-    last sync. max_chunk_tokens: cap on any chunk. max_position: largest position id + 1 that the
-    model can take (None: unbounded).
+    max_threads: threads that decode at once; a child beyond it waits.
+    max_depth: 0 forbids promises, 1 lets only the main thread make them.
+    max_promises: in one group, that is since the last sync.
+    max_chunk_tokens: most tokens of a chunk.
+    max_position: largest position id + 1 that the model can take (None: unbounded).
+
+    Raises RequestError if a value is out of range.
     """
 
     max_threads: int = 16
@@ -79,11 +85,20 @@ class Limits:
 
 @dataclass(slots=True)
 class Thread:
-    """A thread as the interpreter knows it. budget: tokens it may still decode, its children's grants
-    taken out. reach: bound on its next position id. room: the least budget and the greatest reach at which
-    it can make a promise as long as its last one. key: of its own topic. group: unjoined children and
-    their topics' keys. last: what the text before its next token ends in. origin: `written` and `budget` when it began;
-    lent: budgets of the children in its group."""
+    """A thread as the interpreter knows it.
+
+    budget: tokens it may still decode, without those granted to its children.
+    reach: upper bound on its next position id.
+    room: the least budget and the greatest reach at which it can make a promise as long as its last one.
+    mode: the part of a tag that it writes, `text` outside of tags.
+    tag: tokens of that part so far. topic: of the promise that it writes.
+    key: key of its own topic. group: its children since the last sync, with the keys of their topics.
+    forks: number of its children so far.
+    lent: budgets of the children in its group. origin: its `written` and `budget` together when it began.
+    resume: tokens that are forced when it goes on.
+    carry: text that belongs to the next event.
+    last: the end of the text before its next token.
+    """
 
     path: Path
     budget: int
@@ -108,13 +123,13 @@ class Thread:
 
     @property
     def written(self) -> int:
-        """Tokens up to here: its own, those of the chunks it has joined, and what its parent had when it promised. So
-        it does not depend on how far others are that decode beside it."""
+        """Number of tokens so far: its own, those of the chunks it has joined, and those of its parent before the
+        promise. It does not depend on the progress of threads that decode beside it."""
         return self.origin - self.budget - self.lent
 
 
 def _distinct(thread: Thread, topic: str) -> bool:
-    """Whether a topic may close: it is one, not the thread's own, and no unjoined sibling has it."""
+    """Whether a topic may end here: it is not empty, not the thread's own, and no sibling in the group has it."""
     key = topic_key(topic)
     return bool(key) and key != thread.key and key not in thread.group.values()
 
@@ -122,8 +137,12 @@ def _distinct(thread: Thread, topic: str) -> bool:
 class Interpreter:
     """The threads of one response.
 
-    prompt_length: tokens of the prompt (positions begin there). parallelism 0 turns forking off. ignore_eos,
-    min_tokens, stop_token_ids: as of SamplingParams; stopped: the threads that such a token has ended.
+    max_tokens: budget of the whole response, tags too.
+    prompt_length: tokens of the prompt; positions begin after it.
+    parallelism: 0 forbids forks.
+    ignore_eos, min_tokens, stop_token_ids: as in SamplingParams.
+
+    threads: all threads so far, by path. stopped: the threads that a stop token has ended.
     """
 
     def __init__(
@@ -169,18 +188,18 @@ class Interpreter:
         return [Forked(path=(), allowed=self._allowed(self._main))]
 
     def advance(self, sampled: SampledToken) -> list[Event]:
-        """What follows from a sampled token. Of a thread that does not decode: nothing. A thread that is lost
-        ends (`abort`) with what it has, and its parent goes on."""
+        """The events that follow from a sampled token; none if its thread does not decode. A thread that the engine
+        has lost ends (`abort`) with the text it has, and its parent goes on."""
         thread = self.threads.get(sampled.path)
         if thread is None or thread.state != "live":
             return []
         if sampled.lost:
             return list(self._cut(thread, "abort", sampled.lost))
         if self._vocabulary.tags is None:
-            return list(self._write(thread, sampled))
+            return list(self._xml_token(thread, sampled))
         if thread.mode == "text" and sampled.token not in self._silent and sampled.token not in self._stops:
-            return list(self._say(thread, sampled))
-        return list(self._tag(thread, sampled))
+            return list(self._text_token(thread, sampled))
+        return list(self._tag_token(thread, sampled))
 
     def finish(self, reason: FinishReason) -> list[Event]:
         """Ends every thread now: `abort`, or `stop` where the driver found a stop string."""
@@ -197,21 +216,21 @@ class Interpreter:
 
     @property
     def written(self) -> int:
-        """Tokens that the main thread has written, those of the chunks that it has joined among them."""
+        """Number of tokens of the main thread and of the chunks it has joined."""
         return self._main.written
 
     # ------------------------------------------------------------------ prepared models
 
-    def _say(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
-        """What follows from a token of ordinary text."""
+    def _text_token(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+        """The events of a token of ordinary text."""
         thread.budget -= 1
         thread.reach += 1
         text = thread.characters.decode(self._vocabulary.piece(sampled.token))
         thread.last = text or thread.last
-        return self._went_on(thread, sampled, sampled.token, text)
+        return self._token_events(thread, sampled, sampled.token, text)
 
-    def _tag(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
-        """What follows from a tag, a part of one, or the end."""
+    def _tag_token(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+        """The events of a tag, a part of one, or an end token."""
         tags = self._tags
         token = self._admitted(thread, sampled.token)
         if thread.mode == "text" and token == tags.sync and thread.group:
@@ -232,11 +251,11 @@ class Interpreter:
             forced.append(only)
             _, promise = self._take(thread, only)
         is_tag = inside or ended or token in tags.ids
-        yield from self._went_on(
+        yield from self._token_events(
             thread, sampled, token, text, tag=is_tag, forced=tuple(forced), promise=promise, ended=ended
         )
 
-    def _went_on(
+    def _token_events(
         self,
         thread: Thread,
         sampled: SampledToken,
@@ -248,7 +267,7 @@ class Interpreter:
         promise: Promise | None = None,
         ended: bool = False,
     ) -> Iterator[Event]:
-        """The event of a token, and the fork or the end that it brings."""
+        """The event of a token, and those of the fork or the end that it causes."""
         child = self._adopt(thread, promise) if promise else None
         spent = not ended and self._spent(thread)
         yield Decoded(
@@ -275,7 +294,7 @@ class Interpreter:
         return self._vocabulary.tags
 
     def _admitted(self, thread: Thread, token: int) -> int:
-        """The token that stands for a sampled one: itself unless the grammar must put it right."""
+        """The sampled token, or the one that replaces it where the grammar forbids it."""
         if thread.mode == "number":
             allowed = self._lengths(thread)
             return token if token in allowed else min(allowed)
@@ -286,7 +305,7 @@ class Interpreter:
         return token
 
     def _take(self, thread: Thread, token: int) -> tuple[str, Promise | None]:
-        """Counts a token and moves the grammar on; the reader's text it adds, the promise it closes."""
+        """Counts a token and advances the grammar. Returns the reader's text it adds and the promise it completes."""
         tags = self._tags
         opens = token == tags.promise and self._may_promise(thread)
         thread.budget -= 1
@@ -361,9 +380,9 @@ class Interpreter:
         return self._masks[key]
 
     def _banned_in_topic(self, thread: Thread) -> set[int]:
-        """What may not follow in a topic: the end of one that is taken, and what would make it one; so
-        the next best word is written, where a topic already taken would be told apart by digits. A
-        number may become a taken one, and go on: after "step 1" may come "step 10"."""
+        """The tokens that may not follow in a topic: those that would repeat a sibling's topic, and the end while it
+        repeats one. So the model writes its next best word instead. Numbers are free, as they may go on: after
+        "step 1" may come "step 10"."""
         banned = set(self._silent)
         topic = self._topic(thread)
         key = topic_key(topic)
@@ -378,7 +397,7 @@ class Interpreter:
         return banned | (self._digit_ids if open_ended else set())
 
     def _spellings(self, word: str) -> frozenset[int]:
-        """The single tokens that spell a case-folded word, however it is written."""
+        """The single tokens that spell a case-folded word, with any case and with or without a space."""
         if word not in self._spelled:
             forms = {form for w in (word, f" {word}") for form in (w, w.title(), w.upper())}
             ids = map(self._vocabulary.encode, forms)
@@ -386,7 +405,7 @@ class Interpreter:
         return self._spelled[word]
 
     def _may_promise(self, thread: Thread) -> bool:
-        """Whether a promise may open: a chunk as long as the last one promised has to fit."""
+        """Whether a promise may begin: a chunk as long as the last one promised must fit."""
         if not self._forking or len(thread.path) >= self._limits.max_depth:
             return False
         if len(thread.group) >= self._limits.max_promises:
@@ -409,7 +428,7 @@ class Interpreter:
         return spare + grant + end, min(after, within) - spare if fits else -math.inf
 
     def _positions(self, depth: int) -> float:
-        """Positions that a thread may use: each leaves its parent those of its sync and its end."""
+        """Positions that a thread at that depth may use. Each level leaves its parent room for a sync and an end."""
         limit = self._limits.max_position
         return math.inf if limit is None else limit - depth * (1 + self._chunk_end)
 
@@ -417,7 +436,7 @@ class Interpreter:
         return min(self._limits.max_chunk_tokens, 2 * tokens + CHUNK_SLACK)
 
     def _lengths(self, thread: Thread) -> set[int]:
-        """The ids that may come next in a promised length: those of a length that can be afforded."""
+        """The ids that may come next in a promised length, so that the budget allows the length."""
         done = len(thread.tag)
         allowed: set[int] = set()
         for ids, tokens in self._vocabulary.numbers.items():
@@ -427,13 +446,13 @@ class Interpreter:
         return allowed or self._shortest(tuple(thread.tag))
 
     def _shortest(self, done: tuple[int, ...]) -> set[int]:
-        """The way to the smallest length that begins with `done`, affordable or not."""
+        """The next id of the smallest length that begins with `done`, whether the budget allows it or not."""
         _, ids = min((n, ids) for ids, n in self._vocabulary.numbers.items() if ids[: len(done)] == done)
         return {ids[len(done)]} if len(done) < len(ids) else {self._tags.promise_end}
 
     # ------------------------------------------------------------------ models that write XML
 
-    def _write(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
+    def _xml_token(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
         thread.budget -= 1
         thread.reach += 1
         ended = sampled.token in self._vocabulary.eos and (bool(thread.path) or not self._ignore_eos)
@@ -463,7 +482,7 @@ class Interpreter:
             return
         thread.last = text or thread.last
         is_tag = not text and bool(thread.scanner.held or marks)
-        yield from self._went_on(thread, sampled, sampled.token, text, tag=is_tag, promise=promise, ended=ended)
+        yield from self._token_events(thread, sampled, sampled.token, text, tag=is_tag, promise=promise, ended=ended)
 
     def _marks(self, thread: Thread, token: int, ended: bool) -> list[Mark]:
         piece = b"" if ended else self._vocabulary.piece(token)
@@ -481,7 +500,7 @@ class Interpreter:
     # ------------------------------------------------------------------ threads
 
     def _adopt(self, parent: Thread, promise: Promise) -> Thread:
-        """The child that is to keep a promise, its grant taken from its parent."""
+        """Makes the child thread of a promise. Its budget is taken from its parent's."""
         grant = self._grant(promise.tokens)
         path = (*parent.path, parent.forks)
         key = topic_key(promise.topic)
@@ -535,7 +554,7 @@ class Interpreter:
         return all(self.threads[path].state == "finished" for path in thread.group)
 
     def _join(self, thread: Thread) -> Joined:
-        """The thread goes on; what its children left of their grants returns to it."""
+        """Lets a thread go on after its children. The budget that they did not use returns to it."""
         children = tuple(thread.group)
         for path in children:
             child = self.threads[path]
@@ -548,7 +567,7 @@ class Interpreter:
         return Joined(path=thread.path, children=children, forced=forced, allowed=self._allowed(thread))
 
     def _release(self) -> Iterator[Event]:
-        """Lets waiting threads go on while there are places."""
+        """Lets queued threads go on while fewer than `max_threads` are live."""
         while self._queue and self._live() < self._limits.max_threads:
             thread = self._queue.popleft()
             joined = thread.group and self._children_done(thread)
@@ -562,20 +581,20 @@ class Interpreter:
         return Joined(path=thread.path, forced=forced, allowed=self._allowed(thread))
 
     def _spent(self, thread: Thread) -> bool:
-        """Whether only the end of the thread still fits into its budget and the positions."""
+        """Whether the budget and the positions leave room for the end of the thread only."""
         end = self._chunk_end if thread.path else 0
         return thread.budget <= end or thread.reach >= self._positions(len(thread.path)) - end
 
     def _cut(self, thread: Thread, reason: FinishReason = "length", why: str = "") -> Iterator[Event]:
-        """Ends a thread at its budget; a chunk's end, whose place was reserved, is forced."""
+        """Ends a thread. The end of a chunk, for which room was kept, is forced."""
         close = self._close if thread.path else ()
         thread.budget -= len(close)
         thread.reach += len(close)
         yield from self._end(thread, reason, (*self._newline_due(thread), *close), why)
 
     def _newline_due(self, thread: Thread) -> tuple[int, ...]:
-        """The newline that is forced at the end of a chunk where the text does not end in white space, so that nothing
-        runs into it. Its text comes with what the end releases."""
+        """The newline that is forced at the end of a chunk whose text does not end in white space, so that what
+        follows begins on a new line. Its text is part of the event that ends the thread."""
         if not thread.path or (thread.carry or thread.last)[-1:].isspace():
             return ()
         thread.carry += "\n"

@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"\d{1,3}[.)](?:\s+|$)")
 
 
 def topic_key(topic: str) -> str:
-    """What makes two topics the same: their words, case folded, a number before them left out.
+    """The key that is equal for equal topics: the words, case folded, without a number before them.
 
     Empty for a topic that is only such a number.
     """
@@ -51,7 +51,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """Here stands a chunk that is written asynchronously.
+    """A chunk is written asynchronously and belongs here.
 
     topic: 1 to 3 words, single spaces between them. tokens: predicted length of the chunk's whole
     linear content, a multiple of 10 in 10..500 ("Pred-10X" in the paper).
@@ -246,22 +246,22 @@ def parse(source: str) -> Document:
 def _tokens(source: str) -> Iterator[tuple[Mark, int]]:
     held: list[str] = []
     start = end = 0
-    for found in _ESCAPE.finditer(source):
-        held.append(source[end : found.start()])
-        if found[1]:
-            held.append(f"<{found[1][1:]}{found[2]}")
-            end = found.end()
+    for head in _ESCAPE.finditer(source):
+        held.append(source[end : head.start()])
+        if head[1]:
+            held.append(f"<{head[1][1:]}{head[2]}")
+            end = head.end()
             continue
-        tag = _TAG.match(source, found.start())
+        tag = _TAG.match(source, head.start())
         if tag is None:
-            raise LanguageError(f"malformed tag <{found[2]}", found.start())
+            raise LanguageError(f"malformed tag <{head[2]}", head.start())
         if text := "".join(held):
             yield Text(text), start
         held = []
         try:
-            yield _mark(tag, strict=True), found.start()
+            yield _mark(tag, strict=True), head.start()
         except LanguageError as error:
-            raise LanguageError(str(error), found.start()) from None
+            raise LanguageError(str(error), head.start()) from None
         start = end = tag.end()
     held.append(source[end:])
     if text := "".join(held):
@@ -291,10 +291,9 @@ _TAG_END = re.compile(r"[<>\n]")
 class Scanner:
     """Finds tags in bytes that arrive in pieces, wherever the pieces end.
 
-    Made for models that write the XML themselves, so it forgives: a malformed tag is ordinary text,
-    a promise outside its bounds is clipped. Text that may yet become a tag is held back until it is
-    decided. Fed in any pieces it yields the same as fed whole (adjacent `Text` merged). Bytes that
-    are no UTF-8 become U+FFFD.
+    For models that write the XML themselves, so it is lenient: a malformed tag is ordinary text, a promise outside its
+    bounds is clipped. Text that may still become a tag is held back. The result does not depend on where the pieces
+    end (adjacent `Text` merged). Bytes that are not UTF-8 become U+FFFD.
     """
 
     def __init__(self) -> None:
@@ -307,7 +306,7 @@ class Scanner:
         return list(self._scan(final=False))
 
     def flush(self) -> list[Mark]:
-        """What is still held, now that no more will come; the scanner is as new afterwards."""
+        """The marks in what is still held, at the end of the text. The scanner can be used again afterwards."""
         self._held += self._decoder.decode(b"", final=True)
         marks = list(self._scan(final=True))
         self._decoder.reset()
@@ -315,14 +314,14 @@ class Scanner:
 
     @property
     def held(self) -> str:
-        """Characters that may yet become a tag."""
+        """Characters that may still become a tag."""
         return self._held
 
     def _scan(self, *, final: bool) -> Iterator[Mark]:
         held, at = self._held, 0
         while at < len(held):
-            found = held.find("<", at)
-            end = len(held) if found < 0 else found
+            bracket = held.find("<", at)
+            end = len(held) if bracket < 0 else bracket
             if end > at:
                 yield Text(held[at:end])
                 at = end
@@ -336,7 +335,8 @@ class Scanner:
 
     @staticmethod
     def _decide(held: str, at: int, final: bool) -> tuple[int, Mark | None]:
-        """Characters decided at a `<` (0: wait), and the mark if it is not they themselves."""
+        """The number of characters that belong together at a `<` (0: more text is needed), and the mark that they are
+        (None: ordinary text)."""
         begin = _ESCAPED.match(held, at + 1).end()  # type: ignore[union-attr]
         slashes = begin - at - 1
         word = next((w for w in _HEADS if held.startswith(w, begin)), None)

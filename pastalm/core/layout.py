@@ -1,25 +1,24 @@
-"""Who sees whom, and at which position: one incremental object for engines and for training.
+"""The attention mask and position ids of one response, kept up to date: which token sees which, and at what position.
 
-A `Layout` is told what happens to the threads of one response (fork, decode, join), in any order that
-respects cause and effect, and gives every token a place (the slot of the KV pool, in order of
-decoding), a position id, and the set of places it sees. Engines drive it with events while decoding;
-training drives it with the events of a finished document in linear order (`pack`). Visibility
-depends on that history only through what was joined when, so both give the same model.
+A `Layout` follows the threads of a response (fork, decode, join) in any order that respects cause and effect. It gives
+every token a place (its slot in the KV cache, in order of decoding), a position id, and the set of places it sees.
+Engines drive it with events while decoding; training drives it with the events of a finished document
+(`train/packing.py`). What a token sees depends only on what was joined before it, so both compute the same model.
 
-What a thread sees is one integer, bit p for place p: a fork shares the parent's, decoding sets one bit, a join is
-an OR. Keys and values never move.
+What a thread sees is one integer, in which bit p stands for place p: a fork copies its parent's, decoding sets one bit,
+a join is an OR. Keys and values never move.
 
-Places come in runs of `page`, each filled by one thread, so that an engine whose attention reads `page` slots
-together wastes little where threads decode side by side. Visibility is by bit: who fills a run decides speed alone.
+Places come in runs of `page`, each filled by one thread, so that an engine whose attention reads `page` slots at once
+wastes little where threads decode side by side. Visibility is by bit: which thread fills a run matters for speed alone.
 
-Positions, with p the position of the promise's last token and N its length:
+Position policies, with p the position of a promise's last token and N its length:
 
     promised   the child starts at p+1; its parent goes on at p+1+N+2 (the tags of the chunk are 2)
     overlap    both go on at p+1; after a join, at the largest visible position + 1
-    serial     no masked pass: the response is expanded into ordinary causal rows (`SerialLayout` while decoding,
-               `pack_serial` for training)
+    serial     no masked pass: each stretch of a thread is an ordinary causal row (`engines/completions/serial.py`
+               while decoding, `train/packing.py` for training)
 
-Source: PASTA section 4 (interpreter, positions "Pred-10X").
+Source: PASTA (arXiv 2502.11517), section 4 (interpreter, positions "Pred-10X").
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from pastalm.errors import CapabilityError
 
 Policy: TypeAlias = Literal["promised", "overlap", "serial"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-Row: TypeAlias = NDArray[np.bool_]
+Visible: TypeAlias = NDArray[np.bool_]
 
 
-def seen_row(sees: int, places: int) -> Row:
+def seen_row(sees: int, places: int) -> Visible:
     """[places] bool: the first bits of what is seen, as an array."""
     packed = np.frombuffer(sees.to_bytes(-(-max(places, sees.bit_length()) // 8), "little"), dtype=np.uint8)
     return np.unpackbits(packed, count=places, bitorder="little").view(np.bool_)
@@ -61,7 +60,7 @@ class Placed:
     forced: bool = False
 
     @property
-    def row(self) -> Row:
+    def row(self) -> Visible:
         """[capacity] bool: the places that it sees, itself included."""
         return seen_row(self.sees, self.capacity)
 
@@ -133,7 +132,7 @@ class Layout:
             placed.append(self.decode(path, token, forced=True))
         return placed
 
-    def visible(self, path: Path) -> Row:
+    def visible(self, path: Path) -> Visible:
         """[capacity] bool: the places that thread `path` sees now."""
         return seen_row(self._sees[path], self.capacity)
 

@@ -1,4 +1,4 @@
-"""What the interpreter and the layout must know of a tokenizer: tag ids, bytes of a token, numbers.
+"""What the core needs to know about a tokenizer: ids of the tags, bytes of a token, ids of numbers.
 
 A prepared model has six special tokens of its own for PASTA-LANG; a promise is then
 `<|promise|>` topic `<|tokens|>` N `<|/promise|>`. Their ids arise only from `encode_document`, never
@@ -44,9 +44,15 @@ class Tags:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """encode: base vocabulary only, no special token ever. piece: bytes a token adds to the text
-    (empty for special tokens). eos: ids that end a response. size: number of ids. ends: how the tokens of eos are
-    spelled, for servers that say them."""
+    """A tokenizer.
+
+    size: number of ids.
+    eos: ids that end a response.
+    encode: the ids of a text, never a special token.
+    piece: the bytes that a token adds to the text (none for special tokens).
+    tags: the ids of the tags (None: the model writes XML).
+    ends: how the tokens of eos are spelled, for servers whose replies contain them.
+    """
 
     size: int
     eos: frozenset[int]
@@ -61,7 +67,7 @@ class Vocabulary:
         return {tuple(self.encode(str(n))): n for n in LENGTHS}
 
     def text(self, tokens: Iterable[int]) -> str:
-        """The text of some tokens; bytes that are no UTF-8 become U+FFFD."""
+        """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
 
     def encode_document(self, document: Iterable[Node]) -> list[int]:

@@ -1,8 +1,8 @@
-"""What engines that decode all live threads in one forward share: requests, threads, what is due, sampling.
+"""The common part of engines that decode all live threads in one forward pass: requests, threads, batches, sampling.
 
-A subclass says how a request gets a place and gives it up, how a piece of its prompt is prefilled, and how a
-batch of due tokens becomes logits: rows of an array, NumPy's unless it gives a sampler for another kind.
-Nothing here knows the language, nor how a cache is laid out.
+A subclass implements how a request gets a slot and gives it back, how a piece of a prompt is prefilled, and how a batch
+of pending tokens becomes logits [rows, vocabulary]: NumPy arrays, unless the subclass passes another sampler. Nothing
+here knows the language, nor how a cache is laid out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint
 
 SCORED = 128
-"""Given tokens that are scored in one pass: each has a row of logits."""
+"""Tokens that `score` feeds in one pass. Each takes a row of logits."""
 
 Bools = NDArray[np.bool_]
 Rows: TypeAlias = Any
@@ -102,7 +102,7 @@ class RequestState:
             self.live.remove(thread)
 
     def due(self, chosen: set[Path] | None) -> list[Placed]:
-        """The pending tokens of the chosen threads, and those that they see (None: all)."""
+        """The pending tokens of the chosen threads (None: of all) and those that they see."""
         if chosen is None:
             return self.pending
         needed = 0
@@ -142,18 +142,22 @@ PREFILL_BUDGET = 64
 
 
 class BatchingEngine(ABC):
-    """Decodes all threads of all requests in one forward pass per step, and reads new prompts piece by piece beside it.
+    """Decodes all threads of all requests in one forward pass per step, and prefills new prompts in pieces beside it.
 
-    capabilities: its own; vocabulary_size: ids that it takes. schedule: which live threads decode in
-    a step (all); tokens that a chosen thread needs to see are fed with it. sampler: of the arrays that
-    `_forward` gives (NumPy's). prefill_chunk: prompt tokens in one pass. prefill_block: a prompt is read in passes of
-    so many tokens, the last of what is left, and used again by whole ones, so that what is remembered changes no
-    rounding (1: passes begin and end anywhere). prefill_budget: prompt tokens in a step
-    in which others decode, so that a long prompt delays nobody for long (Sarathi-Serve, arXiv 2403.02310).
-    `on_logits`, if set, is called with the request's id, the path and the raw logits [vocabulary] of every token
-    sampled, in that array's kind, valid until it returns.
+    capabilities: of the engine.
+    vocabulary_size: number of token ids.
+    schedule: which live threads decode in a step (None: all). Pending tokens that a chosen thread sees are fed with it.
+    sampler: samples from the arrays that `_forward` returns (None: NumPy arrays).
+    prefill_chunk: most prompt tokens in one pass.
+    prefill_budget: most prompt tokens in a step in which other threads decode, so that a prompt does not delay them
+    (Sarathi-Serve, arXiv 2403.02310).
+    prefill_block: a prompt is read in passes of so many tokens, and cached prompts are reused in whole blocks, so that
+    the prefix cache does not change rounding (1: passes begin and end anywhere).
 
-    Raises RequestError for a chunk or a budget below 1.
+    on_logits: if set, it is called for every sampled token with the request's id, the thread's path and the raw logits
+    [vocabulary], an array that is valid until it returns.
+
+    Raises RequestError if `prefill_chunk` or `prefill_budget` is below 1.
     """
 
     _page = 1
@@ -216,7 +220,7 @@ class BatchingEngine(ABC):
 
     @abstractmethod
     def forget(self) -> None:
-        """Forgets the prompts that are remembered: the next request is prefilled whole."""
+        """Clears the prefix cache: the next request is prefilled whole."""
 
     # ------------------------------------------------------------------ the protocol
 
@@ -231,7 +235,7 @@ class BatchingEngine(ABC):
         self._waiting[request.id] = RequestState(request, layout, tokens, bias, n)
 
     def apply(self, request_id: str, event: Event) -> None:
-        """Does what an event means. Raises RequestError for one that cannot follow."""
+        """Updates the request by an event. Raises RequestError if the event cannot follow those before it."""
         state = self._running.get(request_id) or self._waiting.get(request_id)
         if state is None:
             if isinstance(event, Finished):
@@ -253,8 +257,8 @@ class BatchingEngine(ABC):
                 self.cancel(request_id)
 
     def step(self) -> list[SampledToken]:
-        """Admits what fits, then one forward pass over all that is due. Raises EngineError if it
-        fails; nothing counts as fed then."""
+        """Admits the requests that fit, then makes one forward pass over all pending tokens. Raises EngineError if it
+        fails; the tokens stay pending then."""
         try:
             self._admit()
             self._read()
@@ -331,8 +335,8 @@ class BatchingEngine(ABC):
                 f"prompt ({n}) + max_tokens ({most}) exceed max_model_len ({self._capacity}): shorten one",
             ),
         )
-        if said := complaint(checks):
-            raise RequestError(said)
+        if problem := complaint(checks):
+            raise RequestError(problem)
 
     def _addressed(self, state: RequestState, event: Event) -> Thread:
         """The thread of an event; a new one for `Forked`."""
@@ -446,8 +450,8 @@ class BatchingEngine(ABC):
         return (state for state in self._running.values() if state.prefilled)
 
     def _feed(self, chosen: dict[str, set[Path]] | None) -> Fed | None:
-        """One forward pass over all due tokens, if there are any: the threads that have no token left to feed, and
-        their logits."""
+        """One forward pass over all due tokens, if there are any. Returns the logits and the threads they belong to:
+        those with no pending token left."""
         batch = []
         for state in self._decoding():
             due = state.due(None if chosen is None else chosen.get(state.request.id, set()))

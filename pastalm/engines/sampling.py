@@ -2,12 +2,12 @@
 
 Order: raw log-probabilities, `logit_bias`, repetition penalty, `allowed`, temperature, top-k, top-p,
 min-p, then the Gumbel-max draw. The noise of a token id is a hash of (key, id), with the key a hash
-of (seed, choice, path, index of the token in its thread): it does not depend on who else is in the
-batch, nor on the device. Greedy rows take the largest logit after `allowed`; so do rows whose
+of (seed, choice, path, index of the token in its thread): it does not depend on other requests, nor on
+the device. Greedy rows take the largest logit after `allowed`; so do rows whose
 temperature is so near 0 that scaled logits are not finite. Of equal logits the smaller id comes first.
 Each row is sampled by itself: what it gets does not depend on the others.
 
-torch stands in `sampling_torch.py`, for engines whose logits are tensors.
+For logits that are tensors, see `transformers/sampling.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pastalm.core.params import SamplingParams
 from pastalm.errors import EngineError
 
 CANDIDATES = 256
-"""Ids looked at first where top-p truncates: nearly always enough, and sorts far fewer."""
+"""The likeliest ids that top-p sorts first: nearly always enough."""
 ROUNDING = 1e-5
 """Beyond what is lost, as a share, in a sum of exponentials of float32 differences."""
 FIRST = 256
@@ -39,9 +39,9 @@ MASKS = 64
 """Sets of allowed ids kept as arrays: those seen last."""
 
 Ints: TypeAlias = NDArray[np.int64]
-Row: TypeAlias = NDArray[Any]
+LogitRow: TypeAlias = NDArray[Any]
 """Logits [vocabulary], float32 or float64."""
-Winners: TypeAlias = Callable[[Sequence[Row], Sequence[float], Sequence[int]], list[int]]
+Winners: TypeAlias = Callable[[Sequence[LogitRow], Sequence[float], Sequence[int]], list[int]]
 """Of rows, their temperatures and their keys: the id with the largest logit by temperature + noise in each."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -49,7 +49,7 @@ _MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 _to_infinity = np.errstate(over="ignore", divide="ignore", invalid="ignore")
-"""Where what is too large may become infinite."""
+"""Inside, too large values become infinite without a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,11 @@ class Bias:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row of logits is to be sampled with. key: from `noise_key`. seen: distinct ids that the
-    repetition penalty counts (only looked at if there is one)."""
+    """How one row of logits is sampled.
+
+    key: key of the noise, from `noise_key`.
+    seen: the distinct ids to which the repetition penalty applies (None: no penalty).
+    """
 
     params: SamplingParams
     key: int = 0
@@ -82,7 +85,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's token, with raw log-probabilities if they were asked for."""
+    """The token of one row, with raw log-probabilities if the request wants them."""
 
     token: int
     logprob: float | None = None
@@ -137,13 +140,13 @@ class ArraySampler:
         self._winners = (draw.load() if native else None) or winners
         self._sets: OrderedDict[TokenSet, Ints] = OrderedDict()
 
-    def stack(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def stack(self, rows: Sequence[LogitRow]) -> Sequence[LogitRow]:
         return rows  # rows are looked at one by one: they need not lie together
 
-    def copy(self, row: Row) -> Row:
+    def copy(self, row: LogitRow) -> LogitRow:
         return row.copy()
 
-    def __call__(self, logits: Sequence[Row], draws: Sequence[Draw]) -> list[Sampled]:
+    def __call__(self, logits: Sequence[LogitRow], draws: Sequence[Draw]) -> list[Sampled]:
         tokens = [-1] * len(draws)
         free = []
         for i, draw in enumerate(draws):
@@ -161,7 +164,7 @@ class ArraySampler:
             for i, (token, draw) in enumerate(zip(tokens, draws, strict=True))
         ]
 
-    def _freely(self, rows: list[Row], draws: Sequence[Draw]) -> list[int]:
+    def _freely(self, rows: list[LogitRow], draws: Sequence[Draw]) -> list[int]:
         """A token for each row, of all ids but those left out. What wins among all is nearly always allowed, and
         then it wins among the allowed ones too: only where it is not, the others are hidden."""
         tokens = self._winners(rows, [d.params.temperature for d in draws], [d.key for d in draws])
@@ -172,7 +175,7 @@ class ArraySampler:
             tokens[i] = admitted(token, draws[i].allowed)
         return tokens
 
-    def _token(self, row: Row, draw: Draw) -> int:
+    def _token(self, row: LogitRow, draw: Draw) -> int:
         if draw.params.greedy:
             token = int(row.argmax())
             if draw.allowed is None or token in draw.allowed:
@@ -181,7 +184,7 @@ class ArraySampler:
         chosen = int(values.argmax()) if draw.params.greedy else _drawn(values, ids, draw)
         return admitted(chosen, draw.allowed) if ids is None else int(ids[chosen])
 
-    def _within(self, row: Row, allowed: TokenSet | None) -> tuple[Row, Ints | None]:
+    def _within(self, row: LogitRow, allowed: TokenSet | None) -> tuple[LogitRow, Ints | None]:
         """The logits of the allowed ids, and which those are (None: each at its own index, the others -inf)."""
         if allowed is None:
             return row, None
@@ -213,7 +216,7 @@ def admitted(token: int, allowed: TokenSet | None) -> int:
     return next(i for i in count() if i in allowed)
 
 
-def shaped(row: Row, draw: Draw) -> Row:
+def shaped(row: LogitRow, draw: Draw) -> LogitRow:
     """The row with bias and repetition penalty; itself if there are none. Seen ids' logits are divided (if
     positive) or multiplied by the penalty."""
     penalty, seen = row.dtype.type(draw.params.repetition_penalty), draw.seen
@@ -229,13 +232,13 @@ def shaped(row: Row, draw: Draw) -> Row:
     return row
 
 
-def winners(rows: Sequence[Row], temperatures: Sequence[float], keys: Sequence[int]) -> list[int]:
+def winners(rows: Sequence[LogitRow], temperatures: Sequence[float], keys: Sequence[int]) -> list[int]:
     """The id of the largest logit by temperature + noise in each row."""
     return [_winner(*of) for of in zip(rows, temperatures, keys, strict=True)]
 
 
 @_to_infinity
-def _winner(row: Row, temperature: float, key: int) -> int:
+def _winner(row: LogitRow, temperature: float, key: int) -> int:
     scaled = _scaled(row, temperature)
     if scaled is None:
         return int(row.argmax())
@@ -249,7 +252,7 @@ def _winner(row: Row, temperature: float, key: int) -> int:
 
 
 @_to_infinity
-def _drawn(values: Row, ids: Ints | None, draw: Draw) -> int:
+def _drawn(values: LogitRow, ids: Ints | None, draw: Draw) -> int:
     """An index into `values`, drawn by Gumbel-max from the truncated distribution. ids: what the values belong to
     (None: each to its index)."""
     scaled = _scaled(values, draw.params.temperature)
@@ -260,7 +263,7 @@ def _drawn(values: Row, ids: Ints | None, draw: Draw) -> int:
     return int(kept[(scaled[kept] + noise).argmax()])
 
 
-def _scaled(values: Row, temperature: float) -> Row | None:
+def _scaled(values: LogitRow, temperature: float) -> LogitRow | None:
     """Logits by temperature; None where it is so small that the largest is not finite."""
     if temperature != 1:
         values = values / values.dtype.type(min(temperature, float(np.finfo(values.dtype).max)))
@@ -272,7 +275,7 @@ def truncates(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _truncated(scaled: Row, params: SamplingParams) -> Ints:
+def _truncated(scaled: LogitRow, params: SamplingParams) -> Ints:
     """Indices that top-k, then top-p, then min-p leave."""
     largest = float(scaled.max())
     least = largest + math.log(params.min_p) if params.min_p > 0 else -math.inf
@@ -288,38 +291,38 @@ def _truncated(scaled: Row, params: SamplingParams) -> Ints:
     return kept[scaled[kept].astype(np.float64) >= least]
 
 
-def _nucleus(scaled: Row, largest: float, share: float) -> Ints:
+def _nucleus(scaled: LogitRow, largest: float, share: float) -> Ints:
     """Indices of the largest values that together have `share` of the probability, the last one whole."""
     goal = share * float(np.exp(scaled - scaled.dtype.type(largest)).sum(dtype=np.float64))
     width = 0
     reached = np.zeros(1)
     while reached[-1] < goal * (1 + ROUNDING) and width < len(scaled):
         width = min(len(scaled), 8 * width or CANDIDATES)
-        found = _descending(scaled, width)
-        reached = np.cumsum(np.exp(scaled[found].astype(np.float64) - largest))
+        likeliest = _descending(scaled, width)
+        reached = np.cumsum(np.exp(scaled[likeliest].astype(np.float64) - largest))
     last, other = np.searchsorted(reached, [goal * (1 - ROUNDING), goal * (1 + ROUNDING)])
     if last != other:  # rounding decides: once more, in float64
         goal = share * float(np.exp(scaled.astype(np.float64) - largest).sum())
         last = np.searchsorted(reached, goal)
-    return found[: int(last) + 1]
+    return likeliest[: int(last) + 1]
 
 
-def _descending(values: Row, n: int) -> Ints:
+def _descending(values: LogitRow, n: int) -> Ints:
     """Indices of the n largest, the largest first; of equal values the first first."""
     if n >= len(values):
-        found = np.arange(len(values))
+        candidates = np.arange(len(values))
     else:
         # the n-th largest of the maxima of some groups is reached by at least n values, and by few more
         depth = max(1, min(64, len(values) // (2 * n)))
         width = len(values) // depth
         maxima = values[: depth * width].reshape(depth, width).max(0)
-        found = np.flatnonzero(values >= np.partition(maxima, width - n)[width - n])
-    return found[np.argsort(-values[found], kind="stable")[:n]]
+        candidates = np.flatnonzero(values >= np.partition(maxima, width - n)[width - n])
+    return candidates[np.argsort(-values[candidates], kind="stable")[:n]]
 
 
 @_to_infinity
-def _measured(row: Row, token: int, draw: Draw) -> Sampled:
-    """The token with the raw log-probabilities that were asked for."""
+def _measured(row: LogitRow, token: int, draw: Draw) -> Sampled:
+    """The token with the raw log-probabilities that the request wants."""
     n = draw.params.logprobs or 0
     largest = row.max()
     total = float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pastalm.engines.native import library
-from pastalm.engines.sampling import Row, Winners
+from pastalm.engines.sampling import LogitRow, Winners
 
 
 @functools.cache
@@ -22,7 +22,7 @@ def load() -> Winners | None:
     function: Any = loaded.pastalm_draw
     function.restype, function.argtypes = ctypes.c_int32, [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 4
 
-    def winners(rows: Sequence[Row], temperatures: Sequence[float], keys: Sequence[int]) -> list[int]:
+    def winners(rows: Sequence[LogitRow], temperatures: Sequence[float], keys: Sequence[int]) -> list[int]:
         """The id of the largest logit by temperature + noise in each row; rows of one length and type."""
         n, size, kind = len(rows), len(rows[0]), rows[0].dtype
         rows = [np.ascontiguousarray(row) for row in rows]

@@ -34,7 +34,7 @@ from pastalm import LLM, SamplingParams, models
 from pastalm.core.events import Decoded, Event, Path, TokenSet
 from pastalm.core.transcript import Transcript
 from pastalm.engines.completions.engine import Ids, OpenAIEngine
-from pastalm.eval.replay import Chosen, Row, gaps, told
+from pastalm.eval.replay import Chosen, ForwardPass, gaps, summary
 from pastalm.records import prompts
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
@@ -114,19 +114,19 @@ def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: in
         found = [gap for row in rows for gap in gaps(loaded.model, row)]
         threads = sum(len(transcript.threads) for transcript in answers)
         why = [f"; {transcript.why}" for transcript in answers if transcript.why]
-        yield f"{kind}: {len(asked)} answers, {threads} threads, {len(rows)} completions: {told(found)}{''.join(why)}"
+        yield f"{kind}: {len(asked)} answers, {threads} threads, {len(rows)} completions: {summary(found)}{''.join(why)}"
 
 
 @contextmanager
-def used(llm: LLM, loaded: models.Loaded, admitted: TokenSet | None) -> Iterator[list[Row]]:
+def used(llm: LLM, loaded: models.Loaded, admitted: TokenSet | None) -> Iterator[list[ForwardPass]]:
     """What each completion was asked, and what was used of it, in ids of the model's tokenizer: what is asked in text
     is read anew each time, and need not be the tokens that were once said. admitted: the ids that were not forbidden.
     """
     engine = llm.driver.engine
     assert isinstance(engine, OpenAIEngine)
     body, apply, wire, tokenizer = engine._body, engine.apply, engine.wire, loaded.tokenizer
-    rows: list[Row] = []
-    now: dict[tuple[str, Path], Row] = {}
+    rows: list[ForwardPass] = []
+    now: dict[tuple[str, Path], ForwardPass] = {}
 
     def ids(token: int) -> list[int]:
         if isinstance(wire, Ids):
@@ -138,7 +138,7 @@ def used(llm: LLM, loaded: models.Loaded, admitted: TokenSet | None) -> Iterator
     def asking(response: Any, thread: Any) -> dict[str, Any]:
         asked = body(response, thread)
         row = list(asked["prompt"] if isinstance(wire, Ids) else tokenizer(asked["prompt"])["input_ids"])
-        rows.append(Row(row, []))
+        rows.append(ForwardPass(row, []))
         now[response.request.id, thread.path] = rows[-1]
         return asked
 

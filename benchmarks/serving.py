@@ -41,7 +41,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pastalm import LLM, SamplingParams
 from pastalm.core.events import Event
 from pastalm.core.transcript import Transcript
-from pastalm.eval.replay import replay, told
+from pastalm.eval.replay import replay, summary
 from pastalm.models import EMBEDDED
 from pastalm.records.prompts import read
 from pastalm.records.traces import from_json
@@ -201,7 +201,7 @@ def check(each: Sequence[Timed], reference: LLM, kind: str) -> str:
         prompt = reference.encode([{"role": "user", "content": one.request.prompt}], params)
         crossed += Transcript(one.events).text != one.text
         gaps += replay(reference.loaded.model, prompt, one.events)
-    return f"{many} answers, {crossed} of another text than their events; {told(gaps)}"
+    return f"{many} answers, {crossed} of another text than their events; {summary(gaps)}"
 
 
 def main() -> None:

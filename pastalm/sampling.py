@@ -41,7 +41,7 @@ class Sampled:
     refused: int = 0
 
 
-def made(params: SamplingParams, models: Mapping[str, Any]) -> dict[str, Any]:
+def file_header(params: SamplingParams, models: Mapping[str, Any]) -> dict[str, Any]:
     """The file header: all that determines an answer except its prompt, its choice and whether it forks, which are in
     its row. models: name and hash of each model used."""
     settings = {key: getattr(params, key) for key in _HEADER_PARAMS}
@@ -78,7 +78,9 @@ def sample(
 
     Raises DataError if a file cannot be read or written, or its header differs from this run's.
     """
-    results, existing = answers.results(target, answers.KIND, made(params, models or {}), prompts, overwrite=overwrite)
+    results, existing = answers.results(
+        target, answers.KIND, file_header(params, models or {}), prompts, overwrite=overwrite
+    )
     counts = Sampled()
     tasks = _missing(llm, prompts, params, {result.key for result in existing}, counts)
     most = llm.driver.engine.capabilities.max_num_seqs

@@ -17,7 +17,7 @@ import typer
 from pastalm import LLM, SamplingParams
 from pastalm.core.events import TokenSet
 from pastalm.eval.baselines.copying import Copying
-from pastalm.eval.replay import Row, gaps
+from pastalm.eval.replay import ForwardPass, gaps
 from pastalm.records import prompts
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -40,7 +40,7 @@ def main(
     worst = 0.0
     for method in methods:
         found = {p.id: method.decode(p, max_tokens) for p in asked}
-        far = [max(_gaps(llm, method.asked(p), found[p.id].tokens)) for p in asked]
+        far = [max(_gaps(llm, method.prompt_ids(p), found[p.id].tokens)) for p in asked]
         same = sum(tuple(found[p.id].tokens) == tuple(own[p.id]) for p in asked)
         tokens, passes = (sum(n) for n in zip(*((len(f.tokens), f.passes) for f in found.values()), strict=True))
         print(
@@ -55,7 +55,7 @@ def main(
 def _gaps(llm: LLM, prompt: list[int], tokens: list[int]) -> list[float]:
     tags = llm.loaded.vocabulary.tags
     allowed = TokenSet.all_but(*tags.ids) if tags else None
-    return gaps(llm.loaded.model, Row.plain(prompt, tokens, allowed))
+    return gaps(llm.loaded.model, ForwardPass.plain(prompt, tokens, allowed))
 
 
 if __name__ == "__main__":

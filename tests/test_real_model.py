@@ -17,7 +17,7 @@ from pastalm import LLM, SamplingParams, models
 from pastalm.core.events import Event, Path, TokenSet
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.eval.baselines.copying import Copying
-from pastalm.eval.replay import Row, gaps, replay
+from pastalm.eval.replay import ForwardPass, gaps, replay
 from pastalm.records.prompts import Prompt
 
 pytestmark = pytest.mark.skipif(
@@ -165,8 +165,8 @@ def test_copied_spans_change_no_token(on_transformers: LLM, source: str) -> None
     prompt = Prompt(id="1", text=text, references=("the quick brown fox jumps over the lazy dog, and then it sleeps",))
     llm = on_transformers
     copying = Copying("copied", llm, source)  # type: ignore[arg-type]
-    found, asked = copying.decode(prompt, 40), copying.asked(prompt)
+    found, asked = copying.decode(prompt, 40), copying.prompt_ids(prompt)
     assert found.passes < len(found.tokens), "nothing was copied: the test sees nothing"
     assert llm.loaded.vocabulary.tags is not None
     allowed = TokenSet.all_but(*llm.loaded.vocabulary.tags.ids)
-    assert max(gaps(llm.loaded.model, Row.plain(asked, found.tokens, allowed))) < 1e-3
+    assert max(gaps(llm.loaded.model, ForwardPass.plain(asked, found.tokens, allowed))) < 1e-3

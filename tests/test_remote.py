@@ -17,7 +17,7 @@ from pastalm import models
 from pastalm.core.language import parse, strip
 from pastalm.errors import RemoteError
 from pastalm.records.chat_client import ChatClient, Completion, Usage
-from pastalm.train.annotate import Row, annotate_file
+from pastalm.train.annotate import PlainAnswer, annotate_file
 from pastalm.train.annotate_remote import LanguageModel
 from tests.served import Reply, completion, free_port, llama_cpp_server, replaying
 from tests.train.test_annotate import read, row, write
@@ -107,7 +107,7 @@ def test_annotations_are_checked_counted_and_gone_on_with(tmp_path: Path) -> Non
     rows = [row(str(i), PLAIN) | {"prompt": f"Tips? {i}"} for i in range(1, 6)]
     source, target = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
     with replaying(answer) as url:
-        remote: ChatClient[Row] = ChatClient(url, "m", concurrency=1, retries=0)
+        remote: ChatClient[PlainAnswer] = ChatClient(url, "m", concurrency=1, retries=0)
         marks = LanguageModel(remote, words)
         with pytest.raises(RemoteError, match="key expired"):
             annotate_file(source, target, marks, words)
@@ -140,7 +140,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_real_server_is_asked(server: str, tmp_path: Path) -> None:
     """What so small a model writes is no annotation; that it is dropped, counted and paid for is what is seen."""
     source = write(tmp_path / "in.jsonl", row("a", "Sleep well."), row("b", PLAIN))
-    remote: ChatClient[Row] = ChatClient(
+    remote: ChatClient[PlainAnswer] = ChatClient(
         server, "any", concurrency=2, options={"temperature": 0, "max_tokens": 48}, usage=Usage(prices=(1, 1))
     )
     counts = annotate_file(source, tmp_path / "out.jsonl", LanguageModel(remote, words), words)

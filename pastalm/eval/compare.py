@@ -56,7 +56,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SystemFigures:
     """One system: its pairs, and figures by name."""
 
     system: str
@@ -140,7 +140,9 @@ def figures(pairs: Sequence[Pair], sigmas: Mapping[str, float], length: Length =
     return table
 
 
-def differences(row: Row, other: Row, sigmas: Mapping[str, float], length: Length = "theoretical") -> dict[str, Mean]:
+def differences(
+    row: SystemFigures, other: SystemFigures, sigmas: Mapping[str, float], length: Length = "theoretical"
+) -> dict[str, Mean]:
     """Scores of one system less another's, on the prompts that both answered, by scorer and lambda."""
     theirs = {pair.answer.id: pair.scored for pair in other.pairs}
     table = {}
@@ -186,7 +188,7 @@ COLUMNS = (
 
 
 def markdown(
-    rows: Sequence[Row],
+    rows: Sequence[SystemFigures],
     sigmas: Mapping[str, float] | None = None,
     against: str | None = None,
     length: Length = "theoretical",

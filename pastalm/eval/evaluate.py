@@ -18,10 +18,10 @@ from pastalm.errors import DataError, RequestError
 from pastalm.eval import alpaca, measure
 from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.baselines.skeleton import SkeletonOfThought
-from pastalm.eval.compare import CountTokens, Row, figures, pairs
+from pastalm.eval.compare import CountTokens, SystemFigures, figures, pairs
 from pastalm.eval.intervals import Mean, mean
 from pastalm.eval.quality import Scorer
-from pastalm.eval.score import Counts, score
+from pastalm.eval.score import ScoreCounts, score
 from pastalm.eval.systems import Decoding, System
 from pastalm.llm import LLM
 from pastalm.records import answers, jsonl, scores
@@ -43,7 +43,7 @@ COPYING = ("lookup", "llma")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SystemSpec:
     """A system as a command line names it. adapter: "" for a method; policy: None for the engine's first."""
 
     name: str
@@ -52,25 +52,25 @@ class Asked:
     off: bool = False
 
 
-def asked(entry: str) -> Asked:
+def parse_system(entry: str) -> SystemSpec:
     """A method, or NAME=ADAPTER; NAME=ADAPTER:off is that adapter with its tags off, NAME=ADAPTER:POLICY with those
     positions. Raises RequestError for what is none of these."""
     name, given, adapter = entry.partition("=")
     if not given:
         if name not in METHODS:
             raise RequestError(f"unknown system {entry!r}: use NAME=ADAPTER, {', '.join(METHODS)}")
-        return Asked(name)
+        return SystemSpec(name)
     folder, _, how = adapter.rpartition(":")
     policy = next((known for known in POLICIES if known == how), None)
-    return Asked(name, folder if policy or how == "off" else adapter, policy, how == "off")
+    return SystemSpec(name, folder if policy or how == "off" else adapter, policy, how == "off")
 
 
 def check(wanted: Sequence[str]) -> list[str]:
-    """The names of the systems of a command line, the baseline's first. Raises RequestError as `asked`, and for a name
+    """The names of the systems of a command line, the baseline's first. Raises RequestError as `parse_system`, and for a name
     that is given twice or is no name of a file."""
     names = [BASELINE]
     for entry in wanted:
-        name = asked(entry).name
+        name = parse_system(entry).name
         if name in names or not name or "/" in name:
             raise RequestError(f"{name!r} cannot name a system: use a name of its own, without a slash")
         names.append(name)
@@ -82,7 +82,7 @@ def build(wanted: Sequence[str], baseline: Decoding, load: Callable[[str, Policy
     that adapter, and those positions (None: the engine's first). Raises as `check`, and what `load` raises."""
     check(wanted)
     yield baseline
-    for one in map(asked, wanted):
+    for one in map(parse_system, wanted):
         if one.adapter:
             yield Decoding(one.name, load(one.adapter, one.policy), parallelism=0.0 if one.off else 1.0)
         else:
@@ -99,7 +99,7 @@ def described(
     adapter. settings: what they have in common. Raises RequestError, ModelError."""
     base = {"adapter": adapter_of(baseline), **settings}
     headers = {BASELINE: {"method": "sequential", **base}}
-    for one in map(asked, wanted):
+    for one in map(parse_system, wanted):
         if one.adapter:
             method = "sequential" if one.off else "asynchronous"
             headers[one.name] = {**base, "method": method, "adapter": adapter_of(one.adapter), "positions": one.policy}
@@ -153,7 +153,7 @@ def score_all(
     models: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     bad: Bad | None = None,
-    progress: Callable[[str, Counts], None] = lambda *_: None,
+    progress: Callable[[str, ScoreCounts], None] = lambda *_: None,
 ) -> dict[str, dict[str, int]]:
     """Scores the answers of every system against the baseline's; the answers without a verdict, by scorer and
     reason. models: what each scorer is; overwrite, bad: as of `score`. Raises DataError, RemoteError."""
@@ -163,7 +163,7 @@ def score_all(
         for name in names:
             source, target = folder / "answers" / f"{name}.jsonl", folder / "scored" / f"{name}.{scorer.name}.jsonl"
 
-            def say(counts: Counts, name: str = name, scorer: Scorer = scorer) -> None:
+            def say(counts: ScoreCounts, name: str = name, scorer: Scorer = scorer) -> None:
                 progress(f"{name} by {scorer.name}", counts)
 
             counts = score(
@@ -190,7 +190,7 @@ def compare_all(
     sigmas: Mapping[str, float | None],
     count_tokens: CountTokens,
     length: Length = "theoretical",
-) -> tuple[list[Row], dict[str, float]]:
+) -> tuple[list[SystemFigures], dict[str, float]]:
     """A row for each system, and the unit of each scorer's differences: as given, else their standard deviation over
     all systems' answers. Raises DataError."""
     base = answers.read(folder / "answers" / f"{BASELINE}.jsonl")
@@ -209,11 +209,11 @@ def compare_all(
     rows = []
     for name in names:
         by_scorer = pairs(answers.read(folder / "answers" / f"{name}.jsonl"), base, count_tokens, judged[name])
-        rows.append(Row(name, by_scorer, figures(by_scorer, units, length)))
+        rows.append(SystemFigures(name, by_scorer, figures(by_scorer, units, length)))
     return rows, units
 
 
-def win_rates(folder: Path, rows: Sequence[Row], gamed: Path | None) -> dict[str, alpaca.WinRate]:
+def win_rates(folder: Path, rows: Sequence[SystemFigures], gamed: Path | None) -> dict[str, alpaca.WinRate]:
     """Every system's win rate by the judge, those without a verdict left out; it joins the row's figures.
 
     Writes folder/alpaca_eval/NAME.json, the answers in the benchmark's form. Raises DataError, ModelError."""

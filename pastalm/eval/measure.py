@@ -27,7 +27,7 @@ from pastalm.sampling import run_tasks
 
 
 @dataclass(slots=True)
-class Counts:
+class MeasureCounts:
     """What a run did. refused: answers that a system would not give, by the reason."""
 
     prompts: int = 0
@@ -38,9 +38,11 @@ class Counts:
     def refuse(self, error: RequestError) -> None:
         self.refused[str(error)] = self.refused.get(str(error), 0) + 1
 
-    def __add__(self, other: Counts) -> Counts:
+    def __add__(self, other: MeasureCounts) -> MeasureCounts:
         refused = dict(Counter(self.refused) + Counter(other.refused))
-        return Counts(self.prompts + other.prompts, self.written + other.written, self.skipped + other.skipped, refused)
+        return MeasureCounts(
+            self.prompts + other.prompts, self.written + other.written, self.skipped + other.skipped, refused
+        )
 
 
 def spread(prompts: Sequence[Prompt], many: int) -> list[Prompt]:
@@ -62,22 +64,22 @@ def measure(
     max_tokens: int = 1024,
     seed: int = 0,
     among: Sequence[Prompt] | None = None,
-    made: Mapping[str, Mapping[str, Any]] | None = None,
+    headers: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
-    progress: Callable[[Counts, Answer], None] = lambda *_: None,
-) -> Counts:
+    progress: Callable[[MeasureCounts, Answer], None] = lambda *_: None,
+) -> MeasureCounts:
     """Every system's answer to every prompt that it has not answered yet, to `folder`/NAME.jsonl.
 
     matched: the system on which texts are decoded again, forced (None: they are not). among: all prompts of the file,
-    by which answers stand in the end (None: these). made: what each system is, for the header of its file. overwrite:
-    answers that are there make way. Raises DataError for files that cannot be read or written, or were made otherwise.
+    by which answers stand in the end (None: these). headers: what each system is, for the header of its file. overwrite:
+    answers that are there make way. Raises DataError for files that cannot be read or written, or were headers otherwise.
     """
     opened = {
-        system.name: results(folder, system.name, made or {}, among or prompts, overwrite=overwrite)
+        system.name: results(folder, system.name, headers or {}, among or prompts, overwrite=overwrite)
         for system in systems
     }
     existing = {name: {found.id for found in rows} for name, (_, rows) in opened.items()}
-    counts = Counts()
+    counts = MeasureCounts()
     shuffled = random.Random(seed).sample(list(prompts), len(prompts))
     with ExitStack() as stack:
         writers = {name: stack.enter_context(file) for name, (file, _) in opened.items()}
@@ -104,13 +106,13 @@ def measure(
 def results(
     folder: Path,
     name: str,
-    made: Mapping[str, Mapping[str, Any]],
+    headers: Mapping[str, Mapping[str, Any]],
     prompts: Sequence[Prompt],
     *,
     overwrite: bool = False,
 ) -> tuple[jsonl.Results, list[Answer]]:
     """The file of a system's answers, and those that are there. Raises DataError as `answers.results`."""
-    return answers.results(folder / f"{name}.jsonl", KIND, made.get(name, {}), prompts, overwrite=overwrite)
+    return answers.results(folder / f"{name}.jsonl", KIND, headers.get(name, {}), prompts, overwrite=overwrite)
 
 
 def _forced(system: Decoding, answer: Answer) -> float | None:
@@ -133,15 +135,15 @@ def under_load(
     max_tokens: int = 1024,
     timed: bool = True,
     among: Sequence[Prompt] | None = None,
-    made: Mapping[str, Mapping[str, Any]] | None = None,
+    headers: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
-    progress: Callable[[Counts, Answer], None] = lambda *_: None,
-) -> Counts:
+    progress: Callable[[MeasureCounts, Answer], None] = lambda *_: None,
+) -> MeasureCounts:
     """As `measure`, but system after system, each with as many requests at once as its engine takes. timed: an answer's
     seconds are those it took in that company; else none are written."""
-    counts = Counts(prompts=len(prompts))
+    counts = MeasureCounts(prompts=len(prompts))
     for system in systems:
-        opened, rows = results(folder, system.name, made or {}, among or prompts, overwrite=overwrite)
+        opened, rows = results(folder, system.name, headers or {}, among or prompts, overwrite=overwrite)
         existing = {found.id for found in rows}
         tasks = [system.task(prompt, max_tokens) for prompt in prompts if prompt.id not in existing]
         counts.skipped += len(prompts) - len(tasks)

@@ -30,7 +30,7 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ForwardPass:
     """One forward pass. ids, positions: [n]; visible: [n, n], row sees column (None: causal)."""
 
     ids: list[int]
@@ -39,7 +39,7 @@ class Row:
     visible: NDArray[np.bool_] | None = None
 
     @classmethod
-    def plain(cls, prompt: Sequence[int], tokens: Sequence[int], allowed: TokenSet | None = None) -> Row:
+    def plain(cls, prompt: Sequence[int], tokens: Sequence[int], allowed: TokenSet | None = None) -> ForwardPass:
         """Tokens that were chosen one after another, each among the same ids."""
         return cls([*prompt, *tokens], [Chosen(len(prompt) + i - 1, token, allowed) for i, token in enumerate(tokens)])
 
@@ -54,7 +54,7 @@ def replay(model: Any, prompt: Sequence[int], events: Iterable[Event], policy: P
 
 
 @torch.inference_mode()
-def gaps(model: Any, row: Row) -> list[float]:
+def gaps(model: Any, row: ForwardPass) -> list[float]:
     """Of each token chosen in a row, in their order, the distance of its logit from the largest that was allowed."""
     positions = None if row.positions is None else torch.tensor([row.positions])
     mask = None if row.visible is None else torch.from_numpy(row.visible)[None, None]
@@ -93,7 +93,7 @@ _INSIDE = {
 """transformers' modules that a packed matrix of a layer holds, in its order."""
 
 
-def told(gaps: Sequence[float]) -> str:
+def summary(gaps: Sequence[float]) -> str:
     """One line about many gaps."""
     parts = [f"{np.mean(np.array(gaps) <= limit):.4%} within {limit:g}" for limit in (0, 1e-3, 0.5)]
     return f"{len(gaps)} tokens replayed, {', '.join(parts)}; largest distance from the largest logit {max(gaps):.4g}"
@@ -108,7 +108,7 @@ def _gap(logits: torch.Tensor, chosen: Chosen) -> float:
     return float(allowed_logits.max() - logits[chosen.token])
 
 
-def _whole(prompt: Sequence[int], events: Sequence[Event], policy: Policy) -> Row:
+def _whole(prompt: Sequence[int], events: Sequence[Event], policy: Policy) -> ForwardPass:
     length = len(prompt) + sum(isinstance(e, Decoded) + len(getattr(e, "forced", ())) for e in events)
     layout = Layout(len(prompt), length, policy)
     ids, positions = list(prompt), list(range(len(prompt)))
@@ -125,10 +125,10 @@ def _whole(prompt: Sequence[int], events: Sequence[Event], policy: Policy) -> Ro
             rows.append(placed.row)
             last[placed.path] = len(ids) - 1
     n = len(ids)
-    return Row(ids, chosen, positions, np.stack(rows)[:, :n])
+    return ForwardPass(ids, chosen, positions, np.stack(rows)[:, :n])
 
 
-def _stretches(prompt: Sequence[int], events: Sequence[Event]) -> Iterator[Row]:
+def _stretches(prompt: Sequence[int], events: Sequence[Event]) -> Iterator[ForwardPass]:
     allowed = {id(event): mask for event, mask in zip(events, _allowed(events), strict=True)}
     for context, own in decoded_rows(prompt, events):
         chosen = [
@@ -136,7 +136,7 @@ def _stretches(prompt: Sequence[int], events: Sequence[Event]) -> Iterator[Row]:
             for i, (token, event) in enumerate(own)
             if event is not None and not event.replaced
         ]
-        yield Row([*context, *(token for token, _ in own)], chosen)
+        yield ForwardPass([*context, *(token for token, _ in own)], chosen)
 
 
 def _allowed(events: Sequence[Event]) -> list[TokenSet | None]:

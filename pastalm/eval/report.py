@@ -20,7 +20,7 @@ from typing import Any
 from pastalm.core.language import Async, Document, Promise, Sync, Text
 from pastalm.errors import DataError
 from pastalm.eval import compare
-from pastalm.eval.compare import Pair, Row
+from pastalm.eval.compare import Pair, SystemFigures
 from pastalm.eval.intervals import Mean
 
 LIBRARIES = ("pastalm", "torch", "transformers", "llama-cpp-python")
@@ -42,18 +42,24 @@ def environment() -> dict[str, str]:
 
 
 def write(
-    folder: Path, rows: Sequence[Row], table: str, *, baseline: str, told: Mapping[str, Any], public: bool = False
+    folder: Path,
+    rows: Sequence[SystemFigures],
+    table: str,
+    *,
+    baseline: str,
+    settings: Mapping[str, Any],
+    public: bool = False,
 ) -> Path:
-    """Writes figures.json, table.md, the pictures and index.html; returns the page. table: of `compare.markdown`. told:
+    """Writes figures.json, table.md, the pictures and index.html; returns the page. table: of `compare.markdown`. settings:
     what was asked (command, settings, load), into JSON and page. Raises DataError if the folder cannot be written, or
     holds a page that is not of such a report."""
     if (folder / "index.html").exists() and not (folder / "figures.json").exists():
         raise DataError(f"{folder} holds another index.html: give another --report")
     pictures = {name: draw(rows) for name, draw in PICTURES.items()}
-    page = _page(rows, baseline, told, {k: v for k, v in pictures.items() if v}, public)
+    page = _page(rows, baseline, settings, {k: v for k, v in pictures.items() if v}, public)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "figures.json").write_text(json.dumps(figures(rows, baseline, told), indent=1) + "\n")
+        (folder / "figures.json").write_text(json.dumps(figures(rows, baseline, settings), indent=1) + "\n")
         (folder / "table.md").write_text(table)
         for name, picture in pictures.items():
             if picture:
@@ -64,12 +70,12 @@ def write(
     return folder / "index.html"
 
 
-def figures(rows: Sequence[Row], baseline: str, told: Mapping[str, Any]) -> dict[str, Any]:
+def figures(rows: Sequence[SystemFigures], baseline: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything as JSON: per system all figures with n and interval, by category and by number of chunks, and the
     figures of each prompt by its id."""
     return {
         "environment": environment(),
-        **told,
+        **settings,
         "baseline": baseline,
         "systems": {
             row.system: {
@@ -127,7 +133,7 @@ def _drawn(draw: Callable[[Any], bool]) -> bytes:
 MEASURED, THEORETICAL = "realized, matched", "theoretical, matched"
 
 
-def _measured(row: Row) -> str:
+def _measured(row: SystemFigures) -> str:
     """Which speedup stands for a system: what was measured, if it was."""
     return next(name for name in (MEASURED, THEORETICAL) if name in row.figures)
 
@@ -136,19 +142,19 @@ QUALITIES = ("win rate, length", "win rate", "quality")
 """What stands for quality, the best that there is."""
 
 
-def frontier(rows: Sequence[Row]) -> bytes:
+def frontier(rows: Sequence[SystemFigures]) -> bytes:
     """Quality against speedup, with intervals both ways."""
     return _frontier(rows, _measured)
 
 
-def frontier_theoretical(rows: Sequence[Row]) -> bytes:
+def frontier_theoretical(rows: Sequence[SystemFigures]) -> bytes:
     """The same by theory, of all prompts, where the other is by the clock."""
     if all(_measured(row) == THEORETICAL for row in rows):
         return b""
     return _frontier(rows, lambda _: THEORETICAL)
 
 
-def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
+def _frontier(rows: Sequence[SystemFigures], speedup: Callable[[SystemFigures], str]) -> bytes:
     def draw(axes: Any) -> bool:
         figure_names = dict.fromkeys(n for row in rows for n in row.figures)
         name = next((n for start in QUALITIES for n in figure_names if n.startswith(start)), None)
@@ -184,16 +190,16 @@ def _frontier(rows: Sequence[Row], speedup: Callable[[Row], str]) -> bytes:
 MARKERS = "os^Dv<>P"
 
 
-def _place(rows: Sequence[Row], row: Row) -> int:
+def _place(rows: Sequence[SystemFigures], row: SystemFigures) -> int:
     """By which a system has the same marker and colour in every picture."""
     return [r.system for r in rows].index(row.system)
 
 
-def _marker(rows: Sequence[Row], row: Row) -> str:
+def _marker(rows: Sequence[SystemFigures], row: SystemFigures) -> str:
     return MARKERS[_place(rows, row) % len(MARKERS)]
 
 
-def _colour(rows: Sequence[Row], row: Row) -> Any:
+def _colour(rows: Sequence[SystemFigures], row: SystemFigures) -> Any:
     import matplotlib
 
     return matplotlib.colormaps["tab20"](_place(rows, row) % 20)
@@ -207,7 +213,7 @@ def _bars(value: Mean) -> list[list[float]]:
     return [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
 
 
-def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> bytes:
+def _bar_groups(rows: Sequence[SystemFigures], key: Callable[[Pair], Any], label: str) -> bytes:
     """What was measured, if it was for every prompt; else theory."""
     whole = all((measured := row.figures.get(MEASURED)) and measured.n == len(row.pairs) for row in rows)
     speedup = MEASURED if whole else THEORETICAL
@@ -242,17 +248,17 @@ def _bar_groups(rows: Sequence[Row], key: Callable[[Pair], Any], label: str) -> 
     return _drawn(draw)
 
 
-def by_category(rows: Sequence[Row]) -> bytes:
+def by_category(rows: Sequence[SystemFigures]) -> bytes:
     """Speedup by the prompts' category."""
     return _bar_groups(rows, lambda pair: pair.answer.category, "category")
 
 
-def by_chunks(rows: Sequence[Row]) -> bytes:
+def by_chunks(rows: Sequence[SystemFigures]) -> bytes:
     """Speedup by the number of chunks of the answer."""
     return _bar_groups(rows, _chunks, "chunks of the answer (9: or more)")
 
 
-def realized_theoretical(rows: Sequence[Row]) -> bytes:
+def realized_theoretical(rows: Sequence[SystemFigures]) -> bytes:
     """Each prompt's realized against its theoretical speedup, length-matched."""
 
     def draw(axes: Any) -> bool:
@@ -274,11 +280,11 @@ def realized_theoretical(rows: Sequence[Row]) -> bytes:
     return _drawn(draw)
 
 
-def _both(row: Row) -> list[dict[str, float]]:
+def _both(row: SystemFigures) -> list[dict[str, float]]:
     return [s for pair in row.pairs if MEASURED in (s := pair.speedups)]
 
 
-def lengths(rows: Sequence[Row]) -> bytes:
+def lengths(rows: Sequence[SystemFigures]) -> bytes:
     """How long the readers' texts are: a histogram a system, one above the other, with its median."""
 
     def draw(axes: Any) -> bool:
@@ -299,7 +305,7 @@ def lengths(rows: Sequence[Row]) -> bytes:
     return _drawn(draw)
 
 
-PICTURES: dict[str, Callable[[Sequence[Row]], bytes]] = {
+PICTURES: dict[str, Callable[[Sequence[SystemFigures]], bytes]] = {
     "frontier": frontier,
     "frontier-theoretical": frontier_theoretical,
     "by-category": by_category,
@@ -312,7 +318,11 @@ PICTURES: dict[str, Callable[[Sequence[Row]], bytes]] = {
 
 
 def _page(
-    rows: Sequence[Row], baseline: str, told: Mapping[str, Any], pictures: Mapping[str, bytes], public: bool
+    rows: Sequence[SystemFigures],
+    baseline: str,
+    settings: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    public: bool,
 ) -> str:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -321,7 +331,7 @@ def _page(
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     return template.render(
         baseline=baseline,
-        told={key: value for key, value in told.items() if isinstance(value, str | int | float)},
+        settings={key: value for key, value in settings.items() if isinstance(value, str | int | float)},
         environment=environment(),
         names=names,
         rows=rows,
@@ -337,7 +347,7 @@ def _shown(value: Mean | None) -> str:
     return f"{value.mean:.2f}" if math.isclose(value.low, value.high) else str(value)
 
 
-def _browsed(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
+def _browsed(rows: Sequence[SystemFigures], baseline: str) -> list[dict[str, Any]]:
     """Every prompt with all answers to it, for the page's browser."""
     entries: dict[str, dict[str, Any]] = {}
     for row in rows:

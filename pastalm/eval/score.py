@@ -28,7 +28,7 @@ CountTokens = Callable[[str], int]
 
 
 @dataclass(slots=True)
-class Counts:
+class ScoreCounts:
     """What a run did. unscored: answers without a verdict, by the reason."""
 
     written: int = 0
@@ -48,8 +48,8 @@ def score(
     models: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     bad: Bad | None = None,
-    progress: Callable[[Counts], None] = lambda _: None,
-) -> Counts:
+    progress: Callable[[ScoreCounts], None] = lambda _: None,
+) -> ScoreCounts:
     """Scores the answers, those to a prompt together.
 
     count_tokens: tokens of a text under the model's vocabulary. limit: prompts to look at. models: what scores and what
@@ -70,7 +70,7 @@ def score(
     header = {"scorer": scorer.name, **(models or {})}
     results = jsonl.Results(target, scores.KIND, header, overwrite=overwrite, order=places)
     scored_keys = set(_there(results, {(row.id, row.choice): row for row in to_score}, pairs))
-    counts = Counts(skipped=len(scored_keys))
+    counts = ScoreCounts(skipped=len(scored_keys))
     groups = groupby(to_score, key=lambda row: row.id)
     with results as file:
         while next_rows := list(_some(groups)):

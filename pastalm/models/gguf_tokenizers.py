@@ -36,7 +36,7 @@ _ENDS = {
 
 def from_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """The description of a ChatTokenizer, and the ids that end an answer."""
-    settings = _Said(metadata)
+    settings = _Metadata(metadata)
     if settings.model == "gpt2" and settings.pre in SPLITS:
         backend = _byte_level(settings)
     elif settings.model == "llama":
@@ -62,7 +62,7 @@ def _refuse(reason: str) -> CapabilityError:
     return CapabilityError(f"the native engine cannot run this GGUF file: its tokenizer {reason}")
 
 
-class _Said:
+class _Metadata:
     """What metadata say of a tokenizer."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ def _added(token: str, *, special: bool) -> Any:
     return AddedToken(token, special=special, normalized=False)
 
 
-def _core(settings: _Said, merges: list[tuple[str, str]], **options: Any) -> Any:
+def _core(settings: _Metadata, merges: list[tuple[str, str]], **options: Any) -> Any:
     from tokenizers import Tokenizer, models
 
     try:
@@ -116,7 +116,7 @@ def _core(settings: _Said, merges: list[tuple[str, str]], **options: Any) -> Any
         raise _refuse(f"does not fit together ({error})") from None
 
 
-def _byte_level(settings: _Said) -> Any:
+def _byte_level(settings: _Metadata) -> Any:
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in settings.get("merges", [])]
@@ -134,7 +134,7 @@ def _byte_level(settings: _Said) -> Any:
     return tokenizer
 
 
-def _sentence_pieces(settings: _Said) -> Any:
+def _sentence_pieces(settings: _Metadata) -> Any:
     """Merges in the order of the scores of what comes of them; a character that is no token is its bytes."""
     from tokenizers import decoders, normalizers
 
@@ -151,7 +151,7 @@ def _sentence_pieces(settings: _Said) -> Any:
     return tokenizer
 
 
-def _merges(settings: _Said) -> Iterator[tuple[str, str]]:
+def _merges(settings: _Metadata) -> Iterator[tuple[str, str]]:
     """Every way in which a token can be made of two."""
     no_text = settings.control | {i for i, kind in enumerate(settings.kinds) if kind == _BYTE}
     words = {token: i for token, i in settings.vocabulary.items() if i not in no_text}
@@ -161,7 +161,7 @@ def _merges(settings: _Said) -> Iterator[tuple[str, str]]:
                 yield word[:at], word[at:]
 
 
-def _begin(backend: Any, settings: _Said) -> None:
+def _begin(backend: Any, settings: _Metadata) -> None:
     """What every text begins with, if with anything."""
     from tokenizers import processors
 

@@ -159,7 +159,7 @@ class Worker:
             scores = self._llm.driver.engine.score(job.prompts[len(job.scores)], job.scored or 0)
         except Exception as error:
             self._to_score.popleft()
-            self._tell([(job, error if isinstance(error, PastaError) else _told(error))])
+            self._tell([(job, error if isinstance(error, PastaError) else _client_error(error))])
             return
         if scores is not None:
             job.scores.append(scores)
@@ -183,7 +183,7 @@ class Worker:
                 updates.append(self._update(response))
         except Exception as error:
             self._end(job)
-            updates = [(job, error if isinstance(error, PastaError) else _told(error))]
+            updates = [(job, error if isinstance(error, PastaError) else _client_error(error))]
         self._tell(updates)
 
     def _end(self, job: Job) -> None:
@@ -195,7 +195,7 @@ class Worker:
     def _fail(self, error: Exception) -> None:
         """Every request under way gets the error; the driver has cancelled what it decoded."""
         self.failures += 1
-        failure = _told(error)
+        failure = _client_error(error)
         log.error("a step failed, %d answers with it: %s", len(self._jobs), failure)
         self._tell([(job, failure) for job, _, _ in self._jobs.values()])
 
@@ -211,7 +211,7 @@ def _deliver(updates: list[_Update]) -> None:
         job.updates.put_nowait(update)
 
 
-def _told(error: Exception) -> EngineError:
+def _client_error(error: Exception) -> EngineError:
     """What clients are told of a failure that is none of their own."""
     if isinstance(error, EngineError):
         return error

@@ -23,7 +23,7 @@ from pastalm.train.structure import CountTokens, annotate
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlainAnswer:
     """A prompt with its response. cut: the response is not whole."""
 
     id: str
@@ -48,7 +48,7 @@ class Annotated:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class AnnotationCounts:
     """What became of the rows of a file. dropped: rows by the reason they were left out."""
 
     read: int = 0
@@ -62,7 +62,7 @@ class Counts:
 class Annotator(Protocol):
     """Takes rows as it can work on them; gives each once, in any order, with its document or why it has none."""
 
-    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | str]]: ...
+    def __call__(self, rows: Iterable[PlainAnswer]) -> Iterator[tuple[PlainAnswer, Document | str]]: ...
 
 
 def structural(response: str, count_tokens: CountTokens, prompt: str) -> Document:
@@ -77,7 +77,7 @@ class Structural:
     count_tokens: CountTokens
     rules: Callable[[str, CountTokens, str], Document] = structural
 
-    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | str]]:
+    def __call__(self, rows: Iterable[PlainAnswer]) -> Iterator[tuple[PlainAnswer, Document | str]]:
         for row in rows:
             yield row, self.rules(row.response, self.count_tokens, row.prompt)
 
@@ -87,7 +87,7 @@ FORMS = (
 )
 
 
-def read_rows(source: Path, limit: int | None = None, *, bad: Bad | None = None) -> Iterator[Row]:
+def read_rows(source: Path, limit: int | None = None, *, bad: Bad | None = None) -> Iterator[PlainAnswer]:
     """The rows of a file, or its first `limit`: prompts with answers in any form that prompts.py reads, or what
     `pasta sample` wrote. Raises DataError, with the line, for what is none, unless `bad` takes it."""
     for where, value, prompt in prompts.rows(source, limit, bad=bad):
@@ -99,9 +99,9 @@ def read_rows(source: Path, limit: int | None = None, *, bad: Bad | None = None)
             bad(error)
 
 
-def _row(where: str, value: Mapping[str, object], prompt: Prompt) -> Row:
+def _row(where: str, value: Mapping[str, object], prompt: Prompt) -> PlainAnswer:
     sampled = "response" not in value and "annotated" in value
-    return Row(
+    return PlainAnswer(
         id=prompt.id,
         prompt=prompt.text,
         response=_plain(value, where) if sampled else _response(value, prompt, where),
@@ -126,7 +126,7 @@ def _plain(value: Mapping[str, object], where: str) -> str:
         raise DataError(f"{where}: {error}") from None
 
 
-def unusable(row: Row, max_repetition: float = 1.0) -> str | None:
+def unusable(row: PlainAnswer, max_repetition: float = 1.0) -> str | None:
     """Why a row is not worth annotating, if it is not. max_repetition: share of its runs of words said before."""
     if not row.prompt.strip():
         return "empty prompt"
@@ -137,7 +137,7 @@ def unusable(row: Row, max_repetition: float = 1.0) -> str | None:
     return "repetitive" if repetition(row.response) > max_repetition else None
 
 
-def checked(row: Row, document: Document | str, count_tokens: CountTokens) -> Annotated | str:
+def checked(row: PlainAnswer, document: Document | str, count_tokens: CountTokens) -> Annotated | str:
     """What is written for a row, or why nothing is."""
     if isinstance(document, str):
         return document
@@ -153,7 +153,7 @@ def checked(row: Row, document: Document | str, count_tokens: CountTokens) -> An
     return Annotated(row.id, row.prompt, text, count_tokens(row.response), chunks, row.source, row.licence)
 
 
-def annotate_rows(rows: Iterable[Row], annotator: Annotator, count_tokens: CountTokens) -> Iterator[Annotated]:
+def annotate_rows(rows: Iterable[PlainAnswer], annotator: Annotator, count_tokens: CountTokens) -> Iterator[Annotated]:
     """Each row annotated; one whose text would not be kept is left out."""
     for row, document in annotator(row for row in rows if unusable(row) is None):
         result = checked(row, document, count_tokens)
@@ -168,7 +168,7 @@ class _Run:
 
     target: Path
     present: Mapping[str, tuple[str, str]]
-    progress: Callable[[Counts], None]
+    progress: Callable[[AnnotationCounts], None]
     max_repetition: float
     seen: set[str] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -179,10 +179,10 @@ class _Run:
     chunks: int = 0
 
     @property
-    def counts(self) -> Counts:
-        return Counts(self.read, self.skipped, self.written, self.structured, self.chunks, dict(self.dropped))
+    def counts(self) -> AnnotationCounts:
+        return AnnotationCounts(self.read, self.skipped, self.written, self.structured, self.chunks, dict(self.dropped))
 
-    def todo(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def todo(self, rows: Iterable[PlainAnswer]) -> Iterator[PlainAnswer]:
         for row in rows:
             self.read += 1
             why = "duplicate id" if row.id in self.seen else unusable(row, self.max_repetition)
@@ -227,8 +227,8 @@ def annotate_file(
     models: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     bad: Bad | None = None,
-    progress: Callable[[Counts], None] = lambda _: None,
-) -> Counts:
+    progress: Callable[[AnnotationCounts], None] = lambda _: None,
+) -> AnnotationCounts:
     """Annotates a file of rows into another, line by line, and goes on where it stopped.
 
     Rows whose id stands in `target` are skipped. limit: rows of `source` to look at. max_repetition: rows that
@@ -265,7 +265,7 @@ def _present(results: jsonl.Results) -> Iterator[tuple[str, tuple[str, str]]]:
         yield jsonl.string(row, "id", where), (jsonl.string(row, "prompt", where), _plain(row, where))
 
 
-def _noted(rows: Iterable[Row], places: dict[str, int]) -> Iterator[Row]:
+def _noted(rows: Iterable[PlainAnswer], places: dict[str, int]) -> Iterator[PlainAnswer]:
     """The rows; where each first stands is put into `places`."""
     for row in rows:
         places.setdefault(row.id, len(places))

@@ -33,7 +33,7 @@ from pastalm.core.language import (
 )
 from pastalm.errors import LanguageError
 from pastalm.records.chat_client import ChatClient, Messages
-from pastalm.train.annotate import Row
+from pastalm.train.annotate import PlainAnswer
 from pastalm.train.annotation_prompt import EXAMPLES, SYSTEM
 from pastalm.train.structure import MAX_GROUP, CountTokens
 
@@ -44,7 +44,7 @@ _FENCE = re.compile(r"\s*```[\w-]*\n(.*?)\n?```\s*", re.DOTALL)
 _ANSWER = re.compile(r"</?answer>")
 
 
-def question(row: Row) -> Messages:
+def question(row: PlainAnswer) -> Messages:
     """The messages that ask for a row's annotation."""
     messages = [{"role": "system", "content": SYSTEM}]
     for prompt, annotated in (*EXAMPLES, (row.prompt, "")):
@@ -158,10 +158,10 @@ def _mended(document: Document, count_tokens: CountTokens) -> Document:
 class LanguageModel:
     """The annotator that asks a server. Rows come back as they are answered, in any order."""
 
-    remote: ChatClient[Row]
+    remote: ChatClient[PlainAnswer]
     count_tokens: CountTokens
 
-    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | str]]:
+    def __call__(self, rows: Iterable[PlainAnswer]) -> Iterator[tuple[PlainAnswer, Document | str]]:
         for row, answer in self.remote.ask((row, question(row)) for row in rows):
             if answer.refused:
                 yield row, "refused by the server"

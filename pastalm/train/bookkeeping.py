@@ -29,7 +29,7 @@ _OURS = ("checkpoint-*", "adapter", "model", "log.jsonl", "loss.png", "reference
 """What a run leaves beside config.json."""
 
 
-def asked(config: RunConfig) -> dict[str, Any]:
+def run_settings(config: RunConfig) -> dict[str, Any]:
     """What decides what a run trains, as `config.json` has it. Raises DataError, ModelError."""
     settings = config.described()
     for key in settings:
@@ -42,7 +42,7 @@ def claim(config: RunConfig) -> None:
     """Makes the folder, or finds it to be of the same run. Raises DataError where it is of another, or cannot be
     written; ModelError."""
     out, path = config.out, config.out / "config.json"
-    settings = asked(config)
+    settings = run_settings(config)
     if not config.overwrite:
         _check(path, settings)
     PartialState().wait_for_everyone()  # else one process might read what another writes
@@ -159,7 +159,7 @@ def remembered(
     """Numbers for each key, kept in `out/reference.jsonl` under it. plan: places in `keys` that are computed together;
     of a batch of which only some are there, all are computed again, in the same company, so that a run that was cut off
     comes to the same numbers. compute: the numbers of a batch. progress: is told how many are there after each."""
-    settings = asked(config)
+    settings = run_settings(config)
     results = jsonl.Results(
         config.out / "reference.jsonl", _NUMBERS, {key: settings[key] for key in ("model", "start", "full", "device")}
     )

@@ -247,7 +247,7 @@ def read_repeats(path: Path, tokenizer: Any, vocabulary: Vocabulary, mix: Mix, *
             yield Example(packed, answer.id, answer.prompt, "repeat", "own answers", "the model's own")
 
 
-class Said(Protocol):
+class SampledAnswer(Protocol):
     """A sampled answer: of answers.py, or scored."""
 
     @property
@@ -261,7 +261,7 @@ class Said(Protocol):
 
 
 def pack_sampled(
-    prompt: Sequence[int], answer: Said, vocabulary: Vocabulary, policy: Policy, *, eos: int
+    prompt: Sequence[int], answer: SampledAnswer, vocabulary: Vocabulary, policy: Policy, *, eos: int
 ) -> tuple[Packed, bool]:
     """A model's own answer as one sequence of the very tokens that it sampled, those labelled; and True. False where
     it holds none of this vocabulary: then its text is encoded, and ends in `eos` if it ended by itself. Raises
@@ -276,7 +276,7 @@ def pack_sampled(
     return pack(prompt, document, vocabulary, policy, eos=end), False
 
 
-def _resampled(answer: Said, vocabulary: Vocabulary) -> list[Event]:
+def _resampled(answer: SampledAnswer, vocabulary: Vocabulary) -> list[Event]:
     """The events that decoded an answer; none where its tokens do not spell it."""
     if not answer.token_ids or not all(0 <= token < vocabulary.size for token in answer.token_ids):
         return []

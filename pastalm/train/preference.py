@@ -205,7 +205,7 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     run.go(trainer, config)
     final = _margins(trainer, chosen_pairs, reference, config)
     shown = "inf" if config.lambda_ == float("inf") else f"{config.lambda_:g}"
-    card = run.Made(
+    card = run.RunSummary(
         stage=f"stage 2, lambda = {shown}",
         positions=list(config.positions),
         marker=models.SEQUENTIAL_MARKER,

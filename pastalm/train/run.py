@@ -371,7 +371,7 @@ def plot(log: Path, target: Path, curves: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class RunSummary:
     """What a card tells. stage: of the method. positions: the policies trained on. marker: that tells the model to
     write sequentially. losses: lines on what came out."""
 
@@ -385,7 +385,7 @@ class Made:
     losses: Sequence[str]
 
 
-def save(trainer: Any, config: RunConfig, summary: Made) -> Path:
+def save(trainer: Any, config: RunConfig, summary: RunSummary) -> Path:
     """Writes the adapter (or, `full`, the model) with its cards; returns its folder. Weights in bfloat16, as the
     base is used. Of several processes the first writes; all gather what is sharded."""
     folder = config.out / ("model" if config.full else "adapter")

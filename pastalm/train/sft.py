@@ -104,7 +104,7 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     run.go(trainer, config)
     final = _validate(trainer, validation)
     untagged = config.mix.untagged
-    summary = run.Made(
+    summary = run.RunSummary(
         stage="Baseline-SFT, without tags" if untagged else "stage 1",
         positions=list(config.mix.positions),
         marker=None if untagged else models.SEQUENTIAL_MARKER,

@@ -639,7 +639,7 @@ def _invented(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     return any(n > limit and name.casefold() not in given_text for name, n in counts.items())
 
 
-def _told(parts: Sequence[_Part], prompt: str) -> bool:
+def _narrated(parts: Sequence[_Part], prompt: str) -> bool:
     """Parts of a story, a song, a letter or a conversation."""
     if _share(parts, _FICTION) and any(_FICTION.match(p.lead) for p in parts):
         return True
@@ -657,7 +657,7 @@ def _independent(parts: Sequence[_Part], before: str, prompt: str) -> bool:
     leads = Counter(p.lead.casefold() for p in parts if p.lead)
     if (leads and max(leads.values()) > 1) or _record(parts):
         return False
-    if _share(parts, _MATH) >= 0.25 or _coded(parts) or _told(parts, prompt):
+    if _share(parts, _MATH) >= 0.25 or _coded(parts) or _narrated(parts, prompt):
         return False
     if any(p.text.count("\n") >= 40 for p in parts):
         return False

@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path:
     names = [system.name for system in systems]
     assert names == evaluate.check(wanted) == ["baseline", "own", "off", "lookup", "sot"]
 
-    def stop(counts: measure.Counts, _: Answer) -> None:
+    def stop(counts: measure.MeasureCounts, _: Answer) -> None:
         if counts.written == 7:
             raise KeyboardInterrupt
 
@@ -166,7 +166,7 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path:
     assert "| own | " in gains and "| off | " not in gains
     apart = compare.differences(by["baseline"], by["off"], units)["pmi, lambda 4"]
     assert (apart.mean, apart.n) == (0, 3), "tags off is the baseline here"
-    page = report.write(tmp_path / "report", rows, table, baseline="baseline", told={"command": "pasta eval"})
+    page = report.write(tmp_path / "report", rows, table, baseline="baseline", settings={"command": "pasta eval"})
     shown = page.read_text()
     assert "What of 2?" in shown and "pasta eval" in shown and 'src="http' not in shown
     kept = json.loads((tmp_path / "report" / "figures.json").read_text())
@@ -175,7 +175,7 @@ def test_a_run_goes_on_where_it_was_cut_and_ends_in_a_page(load: Load, tmp_path:
     assert len(kept["systems"]["own"]["prompts"]) == 4
     for name in ("frontier", "frontier-theoretical"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    public = report.write(tmp_path / "public", rows, table, baseline="baseline", told={}, public=True)
+    public = report.write(tmp_path / "public", rows, table, baseline="baseline", settings={}, public=True)
     assert "What of" not in public.read_text() + (tmp_path / "public" / "figures.json").read_text()
 
 

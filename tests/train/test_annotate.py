@@ -10,7 +10,7 @@ import pytest
 from pastalm.core.language import parse, strip
 from pastalm.errors import DataError
 from pastalm.records import jsonl
-from pastalm.train.annotate import Counts, Row, Structural, annotate_file, annotate_rows
+from pastalm.train.annotate import AnnotationCounts, PlainAnswer, Structural, annotate_file, annotate_rows
 from tests.train.test_structure import listed, words
 
 MARKS = Structural(words)
@@ -34,7 +34,11 @@ def read(path: Path) -> list[dict[str, object]]:
 
 def test_rows_keep_their_text_and_say_what_they_hold() -> None:
     typed = "Write <sync/> to wait; caf\u00e9."
-    rows = [Row("a", "Tips?", RESPONSE, "ours", "MIT"), Row("b", "Tag?", typed), Row("c", "", "x")]
+    rows = [
+        PlainAnswer("a", "Tips?", RESPONSE, "ours", "MIT"),
+        PlainAnswer("b", "Tag?", typed),
+        PlainAnswer("c", "", "x"),
+    ]
     first, second = annotate_rows(rows, MARKS, words)
     assert strip(parse(first.annotated)) == RESPONSE
     assert first.chunks == 3
@@ -45,7 +49,7 @@ def test_rows_keep_their_text_and_say_what_they_hold() -> None:
 
 def test_a_file_is_annotated_line_by_line(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", row("a"), row("b", "Yes."), row("a"), row("c", " "), "")
-    seen: list[Counts] = []
+    seen: list[AnnotationCounts] = []
     counts = annotate_file(source, tmp_path / "out.jsonl", MARKS, words, progress=seen.append)
     rows = read(tmp_path / "out.jsonl")
     assert [r["id"] for r in rows] == ["a", "b"]
@@ -53,7 +57,7 @@ def test_a_file_is_annotated_line_by_line(tmp_path: Path) -> None:
     assert list(rows[0]) == fields
     assert [strip(parse(str(r["annotated"]))) for r in rows] == [RESPONSE, "Yes."]
     dropped = {"duplicate id": 1, "empty response": 1}
-    assert counts == Counts(4, 0, 2, 1, 3, dropped)
+    assert counts == AnnotationCounts(4, 0, 2, 1, 3, dropped)
     assert [c.read for c in seen] == [1, 2, 3, 4]
     assert seen[-1] == counts
 

@@ -18,7 +18,7 @@ from pastalm.core.language import (
     strip,
     topic_key,
 )
-from pastalm.train.annotate import Row
+from pastalm.train.annotate import PlainAnswer
 from pastalm.train.annotate_remote import question, read
 from pastalm.train.annotation_prompt import EXAMPLES, SYSTEM
 from tests.strategies import documents
@@ -49,7 +49,7 @@ def test_the_seven_examples_are_sound() -> None:
 
 
 def test_a_question_shows_the_language_the_examples_and_the_answer() -> None:
-    messages = question(Row("a", "Tips?", PLAIN))
+    messages = question(PlainAnswer("a", "Tips?", PLAIN))
     assert messages[0] == {"role": "system", "content": SYSTEM}
     assert [m["role"] for m in messages[1:]] == ["user", "assistant"] * 7 + ["user"]
     assert PLAIN in messages[-1]["content"]

@@ -54,11 +54,13 @@ class Decoded:
     first: float
 
 
-Said = Callable[[int, Sequence[int]], Sequence[int]]
+Greedy = Callable[[int, Sequence[int]], Sequence[int]]
 """How many tokens stand so far, prompt included, and those fed after them -> what greedy decoding says after each."""
 
 
-def verify(greedy: Said, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]) -> Decoded:
+def verify(
+    greedy: Greedy, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]
+) -> Decoded:
     """Greedy decoding that verifies drafts. ends: tokens that end the answer."""
     started = time.perf_counter()
     tokens = [greedy(0, prompt)[-1]]
@@ -138,7 +140,7 @@ class Copying:
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
         """See `System`: the sequential answer, by the engine, and the passes that copying would have taken for it. No
         seconds: it was not decoded so."""
-        prompt_ids, params = self.asked(prompt), replace(SEQUENTIAL, max_tokens=max_tokens)
+        prompt_ids, params = self.prompt_ids(prompt), replace(SEQUENTIAL, max_tokens=max_tokens)
         response = self.llm.driver.submit(prompt_ids, params, positions=self.llm.positions, keep_events=False)
         yield [response]
         tokens = [token for _, token in response.transcript.linear_tokens()]
@@ -176,13 +178,13 @@ class Copying:
         vocabulary = self.llm.loaded.vocabulary
         return decode(
             self.llm.loaded.model,
-            self.asked(prompt),
+            self.prompt_ids(prompt),
             self._proposer(prompt),
             max_tokens=max_tokens,
             ends=frozenset(vocabulary.eos),
             never=vocabulary.tags.ids if vocabulary.tags else (),
         )
 
-    def asked(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt, as its sequential decoding gets them."""
         return self.llm.encode([{"role": "user", "content": prompt.text}], SEQUENTIAL)

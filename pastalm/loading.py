@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeAlias
 
+from pastalm.engines import registry
 from pastalm.engines.base import Engine
 from pastalm.errors import CapabilityError, ModelError, RequestError, complaint
 from pastalm.models import Loaded
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pastalm")
 
-ENGINES = ("auto", "native", "transformers", "llama.cpp")
+ENGINES = ("auto", *registry.LOADABLE)
 _PACKED: Mapping[str, WeightType] = {
     "q8_0": "Q8_0", "q4_0": "Q4_0", "bfloat16": "BF16", "float16": "F16", "float32": "F32",
 }  # fmt: skip
@@ -119,7 +121,7 @@ def _engine_checks(engine: str, options: Options, gguf: bool) -> Iterator[tuple[
     yield not options.compiled, f"{engine} has no compiled=True: use it with the transformers engine"
 
 
-# ------------------------------------------------------------------------------ one loader an engine
+# ------------------------------------------------------------------------------ one loader an engine of the registry
 
 
 def _native(model: str, options: Options) -> Opened:
@@ -136,6 +138,8 @@ def _native(model: str, options: Options) -> Opened:
             weights = _PACKED.get(options.dtype, packed_models.DEFAULT)
             packed = packed_models.load(model, adapter=options.adapter, weights=weights)
     except ModuleNotFoundError as error:
+        if model.endswith(".gguf") and find_spec("llama_cpp"):
+            raise CapabilityError(f"the native engine cannot pack {model}: {missing(error)}") from None
         raise ModelError(f"{model} is not packed for this CPU yet, which needs more once: {missing(error)}") from None
     engine = NativeEngine(
         NativeModel(packed.architecture, packed.tensors),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import subprocess
 import sys
+import tomllib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typer.testing import CliRunner, Result
 from pastalm import LLM, SamplingParams, loading, models
 from pastalm.cli import app
 from pastalm.core.events import Finished
+from pastalm.engines import registry
 from pastalm.engines.native import library
 from pastalm.errors import CapabilityError, ModelError, PastaError, RequestError
 from pastalm.loading import Options
@@ -364,3 +367,100 @@ def test_what_is_collected_is_freed(engine: str, folder: str, request: pytest.Fi
     del stream
     gc.collect()
     assert not any(free.alive for free in freed)
+
+
+DROPPED = """
+import gc, psutil
+from pastalm import LLM, SamplingParams
+
+def resident():
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+for i in range(11):
+    llm = LLM({model!r}, engine={engine!r})
+    llm.chat([{{"role": "user", "content": "Hello?"}}], SamplingParams(temperature=0, max_tokens=4))
+    stream = iter(llm.stream([{{"role": "user", "content": "Hello?"}}], SamplingParams(temperature=0, max_tokens=9)))
+    next(stream)
+    del llm, stream
+    if i == 0:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize("engine", ["native", "llama.cpp"])
+def test_models_that_are_dropped_leave_memory_as_it_was(engine: str, large_gguf: str) -> None:
+    """Ten of them, without close, one in the middle of an answer each time."""
+    pytest.importorskip("psutil")
+    if engine == "native" and library.unavailable():
+        pytest.skip(library.unavailable())
+    if engine == "llama.cpp":
+        pytest.importorskip("llama_cpp")
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED.format(model=large_gguf, engine=engine)],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < Path(large_gguf).stat().st_size
+
+
+@pytest.fixture(scope="module")
+def large_gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of some megabytes, so that one that is not freed shows."""
+    gguf_files = pytest.importorskip("pastalm.models.gguf_files")
+    pytest.importorskip("llama_cpp")
+    folder = tmp_path_factory.mktemp("large")
+    config = small_model(len(BYTE_LEVEL)).config
+    config.intermediate_size = 32_768
+    model, tokenizer = type(small_model(len(BYTE_LEVEL)))(config), byte_level()
+    models.prepare(model, tokenizer)
+    model.generation_config.eos_token_id = 1
+    models.save(model, tokenizer, folder)
+    loaded = models.load(str(folder), adapter=None, dtype="float32")
+    return str(gguf_files.export(loaded, folder / "large.gguf", "F32"))
+
+
+# ------------------------------------------------------------------------------ what need not be installed
+
+WITHOUT = """
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+from pastalm import LLM, SamplingParams
+params = SamplingParams(temperature=1, seed=1, top_p=0.9, repetition_penalty=1.1, max_tokens=12, logprobs=2)
+with LLM({model!r}, engine={engine!r}) as llm:
+    (output,) = llm.chat([{{"role": "user", "content": "Hello?"}}], params)
+    assert output.outputs[0].token_ids
+    print(llm.driver.engine.capabilities.name)
+"""
+ABSENT = ("torch", "transformers", "tokenizers", "safetensors", "peft", "gguf", "huggingface_hub", "accelerate")
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "auto"])
+def test_llama_cpp_alone_decodes_a_gguf_file(
+    engine: str, gguf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing installed but llama-cpp-python: no torch to take an argmax."""
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setenv("PASTALM_CACHE", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(absent=ABSENT, model=gguf, engine=engine)],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "llama.cpp"
+    assert ("runs it" in done.stderr) == (engine == "auto")
+
+
+def test_the_extra_of_llama_cpp_brings_no_torch() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["llama-cpp"]
+    assert [re.split("[=<>~\\[]", need)[0] for need in extra] == ["llama-cpp-python"]
+
+
+def test_every_engine_of_the_registry_declares_what_it_can_do() -> None:
+    for entry in registry.ENTRIES:
+        module = pytest.importorskip(f"pastalm.engines.{entry.module}")
+        assert module.CAPABILITIES.name == entry.name
+    assert set(loading._LOADERS) == set(registry.LOADABLE)

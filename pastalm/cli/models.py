@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from pastalm.cli.command import app, verb
 from pastalm.cli.loading import adapter_of, fetch
 from pastalm.cli.options import Adapter, AsJson, Model, TrustRemoteCode
 from pastalm.cli.terminal import busy, print_json, quiet_libraries
+from pastalm.engines import registry
 from pastalm.models import EMBEDDED
 
 PACKAGES = (

@@ -81,8 +81,8 @@ def repacks() -> bool:
     return b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
 
 
-def advice() -> str:
-    """What could be better about the llama.cpp that is installed; empty where nothing could."""
+def notes() -> str:
+    """How to build a faster llama.cpp than the installed one; "" if there is no faster one."""
     flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     how = f'CFLAGS="{flags}" CXXFLAGS="{flags}" pip install --force-reinstall --no-cache-dir llama-cpp-python'
     return "" if repacks() else f"built for AMX, whose kernels crash and stay unused; faster: {how}"

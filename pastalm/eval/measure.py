@@ -1,10 +1,10 @@
-"""Lets systems answer the same prompts side by side: one process, one request at a time, in rotating order; or, with
-`under_load`, each system many at once.
+"""Measures systems on the same prompts. `measure`: one request at a time, the systems in rotating order. `under_load`:
+one system after another, many requests at once.
 
-Out: a file of answers.py for each system. Each answer is written as soon as it is there, so a run can be gone on
-with; prompts come in a seeded random order, so that an unfinished run is a fair sample. Beside each asynchronous answer
-stands how long its text takes when it is decoded sequentially, forced ("length-matched": an answer that is only
-shorter is no speedup; SPEC "Figures").
+Out: a file of answers for each system. Each answer is written as soon as it ends, so a run can be resumed. Prompts are
+in a seeded random order, so an unfinished run is a fair sample. For each asynchronous answer, the time of decoding its
+text sequentially, with forced tokens, is measured too ("length-matched": a shorter answer alone is not a speedup; SPEC
+"Figures").
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from pastalm.sampling import run_tasks
 
 @dataclass(slots=True)
 class MeasureCounts:
-    """What a run did. refused: answers that a system would not give, by the reason."""
+    """Progress of a run.
+
+    prompts: prompts finished.
+    written: answers written.
+    skipped: answers that the files already had.
+    refused: number of prompts that a system rejected, by error message.
+    """
 
     prompts: int = 0
     written: int = 0
@@ -46,7 +52,7 @@ class MeasureCounts:
 
 
 def spread(prompts: Sequence[Prompt], many: int) -> list[Prompt]:
-    """So many of the prompts, one at equal distances: files have their categories in a row."""
+    """`many` of the prompts at equal distances, since files are often sorted by category."""
     many = min(many, len(prompts))
     return [prompts[i * len(prompts) // many] for i in range(many)]
 
@@ -68,11 +74,20 @@ def measure(
     overwrite: bool = False,
     progress: Callable[[MeasureCounts, Answer], None] = lambda *_: None,
 ) -> MeasureCounts:
-    """Every system's answer to every prompt that it has not answered yet, to `folder`/NAME.jsonl.
+    """Writes every system's answers to the prompts that it has not answered yet, to `folder`/NAME.jsonl.
 
-    matched: the system on which texts are decoded again, forced (None: they are not). among: all prompts of the file,
-    by which answers stand in the end (None: these). headers: what each system is, for the header of its file. overwrite:
-    answers that are there make way. Raises DataError for files that cannot be read or written, or were headers otherwise.
+    systems: the systems.
+    prompts: the prompts to answer.
+    folder: of the answers.
+    matched: the sequential system that decodes each text again with forced tokens. None: not measured.
+    max_tokens: of an answer.
+    seed: of the order of prompts.
+    among: all prompts of the file, whose order the written answers get. None: `prompts`.
+    headers: of the systems' files, by name.
+    overwrite: delete the answers that the files have.
+    progress: called after each answer.
+
+    Raises DataError if a file cannot be read or written, or was made with other settings.
     """
     opened = {
         system.name: results(folder, system.name, headers or {}, among or prompts, overwrite=overwrite)
@@ -111,12 +126,12 @@ def results(
     *,
     overwrite: bool = False,
 ) -> tuple[jsonl.Results, list[Answer]]:
-    """The file of a system's answers, and those that are there. Raises DataError as `answers.results`."""
+    """The file of a system's answers and the answers that it has; see `answers.results`."""
     return answers.results(folder / f"{name}.jsonl", KIND, headers.get(name, {}), prompts, overwrite=overwrite)
 
 
 def _forced(system: Decoding, answer: Answer) -> float | None:
-    """Seconds that the text of an answer takes sequentially. An answer without chunks is its own match."""
+    """Seconds to decode the answer's text sequentially. An answer without chunks was decoded sequentially already."""
     if answer.critical_path == answer.tokens:
         return answer.seconds
     llm = system.llm
@@ -139,8 +154,8 @@ def under_load(
     overwrite: bool = False,
     progress: Callable[[MeasureCounts, Answer], None] = lambda *_: None,
 ) -> MeasureCounts:
-    """As `measure`, but system after system, each with as many requests at once as its engine takes. timed: an answer's
-    seconds are those it took in that company; else none are written."""
+    """As `measure`, but one system after another, each with as many requests at once as its engine can decode. timed:
+    store the times, which depend on the other requests in the batch."""
     counts = MeasureCounts(prompts=len(prompts))
     for system in systems:
         opened, rows = results(folder, system.name, headers or {}, among or prompts, overwrite=overwrite)

@@ -1,7 +1,7 @@
-"""What an evaluation found, for people and for machines: figures.json, pictures, and one page that needs nothing else.
+"""Reports of an evaluation: figures.json, plots, and one self-contained HTML page.
 
-The page browses all answers side by side, chunks coloured, with their timelines. `public` leaves prompts and answers
-out, for prompts whose terms do not let them be passed on: what is left carries ids.
+The page shows all answers side by side, with coloured chunks and timelines. `public` leaves out prompts and answers,
+for prompts whose licence does not allow redistribution; their ids remain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIBRARIES = ("pastalm", "torch", "transformers", "llama-cpp-python")
 
 
 def environment() -> dict[str, str]:
-    """What the figures were measured on."""
+    """Date, versions and machine of the measurement."""
     versions = {
         "made": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
@@ -50,9 +50,17 @@ def write(
     settings: Mapping[str, Any],
     public: bool = False,
 ) -> Path:
-    """Writes figures.json, table.md, the pictures and index.html; returns the page. table: of `compare.markdown`. settings:
-    what was asked (command, settings, load), into JSON and page. Raises DataError if the folder cannot be written, or
-    holds a page that is not of such a report."""
+    """Writes figures.json, table.md, the plots and index.html; returns the page's path.
+
+    folder: of the report.
+    rows: the systems' figures.
+    table: from `compare.markdown`.
+    baseline: name of the baseline.
+    settings: of the evaluation (command, options, load), for JSON and page.
+    public: leave out prompts and answers.
+
+    Raises DataError if the folder cannot be written, or has an index.html that is not such a report.
+    """
     if (folder / "index.html").exists() and not (folder / "figures.json").exists():
         raise DataError(f"{folder} holds another index.html: give another --report")
     pictures = {name: draw(rows) for name, draw in PICTURES.items()}

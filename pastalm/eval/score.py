@@ -59,7 +59,7 @@ def score(
     """
     for path in (samples, baselines, references):
         if path is not None and path.exists() and target.exists() and target.samefile(path):
-            raise DataError(f"{target} is what is to be scores, or scored by: give another file for the result")
+            raise DataError(f"{target} is an input of this command: give another file for the result")
     base = {answer.id: answer for answer in answers.read(baselines, bad=bad)}
     reference_of = prompts.read_references(references, bad=bad) if references is not None else {}
     samples_sorted = sorted(answers.read(samples, bad=bad), key=lambda row: (row.id, row.choice))

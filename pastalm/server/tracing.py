@@ -4,7 +4,7 @@ nothing and go nowhere:
 
     opentelemetry-instrument pasta serve MODEL
 
-What was asked and answered is not in them.
+They do not contain prompts or answers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The engine's thread: it owns the driver, and the asyncio side talks to it by messages only.
+"""The engine's thread. It owns the driver; the asyncio side talks to it only by messages.
 
-Requests of all clients decode together, each answer with its threads. Between two steps the thread takes what has
-come in, so that a request which is dropped has freed its slots before the next step. When a step fails, every
-request under way gets that error, and the thread goes on.
+Requests of all clients are decoded together. Between two steps the thread handles new messages, so a dropped request
+frees its slots before the next step. If a step fails, every running request gets the error, and the thread continues.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Worker:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after its step; what is under way is cancelled."""
+        """Stops the thread after the current step and cancels all requests."""
         self._inbox.put(_Stop())
         await asyncio.to_thread(self._thread.join)
 
@@ -96,12 +95,12 @@ class Worker:
         return self._thread.is_alive()
 
     def ask(self, job: Job) -> None:
-        """Hands a request over. Its first update says that it was taken, or why not."""
+        """Submits a request. Its first update says that it was accepted, or is the error."""
         self._inbox.put(_Ask(job))
 
     def drop(self, job: Job) -> None:
-        """Forgets a request, to be called once for each; what still decodes of it is cancelled, and its slots are
-        free before the next step."""
+        """Drops a request and cancels what is still decoding; its slots are free before the next step. Call it once for
+        each request."""
         self._inbox.put(_Drop(job))
 
     # ------------------------------------------------------------------ the engine's side
@@ -115,7 +114,7 @@ class Worker:
                 self._fail(error)
 
     def _turn(self) -> bool:
-        """Takes the messages that are there, then one step. Returns whether there is to be another turn."""
+        """Handles waiting messages, then takes one step. Returns False if the thread is to stop."""
         driver = self._llm.driver
         for message in self._received():
             if isinstance(message, _Ask):
@@ -143,7 +142,7 @@ class Worker:
         return job, (number, response.take())
 
     def _received(self) -> Iterator[_Ask | _Drop | _Stop]:
-        """The messages that are there; waits for one if nothing is to be done."""
+        """The waiting messages; blocks for one if there is nothing else to do."""
         if not (self._llm.driver.running or self._to_score):
             yield self._inbox.get()
         with contextlib.suppress(Empty):
@@ -151,7 +150,7 @@ class Worker:
                 yield self._inbox.get_nowait()
 
     def _score(self) -> None:
-        """Scores one prompt, if there is one to be scored and room for it: whoever decodes waits no longer."""
+        """Scores one prompt if one is waiting and there is room; one only, so that decoding is not delayed."""
         if not self._to_score:
             return
         job = self._to_score[0]
@@ -212,8 +211,8 @@ def _deliver(updates: list[_Update]) -> None:
 
 
 def _client_error(error: Exception) -> EngineError:
-    """What clients are told of a failure that is none of their own."""
+    """The error that clients get for an internal failure."""
     if isinstance(error, EngineError):
         return error
     log.error("internal error, please report it", exc_info=error)
-    return EngineError(f"the engine failed ({type(error).__name__}): ask again")
+    return EngineError(f"the engine failed ({type(error).__name__}): try again")

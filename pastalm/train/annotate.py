@@ -1,8 +1,8 @@
-"""Files of answers -> files of annotated answers, the training data of stage 1, by any annotator.
+"""Annotates answers: makes the training data of stage 1.
 
-An annotator marks the independent parts of a row's response in PASTA-LANG: structure.py by reading lists and
-titles, annotate_remote.py by asking a large language model (the paper's way, section 5.1). Whatever it is, what is
-written here strips to the response byte for byte; a row for which it does not is dropped, and its reason counted.
+An annotator marks the independent parts of a response in PASTA-LANG: structure.py by rules for lists and titles,
+annotate_remote.py with a large language model (as in the paper, section 5.1). Without its tags, every annotated answer
+equals the response byte for byte. Rows for which it does not are dropped, and counted by reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pastalm.train.structure import CountTokens, annotate
 
 @dataclass(frozen=True, slots=True)
 class PlainAnswer:
-    """A prompt with its response. cut: the response is not whole."""
+    """A prompt with its response. cut: the response did not end by itself."""
 
     id: str
     prompt: str
@@ -36,7 +36,7 @@ class PlainAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A row with its marks, `annotated` in text form. tokens: of the plain response."""
+    """An annotated answer. annotated: PASTA-LANG. tokens: of the response without tags. chunks: their number."""
 
     id: str
     prompt: str
@@ -49,7 +49,15 @@ class Annotated:
 
 @dataclass(frozen=True, slots=True)
 class AnnotationCounts:
-    """What became of the rows of a file. dropped: rows by the reason they were left out."""
+    """Progress of a run.
+
+    read: rows read.
+    skipped: rows that the target file already had.
+    written: rows written.
+    structured: rows written with two or more chunks.
+    chunks: chunks in all rows written.
+    dropped: number of rows left out, by reason.
+    """
 
     read: int = 0
     skipped: int = 0
@@ -60,7 +68,7 @@ class AnnotationCounts:
 
 
 class Annotator(Protocol):
-    """Takes rows as it can work on them; gives each once, in any order, with its document or why it has none."""
+    """Yields each row once, in any order, with its document or the reason why it has none. Reads rows as needed."""
 
     def __call__(self, rows: Iterable[PlainAnswer]) -> Iterator[tuple[PlainAnswer, Document | str]]: ...
 
@@ -72,7 +80,7 @@ def structural(response: str, count_tokens: CountTokens, prompt: str) -> Documen
 
 @dataclass(frozen=True, slots=True)
 class Structural:
-    """An annotator by rules, without a model. rules: response, token counter and prompt -> document."""
+    """An annotator that uses rules, no model. rules: (response, token counter, prompt) -> document."""
 
     count_tokens: CountTokens
     rules: Callable[[str, CountTokens, str], Document] = structural
@@ -88,8 +96,14 @@ FORMS = (
 
 
 def read_rows(source: Path, limit: int | None = None, *, bad: Bad | None = None) -> Iterator[PlainAnswer]:
-    """The rows of a file, or its first `limit`: prompts with answers in any form that prompts.py reads, or what
-    `pasta sample` wrote. Raises DataError, with the line, for what is none, unless `bad` takes it."""
+    """Yields the rows of a file: prompts with answers in any format of prompts.py, or rows of `pasta sample`.
+
+    source: the file.
+    limit: read only so many rows.
+    bad: called with the error for each invalid row, which is then skipped. None: the error is raised.
+
+    Raises DataError.
+    """
     for where, value, prompt in prompts.rows(source, limit, bad=bad):
         try:
             yield _row(where, value, prompt)
@@ -127,7 +141,8 @@ def _plain(value: Mapping[str, object], where: str) -> str:
 
 
 def unusable(row: PlainAnswer, max_repetition: float = 1.0) -> str | None:
-    """Why a row is not worth annotating, if it is not. max_repetition: share of its runs of words said before."""
+    """The reason why a row is not annotated; None if it is. max_repetition: largest allowed share of repeated
+    4-grams."""
     if not row.prompt.strip():
         return "empty prompt"
     if not row.response.strip():
@@ -138,7 +153,12 @@ def unusable(row: PlainAnswer, max_repetition: float = 1.0) -> str | None:
 
 
 def checked(row: PlainAnswer, document: Document | str, count_tokens: CountTokens) -> Annotated | str:
-    """What is written for a row, or why nothing is."""
+    """The annotated answer to write, or the reason to drop the row.
+
+    row: the row.
+    document: its annotation, or the reason why there is none.
+    count_tokens: counts the tokens of a text.
+    """
     if isinstance(document, str):
         return document
     text = render(document)
@@ -154,7 +174,7 @@ def checked(row: PlainAnswer, document: Document | str, count_tokens: CountToken
 
 
 def annotate_rows(rows: Iterable[PlainAnswer], annotator: Annotator, count_tokens: CountTokens) -> Iterator[Annotated]:
-    """Each row annotated; one whose text would not be kept is left out."""
+    """Yields the annotated rows; rows whose annotation is invalid are left out."""
     for row, document in annotator(row for row in rows if unusable(row) is None):
         result = checked(row, document, count_tokens)
         if isinstance(result, Annotated):
@@ -163,8 +183,7 @@ def annotate_rows(rows: Iterable[PlainAnswer], annotator: Annotator, count_token
 
 @dataclass(slots=True)
 class _Run:
-    """What became of the rows so far, and which are still to be annotated. present: text of what is annotated already,
-    by id."""
+    """State of a run. present: (prompt, response) of the rows that are annotated already, by id."""
 
     target: Path
     present: Mapping[str, tuple[str, str]]
@@ -190,8 +209,8 @@ class _Run:
             if row.id in self.present and why is None:
                 if self.present[row.id] != (row.prompt, row.response):
                     raise DataError(
-                        f"{self.target} holds another text of id {row.id!r}: give another file, or --overwrite to "
-                        "start anew"
+                        f"{self.target} has another text for id {row.id!r}: give another file, or --overwrite to "
+                        "start again"
                     )
                 self.skipped += 1
             elif why is not None:
@@ -229,12 +248,21 @@ def annotate_file(
     bad: Bad | None = None,
     progress: Callable[[AnnotationCounts], None] = lambda _: None,
 ) -> AnnotationCounts:
-    """Annotates a file of rows into another, line by line, and goes on where it stopped.
+    """Annotates the rows of a file and writes them to another. Resumes: rows that `target` has are skipped.
 
-    Rows whose id stands in `target` are skipped. limit: rows of `source` to look at. max_repetition: rows that
-    say more of their words again are dropped. models: what annotates and what counts tokens, for the file's header.
-    overwrite: rows that are there make way. bad: is told of rows that cannot be read. progress: called after every row.
-    Raises DataError for a file or line that cannot be read, or was made otherwise, RemoteError for a server.
+    source: the file to annotate.
+    target: the file to write.
+    annotator: marks the rows.
+    count_tokens: counts the tokens of a text.
+    limit: read only so many rows of `source`.
+    max_repetition: drop rows with a larger share of repeated 4-grams.
+    models: name and hash of the models used, for the file's header.
+    overwrite: delete the rows that `target` has.
+    bad: called with the error for each invalid row. None: the error is raised.
+    progress: called after each row.
+
+    Raises DataError if a file or row cannot be read, or `target` was made with other settings; RemoteError if a server
+    fails.
     """
     if target.exists() and source.exists() and target.samefile(source):
         raise DataError(f"{target} is what is to be annotated: give another file for the result")
@@ -266,7 +294,7 @@ def _present(results: jsonl.Results) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _noted(rows: Iterable[PlainAnswer], places: dict[str, int]) -> Iterator[PlainAnswer]:
-    """The rows; where each first stands is put into `places`."""
+    """Passes the rows on and stores the index of each id in `places`."""
     for row in rows:
         places.setdefault(row.id, len(places))
         yield row

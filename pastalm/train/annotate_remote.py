@@ -1,8 +1,8 @@
-"""Lets a large language model mark the independent parts of answers (PASTA section 5.1).
+"""Annotates answers with a large language model (PASTA section 5.1).
 
-What it writes is trusted for where the marks are and nothing else: lengths are counted anew, topics cut to three
-words, stray syncs left out, and the marks carried over to the true response where only white space was changed.
-What then still does not hold is dropped, with its reason.
+Only the positions of its tags are used: lengths are recomputed, topics are cut to three words, stray syncs are removed,
+and if it changed white space the tags are moved to the original response. Annotations that are still invalid are
+dropped, with the reason.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ANSWER = re.compile(r"</?answer>")
 
 
 def question(row: PlainAnswer) -> Messages:
-    """The messages that ask for a row's annotation."""
+    """The messages that request a row's annotation."""
     messages = [{"role": "system", "content": SYSTEM}]
     for prompt, annotated in (*EXAMPLES, (row.prompt, "")):
         plain = row.response if not annotated else strip(parse(annotated))
@@ -57,7 +57,12 @@ def question(row: PlainAnswer) -> Messages:
 
 
 def read(reply: str, response: str, count_tokens: CountTokens) -> Document | str:
-    """The document that a model's words mean for a response, or why they mean none."""
+    """Parses a model's reply into a document, or gives the reason why it is invalid.
+
+    reply: the model's text.
+    response: the original response.
+    count_tokens: counts the tokens of a text.
+    """
     try:
         if parse(response) != (Text(response),):
             return "response looks like PASTA-LANG"
@@ -74,7 +79,7 @@ def read(reply: str, response: str, count_tokens: CountTokens) -> Document | str
 
 
 def _well_spelled(reply: str, response: str) -> str:
-    """The tags as the language spells them; a fence and tags around the whole left out."""
+    """The reply with tags in their exact form, without a code fence or <answer> tags around it."""
     fenced = _FENCE.fullmatch(reply)
     if fenced and not _FENCE.fullmatch(response):
         reply = fenced[1]
@@ -91,7 +96,7 @@ def _promise(attributes: str) -> str:
 
 
 def _carried(marks: list[Mark], response: str) -> list[Mark] | None:
-    """The marks over the true response, where the copy differs from it in white space at most."""
+    """The marks placed in the original response; None if the copy differs in more than white space."""
     copy = "".join(mark.text for mark in marks if isinstance(mark, Text))
     if copy == response:
         return marks
@@ -106,7 +111,7 @@ def _carried(marks: list[Mark], response: str) -> list[Mark] | None:
         copied += sum(not c.isspace() for c in mark.text)
         more = any(isinstance(m, Text) and m.text.strip() for m in marks[i + 1 :])
         end = places[copied] if more and copied < len(places) else len(response)
-        if not mark.text[-1:].isspace() and more:  # white space goes where the copy has it
+        if not mark.text[-1:].isspace() and more:  # keep white space on the same side of the tag as in the copy
             end = places[copied - 1] + 1 if copied else 0
         carried.append(Text(response[at:end]))
         at = end
@@ -114,7 +119,7 @@ def _carried(marks: list[Mark], response: str) -> list[Mark] | None:
 
 
 def _without_strays(marks: list[Mark]) -> Iterator[Mark]:
-    """Without syncs that wait for nothing, or stand in a chunk, and without empty text."""
+    """Removes syncs that wait for nothing or are inside a chunk, and empty texts."""
     open_, waiting = 0, False
     for mark in marks:
         open_ += isinstance(mark, AsyncOpen) - isinstance(mark, AsyncClose)
@@ -128,7 +133,8 @@ def _without_strays(marks: list[Mark]) -> Iterator[Mark]:
 
 
 def _mended(document: Document, count_tokens: CountTokens) -> Document:
-    """Lengths from the tokenizer, chunks flat. Raises ValueError, with the reason, for what cannot be mended."""
+    """The document with lengths counted and chunks without nesting. Raises ValueError with the reason if it is
+    invalid."""
     nodes, topics = list[Node](), set[str]()
     for i, node in enumerate(document):
         if isinstance(node, Promise):
@@ -156,7 +162,7 @@ def _mended(document: Document, count_tokens: CountTokens) -> Document:
 
 @dataclass(slots=True)
 class LanguageModel:
-    """The annotator that asks a server. Rows come back as they are answered, in any order."""
+    """An annotator that uses a model on a server. Yields rows in the order of its replies."""
 
     remote: ChatClient[PlainAnswer]
     count_tokens: CountTokens

@@ -1,7 +1,7 @@
-"""Which run a folder holds, by contents: what was asked of it, how far it came, and what it has computed before.
+"""The state of a training run in its folder: settings, checkpoints, log, and reference log-probabilities.
 
-`config.json` says what was asked: the settings, and of model, adapter and data what is in them, not where they lie. A
-folder whose `config.json` says something else is refused, or cleared where `overwrite` is set.
+`config.json` records the settings, and the hashes of model, adapter and data (not their paths). A folder whose
+`config.json` differs is rejected, or cleared with `overwrite`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pastalm.train.run import RunConfig
 
 _OURS = ("checkpoint-*", "adapter", "model", "log.jsonl", "loss.png", "reference.jsonl")
-"""What a run leaves beside config.json."""
+"""Files of a run other than config.json."""
 
 
 def run_settings(config: RunConfig) -> dict[str, Any]:
-    """What decides what a run trains, as `config.json` has it. Raises DataError, ModelError."""
+    """All settings that affect the result, as in `config.json`. Raises DataError, ModelError."""
     settings = config.described()
     for key in settings:
         if isinstance(path := getattr(config, key), Path):
@@ -39,13 +39,13 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def claim(config: RunConfig) -> None:
-    """Makes the folder, or finds it to be of the same run. Raises DataError where it is of another, or cannot be
-    written; ModelError."""
+    """Creates the run's folder, or checks that it has the same settings. Raises DataError if it belongs to another run
+    or cannot be written; ModelError."""
     out, path = config.out, config.out / "config.json"
     settings = run_settings(config)
     if not config.overwrite:
         _check(path, settings)
-    PartialState().wait_for_everyone()  # else one process might read what another writes
+    PartialState().wait_for_everyone()  # otherwise one process might read what another writes
     try:
         if PartialState().is_main_process:
             out.mkdir(parents=True, exist_ok=True)
@@ -64,33 +64,34 @@ def _check(path: Path, settings: dict[str, Any]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         if leftover := next(_left(path.parent), None):
             raise DataError(
-                f"{path.parent} holds {leftover.name} and no {path.name} that says what made it: use another --out"
+                f"{path.parent} has {leftover.name} but no {path.name} that says what made it: use another --out"
             ) from None
         return
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
-        raise DataError(f"{path} is not whole: use another --out, or --overwrite to start anew") from None
+        raise DataError(f"{path} is damaged: use another --out, or --overwrite to start again") from None
     changes = jsonl.differences(recorded, settings) if isinstance(recorded, dict) else ["it is not one of pastalm"]
     if changes:
         raise DataError(
-            f"{path.parent} holds a run of another configuration ({'; '.join(changes)}): use another --out, or "
-            "--overwrite to start anew"
+            f"{path.parent} has a run with other settings ({'; '.join(changes)}): use another --out, or "
+            "--overwrite to start again"
         )
 
 
 def _left(out: Path) -> Iterator[Path]:
-    """What a run has left in a folder."""
+    """The files of a run in a folder."""
     for pattern in _OURS:
         yield from sorted(out.glob(pattern))
 
 
 def _clear(path: Path) -> None:
-    """Removes what an earlier run left, its configuration last. Raises DataError where nothing says that it is."""
+    """Removes the files of an earlier run, its config.json last. Raises DataError if there is no config.json, since the
+    files may then be someone else's."""
     leftovers = list(_left(path.parent))
     if leftovers and not path.is_file():
         raise DataError(
-            f"{path.parent} holds {leftovers[0].name} and no {path.name}, so it is left alone: use another --out"
+            f"{path.parent} has {leftovers[0].name} but no {path.name}, so nothing is deleted: use another --out"
         )
     for path_left in leftovers:
         shutil.rmtree(path_left) if path_left.is_dir() else path_left.unlink()
@@ -98,13 +99,13 @@ def _clear(path: Path) -> None:
 
 
 def newest(out: Path) -> Path | None:
-    """The newest whole checkpoint, if there is one."""
+    """The newest complete checkpoint, if there is one."""
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     return next(filter(_is_whole, checkpoints), None)
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether its last file was written to its end."""
+    """Whether the file that is written last is complete."""
     try:
         return bool(json.loads((checkpoint / "trainer_state.json").read_text()))
     except (OSError, ValueError):
@@ -112,7 +113,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def entries(log: Path) -> list[dict[str, Any]]:
-    """The lines of a log that are whole."""
+    """The complete lines of a log."""
     parsed = []
     with contextlib.suppress(FileNotFoundError):
         for line in log.read_text().splitlines():
@@ -122,7 +123,7 @@ def entries(log: Path) -> list[dict[str, Any]]:
 
 
 def cut(log: Path, step: int) -> list[dict[str, Any]]:
-    """The entries of a log up to a step, which alone are left in it. Raises DataError."""
+    """Removes the entries of a log after a step; returns the others. Raises DataError."""
     remaining = [entry for entry in entries(log) if entry.get("step", 0) <= step]
     try:
         with disk.replacing(log) as file:
@@ -132,13 +133,13 @@ def cut(log: Path, step: int) -> list[dict[str, Any]]:
     return remaining
 
 
-# ------------------------------------------------------------------------------ numbers that were computed before
+# ------------------------------------------------------------------------------ reference log-probabilities
 
 _NUMBERS = jsonl.Kind(command="train prefer", name="log-probabilities of a pair", fields=("pair", "log_probs"))
 
 
 def digest(*packed: Packed) -> str:
-    """A hash of sequences as a model gets them: tokens, positions, labels and who sees whom."""
+    """A hash of packed sequences: tokens, positions, labels and attention masks."""
     hasher = hashlib.sha256()
     for one in packed:
         for field in fields(one):
@@ -156,9 +157,17 @@ def remembered(
     compute: Callable[[Sequence[int]], Sequence[Sequence[float]]],
     progress: Callable[[int], None],
 ) -> list[list[float]]:
-    """Numbers for each key, kept in `out/reference.jsonl` under it. plan: places in `keys` that are computed together;
-    of a batch of which only some are there, all are computed again, in the same company, so that a run that was cut off
-    comes to the same numbers. compute: the numbers of a batch. progress: is told how many are there after each."""
+    """Numbers for each key, computed once and stored in `out/reference.jsonl`.
+
+    A batch that is stored only in part is computed again as a whole, so a resumed run gives the same numbers as an
+    uninterrupted one.
+
+    config: the run.
+    keys: a unique key an item.
+    plan: batches of indices into `keys`.
+    compute: the numbers of a batch.
+    progress: called after each batch with the number of stored items.
+    """
     settings = run_settings(config)
     results = jsonl.Results(
         config.out / "reference.jsonl", _NUMBERS, {key: settings[key] for key in ("model", "start", "full", "device")}

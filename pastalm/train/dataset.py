@@ -1,8 +1,8 @@
-"""Annotated answers (JSONL of annotate.py) -> batches of packed examples.
+"""Turns annotated answers (annotate.py) into batches of packed examples.
 
-Which answers: whole ones under `max_tokens`; a share without any chunk, so that the model learns to
-abstain; a share of the structured ones untagged, under the sequential marker. An answer whose list
-the annotator left alone is not shown: it would teach to write lists inline. All by one seed.
+It uses complete answers up to `max_tokens`. A share has no chunks, so that the model learns when not to fork. A share
+of the structured ones is used without tags, with the sequential marker. Answers with a list that the annotator did not
+mark are left out, since they would teach the model to write lists sequentially. One seed determines everything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from pastalm.records import answers, jsonl
 from pastalm.train.packing import IGNORED, MIXED, Packed, pack, pack_events, pack_serial, retell
 
 Lengths = Literal["tens", "fixed", "oracle"]
-"""What a promise says: its chunk's length in tens; always the same; in tens, while positions follow the true one."""
+"""The length in a promise. tens: its chunk's, rounded to tens. fixed: always the same. oracle: as tens, but positions
+use the true length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class Mix:
 
 
 def check_lengths(name: str) -> Lengths:
-    """Raises RequestError for what is none."""
+    """Returns the name as a Lengths. Raises RequestError if it is unknown."""
     names: dict[str, Lengths] = {one: one for one in get_args(Lengths)}
     if name not in names:
         raise RequestError(f"unknown lengths {name!r}: use {', '.join(names)}")
@@ -75,11 +76,11 @@ def check_lengths(name: str) -> Lengths:
 
 
 FIXED = 100
-"""Tokens that every promise names under "fixed"."""
+"""The length in every promise with "fixed"."""
 
 
 def ablated(document: Document, mix: Mix) -> Document:
-    """The document without what the mix leaves out. Topics become numbers: siblings' must differ."""
+    """The document without what the mix leaves out. Topics are replaced by numbers, since siblings must differ."""
     nodes: list[Node] = []
     for number, node in enumerate(document):
         if isinstance(node, Promise):
@@ -227,15 +228,24 @@ def _untagged(row: Source, tokenizer: Any, vocabulary: Vocabulary, eos: int) -> 
 # ------------------------------------------------------------------------------ what to unlearn
 
 REPEAT = 8
-"""So many tokens in a row that a thread has said before are a repetition."""
+"""Length in tokens of an n-gram that counts as a repetition when its thread produced it before."""
 REPEATS = 96
-"""Repeated tokens of an answer that are unlearned: how a loop is entered, not how long it lasts."""
+"""Maximum repeated tokens of an answer to unlearn: enough for the start of a loop."""
 
 
 def read_repeats(path: Path, tokenizer: Any, vocabulary: Vocabulary, mix: Mix, *, eos: int) -> Iterator[Example]:
-    """Of a model's own answers (`pasta sample`), those that were cut off, with the tokens labelled that
-    repeat what their thread had said (Welleck et al., "Neural text generation with unlikelihood
-    training", ICLR 2020, section 5.2). Raises DataError with the line that cannot be read."""
+    """Examples for unlikelihood training: a model's own answers (`pasta sample`) that were cut off, where the labels
+    are the tokens that repeat earlier ones of their thread (Welleck et al., "Neural text generation with unlikelihood
+    training", ICLR 2020, section 5.2).
+
+    path: the file of answers.
+    tokenizer: of transformers.
+    vocabulary: its Vocabulary.
+    mix: bounds on lengths; untagged.
+    eos: id that ends an answer.
+
+    Raises DataError.
+    """
     for answer in answers.read(path):
         marker = SEQUENTIAL_MARKER if answer.sequential and not mix.untagged else None
         ids = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": answer.prompt}], marker=marker)
@@ -263,9 +273,19 @@ class SampledAnswer(Protocol):
 def pack_sampled(
     prompt: Sequence[int], answer: SampledAnswer, vocabulary: Vocabulary, policy: Policy, *, eos: int
 ) -> tuple[Packed, bool]:
-    """A model's own answer as one sequence of the very tokens that it sampled, those labelled; and True. False where
-    it holds none of this vocabulary: then its text is encoded, and ends in `eos` if it ended by itself. Raises
-    DataError for what is no PASTA-LANG."""
+    """Packs a sampled answer. Returns it, and whether its stored tokens were used.
+
+    If the stored tokens spell the answer in this vocabulary, they are used, and the sampled ones are labelled.
+    Otherwise the text is encoded, with `eos` at the end unless the answer was cut off.
+
+    prompt: token ids.
+    answer: the answer.
+    vocabulary: of the model.
+    policy: position policy.
+    eos: id that ends an answer.
+
+    Raises DataError if the text is not PASTA-LANG.
+    """
     if events := _resampled(answer, vocabulary):
         return pack_events(prompt, events, vocabulary, policy), True
     try:
@@ -277,7 +297,7 @@ def pack_sampled(
 
 
 def _resampled(answer: SampledAnswer, vocabulary: Vocabulary) -> list[Event]:
-    """The events that decoded an answer; none where its tokens do not spell it."""
+    """The events that decoded an answer; [] if its stored tokens do not spell it."""
     if not answer.token_ids or not all(0 <= token < vocabulary.size for token in answer.token_ids):
         return []
     try:
@@ -288,8 +308,8 @@ def _resampled(answer: SampledAnswer, vocabulary: Vocabulary) -> list[Event]:
 
 
 def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
-    """The sequence with only those tokens labelled that end a run of REPEAT which their thread has said
-    before; None if there are none. What follows the last of them is left out, if it is all one thread's."""
+    """The sequence where only repeated tokens are labelled: those that complete a REPEAT-gram that their thread
+    produced before. None if there are none. A sequential answer is cut after the last of them."""
     tags = set(vocabulary.tags.ids if vocabulary.tags else ()) | vocabulary.eos
     labels = np.full_like(packed.labels, IGNORED)
     tokens: dict[ThreadPath, list[int]] = {}
@@ -326,15 +346,19 @@ def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
 
 
 def held_out(examples: Sequence[Example], prompts: int) -> tuple[list[Example], list[Example]]:
-    """The examples of the first so many prompts, and all others: what is held out shares neither an answer nor a prompt
-    with what is trained on, however often it was drawn."""
+    """Splits examples into validation and training sets that share no prompt. prompts: size of the validation set."""
     prompts_held = set(list(dict.fromkeys(example.prompt.strip() for example in examples))[:prompts])
     validation = [example for example in examples if example.prompt.strip() in prompts_held]
     return validation, [example for example in examples if example.prompt.strip() not in prompts_held]
 
 
 def batches(examples: Sequence[Example], tokens: int, *, seed: int = 0) -> list[list[int]]:
-    """Indices of examples in batches of about `tokens` padded tokens, like lengths together, shuffled."""
+    """Batches of indices of examples, shuffled, with similar lengths together.
+
+    examples: the examples.
+    tokens: padded tokens in a batch, at most.
+    seed: of the shuffle.
+    """
     rng = random.Random(seed)
     out: list[list[int]] = []
     for start in range(0, len(examples), 256):
@@ -379,7 +403,11 @@ def collate(
 
 
 def provenance(packed: Iterable[Packed], rows: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
-    """Tokens of what is trained on, and its rows by (kind, source, licence), for the card."""
+    """Numbers of tokens, and of rows by kind, source and licence, for the model card.
+
+    packed: the sequences.
+    rows: (kind, source, licence) of each.
+    """
     lengths = [(len(one), int((one.labels != IGNORED).sum())) for one in packed]
     kinds, sources, licences = (dict(Counter(names)) for names in zip(*rows, strict=True))
     return {

@@ -14,8 +14,8 @@ from pastalm.train.packing import IGNORED
 
 
 def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """log p of each labelled token [m], and its row in the batch [m]. inputs: as `collate` gives them. In float32,
-    or float64 for a float64 model."""
+    """log p of each labelled token [m] and its row in the batch [m], in float32 (float64 for a float64 model). inputs:
+    from `collate`."""
     labels = inputs["labels"][:, 1:]
     labelled = labels != IGNORED
     forward_inputs = {key: inputs[key] for key in ("input_ids", "position_ids")} | {
@@ -26,8 +26,8 @@ def token_log_probs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, T
 
 
 def masks(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """The mask [B, 1, n, n] in the form that the model's attention takes; where some layers have a sliding window,
-    which goes by position, one for each type of layer. Outside of sdpa and FlexAttention it is added to the scores."""
+    """The mask [B, 1, n, n] in the form that the model's attention needs: bool for sdpa, blocks for FlexAttention, else
+    floats to add to the scores. A dict by layer type if some layers have a sliding window (by position)."""
     config = logits.unwrapped(model).config.get_text_config(decoder=True)
     visible, positions = inputs["attention_mask"], inputs["position_ids"]
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -56,7 +56,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(mask: Tensor) -> Any:
-    """The mask [B, 1, n, n] in the form of FlexAttention, which skips the blocks that nobody sees."""
+    """The mask [B, 1, n, n] as FlexAttention's BlockMask, which skips blocks that are masked entirely."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     visible, n = mask[:, 0], mask.shape[-1]
@@ -76,10 +76,17 @@ def weighted_loss(
     tag_weight: float,
     average: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted mean negative log-likelihood over labelled tokens (for rows to be unlearned, of any other
-    token); their losses [m] and whether each is a decision (a tag, or what follows a promise) [m].
-    inputs: as `collate` gives them. average: the mean of a number over the processes that share a batch, so that the
-    mean of their losses is that of the whole batch."""
+    """The weighted mean loss over labelled tokens, the loss of each [m], and whether each is a decision token [m].
+
+    The loss is the negative log-likelihood; for rows marked `unlikely` it is the unlikelihood loss.
+
+    model: of transformers.
+    inputs: from `collate`.
+    tags: ids of the tag tokens.
+    tag_weight: weight of decision tokens: tags, and what follows a promise.
+    average: averages a number over the processes that share a batch, so that the mean of their losses is the loss of
+        the whole batch.
+    """
     each, rows = token_log_probs(model, inputs)
     losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -each)
     decision = decisions(inputs, tags)
@@ -88,8 +95,7 @@ def weighted_loss(
 
 
 def decisions(inputs: Mapping[str, Tensor], tags: Tags) -> Tensor:
-    """Whether each labelled token is a decision: a tag, or what follows a promise [m]. inputs: as `collate` gives
-    them."""
+    """Whether each labelled token [m] is a decision: a tag, or what follows a promise. inputs: from `collate`."""
     labels = inputs["labels"][:, 1:]
     labelled = labels != IGNORED
     ids = torch.tensor(tags.ids, device=labels.device)
@@ -102,7 +108,12 @@ def unlikelihood(losses: Tensor) -> Tensor:
 
 
 def bonbon(policy: Tensor, reference: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The loss of each pair [B] and its margin, nats [B] (PASTA section 5.3; Gui et al. 2024). found, reference: log p
-    of y+ and y- [B, 2] under the model and under p0."""
+    """The BoNBoN loss of each pair [B] and its margin in nats [B] (PASTA section 5.3; Gui et al. 2024).
+
+    policy: log p of y+ and y- [B, 2] under the model.
+    reference: the same under p0.
+    alpha: weight of the term that teaches y+ itself.
+    beta: 1/beta is the target margin.
+    """
     margin = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
     return -alpha * policy[:, 0] + (1 - alpha) * (margin - 1 / beta) ** 2, margin

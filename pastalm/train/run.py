@@ -1,10 +1,10 @@
-"""A training run's folder, whatever it trains: configuration, checkpoints, log, losses as a picture, adapter, card.
+"""What all training runs share: the folder, the optimizer, the log, the saved adapter and its card.
 
-out/config.json   what was asked, by contents; another configuration is refused (bookkeeping.py)
-out/checkpoint-N  of transformers' Trainer; the newest is gone on from
-out/log.jsonl     losses as they come, validation at each checkpoint
-out/loss.png
-out/adapter       what is used: weights, pasta.json, train.json (how it was made), README.md (the card)
+out/config.json   settings and hashes; a run with other settings is rejected (bookkeeping.py)
+out/checkpoint-N  of transformers' Trainer; a run resumes from the newest
+out/log.jsonl     losses, and validation at each checkpoint
+out/loss.png      the losses as a plot
+out/adapter       the result: weights, pasta.json, train.json (how it was made), README.md (the card)
 """
 
 from __future__ import annotations
@@ -33,16 +33,31 @@ from pastalm.models.checkpoints import is_quantised, quiet
 from pastalm.train import bookkeeping
 
 WORKERS = 2
-"""Processes that make batches beside a GPU."""
+"""Processes that build batches while a GPU computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """What every run has. start: an adapter to go on from. overwrite: what an earlier run left in `out` makes way.
-    learning_rate: 1e-5, the paper's, does not move LoRA; row_learning_rate: of the tag rows, which have far to go.
-    batch_tokens: padded tokens a step, of each process: two with 2,048 train what one with 4,096 does. full: all
-    weights are trained, and a whole model is saved. gradient_checkpointing: less memory, each forward pass twice.
-    flex: FlexAttention instead of a dense mask."""
+    """Settings of every run.
+
+    data: the training data.
+    out: the run's folder.
+    model: the base model.
+    start: an adapter to continue training from. None: a new one.
+    epochs: passes over the data.
+    learning_rate: of LoRA; the paper's 1e-5 is too small for it.
+    row_learning_rate: of the tags' embedding rows, which are new and need to move further.
+    warmup: share of the steps.
+    batch_tokens: padded tokens in a step, for each process: two with 2,048 equal one with 4,096.
+    lora_rank: of LoRA.
+    full: train and save all weights instead of an adapter.
+    gradient_checkpointing: uses less memory and computes each forward pass twice.
+    flex: FlexAttention instead of a dense mask.
+    save_steps: steps between checkpoints.
+    overwrite: delete an earlier run in `out`.
+    device: "cpu" or a torch device.
+    seed: of all randomness.
+    """
 
     data: Path
     out: Path
@@ -64,11 +79,11 @@ class RunConfig:
 
     @property
     def base_name(self) -> str:
-        """The base as others may know it: of a local folder only its name."""
+        """The base model's name; of a local folder only the last part of its path."""
         return Path(self.model).name if Path(self.model).is_dir() else self.model
 
     def described(self) -> dict[str, Any]:
-        """The configuration without what does not change the result; of paths only their names."""
+        """The settings that affect the result, as JSON. Paths are reduced to their names."""
         settings = asdict(replace(self, out=Path(".")))
         for key in ("out", "overwrite"):
             settings.pop(key)
@@ -90,12 +105,12 @@ class Base:
 
 
 def aloud(config: RunConfig, progress: Callable[[str], None]) -> Callable[[str], None]:
-    """`progress` of the first of several processes: the others are silent."""
+    """`progress` for the main process, a no-op for the others."""
     return progress if PartialState(cpu=config.device == "cpu").is_main_process else lambda _: None
 
 
 def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
-    """Makes the folder, seeds all randomness and loads the model. Raises DataError, ModelError."""
+    """Creates the folder, sets the seed and loads the model. Raises DataError, ModelError."""
     bookkeeping.claim(config)
     set_seed(config.seed)
     model, tokenizer = models.load_base(models.pull(config.model, progress=progress), device=str(device(config)))
@@ -106,25 +121,25 @@ def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
 
 
 def go(trainer: Any, config: RunConfig) -> None:
-    """Trains, from the newest checkpoint on. Raises DataError where the disk is full."""
+    """Trains, from the newest checkpoint if there is one. Raises DataError if the disk is full."""
     last = bookkeeping.newest(config.out)
     trainer.remove_callback(PrinterCallback)  # stdout is for the answer
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except OSError as error:
         raise DataError(
-            f"cannot write to {config.out}: {error}; make room, then start again to go on from the newest checkpoint"
+            f"cannot write to {config.out}: {error}; free some space, then run again to resume from its checkpoint"
         ) from None
     except Exception as error:
         if "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
         raise DataError(
-            f"the disk of {config.out} is full; make room, then start again to go on from the newest checkpoint"
+            f"the disk of {config.out} is full; free some space, then run again to resume from its checkpoint"
         ) from None
 
 
 def device(config: RunConfig) -> Any:
-    """Where this process computes: of several on GPUs, each has its own."""
+    """The device of this process; each of several processes has its own GPU."""
     several = config.device == "cuda" and PartialState().num_processes > 1
     return PartialState().device if several else config.device
 
@@ -148,7 +163,7 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
             peft_model = PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"cannot go on from the adapter in {config.start}: {reason}") from None
+            raise ModelError(f"cannot continue from the adapter in {config.start}: {reason}") from None
         return _trainable(peft_model, config.start)
     lora = LoraConfig(
         r=config.lora_rank,
@@ -161,11 +176,11 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
 
 
 def _check_trainable(config: RunConfig, model: Any) -> None:
-    """Refuses before training what would fail after it. Raises ModelError."""
+    """Raises ModelError, before training, for models that would fail later."""
     if config.full and is_quantised(model):
         raise ModelError("quantised weights cannot be trained: leave out --full, or train what they were made from")
     if unmet := [kind for kind in _layer_types(model) if kind not in ("full_attention", "sliding_attention")]:
-        raise ModelError(f"this model has layers of {unmet[0]!r}, to which no mask says who sees whom: train another")
+        raise ModelError(f"this model has layers of {unmet[0]!r}, which take no attention mask: train another model")
     models.shape_of(model)
 
 
@@ -174,13 +189,13 @@ def _layer_types(model: Any) -> Sequence[str]:
 
 
 def _names(model: Any, modules: Sequence[Any]) -> list[str]:
-    """What a model calls some of its modules."""
+    """The names of some of a model's modules."""
     module_ids = {id(module) for module in modules}
     return [name for name, module in model.named_modules() if id(module) in module_ids]
 
 
 def _linear_layers(model: Any) -> list[str]:
-    """The names of the text decoder's linear layers: of a model that also sees or hears, nothing else."""
+    """The names of the text decoder's linear layers; those of vision or audio parts are left out."""
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
@@ -207,7 +222,7 @@ def _trainable(adapted: Any, start: Path | None = None) -> Any:
 
 
 def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:
-    """AdamW, with a learning rate of their own for the tag rows."""
+    """AdamW, with a separate learning rate for the tag rows."""
     rows: list[Any] = []
     others: list[Any] = []
     for name, parameter in model.named_parameters():
@@ -310,7 +325,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
         self.last: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leaves out what was logged after the checkpoint, and adds what was not any more."""
+        """Removes log entries after the checkpoint; adds its validation if that is missing."""
         if not state.is_world_process_zero:
             logged = [entry for entry in bookkeeping.entries(self.path) if entry.get("step", 0) <= state.global_step]
         else:
@@ -372,8 +387,17 @@ def plot(log: Path, target: Path, curves: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """What a card tells. stage: of the method. positions: the policies trained on. marker: that tells the model to
-    write sequentially. losses: lines on what came out."""
+    """What the card and train.json record.
+
+    stage: "stage 1", ...
+    positions: the position policies trained on.
+    marker: the marker of sequential answers; None if there was none.
+    data: from `dataset.provenance`.
+    steps: training steps.
+    seconds: wall-clock time.
+    final: figures after training.
+    losses: lines about them for the card.
+    """
 
     stage: str
     positions: Sequence[str]
@@ -386,8 +410,13 @@ class RunSummary:
 
 
 def save(trainer: Any, config: RunConfig, summary: RunSummary) -> Path:
-    """Writes the adapter (or, `full`, the model) with its cards; returns its folder. Weights in bfloat16, as the
-    base is used. Of several processes the first writes; all gather what is sharded."""
+    """Writes the adapter (with `full`, the model) in bfloat16, and its cards; returns its folder. All processes must
+    call it, to gather sharded weights; the main process writes.
+
+    trainer: after training.
+    config: the run.
+    summary: for the cards.
+    """
     folder = config.out / ("model" if config.full else "adapter")
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -455,7 +484,7 @@ def _terms(data: Mapping[str, Any]) -> str:
 
 
 def _before(record: Mapping[str, Any]) -> Iterator[str]:
-    """What the runs that it goes on from were trained on, the latest first."""
+    """Lines about the data of the earlier runs that this one continues, the latest first."""
     while before := record.get("before"):
         data = before["data"]
         yield f"Goes on from {before['stage']}: {data['rows']} sequences, {data['tokens']} packed tokens."
@@ -465,7 +494,7 @@ def _before(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def card(record: Mapping[str, Any], losses: Sequence[str]) -> str:
-    """What an adapter's users should know of it, from its train.json."""
+    """The model card, in Markdown. record: train.json. losses: lines about the result."""
     config, data = record["config"], record["data"]
     rows = [f"| {source} | {n} |" for source, n in sorted(data["sources"].items())]
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(data["kinds"].items()))

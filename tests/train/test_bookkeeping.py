@@ -95,14 +95,14 @@ def test_overwriting_leaves_nothing_of_the_run_before(config: SftConfig, tmp_pat
 def test_a_folder_that_no_run_left_is_left_alone(config: SftConfig, overwrite: bool) -> None:
     (config.out / "adapter").mkdir(parents=True)
     (config.out / "adapter" / "mine").write_text("x")
-    refused(replace(config, overwrite=overwrite), "holds adapter and no config.json", "another --out")
+    refused(replace(config, overwrite=overwrite), "has adapter but no config.json", "another --out")
     assert left(config) == {"adapter/mine"}
 
 
 def test_a_configuration_that_is_not_whole_is_said(config: SftConfig) -> None:
     bookkeeping.claim(config)
     (config.out / "config.json").write_text('{"da')
-    refused(config, "not whole", "--overwrite")
+    refused(config, "is damaged", "--overwrite")
     bookkeeping.claim(replace(config, overwrite=True))
     (config.out / "config.json").write_text("[1]")
     refused(config, "another configuration")

@@ -20,7 +20,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pastalm.core.events import (
     Blocked,
@@ -49,6 +49,8 @@ from pastalm.core.language import (
 )
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.errors import RequestError
+
+State: TypeAlias = Literal["live", "queued", "blocked", "finished"]
 
 CHUNK_SLACK = 16
 """A chunk promised N tokens may take 2N and this many more."""
@@ -104,7 +106,7 @@ class Thread:
     budget: int
     reach: int
     room: tuple[int, float]
-    state: Literal["live", "queued", "blocked", "finished"] = "live"
+    state: State = "live"
     mode: Literal["text", "topic", "number"] = "text"
     tag: list[int] = field(default_factory=list)
     topic: str = ""
@@ -178,7 +180,7 @@ class Interpreter:
         room = self._room(0, LENGTH_STEP, self._spelling)
         self._main = Thread((), max_tokens, prompt_length, room, origin=max_tokens)
         self.threads: dict[Path, Thread] = {(): self._main}
-        self._unfinished = 1
+        self._unfinished = self._live = 1
         self._spelled: dict[str, frozenset[int]] = {}
 
     # ------------------------------------------------------------------ what a driver calls
@@ -206,7 +208,7 @@ class Interpreter:
         unfinished = [t for t in self.threads.values() if t.state != "finished"]
         self._queue.clear()
         for thread in unfinished:
-            thread.state = "finished"
+            self._become(thread, "finished")
         self._unfinished = 0
         return [Finished(path=t.path, reason=reason) for t in unfinished]
 
@@ -528,16 +530,18 @@ class Interpreter:
 
     def _fork(self, child: Thread, promise: Promise) -> Iterator[Event]:
         forked = Forked(path=child.path, topic=promise.topic, promised=promise.tokens)
-        if self._live() >= self._limits.max_threads:
+        if self._live >= self._limits.max_threads:
             self._queue.append(child)
             yield forked
             yield Blocked(path=child.path, on="thread")
         else:
-            child.state, child.resume = "live", ()
+            self._become(child, "live")
+            child.resume = ()
             yield replace(forked, forced=self._open, allowed=self._allowed(child))
 
-    def _live(self) -> int:
-        return sum(t.state == "live" for t in self.threads.values())
+    def _become(self, thread: Thread, state: State) -> None:
+        self._live += (state == "live") - (thread.state == "live")
+        thread.state = state
 
     def _sync(self, thread: Thread, token: int) -> Iterator[Event]:
         thread.resume = (token,)
@@ -546,7 +550,7 @@ class Interpreter:
             if self._spent(thread):
                 yield from self._cut(thread)
         else:
-            thread.state = "blocked"
+            self._become(thread, "blocked")
             yield Blocked(path=thread.path)
             yield from self._release()
 
@@ -562,13 +566,13 @@ class Interpreter:
             thread.reach = max(thread.reach, child.reach + 1)  # the sync's own, under `overlap`
         thread.group.clear()
         thread.lent = 0
-        thread.state = "live"
+        self._become(thread, "live")
         forced, thread.resume = thread.resume, ()
         return Joined(path=thread.path, children=children, forced=forced, allowed=self._allowed(thread))
 
     def _release(self) -> Iterator[Event]:
         """Lets queued threads go on while fewer than `max_threads` are live."""
-        while self._queue and self._live() < self._limits.max_threads:
+        while self._queue and self._live < self._limits.max_threads:
             thread = self._queue.popleft()
             joined = thread.group and self._children_done(thread)
             yield self._join(thread) if joined else self._begin(thread)
@@ -576,7 +580,7 @@ class Interpreter:
                 yield from self._cut(thread)
 
     def _begin(self, thread: Thread) -> Joined:
-        thread.state = "live"
+        self._become(thread, "live")
         forced, thread.resume = thread.resume, ()
         return Joined(path=thread.path, forced=forced, allowed=self._allowed(thread))
 
@@ -603,12 +607,12 @@ class Interpreter:
         return self._newline
 
     def _end(self, thread: Thread, reason: FinishReason, forced: Iterable[int] = (), why: str = "") -> Iterator[Event]:
-        thread.state = "finished"
+        self._become(thread, "finished")
         self._unfinished -= 1
         yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=tuple(forced), why=why)
         if thread.path:
             parent = self.threads[thread.path[:-1]]
             if parent.state == "blocked" and self._children_done(parent):
-                parent.state = "queued"
+                self._become(parent, "queued")
                 self._queue.append(parent)
         yield from self._release()

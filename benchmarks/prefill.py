@@ -38,7 +38,7 @@ print(seconds, int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read()
 
 
 def prefilled(engine: Engine, prompt: list[int]) -> float:
-    """Seconds until the logits after a prompt are there."""
+    """Seconds to compute the logits after a prompt."""
     engine.forget()  # type: ignore[attr-defined]
     params = SamplingParams(temperature=0, max_tokens=1)
     positions = engine.capabilities.positions[0]

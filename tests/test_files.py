@@ -191,7 +191,7 @@ def test_scores_of_other_answers_are_not_these(work: Path, tiny: Path) -> None:
     originals = {name: (work / name).read_bytes() for name in ("sampled.jsonl", "baseline.jsonl")}
     for name in originals:
         write(work / name, *(sampled(str(i), f"It is not {i}, I say.") for i in range(3)))
-        complains(pasta(*words), 2, "line 2", "is another now", "--overwrite")
+        complains(pasta(*words), 2, "line 2", "has changed", "--overwrite")
         (work / name).write_bytes(originals[name])
     assert pasta(*words).exit_code == 0
     assert out.read_bytes() == before
@@ -294,7 +294,7 @@ def test_no_other_output_takes_the_place_of_what_is_not_its_own(work: Path, tiny
     mine.write_text("my notes")
     asked = ("generate", "hello", "--model", tiny, "--max-tokens", "4")
     complains(pasta(*asked, "--trace", mine), 2, "notes.txt is there already, and is no trace")
-    complains(pasta("export", mine, "--model", tiny), 2, "notes.txt is there already, and is no GGUF file")
+    complains(pasta("export", mine, "--model", tiny), 2, "notes.txt exists and is not a GGUF file")
     page = work / "site" / "index.html"
     page.parent.mkdir()
     page.write_text("my site")

@@ -63,7 +63,7 @@ def outputs(answers: Sequence[Answer], generator: str) -> list[dict[str, str]]:
 
 
 def verdicts(pairs: Sequence[Pair], generator: str) -> list[dict[str, Any]]:
-    """A judge's verdicts in AlpacaEval's own form, those that are there."""
+    """A judge's verdicts in AlpacaEval's format; answers without a verdict are left out."""
     return [
         {
             "instruction": pair.answer.prompt,
@@ -82,8 +82,11 @@ def verdicts(pairs: Sequence[Pair], generator: str) -> list[dict[str, Any]]:
 def win_rate(judged: Sequence[dict[str, Any]], *, asked: int, gamed: Path | None = None) -> WinRate:
     """The win rate of the annotations of one system, raw and length-controlled.
 
-    asked: how many pairs were to be judged. gamed: a copy of the benchmark's df_gamed.csv, where the hub cannot be
-    reached. Raises DataError for no annotation, ModelError where the package or its file cannot be had.
+    judged: annotations of `verdicts`.
+    asked: number of pairs sent to the judge.
+    gamed: a copy of the benchmark's df_gamed.csv, if the hub cannot be reached.
+
+    Raises DataError if there is no annotation, ModelError if the package or its file is not available.
     """
     if not judged:
         raise DataError("no verdict of a judge: evaluate with --scorer judge")

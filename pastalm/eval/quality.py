@@ -108,8 +108,8 @@ def _differences(
     baseline_scores: dict[Candidate, float],
 ) -> list[Verdict]:
     """Each answer's number less its baseline's, which is scored once for all answers to a prompt, of all systems.
-    known: the baselines' numbers, kept from call to call. What a number was computed beside never hangs on what was
-    known: the same answers give the same numbers, to the last bit."""
+    baseline_scores: the baselines' numbers, kept between calls. The batches do not depend on it, so the same answers
+    give the same numbers, to the last bit."""
     baselines = [c.sequential() for c in candidates]
     if not baseline_scores.keys() >= set(baselines):
         wanted = list(dict.fromkeys(baselines))

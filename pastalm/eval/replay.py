@@ -1,7 +1,7 @@
-"""How far each token of a decoded answer lies from what the model says in one plain forward pass (SPEC "equal").
+"""Checks a decoded answer against one plain forward pass of the model (SPEC "equal").
 
-The proof of any schedule, engine or server: whatever decoded the answer, 0 where every token is the likeliest of those
-that were allowed there. The tolerance is 1e-3 in float32, 0.5 in bfloat16.
+For each token, the gap between its logit and the largest allowed logit. For greedy decoding it must be 0, for any
+schedule, engine or server; the tolerance is 1e-3 in float32 and 0.5 in bfloat16.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Sampled answers -> scored answers: how fast and how good each is, held against the baseline's answer.
+"""Scores sampled answers: how fast and how good each is, relative to the baseline's answer.
 
-In: answers of `pasta sample` (N to a prompt), the baseline's (`pasta sample --sequential`, one each), and reference
-answers where a scorer needs them. Out: JSONL of scores.py, some prompts at a time, so that a run goes on where it was
-cut. An answer without a verdict (a judge that failed on it, or said something else) is counted and not written: start
-again and it is asked about again.
+In: answers of `pasta sample` (N each prompt), the baseline's (`pasta sample --sequential`, one for each prompt), and
+reference answers if a scorer needs them. Out: JSONL of scores, written every few prompts, so a run can be resumed. An
+answer without a verdict (the judge failed, or its reply was invalid) is counted but not written; the next run tries it
+again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ CountTokens = Callable[[str], int]
 
 @dataclass(slots=True)
 class ScoreCounts:
-    """What a run did. unscored: answers without a verdict, by the reason."""
+    """Progress of a run.
+
+    written: scores written.
+    skipped: answers that the file had scored already.
+    unscored: number of answers without a verdict, by reason.
+    """
 
     written: int = 0
     skipped: int = 0
@@ -50,12 +55,22 @@ def score(
     bad: Bad | None = None,
     progress: Callable[[ScoreCounts], None] = lambda _: None,
 ) -> ScoreCounts:
-    """Scores the answers, those to a prompt together.
+    """Scores answers, all answers to a prompt together.
 
-    count_tokens: tokens of a text under the model's vocabulary. limit: prompts to look at. models: what scores and what
-    counts tokens, for the file's header. overwrite: scores that are there make way. bad: is told of answers that cannot
-    be used. Raises DataError for files that cannot be read, do not fit together or were made otherwise, RemoteError
-    where a judge fails; what was written is whole.
+    samples: the file of answers.
+    baselines: the file of the baseline's answers.
+    target: the file to write or to resume.
+    scorer: the scorer.
+    count_tokens: counts the tokens of a text with the model's tokenizer.
+    references: a file of reference answers.
+    limit: score only the first so many prompts.
+    models: name and hash of the models used, for the file's header.
+    overwrite: delete the scores that the file has.
+    bad: called with the error for each invalid answer. None: the error is raised.
+    progress: called after each group of answers.
+
+    Raises DataError if a file cannot be read, does not fit the others, or was made with other settings; RemoteError if
+    a judge fails. All scores so far are then written.
     """
     for path in (samples, baselines, references):
         if path is not None and path.exists() and target.exists() and target.samefile(path):
@@ -75,7 +90,7 @@ def score(
     with results as file:
         while next_rows := list(_some(groups)):
             missing = [row for row in next_rows if (row.id, row.choice) not in scored_keys]
-            # what a model says of a text hangs on its company by the last bits: with one, all are scored again
+            # a model's numbers depend on the batch in the last bits: unless it is a judge, score whole groups again
             todo = missing if getattr(scorer, "asks", False) or not missing else next_rows
             candidates = [pairs[row.id, row.choice] for row in todo]
             verdicts = zip(todo, candidates, scorer.compare(candidates) if todo else (), strict=True)
@@ -145,8 +160,8 @@ def _there(
             _against(pairs[key]),
         ):
             raise DataError(
-                f"{where}: answer {scored.choice} to prompt {scored.id!r}, or what it is held against, is another now: "
-                "give another file, or --overwrite to start anew"
+                f"{where}: answer {scored.choice} to prompt {scored.id!r}, or what it is held against, has changed: "
+                "give another file, or --overwrite to start again"
             )
         yield key
 

@@ -1,6 +1,6 @@
-"""What is evaluated: systems that answer prompts, greedily, one at a time or many at once, and say what it took.
+"""The systems that are evaluated: they answer prompts greedily, one or many at a time, and measure the cost.
 
-`Decoding` is a PASTA model, or the same model with its tags off; the methods that came before stand in baselines/.
+`Decoding` is a PASTA model, with or without forking. Earlier methods are in baselines/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class System(Protocol):
         ...
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        """The same answer, decoded in company (`run_tasks`)."""
+        """The same answer as a task, to be decoded together with others (`run_tasks`)."""
         ...
 
 

@@ -1,7 +1,6 @@
-"""What a file or a model is by its contents: SHA-256, remembered as long as size and times of a file stay the same.
+"""SHA-256 hashes of files and models, cached as long as a file's size and times stay the same.
 
-Each file is read whole, once (about a second for 2 GB). What was read is kept in `packed/hashes.json` of the cache
-folder.
+Each file is read once (about a second for 2 GB). The hashes are stored in `packed/hashes.json` of the cache folder.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pastalm.records import disk
 PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
 """What belongs to a model, or to an adapter, among the files of its folder."""
 _TOLD = {"train.json", "trainer_state.json"}
-"""How it was made, which does not change what it says."""
+"""Records of training, which do not change the model."""
 _SETTLED = 2.0
 """Seconds after which a file that is written again is sure to have another time."""
 

@@ -42,7 +42,7 @@ class _Special:
 
 
 class GgufTokenizer:
-    """llama.cpp's tokenizer of a loaded file, in the shape of transformers', as far as prompts need it."""
+    """llama.cpp's tokenizer of a loaded file, with the methods of transformers' tokenizers that prompts need."""
 
     def __init__(self, model: Any) -> None:
         import llama_cpp
@@ -59,7 +59,7 @@ class GgufTokenizer:
         pieces = llama_cpp.llama_vocab_type(self._vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_SPM
         self._prefixes = pieces and self._says(self.encode("a", special=False)) != b"a"
         self._alone = self._found_alone() if pieces else {}
-        """Spelling -> ids of what is not encoded together with what stands beside it."""
+        """Spelling -> ids of texts that are encoded separately from the text around them."""
         self._apart = re.compile(f"({lossless.any_of(set(self._alone)).pattern})")
 
     def _says(self, ids: Sequence[int]) -> bytes:
@@ -222,7 +222,7 @@ def export(
     """
     target = Path(target)
     if target.exists() and not _is_gguf(target):
-        raise ModelError(f"{target} is there already, and is no GGUF file: give another file")
+        raise ModelError(f"{target} exists and is not a GGUF file: give another file")
     if kind not in WHOLE + QUANTISED:
         raise CapabilityError(f"unknown weight type {kind!r}: one of {', '.join(WHOLE + QUANTISED)}")
     try:

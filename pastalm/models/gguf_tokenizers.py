@@ -17,7 +17,7 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
-"""Take a word that is a token as that token, whatever the merges say; texts begin with a token of their own."""
+"""A word that is a token is encoded as that token, regardless of the merges; texts begin with BOS."""
 SPLITS: dict[str, str | None] = {
     **dict.fromkeys((*_LLAMA3, "smaug-bpe"), _WORDS % "{1,3}"),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _WORDS % ""),
@@ -31,7 +31,7 @@ _ENDS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>"),
 }
-"""Spellings that llama.cpp takes for the end of an answer, whatever the metadata say."""
+"""Spellings that llama.cpp treats as the end of an answer, regardless of the metadata."""
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:

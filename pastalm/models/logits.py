@@ -1,4 +1,4 @@
-"""Logits at chosen places of a batch, by the model's own head: its scale, its cap, its bias, whatever it does."""
+"""Logits at selected positions of a batch, computed by the model's own head with its scale, cap and bias."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ def unwrapped(model: Any) -> Any:
 
 
 def at(model: Any, fed: Mapping[str, Any], places: Tensor) -> Tensor:
-    """Logits [m, vocabulary], float32 (float64 of a float64 model), of the m places that `kept` [B, n] bool names, in
-    its order. fed: what the model's forward takes, input_ids [B, n] among it. Only those places go through the head,
-    and the model is called as a whole, so that whatever it is wrapped in takes part."""
+    """Logits [m, vocabulary] at the m selected positions, float32 (float64 for a float64 model).
+
+    Only these positions go through the head. The model is called as a whole, so that wrappers around it work.
+
+    model: of transformers, possibly wrapped.
+    fed: arguments of its forward, with input_ids [B, n].
+    places: [B, n] bool, the positions.
+    """
     count = int(places.sum())
 
     def narrowed(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

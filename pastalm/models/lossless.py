@@ -188,7 +188,7 @@ def special_spellings(tokenizer: Any) -> set[str]:
 
 
 def any_of(spellings: set[str]) -> re.Pattern[str]:
-    """Finds the longest of some spellings; nothing where there are none."""
+    """A pattern for the longest of some spellings; it never matches if there are none."""
     return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or NOTHING)
 
 

@@ -1,8 +1,8 @@
 """A GGUF file read for the native engine: architecture, weights and tokenizer, without llama.cpp.
 
 Weights of the engine's own types are taken as they are; others become Q8_0, or F32 where float types are mixed in one
-matrix. What metadata mean is what llama.cpp takes them for. Raises ModelError for a file that is none, CapabilityError
-for what is not known for certain: llama.cpp can run the file then.
+matrix. Metadata are interpreted as in llama.cpp. Raises ModelError if the file is not GGUF, CapabilityError if it has
+something that this code does not know; llama.cpp can then run it.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def load_gguf(path: str | Path) -> Packed:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Packable:
-    """A model that is about to be packed. tensors: made anew at each call, one after the other. tokenizer: the
+    """A model to be packed. tensors: yields the packed tensors one by one; can be called again. tokenizer: the
     description of a ChatTokenizer."""
 
     architecture: Architecture
@@ -203,8 +203,8 @@ class Origin:
 
 
 def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
-    """The packed file of an origin, written now if there is none. Where none can be written, the model is packed in
-    memory."""
+    """The packed model of an origin, read from the cache, or packed and written to it. If the cache cannot be written,
+    the model is packed in memory."""
     folder = models.cache_folder() / "packed"
     place, digest = _names(origin)
     path = next(folder.glob(f"*-{digest}.packed"), folder / f"{place}-{digest}.packed")
@@ -221,7 +221,7 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
 
 
 def _tidy(folder: Path, place: str, new: Path) -> None:
-    """Removes what lay at the same place before, and what nothing has read for long."""
+    """Removes older packed files of the same place, and files that were not read for a month."""
     for old in folder.glob("*.packed"):
         unread = time.time() - old.stat().st_mtime > _UNREAD
         if old != new and (unread or old.name.startswith(f"{place}-")):
@@ -278,7 +278,7 @@ def _put(file: BinaryIO, data: Bytes | bytes) -> int:
 
 
 def _read(path: Path, name: str) -> Packed | None:
-    """A packed file, mapped; None where there is none, or not a whole one."""
+    """Maps a packed file; None if it does not exist or is incomplete."""
     try:
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -328,7 +328,7 @@ _ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def architecture(config: Any) -> Architecture:
-    """What transformers' configuration says, in numbers. Raises CapabilityError for what the engine cannot do."""
+    """The architecture in a transformers configuration. Raises CapabilityError if the engine does not support it."""
     if problem := complaint(_checks(config)):
         raise _refuse(problem)
     gemma = config.model_type in _GEMMA
@@ -356,7 +356,7 @@ def architecture(config: Any) -> Architecture:
 
 
 def _checks(config: Any) -> Iterator[tuple[bool, str]]:
-    """What must hold, and what to say if it does not."""
+    """(valid, message) for all that the engine requires."""
     kind = getattr(config, "model_type", None)
     yield kind in _CLASSES, f"it is of type {kind!r}, not one of {', '.join(_CLASSES)}"
     yield getattr(config, "quantization_config", None) is None, "its weights are quantised already"

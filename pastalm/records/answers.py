@@ -194,6 +194,6 @@ def results(
     for answer in existing:
         if texts.get(answer.id, answer.prompt) != answer.prompt:
             raise DataError(
-                f"{path} answers another prompt of id {answer.id!r}: give another file, or --overwrite to start anew"
+                f"{path} answers another prompt with id {answer.id!r}: give another file, or --overwrite to start again"
             )
     return file, existing

@@ -78,7 +78,7 @@ from pastalm.server.worker import Job, Worker
 log = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
-"""The status, nginx's, of a reply that nobody waits for; it stands in the metrics only."""
+"""nginx's status for a client that has disconnected; only in the metrics."""
 
 PAGE = {
     "/": "index.html",
@@ -167,13 +167,13 @@ class _Service:
 
     @contextmanager
     def _places(self, answers: int) -> Iterator[None]:
-        """Places for some answers. Raises Refused if so many are never or not now to be had."""
+        """Reserves places for some answers. Raises Refused if the queue has no room for them."""
         most = self._offered.max_num_seqs + self.settings.max_queue
         if answers > most:
             raise Refused(f"this server answers at most {most} at once: lower n or send fewer prompts", param="n")
         if self.unfinished + answers > most:
             raise Refused(
-                f"{self.unfinished} answers are under way, of {most}: ask again later",
+                f"{self.unfinished} answers are under way, of {most}: try again later",
                 status=429,
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
@@ -263,7 +263,7 @@ class _Service:
             self.check_ids((i for prompt in prompts for i in prompt), "prompt")
 
     def named(self, model: str | None) -> None:
-        """Raises Refused if another model is asked for than the one that is here."""
+        """Raises Refused if the request names another model than the one served."""
         if model not in (None, self.settings.name):
             raise Refused(
                 f"there is no model {model!r} here, only {self.settings.name!r}",
@@ -273,7 +273,7 @@ class _Service:
             )
 
     def _fitting(self, prompt: int, requested: int | None, about: str) -> int:
-        """The bound on tokens; if none is wanted, the server's, or what is left. Raises Refused."""
+        """The limit on new tokens: as requested, else the server's, or what is left of the context. Raises Refused."""
         room = self._offered.max_model_len
         most = min(self.settings.max_prompt_tokens or room, room - 1)
         if prompt > most:
@@ -396,7 +396,7 @@ class _Whole(_Replying):
 
 
 async def _left(receive: Receive) -> None:
-    """Waits until the client has left."""
+    """Waits until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -449,7 +449,7 @@ class _Chunks(_Replying):
 
 
 def _refused(error: Exception) -> Refused:
-    """An error as clients get it."""
+    """The Refused to send to the client for an error."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, RequestValidationError):

@@ -225,7 +225,7 @@ def _check(config: PreferenceConfig) -> None:
     if not config.data.is_file():
         raise DataError(f"no scored answers at {config.data}: make them with pasta score")
     if config.start is None:
-        raise RequestError("stage 2 goes on from an adapter: give --start")
+        raise RequestError("stage 2 continues from an adapter: give --start")
     models.read_card(config.start)
     checks = (config.lambda_ >= 0, 0 <= config.alpha <= 1, config.beta > 0)
     if not all(checks) or (config.sigma is not None and config.sigma <= 0):

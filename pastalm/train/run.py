@@ -57,6 +57,7 @@ class RunConfig:
     overwrite: delete an earlier run in `out`.
     device: "cpu" or a torch device.
     seed: of all randomness.
+    trust_remote_code: run Python code that comes with the model.
     """
 
     data: Path
@@ -76,6 +77,7 @@ class RunConfig:
     overwrite: bool = False
     device: str = "cpu"
     seed: int = 0
+    trust_remote_code: bool = False
 
     @property
     def base_name(self) -> str:
@@ -85,7 +87,7 @@ class RunConfig:
     def described(self) -> dict[str, Any]:
         """The settings that affect the result, as JSON. Paths are reduced to their names."""
         settings = asdict(replace(self, out=Path(".")))
-        for key in ("out", "overwrite"):
+        for key in ("out", "overwrite", "trust_remote_code"):
             settings.pop(key)
         names = {key: value.name for key, value in settings.items() if isinstance(value, Path)}
         endless = {key: "inf" for key, value in settings.items() if value == math.inf}  # JSON has no such number
@@ -113,7 +115,9 @@ def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
     """Creates the folder, sets the seed and loads the model. Raises DataError, ModelError."""
     bookkeeping.claim(config)
     set_seed(config.seed)
-    model, tokenizer = models.load_base(models.pull(config.model, progress=progress), device=str(device(config)))
+    trust = config.trust_remote_code
+    folder = models.pull(config.model, progress=progress, trust_remote_code=trust)
+    model, tokenizer = models.load_base(folder, device=str(device(config)), trust_remote_code=trust)
     models.prepare(model, tokenizer)
     vocabulary = models.vocabulary_of(tokenizer, eos=models.end_tokens(model, tokenizer))
     assert vocabulary.tags is not None

@@ -3,7 +3,7 @@
 Mask, positions and labels come from layout.py, the same object that engines drive. LoRA on all linear
 layers and the rows of the six tags; the loss is computed at labelled positions only, and weighs
 the tokens that decide on forks more (`tag_weight`): a main thread that does not see what its chunks
-say learns there when to stop promising. Checkpoints as it goes, and goes on from the newest.
+say learns there when to stop promising. A run saves checkpoints and resumes from the newest.
 
 Baseline-SFT is the same run on the same answers without tags (`Mix.untagged`).
 """

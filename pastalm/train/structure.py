@@ -580,7 +580,7 @@ _FIELD = re.compile(
 _AGREEING = re.compile(r"\b(?:itinerar\w+|biograph\w+|bio|memoir|obituary|eulogy)\b", re.IGNORECASE)
 """What is asked for where parts share what none of their names tells."""
 _COUNTED = re.compile(r"(?:day|week|month|session|lesson|part)s?\s+\w+(?:\s*[-\u2013]\s*\w+)?\W*$", re.IGNORECASE)
-"""A name that only counts: what it holds hangs on what the ones before it held."""
+"""A name that only counts: its content depends on that of the ones before it."""
 _CHOICE = re.compile(r"\b(?:method|option|approach|using|solution|alternative|way)\b", re.IGNORECASE)
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")
 _LISTS: frozenset[Kind] = frozenset({"number", "bullet"})
@@ -647,7 +647,7 @@ def _narrated(parts: Sequence[_Part], prompt: str) -> bool:
 
 
 def _record(parts: Sequence[_Part]) -> bool:
-    """Fields of one record, an invented person or a worked problem: they hang on the first."""
+    """Fields of one record, such as an invented person or a worked problem: they depend on the first."""
     fields = sum(bool(_FIELD.match(p.lead)) for p in parts)
     return fields > 1 or bool(re.match(r"(?:\w+ )?names?$", parts[0].lead, re.IGNORECASE))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from pastalm import models as pasta
 from pastalm.errors import ModelError
 from pastalm.models import checkpoints
+from pastalm.train.run import RunConfig, begin
 from tests.test_models import BYTE_LEVEL, small_model
 
 IDS = torch.arange(3, 23)[None]
@@ -234,6 +236,20 @@ def test_code_of_a_model_runs_only_if_that_was_said(
     assert not (tmp_path / "ran").exists()
     loaded = pasta.load(str(foreign), dtype="float32", trust_remote_code=True)
     assert type(loaded.model).__name__ == "OwnModel" and (tmp_path / "ran").exists()
+
+
+def test_training_runs_code_of_a_model_only_if_that_was_said(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    config = RunConfig(data=tmp_path / "data.jsonl", out=tmp_path / "run", model=str(foreign))
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        begin(config, lambda _: None)
+    assert not (tmp_path / "ran").exists()
+    base = begin(replace(config, trust_remote_code=True), lambda _: None)
+    assert type(base.model).__name__ == "OwnModel"
 
 
 def test_a_known_type_needs_no_code_of_its_own(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from pastalm.cli.options import (
     ResultOptions,
     RunOptions,
     Seed,
+    TrustRemoteCode,
 )
 from pastalm.cli.terminal import busy, print_json, quiet_libraries, say
 from pastalm.errors import DataError, ModelError, RequestError
@@ -59,6 +60,7 @@ class ScorerOptions:
     model, adapter: the frozen model of pmi.
     judge: name of the large model that judges, at `server`.
     device: where pmi's model runs.
+    trust_remote_code: run Python code that comes with pmi's model.
     """
 
     model: str
@@ -66,6 +68,7 @@ class ScorerOptions:
     judge: str | None
     device: str
     server: LargeModelOptions
+    trust_remote_code: bool = False
 
     @cached_property
     def client(self) -> ChatClient[Any]:
@@ -84,7 +87,15 @@ def _pmi(options: ScorerOptions) -> Scorer:
 
     dtype = models.throughput_dtype(options.device)
     adapter = adapter_of(options.adapter)
-    return PmiScorer(models.load(options.model, adapter=adapter, dtype=dtype, device=options.device))
+    return PmiScorer(
+        models.load(
+            options.model,
+            adapter=adapter,
+            dtype=dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
 
 
 def _reference(options: ScorerOptions) -> Scorer:
@@ -154,6 +165,7 @@ def score(
     limit: Annotated[int | None, typer.Option(help="Prompts to look at.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer counts tokens.")] = EMBEDDED,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score sampled answers by speed and quality against the baseline's."""
     from pastalm.eval import score as scoring
@@ -163,7 +175,7 @@ def score(
     _check_score_files(samples, target, baseline, references, scorer)
     quiet_libraries()
     count_tokens = token_counter(tokenizer)
-    options = ScorerOptions(model, adapter, model, device, server)
+    options = ScorerOptions(model, adapter, model, device, server, trust_remote_code)
     header = _scorer_header(scorer, options) | tokenizer_header(tokenizer)
     # before a model is loaded: the file may be of another run
     jsonl.Results(target, scores.KIND, {"scorer": scorer, **header}, overwrite=results.overwrite)
@@ -325,7 +337,9 @@ def _prepare(
         units=units,
         length=length,
         options=options,
-        scorer_options=ScorerOptions(options.model, options.baseline, options.judge, engine.device, server),
+        scorer_options=ScorerOptions(
+            options.model, options.baseline, options.judge, engine.device, server, engine.trust_remote_code
+        ),
         engine=engine,
         results=results,
         system_headers=_system_headers(systems, options, engine),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pastalm.cli.command import NoEffect, app, verb
-from pastalm.cli.options import Counted, Device, Model, Overwrite
+from pastalm.cli.options import Counted, Device, Model, Overwrite, TrustRemoteCode
 from pastalm.cli.terminal import quiet_libraries, say
 from pastalm.core.layout import POLICIES, Policy
 from pastalm.errors import DataError, RequestError
@@ -45,6 +45,7 @@ class TrainOptions:
     overwrite: Overwrite = False
     device: Device = "cpu"
     seed: int = 0
+    trust_remote_code: TrustRemoteCode = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ def measure(
         system.name: results(folder, system.name, headers or {}, among or prompts, overwrite=overwrite)
         for system in systems
     }
-    existing = {name: {found.id for found in rows} for name, (_, rows) in opened.items()}
+    existing = {name: {answer.id for answer in rows} for name, (_, rows) in opened.items()}
     counts = MeasureCounts()
     shuffled = random.Random(seed).sample(list(prompts), len(prompts))
     with ExitStack() as stack:
@@ -105,15 +105,15 @@ def measure(
                     counts.skipped += 1
                     continue
                 try:
-                    found = system.answer(prompt, max_tokens)
+                    result = system.answer(prompt, max_tokens)
                 except RequestError as error:
                     counts.refuse(RequestError(f"prompt {prompt.id!r}: {error}"))
                     continue
                 if matched is not None:
-                    found = replace(found, matched_seconds=_forced(matched, found))
-                writers[system.name].write(found.to_dict())
+                    result = replace(result, matched_seconds=_forced(matched, result))
+                writers[system.name].write(result.to_dict())
                 counts.written += 1
-                progress(counts, found)
+                progress(counts, result)
             counts.prompts += 1
     return counts
 
@@ -159,19 +159,19 @@ def under_load(
     counts = MeasureCounts(prompts=len(prompts))
     for system in systems:
         opened, rows = results(folder, system.name, headers or {}, among or prompts, overwrite=overwrite)
-        existing = {found.id for found in rows}
+        existing = {answer.id for answer in rows}
         tasks = [system.task(prompt, max_tokens) for prompt in prompts if prompt.id not in existing]
         counts.skipped += len(prompts) - len(tasks)
         driver = system.llm.driver
         most = driver.engine.capabilities.max_num_seqs
         with opened as file, closing(run_tasks(driver, tasks, most)) as ended:
-            for found in ended:
-                if isinstance(found, RequestError):
-                    counts.refuse(found)
+            for answer in ended:
+                if isinstance(answer, RequestError):
+                    counts.refuse(answer)
                     continue
-                found = found if timed else replace(found, seconds=None, first_seconds=None)
-                file.write(found.to_dict())
+                answer = answer if timed else replace(answer, seconds=None, first_seconds=None)
+                file.write(answer.to_dict())
                 counts.written += 1
-                progress(counts, found)
+                progress(counts, answer)
         del system, driver, tasks, ended  # before the next is loaded
     return counts

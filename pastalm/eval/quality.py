@@ -115,8 +115,8 @@ def _differences(
         wanted = list(dict.fromkeys(baselines))
         baseline_scores.update(zip(wanted, score(wanted), strict=True))
     own = [c for c in dict.fromkeys(candidates) if c not in set(baselines)]
-    found = baseline_scores | dict(zip(own, score(own) if own else (), strict=True))
-    return [Verdict(difference=found[c] - found[b]) for c, b in zip(candidates, baselines, strict=True)]
+    scored = baseline_scores | dict(zip(own, score(own) if own else (), strict=True))
+    return [Verdict(difference=scored[c] - scored[b]) for c, b in zip(candidates, baselines, strict=True)]
 
 
 @dataclass(slots=True)

@@ -679,8 +679,8 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], rendering: Renderi
     if not all(call["function"]["name"] in text for call in calls):
         raise RequestError("this model's chat template does not render tool_calls: leave them out of the messages")
     if rendering.continue_final_message:
-        text, found, _ = text.rpartition(_OPEN)
-        if not found:
+        text, placeholder, _ = text.rpartition(_OPEN)
+        if not placeholder:
             raise RequestError("this model's chat template cannot leave the final message open")
     return text
 

@@ -182,10 +182,10 @@ def refusing(where: object, quantised: str | None = None, *, what: str = "the mo
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(_said(where, quantised, what, hint, error)) from None
+        raise ModelError(_error_message(where, quantised, what, hint, error)) from None
 
 
-def _said(where: object, quantised: str | None, what: str, hint: str, error: Exception) -> str:
+def _error_message(where: object, quantised: str | None, what: str, hint: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return (

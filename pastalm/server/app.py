@@ -237,12 +237,12 @@ class _Service:
         special = self.llm.loaded.tokenizer.added_tokens_decoder
         vocabulary = self.llm.loaded.vocabulary
         reader = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        found = []
+        strings = []
         for i, token in enumerate(token_ids):
             piece = vocabulary.piece(token)
             spelled = "" if piece or token not in special else str(special[token].content)
-            found.append(spelled or reader.decode(piece, final=i == len(token_ids) - 1))
-        return found
+            strings.append(spelled or reader.decode(piece, final=i == len(token_ids) - 1))
+        return strings
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises Refused for ids that the model does not have, and where its own are not known here."""

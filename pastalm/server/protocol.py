@@ -68,13 +68,13 @@ class Refused(PastaError):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        said = str(self).encode("utf-8", "replace").decode()  # a lone surrogate that a client sent
-        return {"error": {"message": said, "type": kind, "param": self.param, "code": self.code}}
+        message = str(self).encode("utf-8", "replace").decode()  # a lone surrogate that a client sent
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def bad_value(said: str, param: str) -> Refused:
+def bad_value(message: str, param: str) -> Refused:
     """A field whose value cannot be served."""
-    return Refused(said, code="invalid_value", param=param)
+    return Refused(message, code="invalid_value", param=param)
 
 
 # ------------------------------------------------------------------------------ requests
@@ -98,8 +98,8 @@ class Encoded(Protocol):
 class BadValue(PydanticCustomError):
     """A value that is refused, with the field that it is about."""
 
-    def __new__(cls, param: str, said: str) -> BadValue:
-        return super().__new__(cls, "bad_value", "{said}", {"said": said, "param": param})
+    def __new__(cls, param: str, message: str) -> BadValue:
+        return super().__new__(cls, "bad_value", "{said}", {"said": message, "param": param})
 
 
 def _unicode(text: str) -> str:
@@ -232,17 +232,17 @@ class Message(_Checked):
     def rendered(self) -> dict[str, Any]:
         """As a chat template takes it."""
         role = "system" if self.role == "developer" else self.role
-        said: dict[str, Any] = {"role": role, "content": self._said()}
+        message: dict[str, Any] = {"role": role, "content": self._template_content()}
         if self.tool_calls:
-            said["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls]
-        held = {
+            message["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls]
+        optional = {
             "tool_call_id": self.tool_call_id,
             "name": self.name,
             "reasoning_content": self.reasoning_content or self.reasoning or self.thinking,
         }
-        return {**said, **{name: value for name, value in held.items() if value is not None}}
+        return {**message, **{name: value for name, value in optional.items() if value is not None}}
 
-    def _said(self) -> str:
+    def _template_content(self) -> str:
         """The text; parts are lines of it, as at vLLM."""
         if self.content is None:
             return self.refusal or ""
@@ -560,9 +560,9 @@ class TokenizeChatRequest(_Conversation):
     mm_processor_kwargs: _Object | None = None
 
 
-def tokenized(asked: Any) -> str:
+def tokenized(body: Any) -> str:
     """What a request for tokens is about."""
-    chat = "messages" in asked if isinstance(asked, dict) else isinstance(asked, TokenizeChatRequest)
+    chat = "messages" in body if isinstance(body, dict) else isinstance(body, TokenizeChatRequest)
     return "<messages>" if chat else "<prompt>"
 
 
@@ -600,19 +600,22 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refused:
     error, where = errors[worst], places[worst]
     param = _spelled(where) or None
     if error["type"] == "bad_value":
-        said, param = f"{param}: {error['msg']}" if param else error["msg"], _spelled([*where, error["ctx"]["param"]])
-        return Refused(said, code="invalid_value", param=param)
+        message, param = (
+            f"{param}: {error['msg']}" if param else error["msg"],
+            _spelled([*where, error["ctx"]["param"]]),
+        )
+        return Refused(message, code="invalid_value", param=param)
     if error["type"] == "extra_forbidden":
-        said = f"{param} is not supported by this server: leave it out"
-        return Refused(said, code="unsupported_parameter", param=param)
+        message = f"{param} is not supported by this server: leave it out"
+        return Refused(message, code="unsupported_parameter", param=param)
     if error["type"] == "json_invalid":
         return Refused("the body is not JSON", code="invalid_json")
     if error["type"] == "missing" and param:
         return bad_value(f"{param} is missing: give it", param)
-    said = str(error["msg"]).removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if param is None and (error["type"] == "missing" or error["type"].endswith("_type")):
-        said = "the body must be a JSON object"
-    return Refused(f"{param}: {said}" if param else said, code="invalid_value", param=param)
+        message = "the body must be a JSON object"
+    return Refused(f"{param}: {message}" if param else message, code="invalid_value", param=param)
 
 
 def _place(error: Mapping[str, Any], body: Any) -> list[str | int]:
@@ -685,8 +688,8 @@ class Answer:
         end = math.inf if self.transcript.finished else self._characters
         scored = self.transcript.scored_from(self._tokens, end=end)
         self._tokens += len(scored)
-        found = self._placed(scored)
-        return Delta(text, found, events, self.transcript.finish_reason)
+        placed = self._placed(scored)
+        return Delta(text, placed, events, self.transcript.finish_reason)
 
     def _ended(self, event: Event) -> Decoded | None:
         """The end that the model wrote: behind an echo it is a token as any other, since whoever asks for one counts
@@ -697,10 +700,10 @@ class Answer:
 
     def _placed(self, scored: Sequence[Scored]) -> list[Scored]:
         begin = len(self.echo.text) if self.echo else 0
-        found = [(begin + at, token) for at, token in scored]
+        placed = [(begin + at, token) for at, token in scored]
         if self._end is not None and self.transcript.finished:
-            found.append((begin + len(self.transcript.text), self._end))
-        return found
+            placed.append((begin + len(self.transcript.text), self._end))
+        return placed
 
     def text(self) -> str:
         """All of it, the echo too."""
@@ -887,12 +890,12 @@ class CompletionReply:
         first = [echo.token_ids[0]] if echo else []  # nothing stands before it: null
         offsets = self._offsets(echo.token_ids) if echo else []
         behind = list(zip(offsets[1:], echo.scores or (), strict=False)) if echo else []
-        told: list[Scored] = [*behind, *scored]
+        listed: list[Scored] = [*behind, *scored]
         return Logprobs.construct(
-            text_offset=[*offsets[:1], *(at for at, _ in told)],
-            tokens=[self.vocabulary.text([token]) for token in (*first, *(t.token for _, t in told))],
-            token_logprobs=[*([None] * len(first)), *(_finite(token.logprob) for _, token in told)],
-            top_logprobs=[*([None] * len(first)), *(self._top(token) for _, token in told)],
+            text_offset=[*offsets[:1], *(at for at, _ in listed)],
+            tokens=[self.vocabulary.text([token]) for token in (*first, *(t.token for _, t in listed))],
+            token_logprobs=[*([None] * len(first)), *(_finite(token.logprob) for _, token in listed)],
+            top_logprobs=[*([None] * len(first)), *(self._top(token) for _, token in listed)],
         )
 
     def _offsets(self, token_ids: Sequence[int]) -> list[int]:

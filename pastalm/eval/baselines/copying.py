@@ -87,7 +87,7 @@ def decode(
     cache = DynamicCache()
     banned = torch.tensor(list(never), dtype=torch.long, device=model.device)
 
-    def said(stand: int, fed: Sequence[int]) -> list[int]:
+    def greedy(stand: int, fed: Sequence[int]) -> list[int]:
         if surplus := cache.get_seq_length() - stand:  # tokens of a rejected draft
             cache.crop(-surplus)
         logits = model(
@@ -101,17 +101,17 @@ def decode(
         predictions: list[int] = logits.argmax(-1).tolist()
         return predictions
 
-    return verify(said, prompt, propose, max_tokens=max_tokens, ends=ends)
+    return verify(greedy, prompt, propose, max_tokens=max_tokens, ends=ends)
 
 
 def along(prompt: Sequence[int], tokens: Sequence[int], propose: Propose, *, max_tokens: int) -> Decoded:
     """`verify` for a known greedy answer: how many passes it would take. tokens: that answer."""
 
-    def said(stand: int, fed: Sequence[int]) -> list[int]:
+    def greedy(stand: int, fed: Sequence[int]) -> list[int]:
         begin = max(0, stand + 1 - len(prompt))
         return [*tokens[begin : begin + len(fed)], *[-1] * len(fed)][: len(fed)] if stand else [tokens[0]]
 
-    return verify(said, prompt, propose, max_tokens=min(max_tokens, len(tokens)), ends=frozenset())
+    return verify(greedy, prompt, propose, max_tokens=min(max_tokens, len(tokens)), ends=frozenset())
 
 
 @dataclass(slots=True)

@@ -152,7 +152,7 @@ def test_answers_of_another_adapter_are_not_these(tiny: Path, adapters: tuple[Pa
     assert "3 were there" in pasta(*words, moved).stderr
     assert out.read_bytes() == before
     write(work / "prompts.jsonl", *({"id": i, "prompt": f"And what of {i}?"} for i in range(3)))
-    complains(pasta(*words, adapters[0]), 2, "another prompt of id '0'", "--overwrite")
+    complains(pasta(*words, adapters[0]), 2, "another prompt with id '0'", "--overwrite")
     assert out.read_bytes() == before
     assert pasta(*words, adapters[1], "--overwrite").exit_code == 0
     assert [row["prompt"] for row in rows(out)] == [f"And what of {i}?" for i in range(3)]
@@ -200,7 +200,7 @@ def test_scores_of_other_answers_are_not_these(work: Path, tiny: Path) -> None:
     assert pasta("annotate", answers, target, "--tokenizer", tiny).exit_code == 0
     before = target.read_bytes()
     write(answers, *({"id": i, "prompt": f"p{i}", "response": "Another."} for i in range(3)))
-    complains(pasta("annotate", answers, target, "--tokenizer", tiny), 2, "another text of id '0'", "--overwrite")
+    complains(pasta("annotate", answers, target, "--tokenizer", tiny), 2, "another text for id '0'", "--overwrite")
     complains(
         pasta("annotate", answers, target, "--tokenizer", tiny, "--annotator", "apar"), 2, 'annotator is "structural"'
     )

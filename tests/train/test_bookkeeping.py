@@ -67,7 +67,7 @@ def test_a_run_is_what_is_asked_of_it_by_contents(config: SftConfig, tmp_path: P
         replace(config, start=tmp_path / "second" / "adapter"), "start is first (", "asked for second (", "--overwrite"
     )
     refused(replace(config, start=None), "start is first (", "asked for none")
-    refused(replace(config, learning_rate=1e-3), "another configuration", "learning_rate is 0.0005, asked for 0.001")
+    refused(replace(config, learning_rate=1e-3), "other settings", "learning_rate is 0.0005, asked for 0.001")
     refused(replace(config, mix=replace(config.mix, seed=3)), "mix is")
     (tmp_path / "data.jsonl").write_text('{"id": 2}\n')
     refused(config, "data is data.jsonl (", "asked for data.jsonl (")
@@ -105,7 +105,7 @@ def test_a_configuration_that_is_not_whole_is_said(config: SftConfig) -> None:
     refused(config, "is damaged", "--overwrite")
     bookkeeping.claim(replace(config, overwrite=True))
     (config.out / "config.json").write_text("[1]")
-    refused(config, "another configuration")
+    refused(config, "other settings")
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_run_that_was_broken_off_ends_as_one_that_was_not(
     # half a unit in the last place of bfloat16, in which adapters are saved
     worst = max(float(x.float().abs().max()) for x in whole.values()) * 2**-8
     assert max(apart.values()) <= worst, apart
-    with pytest.raises(DataError, match="another configuration"):
+    with pytest.raises(DataError, match="other settings"):
         train(replace(again, learning_rate=1e-3), str)
 
 

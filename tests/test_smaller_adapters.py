@@ -21,7 +21,7 @@ from pastalm.train.run import adapted
 from pastalm.train.sft import SftConfig
 
 ROOT = Path(__file__).parents[1]
-WHOLE = {"baseline", "own", "lambda2", "lambda4", "lambdainf"}
+WHOLE = {"baseline", "own", "lambda2", "lambdainf"}
 """Stored as they were trained."""
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/admission.py [--engine native] [--prompts 3] [--length 3500]
 
-One answer decodes; then so many prompts arrive at once. Milliseconds between its tokens, the median and the longest, before they
-arrive and while they are read, and the seconds until each of them has its first token. `--budget 512` reads them as fast as nobody
-else would notice.
+One answer decodes; then so many prompts arrive at once. Prints milliseconds between its tokens, the median and the
+longest, before they arrive and while they are read, and the seconds until each of them has its first token. A large
+`--budget` reads them whole in one step.
 """
 
 from __future__ import annotations

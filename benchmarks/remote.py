@@ -33,7 +33,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pastalm import LLM, SamplingParams, models
 from pastalm.core.events import Decoded, Event, Path, TokenSet
 from pastalm.core.transcript import Transcript
-from pastalm.engines.completions.engine import Ids, OpenAIEngine
+from pastalm.engines.completions.engine import OpenAIEngine
+from pastalm.engines.completions.wire import Ids
 from pastalm.eval.replay import Chosen, ForwardPass, gaps, summary
 from pastalm.records import prompts
 

@@ -146,12 +146,12 @@ class LLM:
         prompted: the model was not finetuned; teach it the tags in the system message.
         positions: position policy. None: the engine's first.
         limits: bounds on forking and nesting.
-        options: passed to `engines.completions.engine.connect`.
+        options: passed to `engines.completions.discovery.connect`.
 
         Raises RemoteError if the server cannot be used, ModelError if the tokenizer cannot be loaded.
         """
         from pastalm import models
-        from pastalm.engines.completions.engine import connect
+        from pastalm.engines.completions.discovery import connect
 
         tokenizers: list[Loaded] = []
 

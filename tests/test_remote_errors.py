@@ -21,7 +21,7 @@ pytest.importorskip("openai")
 from typer.testing import CliRunner
 
 from pastalm.cli import app
-from pastalm.engines.completions.engine import connect
+from pastalm.engines.completions.discovery import connect
 from pastalm.errors import ModelError, PastaError, RemoteError, RequestError
 from pastalm.records.chat_client import ChatClient
 from tests.served import free_port

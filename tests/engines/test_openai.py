@@ -7,6 +7,7 @@ does not begin one of them.
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -36,7 +37,8 @@ from pastalm.core.interpreter import Limits
 from pastalm.core.language import Async, Document, Node, Sync, normalize, parse, strip
 from pastalm.core.params import SamplingParams
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
-from pastalm.engines.completions.engine import OpenAIEngine, connect
+from pastalm.engines.completions.discovery import connect
+from pastalm.engines.completions.engine import OpenAIEngine
 from pastalm.engines.completions.pieces import Pieces
 from pastalm.engines.completions.serial import SerialLayout
 from pastalm.engines.scripted import EOS, byte_vocabulary
@@ -1069,3 +1071,45 @@ def test_a_real_server_writes_what_the_model_says(real: tuple[str, Any, Any]) ->
     finally:
         engine.close()
     assert forks > 2 and joins > 0, (forks, joins)
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "dropped while it decodes"])
+def test_nothing_is_left_of_a_connection(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thread, loop and client end with the `LLM`, closed or only collected."""
+
+    def no_tokenizer(*_: Any, **__: Any) -> None:
+        raise ModelError("none")
+
+    monkeypatch.setattr("pastalm.models.load_tokenizer", no_tokenizer)
+
+    def threads() -> int:
+        return sum(thread.name == "pastalm-openai" for thread in threading.enumerate())
+
+    def answer(body: dict[str, Any]) -> Reply | Parts:
+        return slow() if body.get("stream") else (200, {}, text_chunk("a", "length"))
+
+    def slow() -> Parts:
+        for _ in range(100):
+            yield text_chunk("a")
+            time.sleep(0.05)
+
+    before = threads()
+    with streaming(answer, [VLLM]) as url:
+        for _ in range(3):
+            llm = LLM.remote(url, retries=0)
+            connection = llm.driver.engine.connection  # type: ignore[attr-defined]
+            loop, client = connection._loop, connection._client
+            events = iter(llm.stream("Which?", SamplingParams(max_tokens=9)))
+            next(events)
+            if how == "dropped":
+                events.close()
+            if how == "closed":
+                llm.close()
+                llm.close()
+            del llm, connection, events
+            gc.collect()
+            end = time.monotonic() + 10
+            while not (loop.is_closed() and client.is_closed()) and time.monotonic() < end:
+                time.sleep(0.01)
+            assert loop.is_closed() and client.is_closed()
+    assert threads() == before

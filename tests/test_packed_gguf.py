@@ -554,7 +554,7 @@ def test_the_next_start_needs_no_gguf(tmp_path: Path, monkeypatch: pytest.Monkey
     packed = packed_models.load_gguf(file)
     monkeypatch.setattr(packed_gguf, "read", None)
     assert same(packed_models.load_gguf(file), packed)
-    start = f"import sys; from pastalm import packed_models; packed_models.load_gguf({str(file)!r})"
+    start = f"import sys; from pastalm.models import packed_models; packed_models.load_gguf({str(file)!r})"
     check = "assert not {'torch', 'transformers', 'gguf', 'llama_cpp'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", f"{start}; {check}"], check=True)
 

@@ -11,6 +11,9 @@ from hypothesis import settings
 from pastalm import models
 from pastalm.errors import ModelError
 
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401 - torch's compiler needs its distutils, and fails if Python's came first
+
 settings.register_profile("pastalm", deadline=None)
 settings.load_profile("pastalm")
 

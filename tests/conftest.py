@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -27,3 +28,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PASTALM_CACHE", str(folder))
         yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random model that was given the tag tokens: it forks at random."""
+    from tests.test_models import byte_level, small_model  # torch, which most tests need not import
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_level()
+    model = small_model(len(tokenizer))
+    models.prepare(model, tokenizer)
+    model.generation_config.eos_token_id = 1
+    models.save(model, tokenizer, folder)
+    return folder

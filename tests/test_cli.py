@@ -28,7 +28,6 @@ from pastalm.engines.native import library
 from pastalm.engines.transformers import engine as transformers
 from pastalm.records.traces import from_json, to_json
 from tests.served import replaying
-from tests.test_models import byte_level, small_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -44,18 +43,6 @@ THREAD_KEYS = {
 
 def pasta(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small random model that was given the tag tokens: it forks at random."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_level()
-    model = small_model(len(tokenizer))
-    models.prepare(model, tokenizer)
-    model.generation_config.eos_token_id = 1
-    models.save(model, tokenizer, folder)
-    return folder
 
 
 @pytest.fixture

@@ -17,22 +17,10 @@ from safetensors.torch import load_file, save_file
 from pastalm import models
 from pastalm.records import jsonl
 from tests.test_cli import complains, pasta
-from tests.test_models import byte_level, small_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 LISTED = "Two tips:\n\n1. Sleep: every day, and do it well, for weeks.\n2. Food: eat greens every day, and beans.\n"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_level()
-    model = small_model(len(tokenizer))
-    models.prepare(model, tokenizer)
-    model.generation_config.eos_token_id = 1
-    models.save(model, tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

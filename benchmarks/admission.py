@@ -14,7 +14,7 @@ import statistics
 import time
 
 from pastalm import LLM, SamplingParams
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 
 def main() -> None:

@@ -37,10 +37,10 @@ from urllib.request import urlopen
 import numpy as np
 import random_llama
 
-from pastalm import models
 from pastalm.core.events import Blocked, Decoded, Finished, Forked, Joined
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.base import Engine
+from pastalm.models import downloads, loading
 
 THREADS = (1, 2, 3, 4, 8, 16)
 BATCH = 512
@@ -436,7 +436,7 @@ def on_gpu(chosen: argparse.Namespace, length: int) -> list[System]:
     if chosen.shape:
         model = random_llama.make(chosen.shape, chosen.device)
     else:
-        model = models.load(chosen.model, dtype=chosen.dtype, device=chosen.device).model
+        model = loading.load(chosen.model, dtype=chosen.dtype, device=chosen.device).model
     engine = TransformersEngine(model, max_num_seqs=1, max_model_len=length)
     found: list[System] = [Ours("ours, CUDA graphs", engine), Replay(engine)]
     if not chosen.shape:
@@ -468,7 +468,7 @@ def native(model: str, kind: str, length: int) -> Engine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=models.EMBEDDED)
+    parser.add_argument("--model", default=downloads.EMBEDDED)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=random_llama.SHAPES, help="random weights instead of --model")
@@ -490,13 +490,13 @@ def main() -> None:
     elif not chosen.no_transformers:
         from pastalm.engines.transformers.engine import TransformersEngine
 
-        loaded = models.load(chosen.model, dtype=chosen.dtype)
-        systems.append(Generate(models.load(chosen.model, dtype=chosen.dtype).model))
+        loaded = loading.load(chosen.model, dtype=chosen.dtype)
+        systems.append(Generate(loading.load(chosen.model, dtype=chosen.dtype).model))
         engine = TransformersEngine(loaded.model, max_num_seqs=1, max_model_len=length, pack=True)
         systems.append(Ours("ours, transformers", engine))
         systems.append(Forward(engine))
         if chosen.compiled:
-            model = models.load(chosen.model, dtype=chosen.dtype).model
+            model = loading.load(chosen.model, dtype=chosen.dtype).model
             engine = TransformersEngine(model, max_num_seqs=1, max_model_len=length, compiled=True)
             systems.append(Ours("ours, compiled", engine))
             for k in chosen.threads:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pastalm import LLM, SamplingParams
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 from pastalm.records.prompts import read
 
 

@@ -17,7 +17,7 @@ import random
 import psutil
 
 from pastalm import LLM, SamplingParams
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 WORDS = ("sleep", "water", "food", "rest", "walk", "read", "write", "house", "river", "stone", "five", "tips")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
-from pastalm import models
+from pastalm.models import checkpoints, downloads
 
 SHAPES = ("llama-1b", "gemma-7b")
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=16)
     chosen = parser.parse_args()
-    _, tokenizer = models.load_base(models.pull())
+    _, tokenizer = checkpoints.read(downloads.pull())
     model = make(
         "llama-1b",
         layers=chosen.layers,
@@ -63,7 +63,7 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    models.save(model, tokenizer, chosen.folder)
+    checkpoints.save(model, tokenizer, chosen.folder)
     print(f"{chosen.folder}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion weights")
 
 

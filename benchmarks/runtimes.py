@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
-from pastalm import models
+from pastalm.models import downloads, loading
 
 TOKENS = (1, 2, 4, 8, 16)
 PREFIX = 512
@@ -155,7 +155,7 @@ class Graph(torch.nn.Module):  # type: ignore[misc]
         super().__init__()
         AttentionInterface.register("graph", _attention)
         AttentionMaskInterface.register("graph", sdpa_mask)
-        self.model = models.load(models.EMBEDDED, dtype="float32").model.eval()
+        self.model = loading.load(downloads.EMBEDDED, dtype="float32").model.eval()
         self.config = self.model.config
         self.config._attn_implementation = "graph"
 

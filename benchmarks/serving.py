@@ -42,7 +42,7 @@ from pastalm import LLM, SamplingParams
 from pastalm.core.events import Event
 from pastalm.core.transcript import Transcript
 from pastalm.eval.replay import replay, summary
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 from pastalm.records.prompts import read
 from pastalm.records.traces import from_json
 

@@ -17,10 +17,11 @@ from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.engines.base import Engine
 from pastalm.errors import ModelError, RequestError, check_text
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
-    from pastalm.models import Loaded, Rendering
+    from pastalm.models.chat_template import Rendering
+    from pastalm.models.loading import Loaded
 
 Message: TypeAlias = "Mapping[str, str]"
 Prompt: TypeAlias = "str | Sequence[int]"
@@ -150,14 +151,14 @@ class LLM:
 
         Raises RemoteError if the server cannot be used, ModelError if the tokenizer cannot be loaded.
         """
-        from pastalm import models
         from pastalm.engines.completions.discovery import connect
+        from pastalm.models import chat_template, loading
 
         tokenizers: list[Loaded] = []
 
         def vocabulary(served: str) -> Vocabulary | None:
             try:
-                tokenizers.append(models.load_tokenizer(tokenizer or served, prompted=prompted))
+                tokenizers.append(loading.load_tokenizer(tokenizer or served, prompted=prompted))
             except ModelError:
                 if tokenizer:
                     raise
@@ -167,13 +168,13 @@ class LLM:
         engine = connect(base_url, model, vocabulary=vocabulary, **options)
         wire_vocabulary = engine.wire.vocabulary
         if not tokenizers:
-            words: Any = models.TextTokenizer(None, wire_vocabulary.encode)
-            teaching = models.TEACHING if prompted else None
-            loaded = models.Loaded(engine.connection.model, None, words, wire_vocabulary, False, None, 2048, teaching)
+            words: Any = chat_template.TextTokenizer(None, wire_vocabulary.encode)
+            teaching = chat_template.TEACHING if prompted else None
+            loaded = loading.Loaded(engine.connection.model, None, words, wire_vocabulary, False, None, 2048, teaching)
         elif wire_vocabulary is tokenizers[0].vocabulary:
             loaded = tokenizers[0]
         else:
-            loaded = models.in_pieces(tokenizers[0], wire_vocabulary)
+            loaded = loading.with_text_prompts(tokenizers[0], wire_vocabulary)
         return cls.over(engine, loaded, positions=positions, limits=limits)
 
     def _begin(self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None) -> None:
@@ -311,15 +312,17 @@ class LLM:
             if not listed or not all(isinstance(token, int) for token in tokens):
                 raise RequestError(f"a prompt is text, token ids or messages, not {type(prompt).__name__}")
             return list(tokens)
-        from pastalm import models
+        from pastalm.models import chat_template
 
         check_text(prompt, "the prompt")
-        return models.raw_prompt(loaded.tokenizer, loaded.vocabulary, prompt, add_special_tokens=add_special_tokens)
+        return chat_template.raw_prompt(
+            loaded.tokenizer, loaded.vocabulary, prompt, add_special_tokens=add_special_tokens
+        )
 
     def _conversation(self, messages: Any, params: SamplingParams, rendering: Rendering | None = None) -> list[int]:
         """Token ids of a conversation, up to the start of the answer. The system message gets the sequential marker
         (parallelism 0) or the teaching of a model that was not finetuned. Raises RequestError if it is empty."""
-        from pastalm import models
+        from pastalm.models import chat_template
 
         listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
         if not listed or not all(isinstance(message, Mapping) for message in messages):
@@ -331,7 +334,7 @@ class LLM:
                 if isinstance(value, str):
                     check_text(value, f"{key} of message {i}")
         marker = self.loaded.sequential_marker if params.parallelism == 0 else self.loaded.teaching
-        ids: list[int] = models.chat_prompt(self.loaded, messages, marker=marker, rendering=rendering)
+        ids: list[int] = chat_template.chat_prompt(self.loaded, messages, marker=marker, rendering=rendering)
         return ids
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, texts: list[Any]) -> list[RequestOutput]:

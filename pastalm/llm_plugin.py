@@ -17,7 +17,7 @@ from pastalm.core.params import SamplingParams
 from pastalm.errors import PastaError
 from pastalm.llm import LLM
 from pastalm.loading import missing
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 
 @llm.hookimpl

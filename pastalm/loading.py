@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from pastalm.engines import registry
 from pastalm.engines.base import Engine
 from pastalm.errors import CapabilityError, ModelError, RequestError, complaint
-from pastalm.models import Loaded
+from pastalm.models.loading import Loaded
 
 if TYPE_CHECKING:
     from pastalm.engines.native.weights import WeightType
@@ -151,10 +151,10 @@ def _native(model: str, options: Options) -> Opened:
 
 
 def _transformers(model: str, options: Options) -> Opened:
-    from pastalm import models
     from pastalm.engines.transformers.engine import TransformersEngine
+    from pastalm.models import loading
 
-    loaded = models.load(
+    loaded = loading.load(
         model,
         adapter=options.adapter,
         dtype=options.dtype,

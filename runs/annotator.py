@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pastalm import models
 from pastalm.core.language import Async, Document, Text, strip
+from pastalm.models import downloads
 from pastalm.train.annotate import read_rows
 from pastalm.train.structure import annotate
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--marks", type=Path, default=MARKS)
     parser.add_argument("--show", action="store_true")
     chosen = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(models.pull() / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(downloads.pull() / "tokenizer.json"))
     rows = {row.id: row for row in read_rows(chosen.answers)}
     right = made = found = wanted = forks = 0
     per_answer = []

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from pastalm import models
 from pastalm.core.language import Document, Text, strip
 from pastalm.eval.intervals import mean
-from pastalm.models import Loaded, encode_chat
+from pastalm.models import dtypes, loading
+from pastalm.models.chat_template import encode_chat
+from pastalm.models.loading import Loaded
 from pastalm.train.dataset import Source, collate, read_annotated
 from pastalm.train.loss import decisions
 from pastalm.train.packing import IGNORED, Packed, pack, pack_serial
@@ -55,7 +56,7 @@ def main() -> None:
     for system in chosen.systems:
         name, _, rest = system.partition("=")
         adapter, _, policy = rest.rpartition(":")
-        loaded = models.load(adapter=adapter, dtype=models.throughput_dtype("cpu"))
+        loaded = loading.load(adapter=adapter, dtype=dtypes.throughput_dtype("cpu"))
         packed = (answer for row in rows if (answer := _packed(loaded, row, policy)))
         seen = [_seen(loaded, answer) for answer in itertools.islice(packed, chosen.answers)]
         print(f"| {name} | {policy} | {len(seen)} | {' | '.join(_cells(seen))} |", flush=True)

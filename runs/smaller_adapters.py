@@ -33,7 +33,8 @@ from pastalm import LLM, SamplingParams, models
 from pastalm.core.language import Text, strip
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.eval.intervals import mean
-from pastalm.models import Loaded, encode_chat
+from pastalm.models.chat_template import encode_chat
+from pastalm.models.loading import Loaded
 from pastalm.records import answers, prompts
 from pastalm.records.answers import Answer
 from pastalm.train.dataset import collate, pack_sampled, read_annotated

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from pastalm import models
 from pastalm.errors import ModelError
+from pastalm.models import checkpoints, downloads, preparing
 
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401 - torch's compiler needs its distutils, and fails if Python's came first
@@ -24,7 +24,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder of a module's own, in which small models are packed; the embedded one's weights are in it."""
     folder = tmp_path_factory.mktemp("cache")
     with contextlib.suppress(ModelError):  # it cannot be had here: tests that need it say so
-        (folder / models.EMBEDDED).symlink_to(models.pull())
+        (folder / downloads.EMBEDDED).symlink_to(downloads.pull())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PASTALM_CACHE", str(folder))
         yield
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = byte_level()
     model = small_model(len(tokenizer))
-    models.prepare(model, tokenizer)
+    preparing.prepare(model, tokenizer)
     model.generation_config.eos_token_id = 1
-    models.save(model, tokenizer, folder)
+    checkpoints.save(model, tokenizer, folder)
     return folder

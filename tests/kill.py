@@ -69,13 +69,13 @@ def lines(path: Path, rows: Iterator[dict[str, object]]) -> Path:
 
 def prepare(work: Path, rows: int) -> dict[str, Command]:
     """A tiny model, data for every command, and the commands. rows: of the largest files."""
-    from pastalm import models
+    from pastalm.models import checkpoints, preparing
     from tests.test_models import byte_level, small_model
 
     model, tokenizer = small_model(330), byte_level()
-    models.prepare(model, tokenizer)
+    preparing.prepare(model, tokenizer)
     model.generation_config.eos_token_id = 1
-    models.save(model, tokenizer, work / "model")
+    checkpoints.save(model, tokenizer, work / "model")
     base: list[str | Path] = ["--model", work / "model"]
     source = lines(
         work / "answers.jsonl",

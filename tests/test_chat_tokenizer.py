@@ -10,11 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pastalm import models
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import CapabilityError
-from pastalm.models import encode_chat, vocabulary_of
+from pastalm.models import chat_template, downloads
+from pastalm.models.chat_template import encode_chat
 from pastalm.models.chat_tokenizer import ChatTokenizer, described
+from pastalm.models.lossless import vocabulary_of
 from tests.test_models import ANY_TEXT, BYTE_LEVEL, prepared_tokenizer, sentence_pieces
 
 ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
@@ -125,7 +126,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
 @pytest.fixture(scope="module")
 def embedded() -> tuple[Any, ChatTokenizer]:
     """With tags, as it is decoded with."""
-    tokenizer = AutoTokenizer.from_pretrained(models.pull())
+    tokenizer = AutoTokenizer.from_pretrained(downloads.pull())
     tokenizer.add_special_tokens({"extra_special_tokens": list(TAG_TOKENS.values())})
     return both(tokenizer)
 
@@ -136,7 +137,7 @@ def test_the_embedded_models_ids_are_transformers(embedded: tuple[Any, ChatToken
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
-@given(messages=MESSAGES, marker=st.sampled_from([None, models.SEQUENTIAL_MARKER]))
+@given(messages=MESSAGES, marker=st.sampled_from([None, chat_template.SEQUENTIAL_MARKER]))
 def test_so_are_its_prompts(
     embedded: tuple[Any, ChatTokenizer], messages: list[dict[str, str]], marker: str | None
 ) -> None:

@@ -18,9 +18,8 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from pastalm import models as pasta
 from pastalm.errors import ModelError
-from pastalm.models import checkpoints
+from pastalm.models import adapters, checkpoints, downloads, loading, preparing
 from pastalm.train.run import RunConfig, begin
 from tests.test_models import BYTE_LEVEL, small_model
 
@@ -80,7 +79,7 @@ def multimodal(kind: str) -> Any:
 
 
 def saved(model: Any, folder: Path) -> Path:
-    with pasta.quiet():
+    with checkpoints.quiet():
         model.save_pretrained(folder)
         BYTE_LEVEL.save_pretrained(folder)
     return folder
@@ -97,17 +96,17 @@ def configured(folder: Path, **more: Any) -> None:
 @pytest.mark.parametrize("kind", MULTIMODAL)
 def test_a_multimodal_checkpoint_is_read_as_its_text_part_and_saved_as_one(kind: str, tmp_path: Path) -> None:
     whole = multimodal(kind)
-    loaded = pasta.load(str(saved(whole, tmp_path / "whole")), dtype="float32")
+    loaded = loading.load(str(saved(whole, tmp_path / "whole")), dtype="float32")
     with torch.no_grad():
         want, got = whole(input_ids=IDS).logits, loaded.model(input_ids=IDS).logits
     assert float(want.std()) > 0.1
     assert torch.allclose(got, want, atol=1e-5)
     assert not [name for name, _ in loaded.model.named_parameters() if "vision" in name or "visual" in name]
     tokenizer = copy.deepcopy(BYTE_LEVEL)
-    pasta.prepare(loaded.model, tokenizer)
-    pasta.save(loaded.model, tokenizer, tmp_path / "text")
-    again = pasta.load(str(tmp_path / "text"), dtype="float32")
-    assert again.prepared and pasta.shape_of(again.model) == pasta.shape_of(loaded.model)
+    preparing.prepare(loaded.model, tokenizer)
+    checkpoints.save(loaded.model, tokenizer, tmp_path / "text")
+    again = loading.load(str(tmp_path / "text"), dtype="float32")
+    assert again.prepared and adapters.shape_of(again.model) == adapters.shape_of(loaded.model)
     with torch.no_grad():
         assert torch.allclose(again.model(input_ids=IDS).logits[..., :-6], want, atol=1e-5)
 
@@ -116,7 +115,7 @@ def test_a_text_part_that_nothing_runs_is_one_line(tmp_path: Path) -> None:
     saved(small_model(len(BYTE_LEVEL)), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_MAPPING["glm4v"]().to_dict()))
     with pytest.raises(ModelError, match="no language model for the text part") as caught:
-        pasta.load(str(tmp_path))
+        loading.load(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -126,7 +125,7 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     held = load_file(path)
     save_file({k: v for k, v in held.items() if "layers.1.mlp" not in k}, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks weights \(model.layers.1.mlp.*3 in all") as caught:
-        pasta.load(str(tmp_path))
+        loading.load(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -148,7 +147,7 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
 def test_quantised_weights_without_their_library_are_one_line(said: dict[str, Any], tmp_path: Path) -> None:
     configured(saved(small_model(len(BYTE_LEVEL)), tmp_path), quantization_config=said)
     with pytest.raises(ModelError, match="quantised") as caught:
-        pasta.load(str(tmp_path))
+        loading.load(str(tmp_path))
     assert "\n" not in str(caught.value) and said["quant_method"] in str(caught.value)
 
 
@@ -187,7 +186,7 @@ def test_quantised_weights_are_never_cast(quantised: Path) -> None:
     from pastalm.core.params import Request, SamplingParams
     from pastalm.engines.transformers.engine import TransformersEngine
 
-    loaded = pasta.load(str(quantised))
+    loaded = loading.load(str(quantised))
     assert loaded.model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
     engine = TransformersEngine(loaded.model, max_model_len=64, pack=True)
     params = SamplingParams(temperature=0, max_tokens=8)
@@ -199,7 +198,7 @@ def test_quantised_weights_are_never_cast(quantised: Path) -> None:
     assert type(loaded.model.model.layers[0].mlp.up_proj) is Halves
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(ModelError, match="leave out the dtype"):
-            pasta.load(str(quantised), dtype=dtype)
+            loading.load(str(quantised), dtype=dtype)
 
 
 # ------------------------------------------------------------------------------ code of its own
@@ -229,12 +228,12 @@ def test_code_of_a_model_runs_only_if_that_was_said(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nothing may be asked on the terminal"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for load in (pasta.load, pasta.load_tokenizer):
+    for load in (loading.load, loading.load_tokenizer):
         with pytest.raises(ModelError, match="--trust-remote-code") as caught:
             load(str(foreign))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
-    loaded = pasta.load(str(foreign), dtype="float32", trust_remote_code=True)
+    loaded = loading.load(str(foreign), dtype="float32", trust_remote_code=True)
     assert type(loaded.model).__name__ == "OwnModel" and (tmp_path / "ran").exists()
 
 
@@ -254,14 +253,14 @@ def test_training_runs_code_of_a_model_only_if_that_was_said(
 
 def test_a_known_type_needs_no_code_of_its_own(tmp_path: Path) -> None:
     configured(saved(small_model(len(BYTE_LEVEL)), tmp_path), auto_map={"AutoModelForCausalLM": "nothing.Here"})
-    assert type(pasta.load(str(tmp_path)).model).__name__ == "LlamaForCausalLM"
+    assert type(loading.load(str(tmp_path)).model).__name__ == "LlamaForCausalLM"
 
 
 def test_no_language_model_is_one_line(tmp_path: Path) -> None:
     saved(small_model(len(BYTE_LEVEL)), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_MAPPING["t5"](d_model=8, num_layers=1).to_dict()))
     with pytest.raises(ModelError, match="no causal language model of this type") as caught:
-        pasta.load(str(tmp_path))
+        loading.load(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -297,7 +296,7 @@ def test_of_a_repository_comes_what_is_read(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    pasta.pull("somebody/something", trust_remote_code=trust)
+    downloads.pull("somebody/something", trust_remote_code=trust)
     got = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
     wanted = {f for f in REPOSITORY[True] if f in there}
     assert got == wanted | ({"pytorch_model.bin"} if older else set()) | ({"modeling_own.py"} if trust else set())

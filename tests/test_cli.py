@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from pastalm import models
 from pastalm.cli import app
 from pastalm.core.events import Decoded, Finished, Forked
 from pastalm.core.language import parse, strip
 from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.transformers import engine as transformers
+from pastalm.models import adapters, checkpoints
 from pastalm.records.traces import from_json, to_json
 from tests.served import replaying
 
@@ -97,8 +97,8 @@ def test_a_corrupt_adapter(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "pasta.json").write_text("{")
     result = pasta("generate", "hello", "--model", tiny, "--adapter", tmp_path)
     complains(result, 2, "not JSON")
-    model, _ = models.load_base(tiny)
-    models.write_card(tmp_path, {"base": "tiny", "shape": models.shape_of(model)})
+    model, _ = checkpoints.read(tiny)
+    adapters.write_card(tmp_path, {"base": "tiny", "shape": adapters.shape_of(model)})
     result = pasta("generate", "hello", "--model", tiny, "--adapter", tmp_path)
     complains(result, 2, "cannot read the adapter")
 

@@ -17,8 +17,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from pastalm import models
 from pastalm.errors import ModelError
+from pastalm.models import checkpoints, downloads
 from tests.served import Parts, Reply, free_port, streaming
 from tests.test_models import byte_level, small_model
 
@@ -49,7 +49,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 @pytest.fixture(scope="module")
 def embedded() -> None:
     try:
-        models.pull()
+        downloads.pull()
     except ModelError as error:
         pytest.skip(f"the embedded model cannot be fetched here: {error}")
 
@@ -109,7 +109,7 @@ def test_the_openai_client(run: Run, served: str) -> None:
 def test_an_adapter_of_ones_own(run: Run, tmp_path: Path) -> None:
     """On a small random model, which learns nothing in a step: that it is annotated, trained and loaded."""
     tokenizer = byte_level()
-    models.save(small_model(len(tokenizer)), tokenizer, tmp_path / "base")
+    checkpoints.save(small_model(len(tokenizer)), tokenizer, tmp_path / "base")
     tips = "".join(f"{i}. **{word}**: do it every day, and do it well.\n" for i, word in enumerate("abc", 1))
     responses = [tips, "Sleep well, and eat well."] * 15
     rows = [{"id": str(i), "prompt": f"Tips, {i}?", "response": text} for i, text in enumerate(responses)]

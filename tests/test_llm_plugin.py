@@ -18,9 +18,9 @@ pytest.importorskip("llm")
 
 import llm
 
-from pastalm import models
 from pastalm.errors import PastaError
 from pastalm.llm_plugin import Pasta
+from pastalm.models import chat_template, checkpoints
 from tests.test_models import BYTE_LEVEL, small_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model")
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, path)
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, path)
     return str(path)
 
 
@@ -45,8 +45,8 @@ def test_an_answer_streams_and_is_counted(folder: str) -> None:
 
 def test_a_conversation_goes_on(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    real = models.chat_prompt
-    monkeypatch.setattr(models, "chat_prompt", lambda *a, **k: seen.append(a[1]) or real(*a, **k))
+    real = chat_template.chat_prompt
+    monkeypatch.setattr(chat_template, "chat_prompt", lambda *a, **k: seen.append(a[1]) or real(*a, **k))
     talk = Pasta().conversation()
     first = talk.prompt("Hello?", system="Be kind.", model=folder, max_tokens=8)
     said = first.text()

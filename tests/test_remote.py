@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("openai")
 
-from pastalm import models
 from pastalm.core.language import parse, strip
 from pastalm.errors import RemoteError
+from pastalm.models import loading
 from pastalm.records.chat_client import ChatClient, Completion, Usage
 from pastalm.train.annotate import PlainAnswer, annotate_file
 from pastalm.train.annotate_remote import LanguageModel
@@ -132,7 +132,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from pastalm.models import gguf_files
 
     path = tmp_path_factory.mktemp("server") / "model.gguf"
-    gguf_files.export(models.load(adapter=None, dtype="float32"), path, "F16")
+    gguf_files.export(loading.load(adapter=None, dtype="float32"), path, "F16")
     with llama_cpp_server(path) as url:
         yield url
 

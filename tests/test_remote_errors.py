@@ -101,7 +101,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str, **_: object) -> None:
         raise ModelError("there is none")
 
-    monkeypatch.setattr("pastalm.models.load_tokenizer", refuse)
+    monkeypatch.setattr("pastalm.models.loading.load_tokenizer", refuse)
 
 
 EVERY = (as_engine, as_questions, as_command)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pastalm import models
 from pastalm.errors import ModelError
-from pastalm.models import EMBEDDED
+from pastalm.models import checkpoints, downloads, loading, lossless, preparing
+from pastalm.models.downloads import EMBEDDED
 from pastalm.train.run import adapted
 from pastalm.train.sft import SftConfig
 
@@ -105,20 +105,20 @@ def test_a_small_adapter_is_plain_peft_and_can_be_trained_on(smaller: ModuleType
     if not (folder / "adapter_model.safetensors").exists():
         pytest.skip("a source distribution has the cards alone")
     try:
-        base = models.load(adapter=None, dtype="float32").model
+        base = loading.load(adapter=None, dtype="float32").model
     except ModelError as error:
         pytest.skip(str(error))
     layer = "layers.3.mlp.down_proj"
     before = base.model.get_submodule(layer).weight.clone()
-    after = models.load(adapter=str(folder), dtype="float32").model.model.get_submodule(layer).weight
+    after = loading.load(adapter=str(folder), dtype="float32").model.model.get_submodule(layer).weight
     stored = load_file(folder / "adapter_model.safetensors")
     a, b = (stored[f"base_model.model.model.{layer}.lora_{part}.weight"].float() for part in "AB")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert len(a) == config["rank_pattern"].get(f"model.{layer}", config["r"])
     assert torch.allclose(after - before, b @ a / len(a), atol=1e-6)
-    model, tokenizer = models.load_base(models.pull(EMBEDDED))
-    models.prepare(model, tokenizer)
-    tags = models.vocabulary_of(tokenizer, eos=[2]).tags
+    model, tokenizer = checkpoints.read(downloads.pull(EMBEDDED))
+    preparing.prepare(model, tokenizer)
+    tags = lossless.vocabulary_of(tokenizer, eos=[2]).tags
     trained = adapted(SftConfig(data=Path("x"), out=Path("y"), start=folder), model, tags)
     free = {name: value for name, value in trained.named_parameters() if value.requires_grad}
     assert {value.dtype for value in free.values()} == {torch.float32}

@@ -24,7 +24,7 @@ from pastalm.cli.options import (
 from pastalm.cli.terminal import busy, quiet_libraries
 from pastalm.core.params import SamplingParams
 from pastalm.errors import DataError, RequestError
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable

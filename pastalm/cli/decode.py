@@ -38,7 +38,7 @@ from pastalm.cli.terminal import (
 )
 from pastalm.core.params import SamplingParams
 from pastalm.errors import DataError, RequestError, check_text
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm.cli.view import Output

@@ -36,7 +36,7 @@ from pastalm.cli.options import (
 )
 from pastalm.cli.terminal import busy, print_json, quiet_libraries, say
 from pastalm.errors import DataError, ModelError, RequestError
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm import LLM
@@ -82,13 +82,13 @@ class ScorerOptions:
 
 
 def _pmi(options: ScorerOptions) -> Scorer:
-    from pastalm import models
     from pastalm.eval.quality import PmiScorer
+    from pastalm.models import dtypes, loading
 
-    dtype = models.throughput_dtype(options.device)
+    dtype = dtypes.throughput_dtype(options.device)
     adapter = adapter_of(options.adapter)
     return PmiScorer(
-        models.load(
+        loading.load(
             options.model,
             adapter=adapter,
             dtype=dtype,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pastalm.cli.options import LargeModelOptions, RemoteOptions, RunOptions, ThreadOptions
 from pastalm.cli.terminal import busy, quiet_libraries
 from pastalm.errors import ModelError, RequestError
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm import LLM
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def fetch(name: str) -> Path:
     """The folder of a model, downloaded if it is not in the cache; of a GGUF file its path. Raises ModelError."""
-    from pastalm import models
+    from pastalm.models import downloads
 
     if (file := Path(name)).suffix == ".gguf":
         if not file.is_file():
@@ -27,7 +27,7 @@ def fetch(name: str) -> Path:
         return file
     quiet_libraries()
     with busy(f"looking for {name}") as progress:
-        return models.pull(name, progress=progress)
+        return downloads.pull(name, progress=progress)
 
 
 def load_llm(

@@ -14,7 +14,7 @@ from pastalm.cli.loading import adapter_of, fetch
 from pastalm.cli.options import Adapter, AsJson, Model, TrustRemoteCode
 from pastalm.cli.terminal import busy, print_json, quiet_libraries
 from pastalm.engines import registry
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 PACKAGES = (
     "torch", "transformers", "peft", "gguf", "safetensors", "llama-cpp-python", "trl", "datasets", "openai",
@@ -39,12 +39,11 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model and its adapter as one GGUF file, which llama.cpp runs."""
-    from pastalm import models
-    from pastalm.models import gguf_files
+    from pastalm.models import gguf_files, loading
 
     quiet_libraries()
     with busy(f"loading {model}") as progress:
-        loaded = models.load(model, adapter=adapter_of(adapter), dtype="float32", trust_remote_code=trust_remote_code)
+        loaded = loading.load(model, adapter=adapter_of(adapter), dtype="float32", trust_remote_code=trust_remote_code)
         path = gguf_files.export(loaded, target, kind.upper(), progress=progress)
     print(f"{path} ({path.stat().st_size / 1e6:.0f} MB)", file=sys.stderr)
 
@@ -92,21 +91,21 @@ def _version(package: str) -> str:
 
 
 def _bfloat16() -> str:
-    from pastalm import models
+    from pastalm.models import dtypes
 
     try:
-        return "yes" if models.cpu_has_bfloat16() else "no: float32 is the default"
+        return "yes" if dtypes.cpu_has_bfloat16() else "no: float32 is the default"
     except ModuleNotFoundError:
         return "unknown: torch is not installed"
 
 
 def _models() -> dict[str, str]:
     """Models in the cache, and adapters that ship with the package."""
-    from pastalm import models
+    from pastalm.models import adapters, downloads
 
-    folder = models.cache_folder()
+    folder = downloads.cache_folder()
     lines = {path.parent.name: str(path.parent) for path in sorted(folder.glob("*/model.safetensors"))}
     lines.setdefault(EMBEDDED, "not fetched yet: pasta pull")
-    for config in sorted(models.ADAPTERS.glob("*/adapter_config.json")):
+    for config in sorted(adapters.SHIPPED.glob("*/adapter_config.json")):
         lines[f"adapter for {config.parent.name}"] = "ships with the package"
     return lines

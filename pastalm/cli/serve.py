@@ -12,7 +12,7 @@ from pastalm.cli.command import NoEffect, app, verb
 from pastalm.cli.loading import fetch, load_llm
 from pastalm.cli.options import MaxModelLen, RemoteOptions, RunOptions, ThreadOptions
 from pastalm.cli.terminal import quiet_libraries, say
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm.server.app import Settings

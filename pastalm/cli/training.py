@@ -14,7 +14,7 @@ from pastalm.cli.options import Counted, Device, Model, Overwrite, TrustRemoteCo
 from pastalm.cli.terminal import quiet_libraries, say
 from pastalm.core.layout import POLICIES, Policy
 from pastalm.errors import DataError, RequestError
-from pastalm.models import EMBEDDED
+from pastalm.models.downloads import EMBEDDED
 from pastalm.train.packing import MIXED
 
 if TYPE_CHECKING:

@@ -23,8 +23,10 @@ import numpy as np
 import torch
 
 from pastalm.errors import ModelError, RequestError
-from pastalm.models import Loaded, chat_prompt, logits
+from pastalm.models import logits
+from pastalm.models.chat_template import chat_prompt
 from pastalm.models.checkpoints import quiet
+from pastalm.models.loading import Loaded
 from pastalm.records.chat_client import ChatClient, Completion, Messages
 from pastalm.records.repetition import repetition, sameness
 

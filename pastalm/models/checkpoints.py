@@ -1,4 +1,4 @@
-"""Reads transformers checkpoints from a folder.
+"""Reads transformers checkpoints from a folder, and saves them.
 
 A multimodal checkpoint is loaded as the causal language model of its text part. Quantised weights stay quantised. Code
 that comes with a checkpoint runs only with trust_remote_code; there is never a question on the terminal. A checkpoint
@@ -140,6 +140,17 @@ def _as_twin(text: Any, twin: str, more: dict[str, Any]) -> Any:
         rope["rope_type"] = "default"
     values = {f.name: getattr(text, f.name) for f in fields(kind) if hasattr(text, f.name) and f.name != "model_type"}
     return kind(**(values | {"rope_parameters": rope} | more))
+
+
+def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Saves model (safetensors), tokenizer and chat template; loading them gives identical weights."""
+    model.hf_quantizer = None  # transformers refuses to save a model read from GGUF while these are set
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def quantised_by(config: Any) -> str | None:

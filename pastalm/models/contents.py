@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pastalm import models
 from pastalm.errors import DataError, ModelError
+from pastalm.models import adapters, downloads
 from pastalm.records import disk
 
 PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
@@ -26,15 +26,15 @@ _SETTLED = 2.0
 
 def of_model(name: str) -> dict[str, str]:
     """{name, sha256} of a model: the embedded one, a hub name, a folder or a GGUF file. Raises ModelError."""
-    path = Path(name) if name.endswith(".gguf") else models.pull(name)
+    path = Path(name) if name.endswith(".gguf") else downloads.pull(name)
     return _of(path, Path(name).name if Path(name).exists() else name)
 
 
 def of_adapter(model: str, adapter: str | None) -> dict[str, str] | None:
-    """{name, sha256} of the adapter that `models.load` merges; None: there is none. Raises ModelError."""
+    """{name, sha256} of the adapter that `loading.load` merges; None: there is none. Raises ModelError."""
     if model.endswith(".gguf"):
         return None  # it holds its own
-    folder = models.adapter_folder(model, adapter)
+    folder = adapters.adapter_folder(model, adapter)
     return None if folder is None else of_folder(folder)
 
 
@@ -74,7 +74,7 @@ def files(path: Path) -> list[tuple[str, str]]:
         paths = {f.name: f for f in sorted(path.iterdir()) if f.suffix in PARTS and f.is_file()}
     else:
         paths = {"": path}
-    memory = models.cache_folder() / "packed" / "hashes.json"
+    memory = downloads.cache_folder() / "packed" / "hashes.json"
     try:
         cache: dict[str, list[Any]] = json.loads(memory.read_text())
     except (OSError, ValueError):

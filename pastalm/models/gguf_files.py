@@ -21,7 +21,8 @@ import numpy as np
 
 from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import CapabilityError, ModelError, RequestError
-from pastalm.models import Loaded, lossless
+from pastalm.models import lossless
+from pastalm.models.loading import Loaded
 
 MARKER_KEY = "pastalm.sequential_marker"
 WHOLE = ("F32", "F16", "BF16")

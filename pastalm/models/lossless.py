@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import ModelError
 
 SPACE = "\u2581"
@@ -21,6 +22,36 @@ _ASCII = "".join(map(chr, range(32, 127))) + "\n  Two  spaces,\n\n- a list. 1. E
 """What every tokenizer must give back."""
 NOTHING = "(?!)"
 """A pattern that finds nothing."""
+
+
+def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None) -> Vocabulary:
+    """The Vocabulary of a tokenizer. Decoding an encoded text gives the same text.
+
+    tokenizer: of transformers, or a ChatTokenizer.
+    eos: ids that end an answer.
+    size: vocabulary size of the model, if larger than the tokenizer's.
+
+    `tags` is None if the tokenizer lacks the six tag tokens. Raises ModelError if encoding is not lossless.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"a {type(tokenizer).__name__} has no tokenizer.json: save one beside the model")
+    ids = {name: backend.token_to_id(t) for name, t in TAG_TOKENS.items()}
+    tags = None if None in ids.values() else Tags(**ids)
+    special = set(tokenizer.all_special_ids) | (set(tags.ids) if tags else set())
+    special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    to_bytes = byte_reader(tokenizer)
+    cache: dict[int, bytes] = {}
+
+    def piece(token: int) -> bytes:
+        if token not in cache:
+            cache[token] = b"" if token in special else to_bytes(token)
+        return cache[token]
+
+    eos = frozenset(eos)
+    ends = frozenset(text for text in map(tokenizer.convert_ids_to_tokens, eos) if text)
+    encode = encoder(backend, piece)
+    return Vocabulary(size=size or len(tokenizer), eos=eos, encode=encode, piece=piece, tags=tags, ends=ends)
 
 
 def encoder(backend: Any, piece: Callable[[int], bytes]) -> Callable[[str], list[int]]:

@@ -28,7 +28,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pastalm import models
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.engines.native import weights
 from pastalm.engines.native.weights import (
@@ -42,7 +41,7 @@ from pastalm.engines.native.weights import (
     WeightType,
 )
 from pastalm.errors import CapabilityError, ModelError, complaint
-from pastalm.models import contents
+from pastalm.models import adapters, contents, downloads, loading, lossless
 from pastalm.models.chat_tokenizer import ChatTokenizer, described
 from pastalm.models.checkpoints import quiet
 from pastalm.records import disk
@@ -71,9 +70,9 @@ class Packed:
     context_length: int
 
     @property
-    def loaded(self) -> models.Loaded:
+    def loaded(self) -> loading.Loaded:
         """The same in the form that LLM takes."""
-        return models.Loaded(
+        return loading.Loaded(
             name=self.name,
             model=self,
             tokenizer=self.tokenizer,
@@ -85,17 +84,17 @@ class Packed:
 
 
 def load(
-    name: str = models.EMBEDDED,
+    name: str = downloads.EMBEDDED,
     *,
     adapter: str | None = "auto",
     weights: WeightType = DEFAULT,
     head: WeightType | None = None,
 ) -> Packed:
-    """Base and adapter, merged and packed. name, adapter: as for `models.load`. head: the weight type of the head,
+    """Base and adapter, merged and packed. name, adapter: as for `loading.load`. head: the weight type of the head,
     and of the embedding where they are one; None: as the others, but Q8_0 beside Q4_0. Raises ModelError,
     CapabilityError."""
-    folder = models.pull(name)
-    adapter_path = models.adapter_folder(name, adapter)
+    folder = downloads.pull(name)
+    adapter_path = adapters.adapter_folder(name, adapter)
     _check_kind(folder)
     origin = Origin(
         name,
@@ -156,8 +155,8 @@ def _check_configuration(folder: Path) -> None:
 
 
 def _packable(name: str, adapter: str | None, type: WeightType, head_type: WeightType) -> Packable:
-    _check_configuration(models.pull(name))
-    loaded = models.load(name, adapter=adapter, dtype="stored")
+    _check_configuration(downloads.pull(name))
+    loaded = loading.load(name, adapter=adapter, dtype="stored")
     shape = _architecture_of(loaded.model)
     return Packable(
         architecture=shape,
@@ -176,7 +175,7 @@ def _packed(name: str, packable: Packable, tensors: Tensors) -> Packed:
         architecture=packable.architecture,
         tensors=tensors,
         tokenizer=tokenizer,
-        vocabulary=models.vocabulary_of(tokenizer, eos=packable.eos, size=packable.architecture.vocabulary),
+        vocabulary=lossless.vocabulary_of(tokenizer, eos=packable.eos, size=packable.architecture.vocabulary),
         sequential_marker=packable.sequential_marker,
         context_length=packable.context_length,
     )
@@ -205,7 +204,7 @@ class Origin:
 def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
     """The packed model of an origin, read from the cache, or packed and written to it. If the cache cannot be written,
     the model is packed in memory."""
-    folder = models.cache_folder() / "packed"
+    folder = downloads.cache_folder() / "packed"
     place, digest = _names(origin)
     path = next(folder.glob(f"*-{digest}.packed"), folder / f"{place}-{digest}.packed")
     if (packed := _read(path, origin.name)) is not None:

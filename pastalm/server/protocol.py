@@ -44,7 +44,7 @@ from pastalm.core.params import Parameter, SamplingParams, parameters
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import PastaError
-from pastalm.models import Rendering
+from pastalm.models.chat_template import Rendering
 from pastalm.records.traces import to_json
 
 UNLIKELY = -9999.0

@@ -35,7 +35,7 @@ from pastalm.core.layout import Policy
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, LanguageError, RequestError
-from pastalm.models import SEQUENTIAL_MARKER, encode_chat
+from pastalm.models.chat_template import SEQUENTIAL_MARKER, encode_chat
 from pastalm.records import answers, jsonl
 from pastalm.train.packing import IGNORED, MIXED, Packed, pack, pack_events, pack_serial, retell
 

@@ -26,11 +26,11 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from pastalm import models
 from pastalm.core.layout import Policy
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, RequestError
-from pastalm.models import encode_chat
+from pastalm.models import adapters, chat_template
+from pastalm.models.chat_template import encode_chat
 from pastalm.records import scores
 from pastalm.records.scores import Length, Scored
 from pastalm.train import bookkeeping, run
@@ -208,7 +208,7 @@ def train(config: PreferenceConfig, progress: Callable[[str], None] = print) -> 
     card = run.RunSummary(
         stage=f"stage 2, lambda = {shown}",
         positions=list(config.positions),
-        marker=models.SEQUENTIAL_MARKER,
+        marker=chat_template.SEQUENTIAL_MARKER,
         data=data,
         steps=trainer.state.global_step,
         seconds=time.perf_counter() - started,
@@ -226,7 +226,7 @@ def _check(config: PreferenceConfig) -> None:
         raise DataError(f"no scored answers at {config.data}: make them with pasta score")
     if config.start is None:
         raise RequestError("stage 2 continues from an adapter: give --start")
-    models.read_card(config.start)
+    adapters.read_card(config.start)
     checks = (config.lambda_ >= 0, 0 <= config.alpha <= 1, config.beta > 0)
     if not all(checks) or (config.sigma is not None and config.sigma <= 0):
         raise RequestError("lambda must be 0 or more, alpha in 0..1, beta and sigma above 0")

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from pastalm import models
 from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import DataError, ModelError
+from pastalm.models import adapters, checkpoints, downloads, dtypes, end_tokens, lossless, preparing
 from pastalm.models.checkpoints import is_quantised, quiet
 from pastalm.train import bookkeeping
 
@@ -62,7 +62,7 @@ class RunConfig:
 
     data: Path
     out: Path
-    model: str = models.EMBEDDED
+    model: str = downloads.EMBEDDED
     start: Path | None = None
     epochs: float = 1.0
     learning_rate: float = 5e-4
@@ -116,12 +116,12 @@ def begin(config: RunConfig, progress: Callable[[str], None]) -> Base:
     bookkeeping.claim(config)
     set_seed(config.seed)
     trust = config.trust_remote_code
-    folder = models.pull(config.model, progress=progress, trust_remote_code=trust)
-    model, tokenizer = models.load_base(folder, device=str(device(config)), trust_remote_code=trust)
-    models.prepare(model, tokenizer)
-    vocabulary = models.vocabulary_of(tokenizer, eos=models.end_tokens(model, tokenizer))
+    folder = downloads.pull(config.model, progress=progress, trust_remote_code=trust)
+    model, tokenizer = checkpoints.read(folder, device=str(device(config)), trust_remote_code=trust)
+    preparing.prepare(model, tokenizer)
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=end_tokens.end_tokens(model, tokenizer))
     assert vocabulary.tags is not None
-    return Base(model, tokenizer, vocabulary, vocabulary.tags, models.taught_end(model, tokenizer))
+    return Base(model, tokenizer, vocabulary, vocabulary.tags, end_tokens.taught_end(model, tokenizer))
 
 
 def go(trainer: Any, config: RunConfig) -> None:
@@ -159,10 +159,10 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
     if config.flex:
         model.set_attn_implementation("flex_attention")
     if config.full:
-        whole = models.load_adapter(model, config.start) if config.start is not None else model
+        whole = adapters.load_adapter(model, config.start) if config.start is not None else model
         return whole.requires_grad_(True).train()
     if config.start is not None:
-        models.check_base(models.read_card(config.start), model, config.start)
+        adapters.check_base(adapters.read_card(config.start), model, config.start)
         try:
             peft_model = PeftModel.from_pretrained(model, str(config.start), is_trainable=True)
         except Exception as error:
@@ -173,7 +173,7 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
         target_modules=_linear_layers(model),
-        trainable_token_indices={name: list(tags.ids) for name in _names(model, models.token_tables(model))},
+        trainable_token_indices={name: list(tags.ids) for name in _names(model, preparing.token_tables(model))},
         task_type="CAUSAL_LM",
     )
     return _trainable(get_peft_model(model, lora))
@@ -185,7 +185,7 @@ def _check_trainable(config: RunConfig, model: Any) -> None:
         raise ModelError("quantised weights cannot be trained: leave out --full, or train what they were made from")
     if unmet := [kind for kind in _layer_types(model) if kind not in ("full_attention", "sliding_attention")]:
         raise ModelError(f"this model has layers of {unmet[0]!r}, which take no attention mask: train another model")
-    models.shape_of(model)
+    adapters.shape_of(model)
 
 
 def _layer_types(model: Any) -> Sequence[str]:
@@ -242,7 +242,7 @@ def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:
 
 def autocast(config: RunConfig) -> Any:
     """Products in bfloat16 where that is faster, also where no trainer has wrapped the model's forward pass in it."""
-    kind, half = config.device.partition(":")[0], models.throughput_dtype(config.device) == "bfloat16"
+    kind, half = config.device.partition(":")[0], dtypes.throughput_dtype(config.device) == "bfloat16"
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
 
 
@@ -258,7 +258,7 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing,  # TRL's default is to
         "weight_decay": 0.0,
-        "bf16": models.throughput_dtype(config.device) == "bfloat16",
+        "bf16": dtypes.throughput_dtype(config.device) == "bfloat16",
         "use_cpu": config.device == "cpu",
         "logging_steps": math.gcd(5, config.save_steps),  # so that a checkpoint never cuts a mean in two
         "save_steps": config.save_steps,
@@ -431,11 +431,11 @@ def save(trainer: Any, config: RunConfig, summary: RunSummary) -> Path:
     else:
         _save_adapter(model, weights, config, folder)
     base = model if config.full else model.get_base_model()
-    models.write_card(
+    adapters.write_card(
         folder,
         {
             "base": config.base_name,
-            "shape": models.shape_of(base),
+            "shape": adapters.shape_of(base),
             "tags": list(TAG_TOKENS.values()),
             "positions": sorted(summary.positions),
             "sequential_marker": summary.marker,

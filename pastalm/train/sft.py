@@ -24,10 +24,10 @@ from torch import Tensor
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from pastalm import models
 from pastalm.core.layout import POLICIES
 from pastalm.core.vocabulary import Tags
 from pastalm.errors import DataError
+from pastalm.models import chat_template
 from pastalm.train import run
 from pastalm.train.dataset import (
     Example,
@@ -107,7 +107,7 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
     summary = run.RunSummary(
         stage="Baseline-SFT, without tags" if untagged else "stage 1",
         positions=list(config.mix.positions),
-        marker=None if untagged else models.SEQUENTIAL_MARKER,
+        marker=None if untagged else chat_template.SEQUENTIAL_MARKER,
         data=data,
         steps=trainer.state.global_step,
         seconds=time.perf_counter() - started,

@@ -17,7 +17,8 @@ from pastalm.core.events import Blocked, Decoded, Finished, Forked, Joined
 from pastalm.core.params import Request, SamplingParams
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
-from pastalm.models import Loaded, vocabulary_of
+from pastalm.models.loading import Loaded
+from pastalm.models.lossless import vocabulary_of
 from tests.laws.replayed import error
 from tests.laws.script import play, random_scripts
 from tests.laws.test_exactness import SCHEDULES
@@ -275,7 +276,7 @@ def test_a_file_keeps_vocabulary_template_and_marker(file: Path, reference: PreT
         assert there.vocabulary.encode(text) == here.vocabulary.encode(text)
         ids = there.vocabulary.encode(text)
         assert b"".join(map(there.vocabulary.piece, ids)).decode() == text
-    from pastalm.models import chat_prompt
+    from pastalm.models.chat_template import chat_prompt
 
     messages = [{"role": "user", "content": "Hello <|sync|> there"}]
     assert chat_prompt(there, messages) == chat_prompt(here, messages)

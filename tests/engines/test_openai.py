@@ -45,7 +45,9 @@ from pastalm.engines.scripted import EOS, byte_vocabulary
 from pastalm.errors import CapabilityError, ModelError, RemoteError, RequestError
 from pastalm.eval.replay import decoded_rows
 from pastalm.llm import LLM
-from pastalm.models import TEACHING, Loaded, TextTokenizer, vocabulary_of
+from pastalm.models.chat_template import TEACHING, TextTokenizer
+from pastalm.models.loading import Loaded
+from pastalm.models.lossless import vocabulary_of
 from pastalm.records.traces import from_json, to_json
 from pastalm.train.packing import pack_serial, unroll
 from tests.laws.test_replay import PLENTY, ROOM, roomy
@@ -922,7 +924,7 @@ def test_the_command_over_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         def command(*words: str, stdin: str | None = None) -> Any:
             return CliRunner().invoke(app, [*words, "--base-url", url, "--model", "m"], input=stdin)
 
-        monkeypatch.setattr("pastalm.models.load_tokenizer", no_tokenizer)
+        monkeypatch.setattr("pastalm.models.loading.load_tokenizer", no_tokenizer)
         done = command("generate", "--raw", "Q: ", "--json")
         assert json.loads(done.stdout)["annotated"] == XML
         assert done.exit_code == 0
@@ -965,7 +967,7 @@ def test_a_model_that_was_not_finetuned_is_taught_unless_it_is_to_write_sequenti
     words = tokenizer()
     plain = replace(vocabulary_of(words, eos={256}, size=300), tags=None)
     made = Loaded("m", None, words, plain, False, None, 4096, TEACHING)
-    monkeypatch.setattr("pastalm.models.load_tokenizer", lambda name, *, prompted: made)
+    monkeypatch.setattr("pastalm.models.loading.load_tokenizer", lambda name, *, prompted: made)
     asked: list[dict[str, Any]] = []
 
     def answer(body: dict[str, Any]) -> Reply | Parts:
@@ -1080,7 +1082,7 @@ def test_nothing_is_left_of_a_connection(how: str, monkeypatch: pytest.MonkeyPat
     def no_tokenizer(*_: Any, **__: Any) -> None:
         raise ModelError("none")
 
-    monkeypatch.setattr("pastalm.models.load_tokenizer", no_tokenizer)
+    monkeypatch.setattr("pastalm.models.loading.load_tokenizer", no_tokenizer)
 
     def threads() -> int:
         return sum(thread.name == "pastalm-openai" for thread in threading.enumerate())

@@ -45,7 +45,7 @@ def small(request: pytest.FixtureRequest) -> Iterator[LLM]:
     from pastalm.engines.native.engine import NativeEngine
     from pastalm.engines.native.model import NativeModel
     from pastalm.engines.transformers.engine import TransformersEngine
-    from pastalm.models import Loaded
+    from pastalm.models.loading import Loaded
     from pastalm.models.packed_models import from_model
 
     model, tokenizer = tiny_parts()

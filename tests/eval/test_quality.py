@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm import models
 from pastalm.errors import RemoteError, RequestError
 from pastalm.eval.quality import (
     Candidate,
@@ -22,6 +21,7 @@ from pastalm.eval.quality import (
     penalty,
     preference,
 )
+from pastalm.models import loading
 from pastalm.records.chat_client import ChatClient, Completion
 from pastalm.records.repetition import repetition, sameness
 from tests.laws.architectures import build
@@ -99,7 +99,7 @@ def test_penalties_are_for_repetition_for_likeness_and_for_length() -> None:
 
 
 def test_an_answer_belongs_to_its_own_prompt_more_than_to_anothers() -> None:
-    scorer = PmiScorer(models.load(adapter=None, dtype="float32"))
+    scorer = PmiScorer(loading.load(adapter=None, dtype="float32"))
     pairs = [
         (
             "How do I keep bees?",
@@ -131,7 +131,7 @@ def test_a_baselines_answer_is_scored_once_for_all_systems() -> None:
             asked.extend(pairs)
             return [known[text] for _, text in pairs]
 
-    scorer = Told(models.load(adapter=None, dtype="float32"))
+    scorer = Told(loading.load(adapter=None, dtype="float32"))
     one, two = (Candidate("p", text, (), "Bees.") for text in ("Wax.", "Hives."))
     first, again, own = scorer.compare([one, one, Candidate("p", "Bees.", (), "Bees.")])
     (second,) = scorer.compare([two])

@@ -20,7 +20,7 @@ from pastalm import LLM, models
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.engines.base import Engine
 from pastalm.engines.scripted import Script, ScriptedEngine
-from pastalm.models import Loaded
+from pastalm.models.loading import Loaded
 from pastalm.server.app import Settings, application, listen
 from tests.test_models import byte_level
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastalm import models
 from pastalm.core.language import Text, parse
 from pastalm.errors import DataError
+from pastalm.models import checkpoints
 from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import Mix
 from pastalm.train.packing import pack
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def config(tmp_path: Path) -> SftConfig:
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, tmp_path / "base")
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, tmp_path / "base")
     for name in ("first", "second"):
         (tmp_path / name / "adapter").mkdir(parents=True)
         (tmp_path / name / "adapter" / "adapter_config.json").write_text("{}")

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from pastalm import models
 from pastalm.errors import ModelError
+from pastalm.models import checkpoints, end_tokens
 from pastalm.train import run
 from tests.test_models import byte_level, small_model
 
@@ -94,9 +94,9 @@ def test_training_ends_an_answer_as_the_chat_template_does(shape: str) -> None:
     tokenizer = tokenizer_of(template, specials, eos)
     model = small_model(len(tokenizer))
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(t) for t in listed]
-    assert models.taught_end(model, tokenizer) == tokenizer.convert_tokens_to_ids(wanted)
-    ends = models.end_tokens(model, tokenizer)
-    assert models.taught_end(model, tokenizer) in ends, "decoding stops where training did"
+    assert end_tokens.taught_end(model, tokenizer) == tokenizer.convert_tokens_to_ids(wanted)
+    ends = end_tokens.end_tokens(model, tokenizer)
+    assert end_tokens.taught_end(model, tokenizer) in ends, "decoding stops where training did"
     assert set(model.generation_config.eos_token_id) <= ends
 
 
@@ -105,7 +105,7 @@ def test_a_run_teaches_that_end(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(template, specials, eos)
     model: Any = small_model(len(tokenizer))
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(t) for t in listed]
-    models.save(model, copy.deepcopy(tokenizer), tmp_path / "base")
+    checkpoints.save(model, copy.deepcopy(tokenizer), tmp_path / "base")
     (tmp_path / "d").write_text("")
     base = run.begin(run.RunConfig(data=tmp_path / "d", out=tmp_path / "o", model=str(tmp_path / "base")), str)
     assert base.eos == tokenizer.convert_tokens_to_ids(wanted)
@@ -117,4 +117,4 @@ def test_a_model_without_any_end_is_refused() -> None:
     model = small_model(len(tokenizer))
     model.generation_config.eos_token_id = None
     with pytest.raises(ModelError, match="has no token that ends"):
-        models.taught_end(model, tokenizer)
+        end_tokens.taught_end(model, tokenizer)

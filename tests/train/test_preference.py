@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pastalm import models
 from pastalm.core.events import Event
 from pastalm.core.events import Path as ThreadPath
 from pastalm.core.language import Async, Document, Promise, Sync, Text
@@ -27,6 +26,7 @@ from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, ModelError, RequestError
 from pastalm.eval.quality import Candidate, Verdict
 from pastalm.eval.score import score
+from pastalm.models import chat_template, checkpoints, loading
 from pastalm.records import answers, scores
 from pastalm.records.answers import Answer
 from pastalm.records.scores import Scored
@@ -177,7 +177,7 @@ def test_sampled_tokens_reach_the_pairs_through_files_and_scores(tmp_path: Path)
     config = PreferenceConfig(data=files[2], out=tmp_path, lambda_=math.inf)
     made = list(pairs(rows, tokenizer, PIECED, config, eos=EOS))
     assert len(made) == 4 and all(pair.sampled for pair in made)
-    prompt = models.encode_chat(tokenizer, PIECED, [{"role": "user", "content": "Say."}])
+    prompt = chat_template.encode_chat(tokenizer, PIECED, [{"role": "user", "content": "Say."}])
     ids = {tuple(sorted((*prompt, *r.token_ids))) for r in kept}
     assert all(tuple(sorted(one.input_ids.tolist())) in ids for pair in made for one in (pair.better, pair.worse))
     older = [replace(row, token_ids=(), forced=()) for row in rows]
@@ -185,7 +185,7 @@ def test_sampled_tokens_reach_the_pairs_through_files_and_scores(tmp_path: Path)
 
 
 def test_the_real_models_loss_is_over_what_its_engine_says() -> None:
-    loaded = models.load(dtype="float32")
+    loaded = loading.load(dtype="float32")
     vocabulary, eos = loaded.vocabulary, min(loaded.vocabulary.eos)
     document: Document = (
         Text("Two tips:\n\n"),
@@ -196,7 +196,7 @@ def test_the_real_models_loss_is_over_what_its_engine_says() -> None:
         Sync(),
         Text("Both take some weeks to show."),
     )
-    prompt = models.chat_prompt(loaded, [{"role": "user", "content": "Two tips for a healthy life?"}])
+    prompt = chat_template.chat_prompt(loaded, [{"role": "user", "content": "Two tips for a healthy life?"}])
     for policy in ("promised", "overlap"):
         with torch.no_grad():
             batch = collate([pack(prompt, document, vocabulary, policy, eos=eos)])
@@ -304,7 +304,7 @@ def test_scores_add_speed_and_quality(difference: float, sigma: float) -> None:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base and a stage-1 adapter of it."""
     folder = tmp_path_factory.mktemp("stage1")
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder / "base")
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder / "base")
     rows = [
         {"id": str(i), "prompt": f"What of {i}?", "annotated": DOCUMENTS[i % 2], "tokens": 20, "chunks": 2 * (i % 2)}
         for i in range(30)
@@ -357,7 +357,7 @@ def test_a_round_learns_to_prefer_and_says_how(config: PreferenceConfig) -> None
     assert record["final"]["pairs_in_order"] > 0.9
     assert record["data"]["rows"] == 24
     assert record["data"]["samples"]["speedup, theoretical"] == pytest.approx((4 * 4 / 3 * 4 / 3) ** (1 / 3))
-    loaded = models.load(config.model, adapter=str(folder), dtype="float32")
+    loaded = loading.load(config.model, adapter=str(folder), dtype="float32")
     assert loaded.prepared
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == []
     card = (folder / "README.md").read_text()
@@ -378,7 +378,7 @@ def test_products_are_in_bfloat16_where_that_is_faster(
         seen.append((model.training, torch.is_autocast_enabled("cpu")))
         return log_probs(model, inputs)
 
-    monkeypatch.setattr("pastalm.models.throughput_dtype", lambda _: dtype)
+    monkeypatch.setattr("pastalm.models.dtypes.throughput_dtype", lambda _: dtype)
     monkeypatch.setattr("pastalm.train.preference.log_probs", spying)
     train(replace(config, epochs=1), str)
     assert {half for _, half in seen} == {dtype == "bfloat16"}
@@ -425,7 +425,7 @@ def test_what_cannot_be_trained_on_is_one_clear_line(config: PreferenceConfig, t
     refused(RequestError, "give --start", start=None)
     refused(RequestError, "lambda must be", lambda_=-1.0)
     other = tmp_path / "other"
-    models.save(small_model(len(BYTE_LEVEL), layers=1), BYTE_LEVEL, other)
+    checkpoints.save(small_model(len(BYTE_LEVEL), layers=1), BYTE_LEVEL, other)
     refused(ModelError, "was made for", model=str(other), out=tmp_path / "o3")
 
 

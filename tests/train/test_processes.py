@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pastalm import models
 from pastalm.core.language import Async, Document, Promise, Sync, Text, render
+from pastalm.models import checkpoints, loading
 from pastalm.records.scores import Scored
 from pastalm.train import preference, sft
 from pastalm.train.dataset import Mix
@@ -41,7 +41,7 @@ SAME = 1e-5
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, annotated answers and scored ones: few enough that a batch may be one answer."""
     folder = tmp_path_factory.mktemp("processes")
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder / "base")
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder / "base")
     rows: list[dict[str, Any]] = []
     for i in range(60):
         document = TIPS if i % 3 else PLAIN
@@ -128,7 +128,7 @@ def test_sft_in_two_processes_is_that_of_one(data: Path, tmp_path: Path) -> None
     sft.train(one, str)
     in_two("sft", two, "--token-budget", "2400", "--lora-rank", "2")
     are_one_training(one, two)
-    assert models.load(two.model, adapter=str(two.out / "adapter"), dtype="float32").prepared
+    assert loading.load(two.model, adapter=str(two.out / "adapter"), dtype="float32").prepared
 
 
 def test_prefer_in_two_processes_is_that_of_one(data: Path, tmp_path: Path) -> None:

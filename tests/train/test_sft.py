@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pastalm import models
 from pastalm.core.language import (
     Async,
     AsyncOpen,
@@ -31,6 +30,7 @@ from pastalm.core.language import (
     strip,
 )
 from pastalm.errors import DataError, RequestError
+from pastalm.models import adapters, chat_template, checkpoints, loading, lossless, preparing
 from pastalm.train import run, sft
 from pastalm.train.dataset import (
     REPEAT,
@@ -235,10 +235,10 @@ def test_six_rows_learn_and_the_merged_model_is_the_trained_one(tmp_path: Path) 
         assert trained < before
         folder = tmp_path / "adapter"
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        models.write_card(folder, {"shape": models.shape_of(tied_model())})
+        adapters.write_card(folder, {"shape": adapters.shape_of(tied_model())})
         adapted = run.adapted(replace(config, start=folder), tied_model(), TAGS)
         assert math.isclose(loss(adapted), trained, abs_tol=1e-5)
-    merged = models._merged(tied_model(), tmp_path / "adapter")
+    merged = adapters.merge(tied_model(), tmp_path / "adapter")
     assert math.isclose(loss(merged), trained, abs_tol=1e-5)
     into, out = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
     assert into.data_ptr() == out.data_ptr()
@@ -249,7 +249,7 @@ def test_six_rows_learn_and_the_merged_model_is_the_trained_one(tmp_path: Path) 
 @pytest.fixture
 def config(tmp_path: Path) -> SftConfig:
     """A run on some short answers with a tiny base: a dozen steps or so."""
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, tmp_path / "base")
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, tmp_path / "base")
     rows = []
     for i in range(60):
         document: Document = (
@@ -289,9 +289,9 @@ def config(tmp_path: Path) -> SftConfig:
 def test_a_run_leaves_an_adapter_that_loads_and_says_how_it_was_made(config: SftConfig) -> None:
     said: list[str] = []
     folder = train(config, said.append)
-    loaded = models.load(config.model, adapter=str(folder), dtype="float32")
+    loaded = loading.load(config.model, adapter=str(folder), dtype="float32")
     assert loaded.prepared
-    assert loaded.sequential_marker == models.SEQUENTIAL_MARKER
+    assert loaded.sequential_marker == chat_template.SEQUENTIAL_MARKER
     record = json.loads((folder / "train.json").read_text())
     assert record["data"]["sources"] == {"made up": record["data"]["rows"]}
     assert set(record["final"]) >= {"validation_tags", "validation_text"}
@@ -331,10 +331,10 @@ def broken_off(*_: Any, **__: Any) -> None:
 
 def test_the_same_seed_draws_the_same_examples_within_the_budget(config: SftConfig) -> None:
     rows = read_annotated(config.data)
-    _, tokenizer = models.load_base(Path(config.model))
+    _, tokenizer = checkpoints.read(Path(config.model))
     model = small_model(len(tokenizer))
-    models.prepare(model, tokenizer)
-    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
+    preparing.prepare(model, tokenizer)
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1])
 
     def drawn(seed: int) -> list[tuple[str, str, bytes]]:
         mix = replace(config.mix, seed=seed)
@@ -412,9 +412,9 @@ def test_a_packed_answer_grows_with_its_tokens_not_with_their_square() -> None:
 
 
 def test_only_answers_that_were_cut_off_are_unlearned(config: SftConfig, tmp_path: Path) -> None:
-    _, tokenizer = models.load_base(Path(config.model))
-    models.prepare(small_model(len(tokenizer)), tokenizer)
-    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
+    _, tokenizer = checkpoints.read(Path(config.model))
+    preparing.prepare(small_model(len(tokenizer)), tokenizer)
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1])
     path = tmp_path / "own.jsonl"
     said = {"id": "1", "choice": 0, "prompt": "Say it.", "sequential": True, "annotated": "one two three. " * 9}
     said |= {"tokens": 40, "critical_path": 40}
@@ -444,7 +444,7 @@ def test_products_are_in_bfloat16_where_that_is_faster(
         seen.append(torch.is_autocast_enabled("cpu"))
         return weighted_loss(*arguments)
 
-    monkeypatch.setattr("pastalm.models.throughput_dtype", lambda _: dtype)
+    monkeypatch.setattr("pastalm.models.dtypes.throughput_dtype", lambda _: dtype)
     monkeypatch.setattr("pastalm.train.sft.weighted_loss", spying)
     train(config, str)
     assert len(seen) > 2 and set(seen) == {dtype == "bfloat16"}
@@ -455,15 +455,15 @@ def test_the_baseline_is_the_same_answers_without_tags(config: SftConfig) -> Non
 
     def drawn(untagged: bool) -> list[Example]:
         eos, model = 1, small_model(len(tokenizer))
-        models.prepare(model, tokenizer)
-        vocabulary = models.vocabulary_of(tokenizer, eos=[eos])
+        preparing.prepare(model, tokenizer)
+        vocabulary = lossless.vocabulary_of(tokenizer, eos=[eos])
         mix = replace(config.mix, positions={"promised": 1.0}, untagged=untagged)
         return list(examples(read_annotated(config.data), tokenizer, vocabulary, mix, eos=eos))
 
     tagged, plain = drawn(False), drawn(True)
     assert [e.id for e in plain] == [e.id for e in tagged if e.kind != "sequential"]
     assert {e.kind for e in plain} == {"plain"}
-    tags = set(models.vocabulary_of(tokenizer, eos=[1]).tags.ids)  # type: ignore[union-attr]
+    tags = set(lossless.vocabulary_of(tokenizer, eos=[1]).tags.ids)  # type: ignore[union-attr]
     assert not any(tags & set(e.packed.input_ids.tolist()) for e in plain)
     assert any(tags & set(e.packed.input_ids.tolist()) for e in tagged)
 
@@ -473,9 +473,9 @@ def test_all_weights_can_be_trained_and_the_model_is_gone_on_from(config: SftCon
     small = replace(config, full=True, gradient_checkpointing=True, mix=replace(config.mix, token_budget=2000))
     folder = train(small, str)
     assert folder.name == "model"
-    loaded = models.load(str(folder), adapter=None, dtype="float32")
-    assert loaded.prepared and loaded.sequential_marker == models.SEQUENTIAL_MARKER
-    base = models.load(config.model, adapter=None, dtype="float32")
+    loaded = loading.load(str(folder), adapter=None, dtype="float32")
+    assert loaded.prepared and loaded.sequential_marker == chat_template.SEQUENTIAL_MARKER
+    base = loading.load(config.model, adapter=None, dtype="float32")
     for (name, a), b in zip(loaded.model.named_parameters(), base.model.parameters(), strict=True):
         if a.dim() == 2:  # of the norms' ones, bfloat16 keeps no small step
             assert not torch.equal(a[: len(b)], b.to(torch.bfloat16).float()), name

@@ -18,7 +18,8 @@ from pastalm.core.language import Async, Document, Promise, Sync, Text, render
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.native import weights
 from pastalm.errors import ModelError
-from pastalm.models import encode_chat, gguf_files, packed_models
+from pastalm.models import gguf_files, packed_models
+from pastalm.models.chat_template import encode_chat
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate
 from pastalm.train.loss import weighted_loss

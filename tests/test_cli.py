@@ -520,6 +520,11 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0, again.stderr
     systems = json.loads((page.parent / "figures.json").read_text())["systems"]
     assert [name for name, told in systems.items() if "quality, pmi" in told["figures"]] == ["baseline", "lookup"]
+    labels = write(tmp_path / "labels.jsonl", {"id": 0, "label": "one"}, {"id": 2, "label": "should"})
+    told = pasta("eval", "own=none", *options, "--labels", labels, "--from", "report")
+    assert "| forks, one | forks, should |" in told.stdout and told.exit_code == 0, told.stderr
+    write(labels, {"id": 7, "label": "one"})
+    complains(pasta("eval", "own=none", *options, "--labels", labels, "--from", "report"), 2, "labels none of")
     complains(pasta("eval", "lookup", *options[:-1], "native"), 2, "transformers")
     options = ("--prompts", tmp_path / "none", *options[2:])
     complains(pasta("eval", "own=none", *options), 2, "cannot read")

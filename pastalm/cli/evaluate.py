@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pastalm import LLM
     from pastalm.core.layout import Policy
     from pastalm.eval.alpaca import WinRate
+    from pastalm.eval.labels import Label
     from pastalm.eval.measure import MeasureCounts as Measured
     from pastalm.eval.quality import Scorer
     from pastalm.eval.score import ScoreCounts
@@ -250,6 +251,9 @@ class EvalOptions:
         bool, typer.Option("--matched/--no-matched", help="Decode each text sequentially too, for realized figures.")
     ] = True
     length: Counted = "theoretical"
+    labels: Annotated[
+        Path | None, typer.Option(help="JSONL, {id, label} each (one, may, should): whether an answer should fork.")
+    ] = None
     against: Annotated[str | None, typer.Option(help="A system whose scores the others' are compared with.")] = None
     public: Annotated[bool, typer.Option("--public", help="Leave prompts and answers out of the page.")] = False
     seed: Seed = 0
@@ -312,6 +316,7 @@ def _prepare(
 ) -> _Evaluation:
     """Checks everything that was given, before a model is loaded. Raises DataError, RequestError, ModelError."""
     from pastalm.eval import alpaca
+    from pastalm.eval import labels as forking
     from pastalm.eval.evaluate import COPYING, check
     from pastalm.records import prompts
     from pastalm.records.scores import check_length
@@ -321,6 +326,7 @@ def _prepare(
         options = replace(options, prompts=alpaca.fetch())
     rows = prompts.read(options.prompts, options.limit, bad=bad_row_handler(results.skip_bad))
     names = check(systems)
+    labels = {} if options.labels is None else forking.read(options.labels, [row.id for row in rows])
     if options.begin not in ("decode", "score", "report"):
         raise RequestError(f"--from takes decode, score or report, got {options.begin!r}")
     if options.against is not None and options.against not in names:
@@ -336,6 +342,7 @@ def _prepare(
         rows=rows,
         units=units,
         length=length,
+        labels=labels,
         options=options,
         scorer_options=ScorerOptions(
             options.model, options.baseline, options.judge, engine.device, server, engine.trust_remote_code
@@ -361,6 +368,7 @@ class _Evaluation:
     rows: the prompts.
     units: the unit of each scorer's differences (None: their standard deviation).
     length: whose tokens a speedup counts.
+    labels: whether an answer should fork, by the prompt's id.
     system_headers, scorer_headers: what each system and scorer is, by its contents, for the header of its file.
     """
 
@@ -369,6 +377,7 @@ class _Evaluation:
     rows: list[Prompt]
     units: Mapping[str, float | None]
     length: Length
+    labels: Mapping[str, Label]
     options: EvalOptions
     scorer_options: ScorerOptions
     engine: EngineOptions
@@ -487,7 +496,7 @@ class _Evaluation:
         from pastalm.eval.evaluate import BASELINE, compare_all, win_rates
 
         options = self.options
-        rows, sigmas = compare_all(options.out, self.names, self.units, count_tokens, self.length)
+        rows, sigmas = compare_all(options.out, self.names, self.units, count_tokens, self.length, labels=self.labels)
         wins = win_rates(options.out, rows, options.gamed)
         settings = {
             "command": " ".join(["pasta", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),

@@ -14,6 +14,7 @@ from typing import Any
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import DataError
 from pastalm.eval.intervals import Mean, mean
+from pastalm.eval.labels import LABELS, Label
 from pastalm.records.answers import Answer
 from pastalm.records.repetition import repetition
 from pastalm.records.scores import Length, Scored
@@ -43,6 +44,10 @@ class Pair:
     @property
     def chunks(self) -> int:
         return len(self.answer.chunks)
+
+    @property
+    def forks(self) -> bool:
+        return self.chunks >= 2
 
     @property
     def speedups(self) -> dict[str, float]:
@@ -112,18 +117,23 @@ def _text_tokens(answer: Answer, count_tokens: CountTokens) -> int:
     return max(1, count_tokens(answer.text) + (answer.finish_reason == "stop"))
 
 
-def figures(pairs: Sequence[Pair], sigmas: Mapping[str, float], length: Length = "theoretical") -> dict[str, Mean]:
+def figures(
+    pairs: Sequence[Pair],
+    sigmas: Mapping[str, float],
+    length: Length = "theoretical",
+    *,
+    labels: Mapping[str, Label] | None = None,
+) -> dict[str, Mean]:
     """All figures of a system, by name.
 
     pairs: its answers.
     sigmas: for each scorer to report, the unit of its differences.
     length: the tokens that the scores' speedup counts.
+    labels: whether an answer should fork, by the prompt's id; the share that does is reported by label.
     """
     own = [pair.answer for pair in pairs]
-    table = {
-        "forks": mean([pair.chunks >= 2 for pair in pairs]),
-        "chunks": mean([pair.chunks for pair in pairs]),
-    }
+    table = {"forks": mean([pair.forks for pair in pairs]), **_forks(pairs, labels or {})}
+    table["chunks"] = mean([pair.chunks for pair in pairs])
     names = dict.fromkeys(name for pair in pairs for name in pair.speedups)
     for name in names:
         values = [pair.speedups[name] for pair in pairs if name in pair.speedups]
@@ -156,6 +166,12 @@ def figures(pairs: Sequence[Pair], sigmas: Mapping[str, float], length: Length =
     table["cut off"] = mean([a.finish_reason == "length" for a in own])
     table["malformed"] = mean([any(tag in a.text for tag in TAG_TOKENS.values()) for a in own])
     return table
+
+
+def _forks(pairs: Sequence[Pair], labels: Mapping[str, Label]) -> dict[str, Mean]:
+    """The share of answers that fork, by label; labels that no answer's prompt has are left out."""
+    by_label = {label: [p.forks for p in pairs if labels.get(p.answer.id) == label] for label in LABELS}
+    return {f"forks, {label}": mean(forks) for label, forks in by_label.items() if forks}
 
 
 def differences(
@@ -194,6 +210,7 @@ def groups(pairs: Sequence[Pair], key: Callable[[Pair], Any]) -> dict[str, dict[
 
 COLUMNS = (
     "forks",
+    *(f"forks, {label}" for label in LABELS),
     "chunks",
     "theoretical",
     "theoretical, matched",

@@ -20,6 +20,7 @@ from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.baselines.skeleton import SkeletonOfThought
 from pastalm.eval.compare import CountTokens, SystemFigures, figures, pairs
 from pastalm.eval.intervals import Mean, mean
+from pastalm.eval.labels import Label
 from pastalm.eval.quality import Scorer
 from pastalm.eval.score import ScoreCounts, score
 from pastalm.eval.systems import Decoding, System
@@ -208,9 +209,11 @@ def compare_all(
     sigmas: Mapping[str, float | None],
     count_tokens: CountTokens,
     length: Length = "theoretical",
+    *,
+    labels: Mapping[str, Label] | None = None,
 ) -> tuple[list[SystemFigures], dict[str, float]]:
     """A row for each system, and the unit of each scorer's differences: as given, else their standard deviation over
-    all systems' answers. Raises DataError."""
+    all systems' answers. labels: as of `figures`. Raises DataError."""
     base = answers.read(folder / "answers" / f"{BASELINE}.jsonl")
     judged = {
         name: {
@@ -227,7 +230,7 @@ def compare_all(
     rows = []
     for name in names:
         by_scorer = pairs(answers.read(folder / "answers" / f"{name}.jsonl"), base, count_tokens, judged[name])
-        rows.append(SystemFigures(name, by_scorer, figures(by_scorer, units, length)))
+        rows.append(SystemFigures(name, by_scorer, figures(by_scorer, units, length, labels=labels)))
     return rows, units
 
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import pytest
 
-from pastalm import LLM, models
+from pastalm import LLM
 from pastalm.core.layout import Policy
 from pastalm.errors import DataError, RequestError
 from pastalm.eval import compare, evaluate, measure, report
@@ -21,6 +21,7 @@ from pastalm.eval.compare import Pair
 from pastalm.eval.intervals import mean
 from pastalm.eval.quality import Candidate, Verdict
 from pastalm.eval.systems import Decoding
+from pastalm.models import checkpoints
 from pastalm.records import answers, scores
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
@@ -59,7 +60,7 @@ class Lengths:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model")
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, path)
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, path)
     return str(path)
 
 

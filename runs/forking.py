@@ -1,0 +1,36 @@
+"""What share of a run's answers forks, by what their prompts ask for.
+
+    python runs/forking.py results/frontier/figures.json
+    python runs/forking.py FIGURES --labels LABELS.jsonl      # {id, label} a line, as of `pasta eval --labels`
+
+FIGURES: `figures.json` of `pasta eval`, whatever options it was made with. A line a system; means with 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pastalm.eval import labels
+from pastalm.eval.intervals import mean
+
+MARKS = Path(__file__).parent / "marks" / "alpaca_eval_dev_forking.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figures", type=Path)
+    parser.add_argument("--labels", type=Path, default=MARKS)
+    chosen = parser.parse_args()
+    print(f"| system | {' | '.join(f'forks, {label}' for label in labels.LABELS)} |")
+    print("| --- " * (len(labels.LABELS) + 1) + "|")
+    for name, system in json.loads(chosen.figures.read_text())["systems"].items():
+        chunks = {prompt["id"]: prompt["chunks"] for prompt in system["prompts"]}
+        known = labels.read(chosen.labels, chunks)
+        forks = ([chunks[i] >= 2 for i, own in known.items() if own == label] for label in labels.LABELS)
+        print(f"| {name} | {' | '.join(str(mean(own)) if own else '' for own in forks)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -95,8 +95,6 @@ struct RowsBuffer {
 
 }  // namespace
 
-constexpr size_t PHASES = 9; /* of a layer */
-
 struct pastalm_model {
   pastalm_config config;
   std::vector<pastalm_layer> layers;
@@ -106,11 +104,10 @@ struct pastalm_model {
   RowsBuffer hidden, attended, mlp, kept;
   Buffer<float> stream, delta, qkv, partials;
   std::vector<Buffer<float>> cosines, scratch; /* of each rope; of each thread */
-  std::vector<std::atomic<int32_t>> counters;
 
   pastalm_model(const pastalm_config &c, const pastalm_layer *l, const pastalm_rope *r)
-      : config(c), layers(l, l + c.layers), ropes(r, r + c.ropes), team(c.threads), cosines(c.ropes), scratch(c.threads),
-        counters(PHASES * (size_t)c.layers + PHASES) {}
+      : config(c), layers(l, l + c.layers), ropes(r, r + c.ropes), team(c.threads), cosines(c.ropes), scratch(c.threads) {
+  }
 };
 
 namespace {
@@ -133,7 +130,9 @@ struct Sight { /* what tokens see in layers of one window */
   int64_t most_pages = 0;
 };
 
-struct Step {
+constexpr size_t PHASES = 9; /* of a layer */
+
+struct Step final : Job {
   pastalm_model &model;
   pastalm_pool &pool;
   const Kernels &kernels;
@@ -145,6 +144,12 @@ struct Step {
   const int32_t *keep;
   float *logits;
 
+  Step(pastalm_model &model, pastalm_pool &pool, const Kernels &kernels, int32_t tokens, const int32_t *ids,
+       const int32_t *positions, const int32_t *slots, int32_t groups, const pastalm_group *group, int32_t kept,
+       const int32_t *keep, float *logits)
+      : model(model), pool(pool), kernels(kernels), tokens(tokens), ids(ids), positions(positions), slots(slots),
+        groups(groups), group(group), kept(kept), keep(keep), logits(logits) {}
+
   const pastalm_config &config = model.config;
   const int32_t heads_each = config.heads / config.kv_heads; /* query heads of one key head */
   const int32_t head_dim = config.head_dim, queries = config.heads * head_dim;
@@ -153,6 +158,7 @@ struct Step {
   float *x = nullptr, *delta = nullptr, *qkv = nullptr, *partials = nullptr;
   std::vector<Sight> sights;
   std::vector<int32_t> sight_of; /* of each layer */
+  std::vector<Phase> phases = std::vector<Phase>(PHASES * ((size_t)config.layers + 1));
   int32_t splits = 1;
   int64_t split_pages = 1;
 
@@ -212,19 +218,9 @@ struct Step {
 
   /* ---------------------------------------------------------- tasks */
 
-  /* Tasks 0 .. count - 1 of one phase, in runs [first, last) that one thread does: large ones first, single tasks at the
-   * end, so that all are done at about the same time, also where another program slows a thread. Then all wait. */
   template <typename F>
   void each(size_t phase, int64_t count, F &&task) {
-    std::atomic<int32_t> &next = model.counters[phase];
-    int32_t first = next.load(std::memory_order_relaxed), last;
-    while (first < count) {
-      last = first + std::max((int32_t)(count - first) / (2 * model.team.size()), 1);
-      if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
-      task(first, last);
-      first = next.load(std::memory_order_relaxed);
-    }
-    model.team.barrier();
+    phases[phase].each((int32_t)count, model.team.size(), task);
   }
 
   template <typename F>
@@ -305,9 +301,8 @@ struct Step {
     kernels.attend(pool.type, cache, tile, part.pages.data() + begin, end - begin, config.attention_softcap, scratch);
   }
 
-  void run(int thread) {
+  void run(int thread) override {
     const int64_t n = tokens;
-    float *scratch = model.scratch[thread].data;
     size_t phase = 0;
     each_one(phase++, n, [&](int64_t t) {
       kernels.embed(config.embedding, ids[t], config.embedding_scale, x + t * config.hidden);
@@ -322,7 +317,7 @@ struct Step {
                [&](int64_t i) { place(l, i / config.kv_heads, (int32_t)(i % config.kv_heads)); });
       each_one(phase++, (int64_t)sight.parts.size() * config.kv_heads * splits, [&](int64_t i) {
         const int64_t part = i / (config.kv_heads * splits), rest = i % (config.kv_heads * splits);
-        attend(l, sight, sight.parts[part], (int32_t)(rest / splits), rest % splits, scratch);
+        attend(l, sight, sight.parts[part], (int32_t)(rest / splits), rest % splits, model.scratch[thread].data);
       });
       each_one(phase++, n, [&](int64_t t) {
         for (int32_t h = 0; h < config.heads; h++)
@@ -335,7 +330,7 @@ struct Step {
       each_one(phase++, n, [&](int64_t t) {
         advance(t, &layer.attention_post_norm, layer.mlp_norm, hidden, t, layer.gate_up.type);
       });
-      feed_forward(phase++, layer, scratch);
+      feed_forward(phase++, layer, thread);
       const bool after_mlp = layer.mlp_post_norm.count > 0;
       multiply(phase++, layer.down, mlp, n, after_mlp ? delta : x, config.hidden, !after_mlp, nullptr);
       if (l + 1 < config.layers) {
@@ -349,10 +344,11 @@ struct Step {
   }
 
   /* Gate and up by 32 outputs each, and at once what becomes of them. */
-  void feed_forward(size_t phase, const pastalm_layer &layer, float *scratch) {
+  void feed_forward(size_t phase, const pastalm_layer &layer, int thread) {
     constexpr int64_t unit = 2 * GROUP / BLOCK;
     const int64_t count = config.intermediate / GROUP;
     each_one(phase, count, [&](int64_t i) {
+      float *scratch = model.scratch[thread].data;
       for (int64_t from = 0; from < tokens; from += ROWS_AT_ONCE) {
         const int64_t to = std::min<int64_t>(from + ROWS_AT_ONCE, tokens);
         kernels.product(layer.gate_up, hidden, from, to, i * unit, (i + 1) * unit, scratch, 2 * GROUP, false, nullptr);
@@ -421,7 +417,6 @@ struct Step {
       model.cosines[r].of(n * 2 * model.ropes[r].inverse_frequencies.count);
     for (Buffer<float> &own : model.scratch)
       own.of(std::max<size_t>(ROWS_AT_ONCE * 2 * GROUP, scratch_of(split_pages, head_dim)));
-    for (std::atomic<int32_t> &next : model.counters) next.store(0, std::memory_order_relaxed);
   }
 };
 
@@ -660,10 +655,10 @@ EXPORT int32_t pastalm_step(pastalm_model *model, pastalm_pool *pool, int32_t to
                             int32_t kept, const int32_t *keep, float *logits) {
   return guarded([&] {
     if (!model || !pool) return fail("no model or no pool");
-    Step step{*model, *pool, *chosen(), tokens, ids, positions, slots, groups, group, kept, keep, logits};
-    if (!check_step(model, pool, step)) return false;
-    step.prepare();
-    model->team.run([](void *own, int thread) { static_cast<Step *>(own)->run(thread); }, &step);
+    auto step = std::make_shared<Step>(*model, *pool, *chosen(), tokens, ids, positions, slots, groups, group, kept, keep, logits);
+    if (!check_step(model, pool, *step)) return false;
+    step->prepare();
+    model->team.run(std::move(step));
     return true;
   });
 }

@@ -5,7 +5,7 @@
 namespace pastalm {
 namespace {
 
-constexpr int SPINS = 4096;                      /* looks at a barrier before others are let run */
+constexpr int SPINS = 4096;                      /* looks at a counter before others are let run */
 constexpr std::chrono::microseconds AWAKE(2000); /* how long a thread waits busily for the next step */
 
 inline void pause() {
@@ -17,6 +17,13 @@ inline void pause() {
 }
 
 }  // namespace
+
+void wait_for_count(const std::atomic<int32_t> &counter, int32_t count) {
+  for (int spins = 1; counter.load(std::memory_order_acquire) < count; spins++) {
+    pause();
+    if (spins >= SPINS) std::this_thread::yield();
+  }
+}
 
 Team::Team(int size) : size_(size) {
   try {
@@ -33,52 +40,43 @@ void Team::end() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     ending_ = true;
-    job_.fetch_add(1, std::memory_order_seq_cst);
+    jobs_.fetch_add(1, std::memory_order_seq_cst);
   }
   wake_.notify_all();
   for (std::thread &thread : threads_) thread.join();
 }
 
-void Team::run(void (*work)(void *, int), void *argument) {
-  work_ = work, argument_ = argument;
-  job_.fetch_add(1, std::memory_order_seq_cst);
-  if (sleeping_.load(std::memory_order_seq_cst)) {
+void Team::run(std::shared_ptr<Job> job) {
+  {
     std::lock_guard<std::mutex> lock(mutex_);
-    wake_.notify_all();
+    job_ = job;
+    jobs_.fetch_add(1, std::memory_order_seq_cst);
   }
-  work(argument, 0);
-  barrier();
+  if (sleeping_.load(std::memory_order_seq_cst)) wake_.notify_all();
+  job->run(0);
 }
 
 void Team::serve(int index) {
-  for (uint32_t done = 0;; done++) {
+  for (uint32_t seen = 0;;) {
     const auto begun = std::chrono::steady_clock::now();
-    for (int spins = 1; job_.load(std::memory_order_acquire) == done; spins++) {
+    for (int spins = 1; jobs_.load(std::memory_order_acquire) == seen; spins++) {
       pause();
       if (spins % 64) continue;
       std::this_thread::yield();
       if (std::chrono::steady_clock::now() - begun < AWAKE) continue;
       std::unique_lock<std::mutex> lock(mutex_);
       sleeping_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [&] { return job_.load(std::memory_order_seq_cst) != done; });
+      wake_.wait(lock, [&] { return jobs_.load(std::memory_order_seq_cst) != seen; });
       sleeping_.fetch_sub(1, std::memory_order_seq_cst);
     }
-    if (ending_) return;
-    work_(argument_, index);
-    barrier();
-  }
-}
-
-void Team::barrier() {
-  const uint32_t phase = phase_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int spins = 1; phase_.load(std::memory_order_acquire) == phase; spins++) {
-    pause();
-    if (spins >= SPINS) std::this_thread::yield();
+    std::shared_ptr<Job> job;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (ending_) return;
+      job = job_;
+      seen = jobs_.load(std::memory_order_relaxed);
+    }
+    job->run(index);
   }
 }
 

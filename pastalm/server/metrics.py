@@ -1,4 +1,4 @@
-"""What `/metrics` shows, in Prometheus' text form. One registry for each server, none that is global."""
+"""Metrics for Prometheus. Each server has its own registry."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from pastalm.server.protocol import Answer
+from pastalm.server.answers import ServedAnswer
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class Metrics:
-    """The server's counts and times; text() is the page."""
+    """The server's counts and times."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -42,16 +42,16 @@ class Metrics:
             registry=self._registry,
         )
 
-    def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """Shows a value as it is when it is asked for."""
-        Gauge(name, what, registry=self._registry).set_function(value)
+    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """Adds a gauge, whose value is read with each request for the page."""
+        Gauge(name, help, registry=self._registry).set_function(value)
 
-    def answered(self, prompt_tokens: int, answers: list[Answer]) -> None:
-        """Counts the tokens of a request that was answered."""
+    def answered(self, prompt_tokens: int, answers: list[ServedAnswer]) -> None:
+        """Counts the tokens of a finished request."""
         self._prompt_tokens.inc(prompt_tokens)
         self._tokens.inc(sum(a.transcript.tokens for a in answers))
         self._critical_path.inc(sum(a.transcript.critical_path for a in answers))
 
     def text(self) -> bytes:
-        """The page."""
+        """The page in Prometheus' text format."""
         return generate_latest(self._registry)

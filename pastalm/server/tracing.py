@@ -1,10 +1,9 @@
-"""One OpenTelemetry span a request, with the attributes of its conventions for generative AI (`gen_ai.*`) and three of
-ours (`pasta.parallelism`, `pasta.critical_path`, `pasta.threads`). Without an SDK that somebody configures, spans cost
-nothing and go nowhere:
+"""One OpenTelemetry span for each request.
+
+Attributes follow its conventions for generative AI (`gen_ai.*`); `pasta.parallelism`, `pasta.critical_path` and
+`pasta.threads` are added. Prompts and answers are not recorded. Spans cost nothing unless an SDK is configured:
 
     opentelemetry-instrument pasta serve MODEL
-
-They do not contain prompts or answers.
 """
 
 from __future__ import annotations
@@ -17,12 +16,17 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from pastalm.core.params import SamplingParams
-from pastalm.server.protocol import Answer
+from pastalm.server.answers import ServedAnswer
 
 
 @contextmanager
 def span(operation: str, model: str, params: SamplingParams) -> Iterator[Span]:
-    """A request under way. operation: chat or text_completion. What ends it early is its status."""
+    """A span around a request. An exception becomes its status.
+
+    operation: chat or text_completion.
+    model: the model's name for clients.
+    params: of the request.
+    """
     span_attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "pastalm",
@@ -52,9 +56,15 @@ def span(operation: str, model: str, params: SamplingParams) -> Iterator[Span]:
             raise
 
 
-def answered(request_span: Span, model: str, prompt_tokens: int, answers: Sequence[Answer]) -> None:
-    """Tells a span what came of its request; one whose answers are not finished (the client left, or was told of an
-    error in its stream) has failed."""
+def answered(request_span: Span, model: str, prompt_tokens: int, answers: Sequence[ServedAnswer]) -> None:
+    """Sets a span's attributes for the answers. If one is unfinished (the client disconnected, or its stream ended with
+    an error), the span has failed.
+
+    request_span: from `span`.
+    model: the model's name for clients.
+    prompt_tokens: tokens of all prompts.
+    answers: one for each choice.
+    """
     each = [answer.transcript for answer in answers]
     if not all(t.finished for t in each):
         request_span.set_attribute("error.type", "unfinished")

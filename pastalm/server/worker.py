@@ -11,36 +11,51 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeAlias
 
 from pastalm.core.driver import Response
-from pastalm.core.events import Event, Finished, Forked, SampledToken
+from pastalm.core.events import Event, Finished, Forked
 from pastalm.core.params import SamplingParams
+from pastalm.core.transcript import Transcript
 from pastalm.errors import EngineError, PastaError
 from pastalm.llm import LLM
+from pastalm.server.answers import Delta, Echo, ServedAnswer
 
 log = logging.getLogger(__name__)
 
 
+Update: TypeAlias = "tuple[int, Delta]"
+
+
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request of a client: `params.n` answers to each prompt, numbered prompt by prompt. noise: of each prompt its
-    seed and the number of its first choice. scored: how many likeliest tokens to tell beside each prompt's own, whose
-    scores are there before the first update (None: none). decodes: whether the prompts are answered at all. updates:
-    what happened, (number, events of one step) or the error that ended all of it."""
+    """A request of a client: `params.n` answers to each prompt, numbered prompt by prompt.
+
+    prompts: token ids of each prompt.
+    params: how each answer is sampled.
+    noise: for each prompt its seed and the number of its first choice.
+    echoes: for each prompt the echo that its answers start with; empty without echo.
+    prompt_logprobs: how many of the most likely tokens to report for each token of the prompts (None: do not score
+        the prompts). Scores are in the echoes before the first update.
+    decodes: False if the prompts are only echoed.
+    answers: by number, complete before the first update.
+    updates: what happened, (number, delta of one step) or the error that ended the job.
+    """
 
     prompts: list[list[int]]
     params: SamplingParams
     noise: list[tuple[int, int]]
-    scored: int | None = None
+    echoes: list[Echo] = field(default_factory=list)
+    prompt_logprobs: int | None = None
     decodes: bool = True
-    scores: list[list[SampledToken]] = field(default_factory=list)
-    updates: asyncio.Queue[tuple[int, list[Event]] | PastaError] = field(default_factory=asyncio.Queue)
+    answers: list[ServedAnswer] = field(default_factory=list)
+    updates: asyncio.Queue[Update | PastaError] = field(default_factory=asyncio.Queue)
 
-    async def next(self) -> tuple[int, list[Event]]:
-        """The next update. Raises what ended the job."""
+    async def next(self) -> Update:
+        """The next update. Raises the error that ended the job."""
         update = await self.updates.get()
         if isinstance(update, PastaError):
             raise update
@@ -48,7 +63,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ask:
+class _Submit:
     job: Job
 
 
@@ -62,19 +77,23 @@ class _Stop:
     pass
 
 
-_Update = tuple[Job, tuple[int, list[Event]] | PastaError]
+_JobUpdate: TypeAlias = "tuple[Job, Update | PastaError]"
 
 
 class Worker:
-    """Owns an LLM's driver on a thread of its own. live_threads: decoding now, waiting answers' first ones too.
-    failures: steps that failed."""
+    """Runs an LLM's driver on its own thread.
+
+    live_threads: threads of the running answers that decode or wait for a place.
+    failures: steps that failed.
+    """
 
     def __init__(self, llm: LLM) -> None:
         self.live_threads = 0
         self.failures = 0
         self._llm = llm
-        self._inbox: SimpleQueue[_Ask | _Drop | _Stop] = SimpleQueue()
-        self._jobs: dict[str, tuple[Job, int, Response]] = {}  # until they are dropped
+        self._inbox: SimpleQueue[_Submit | _Drop | _Stop] = SimpleQueue()
+        self._decoding: dict[str, tuple[Job, int, Response]] = {}
+        """Job, number and response by request id, until the job is dropped."""
         self._to_score: deque[Job] = deque()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
@@ -94,9 +113,9 @@ class Worker:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def ask(self, job: Job) -> None:
+    def submit(self, job: Job) -> None:
         """Submits a request. Its first update says that it was accepted, or is the error."""
-        self._inbox.put(_Ask(job))
+        self._inbox.put(_Submit(job))
 
     def drop(self, job: Job) -> None:
         """Drops a request and cancels what is still decoding; its slots are free before the next step. Call it once for
@@ -106,10 +125,10 @@ class Worker:
     # ------------------------------------------------------------------ the engine's side
 
     def _run(self) -> None:
-        going_on = True
-        while going_on:
+        running = True
+        while running:
             try:
-                going_on = self._turn()
+                running = self._turn()
             except Exception as error:
                 self._fail(error)
 
@@ -117,9 +136,9 @@ class Worker:
         """Handles waiting messages, then takes one step. Returns False if the thread is to stop."""
         driver = self._llm.driver
         for message in self._received():
-            if isinstance(message, _Ask):
+            if isinstance(message, _Submit):
                 job = message.job
-                self._begin(job) if job.scored is None else self._to_score.append(job)
+                self._begin(job) if job.prompt_logprobs is None else self._to_score.append(job)
             elif isinstance(message, _Drop):
                 self._end(message.job)
             else:
@@ -128,7 +147,7 @@ class Worker:
                 return False
         self._score()
         changed = driver.step() if driver.running else ()
-        self._tell([self._update(response) for response in changed])
+        self._send([self._update(response) for response in changed])
         self.live_threads = sum(
             thread.state == "live"
             for response in driver.running.values()
@@ -136,12 +155,12 @@ class Worker:
         )
         return True
 
-    def _update(self, response: Response) -> _Update:
+    def _update(self, response: Response) -> _JobUpdate:
         """What is new of an answer, for its client."""
-        job, number, _ = self._jobs[response.request.id]
-        return job, (number, response.take())
+        job, number, _ = self._decoding[response.request.id]
+        return job, (number, job.answers[number].take(response.take()))
 
-    def _received(self) -> Iterator[_Ask | _Drop | _Stop]:
+    def _received(self) -> Iterator[_Submit | _Drop | _Stop]:
         """The waiting messages; blocks for one if there is nothing else to do."""
         if not (self._llm.driver.running or self._to_score):
             yield self._inbox.get()
@@ -154,58 +173,62 @@ class Worker:
         if not self._to_score:
             return
         job = self._to_score[0]
+        place = next(i for i, echo in enumerate(job.echoes) if echo.scores is None)
         try:
-            scores = self._llm.driver.engine.score(job.prompts[len(job.scores)], job.scored or 0)
+            scores = self._llm.driver.engine.score(job.prompts[place], job.prompt_logprobs or 0)
         except Exception as error:
             self._to_score.popleft()
-            self._tell([(job, error if isinstance(error, PastaError) else _client_error(error))])
+            self._send([(job, error if isinstance(error, PastaError) else _client_error(error))])
             return
         if scores is not None:
-            job.scores.append(scores)
-            if len(job.scores) == len(job.prompts):
+            job.echoes[place] = replace(job.echoes[place], scores=scores)
+            if place == len(job.prompts) - 1:
                 self._begin(self._to_score.popleft())
 
     def _begin(self, job: Job) -> None:
-        updates: list[_Update] = []
-        numbers = range(len(job.prompts) * job.params.n)
-        if not job.decodes:
-            nothing: list[Event] = [Forked(path=()), Finished(path=(), reason="length")]
-            self._tell([(job, (number, nothing)) for number in numbers])
-            return
+        """Submits the answers of a job, all of them or none."""
         try:
-            for number in numbers:
-                place, choice = divmod(number, job.params.n)
-                seed, first = job.noise[place]
-                prompt = job.prompts[place]
-                response = self._llm.submit(prompt, job.params, choice=first + choice, seed=seed)
-                self._jobs[response.request.id] = (job, number, response)
-                updates.append(self._update(response))
+            n = job.params.n
+            updates = [self._begin_answer(job, place, i) for place in range(len(job.prompts)) for i in range(n)]
         except Exception as error:
             self._end(job)
             updates = [(job, error if isinstance(error, PastaError) else _client_error(error))]
-        self._tell(updates)
+        self._send(updates)
+
+    def _begin_answer(self, job: Job, place: int, choice: int) -> _JobUpdate:
+        """Starts an answer to prompt number `place`, and gives the first update on it."""
+        number, echo = len(job.answers), job.echoes[place] if job.echoes else None
+        if not job.decodes:
+            events: list[Event] = [Forked(path=()), Finished(path=(), reason="length")]
+            job.answers.append(ServedAnswer(Transcript(events), echo=echo))
+            return job, (number, job.answers[number].take(events))
+        seed, first_choice = job.noise[place]
+        response = self._llm.submit(job.prompts[place], job.params, choice=first_choice + choice, seed=seed)
+        job.answers.append(ServedAnswer(response.transcript, job.params.stop_strings, echo))
+        self._decoding[response.request.id] = (job, number, response)
+        return self._update(response)
 
     def _end(self, job: Job) -> None:
         with contextlib.suppress(ValueError):
             self._to_score.remove(job)
-        for request_id in [i for i, (owner, _, _) in self._jobs.items() if owner is job]:
-            self._jobs.pop(request_id)[2].cancel()
+        for request_id in [i for i, (owner, _, _) in self._decoding.items() if owner is job]:
+            self._decoding.pop(request_id)[2].cancel()
 
     def _fail(self, error: Exception) -> None:
         """Every request under way gets the error; the driver has cancelled what it decoded."""
         self.failures += 1
         failure = _client_error(error)
-        log.error("a step failed, %d answers with it: %s", len(self._jobs), failure)
-        self._tell([(job, failure) for job, _, _ in self._jobs.values()])
+        log.error("a step failed, %d answers with it: %s", len(self._decoding), failure)
+        self._send([(job, failure) for job, _, _ in self._decoding.values()])
 
-    def _tell(self, updates: list[_Update]) -> None:
-        """Hands updates to the event loop, all of a step at once; nobody listens once it is closed."""
+    def _send(self, updates: list[_JobUpdate]) -> None:
+        """Hands updates to the event loop, all of a step at once. Does nothing once the loop is closed."""
         if updates:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(_deliver, updates)
 
 
-def _deliver(updates: list[_Update]) -> None:
+def _deliver(updates: list[_JobUpdate]) -> None:
     for job, update in updates:
         job.updates.put_nowait(update)
 

@@ -6,6 +6,7 @@ ends, so an interrupted run can be resumed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pastalm.core.driver import Driver, Response
-from pastalm.core.params import SamplingParams
+from pastalm.core.params import SamplingParams, parameters
 from pastalm.errors import RequestError
 from pastalm.llm import LLM
-from pastalm.records import answers
+from pastalm.records import answers, transcripts
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
 
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Sampled:
+class SampleCounts:
     """Progress of a run.
 
     written: answers written.
@@ -42,13 +43,24 @@ class Sampled:
 
 
 def file_header(params: SamplingParams, models: Mapping[str, Any]) -> dict[str, Any]:
-    """The file header: all that determines an answer except its prompt, its choice and whether it forks, which are in
-    its row. models: name and hash of each model used."""
-    settings = {key: getattr(params, key) for key in _HEADER_PARAMS}
-    return {**models, "seed": params.seed, **settings}
+    """The file header: everything that determines an answer, except its prompt, its choice and whether it forks, which
+    are in its row.
+
+    params: of the answers. Those at their default are left out, except the ones that every file has.
+    models: name and hash of each model used.
+    """
+    settings = {
+        name: getattr(params, name)
+        for name, row in parameters().items()
+        if name in _IN_EVERY_HEADER or name not in _NOT_IN_HEADER and getattr(params, name) != row.default
+    }
+    as_read: dict[str, Any] = json.loads(json.dumps(settings))
+    return {**models, "seed": params.seed, **as_read}
 
 
-_HEADER_PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+_IN_EVERY_HEADER = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+_NOT_IN_HEADER = ("n", "logprobs", "parallelism", "seed", "drafts", "references")
+"""They do not change an answer, or are recorded elsewhere."""
 
 
 def sample(
@@ -59,9 +71,9 @@ def sample(
     *,
     models: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    progress: Callable[[Sampled], None] = lambda _: None,
+    progress: Callable[[SampleCounts], None] = lambda _: None,
     refuse: Callable[[RequestError], None] = lambda _: None,
-) -> Sampled:
+) -> SampleCounts:
     """Writes `params.n` answers to each prompt, as many at once as the engine can decode.
 
     With a seed, each answer depends only on the seed, its prompt's place in the list and its choice, not on other
@@ -81,7 +93,7 @@ def sample(
     results, existing = answers.results(
         target, answers.KIND, file_header(params, models or {}), prompts, overwrite=overwrite
     )
-    counts = Sampled()
+    counts = SampleCounts()
     tasks = _missing(llm, prompts, params, {result.key for result in existing}, counts)
     most = llm.driver.engine.capabilities.max_num_seqs
     with results as file, closing(run_tasks(llm.driver, tasks, most)) as ended:
@@ -124,14 +136,18 @@ def answer(
         prompt,
         choice=choice,
         sequential=params.parallelism == 0,
-        threads=tuple(response.transcript.to_dict()["threads"]) if threads else (),
+        threads=transcripts.threads(response.transcript) if threads else (),
         **answers.figures(response.transcript),
         **(answers.sampled(response.transcript) if llm.loaded.prepared else {}),
     )
 
 
 def _missing(
-    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, existing: set[tuple[str, int, bool]], counts: Sampled
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    existing: set[tuple[str, int, bool]],
+    counts: SampleCounts,
 ) -> Iterator[Task[Answer]]:
     """Tasks for the answers that are not in the file yet; counts the others as skipped."""
     for place, prompt in enumerate(prompts):

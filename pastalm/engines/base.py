@@ -63,8 +63,8 @@ class Capabilities:
                 "cannot forbid tags: parallelism 0 is not possible",
             ),
         )
-        if said := complaint(checks):
-            raise CapabilityError(f"the {self.name} engine {said}")
+        if problem := complaint(checks):
+            raise CapabilityError(f"the {self.name} engine {problem}")
 
     def __str__(self) -> str:
         """One line for people."""

@@ -5,10 +5,10 @@ token's sequence, so a fork is `seq_cp` of the parent's cells to the child and a
 the child's own cells back: metadata only, nothing is copied. A thread's positions must be
 consecutive, hence the policy `overlap` only. (PASTA section 4.)
 
-A fork happens when the child's first token is fed: what its parent wrote later has larger positions
-and is left out, and tokens of the parent fed in the same call carry both sequences. Where no
-sequence is free, the child waits; should that be for ever, it is an EngineError. A thread that joins
-waits until all that its children wrote is in the cache: one step at most.
+A fork happens when the child's first token is fed. What its parent wrote later has larger positions
+and is left out; tokens of the parent fed in the same call carry both sequences. If no sequence is
+free, the child waits. If none can become free, the engine raises EngineError. A thread that joins
+waits until all tokens of its children are in the cache, one step at most.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from pastalm.errors import CapabilityError, EngineError, ModelError, RequestErro
 
 CAPABILITIES = Capabilities(name="llama.cpp", weights="GGUF files, quantised too; CPU and GPU", positions=("overlap",))
 MAX_SEQUENCES = 256
-"""Sequences that llama.cpp takes at most."""
+"""Maximum number of sequences in llama.cpp."""
 BATCH = 512
-"""Tokens in one call at most."""
+"""Maximum number of tokens in one call."""
 CACHE_TYPES = ("F16", "F32", "Q8_0")
 CHILDREN = 16
-"""Sequences that must be free before a response that may fork begins; children beyond that may wait."""
+"""Free sequences that a response that may fork needs to start. Further children may have to wait."""
 
 _FAILURES = {1: "the cache has no room", 2: "it was aborted", -1: "the batch is invalid"}
 
@@ -55,18 +55,18 @@ _FAILURES = {1: "the cache has no room", 2: "it was aborted", -1: "the batch is 
 Floats = NDArray[np.float32]
 
 _ERROR_LEVEL = 4
-_said: list[str] = []
+_messages: list[str] = []
 
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, data: object) -> None:
-    """llama.cpp's own messages: those about errors are kept for ours."""
+    """Receives llama.cpp's log. Keeps error messages, which our own errors quote."""
     if level == _ERROR_LEVEL and text.strip():
-        _said.append(" ".join(text.decode(errors="replace").split()))
+        _messages.append(" ".join(text.decode(errors="replace").split()))
 
 
 def _reason() -> str:
-    return _said[0][:200] if _said else "it does not say why"
+    return _messages[0][:200] if _messages else "no reason given"
 
 
 def quiet() -> None:
@@ -75,26 +75,33 @@ def quiet() -> None:
 
 
 def repacks() -> bool:
-    """Whether llama.cpp lays quantised weights out anew for this CPU, which makes 4 bits fast. Not where
-    it was built with its kernels for AMX: they crash (ggml-org/llama.cpp issue 20824, 0.3.36 here), and
-    one setting stands for both."""
+    """Whether llama.cpp repacks quantised weights for this CPU, which makes 4 bits fast.
+
+    False if it was built with its AMX kernels: they crash (ggml-org/llama.cpp issue 20824, seen with 0.3.36), and
+    one setting controls both.
+    """
     return b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
 
 
 def notes() -> str:
-    """How to build a faster llama.cpp than the installed one; "" if there is no faster one."""
+    """How to build a faster llama.cpp than the installed one; "" if that is not possible."""
     flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     how = f'CFLAGS="{flags}" CXXFLAGS="{flags}" pip install --force-reinstall --no-cache-dir llama-cpp-python'
     return "" if repacks() else f"built for AMX, whose kernels crash and stay unused; faster: {how}"
 
 
 class LlamaCppModel:
-    """A GGUF file, loaded, until it is closed or collected. Raises ModelError for a file that llama.cpp does not
-    load."""
+    """A loaded GGUF file. Its memory is freed when it is closed or garbage-collected.
+
+    path: the file.
+    gpu_layers: layers on the GPU (-1: all).
+
+    Raises ModelError if llama.cpp cannot load the file.
+    """
 
     def __init__(self, path: str | FilePath, *, gpu_layers: int = 0) -> None:
         quiet()
-        _said.clear()
+        _messages.clear()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
@@ -112,21 +119,25 @@ class LlamaCppModel:
         self.context_length: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
 
     def metadata(self, key: str) -> str | None:
-        """A string of the file's metadata, if it has it."""
+        """A string of the file's metadata; None if it has no such key."""
         buffer = ctypes.create_string_buffer(4096)
         n = llama_cpp.llama_model_meta_val_str(self.pointer, key.encode(), buffer, len(buffer))
         return buffer.value.decode() if n >= 0 else None
 
     def close(self) -> None:
-        """Frees the weights. The engines that use them must be closed before."""
+        """Frees the weights. Close the engines that use them first."""
         self._free()
         self.pointer = None
 
 
 @dataclass(slots=True)
 class _Place:
-    """What a response holds of the cache. sequences: of its threads that have begun and were not joined.
-    begins: position of the promise's last token, for each child. joins: children of syncs not fed yet."""
+    """The part of the cache that a response uses.
+
+    sequences: of its threads that have started and have not been joined.
+    begins: position of the promise's last token, for each child.
+    joins: children of syncs that have not been fed yet.
+    """
 
     sequences: dict[Path, int]
     begins: dict[Path, int] = field(default_factory=dict)
@@ -157,7 +168,7 @@ class _Cache:
 
 
 def _free(model: LlamaCppModel, context: Any, batch: Any) -> None:
-    """Frees a context; that it holds the model lets the weights outlive it, whatever is collected first."""
+    """Frees a context. Its argument `model` keeps the weights alive until then."""
     llama_cpp.llama_batch_free(batch)
     llama_cpp.llama_free(context)
 
@@ -165,13 +176,19 @@ def _free(model: LlamaCppModel, context: Any, batch: Any) -> None:
 class LlamaCppEngine(BatchingEngine):
     """Decodes all threads of all requests in one decode call per step.
 
-    max_num_seqs: requests that decode at once; max_model_len: cells of each, cut to the positions the
-    model can take; the cache holds their product. threads: CPU threads (None: OMP_NUM_THREADS, else
-    all). cache_type: of keys and values, F16, F32 or Q8_0. prefill_chunk, prefill_budget: as
-    `BatchingEngine`'s. flash_attention (None: on a GPU, or where the cache is quantised, which needs it): on a CPU
-    it computes in half precision, which decodes up to two and a half times as slowly (benchmarks/README.md). Raises
-    ModelError if the cache cannot be made.
+    model: the loaded file.
+    max_num_seqs: requests that decode at once.
+    max_model_len: cells of each request, at most the model's context length. The cache has max_num_seqs times as many.
+    threads: CPU threads (None: OMP_NUM_THREADS, else all).
+    cache_type: of keys and values: F16, F32 or Q8_0.
+    flash_attention: None: on a GPU, or if the cache is quantised, which needs it. On a CPU it computes in half
+        precision, and decoding is up to two and a half times slower (benchmarks/README.md).
+    schedule, prefill_chunk, prefill_budget: as in `BatchingEngine`.
+
+    Raises ModelError if the cache cannot be allocated.
     """
+
+    _drafts = False  # each further row makes a step of llama.cpp half as slow again (benchmarks/README.md)
 
     def __init__(
         self,
@@ -214,7 +231,7 @@ class LlamaCppEngine(BatchingEngine):
         params.n_seq_max = MAX_SEQUENCES
         params.n_threads = params.n_threads_batch = threads or _processors()
         params.kv_unified = params.swa_full = params.no_perf = True
-        _said.clear()
+        _messages.clear()
         self._context = llama_cpp.llama_init_from_model(model.pointer, params)
         if not self._context:
             raise ModelError(
@@ -224,25 +241,25 @@ class LlamaCppEngine(BatchingEngine):
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, MAX_SEQUENCES)
         self._free = weakref.finalize(self, _free, model, self._context, self._batch)
         self._free.atexit = False
-        self._seen: tuple[tuple[int, int], Floats] = (0, 0), np.empty((0, self._size), np.float32)
+        self._logit_view: tuple[tuple[int, int], Floats] = (0, 0), np.empty((0, self._size), np.float32)
         self._cache = _Cache(self._context)
         self._places: dict[str, _Place] = {}
         self._remembered: OrderedDict[int, Ints] = OrderedDict()
 
     def close(self) -> None:
-        """Frees the cache, as being collected does; the engine cannot be used any more."""
+        """Frees the cache. The engine cannot be used any more."""
         self._free()
         self._context = None
 
     def forget(self) -> None:
-        """Forgets the prompts that are remembered."""
+        """Clears the prefix cache."""
         while self._remembered:
             self._forget_oldest()
 
     # ------------------------------------------------------------------ places and prompts
 
     def _place(self, state: RequestState) -> bool:
-        """A sequence for the main thread, once there are cells for all that the response may decode."""
+        """Takes a sequence for the main thread, if there are cells for everything that the response may decode."""
         forking = state.request.params.parallelism > 0
         sequences = 1 + (CHILDREN if forking else 0)
         free = self._cells - sum(map(_most, self._running.values())) - _most(state)
@@ -258,11 +275,11 @@ class LlamaCppEngine(BatchingEngine):
         return True
 
     def _take_sequence(self, state: RequestState) -> None:
-        """Takes a sequence with what is remembered of the prompt, all but the last token at most."""
+        """Takes a sequence and reuses the longest cached prefix of the prompt, at most all but its last token."""
         prompt, n = state.prompt, len(state.prompt)
         own = self._cache.take()
         if self._remembered:
-            shared = {s: common_prefix(held, prompt) for s, held in self._remembered.items()}
+            shared = {s: common_prefix(cached, prompt) for s, cached in self._remembered.items()}
             nearest = max(shared, key=lambda s: shared[s])
             state.cached = min(shared[nearest], n - 1)
             self._remembered.move_to_end(nearest)
@@ -279,16 +296,16 @@ class LlamaCppEngine(BatchingEngine):
         return rows[0].copy() if logits else None
 
     def _remember(self, prompt: Ints, own: int) -> None:
-        """Keeps a prompt's cells for requests that begin like it."""
-        if any(np.array_equal(held, prompt) for held in self._remembered.values()):
+        """Keeps a prompt's cells for requests with the same prefix."""
+        if any(np.array_equal(cached, prompt) for cached in self._remembered.values()):
             return
         if len(self._remembered) >= self.capabilities.max_num_seqs:
             self._forget_oldest()
-        held = sum(map(_most, self._running.values())) + sum(map(len, self._remembered.values()))
-        if len(self._cache.free) > CHILDREN and held + 2 * len(prompt) <= self._cells:
-            kept = self._cache.take()
-            self._cache.copy(own, kept, 0)
-            self._remembered[kept] = prompt.copy()
+        used = sum(map(_most, self._running.values())) + sum(map(len, self._remembered.values()))
+        if len(self._cache.free) > CHILDREN and used + 2 * len(prompt) <= self._cells:
+            sequence = self._cache.take()
+            self._cache.copy(own, sequence, 0)
+            self._remembered[sequence] = prompt.copy()
 
     def _forget_oldest(self) -> None:
         self._cache.give(self._remembered.popitem(last=False)[0])
@@ -300,7 +317,7 @@ class LlamaCppEngine(BatchingEngine):
     # ------------------------------------------------------------------ events
 
     def apply(self, request_id: str, event: Event) -> None:
-        """Does what an event means. Raises RequestError for one that cannot follow."""
+        """Applies an event. Raises RequestError if it cannot follow the events before."""
         super().apply(request_id, event)
         state = self._running.get(request_id)
         if state is None:
@@ -315,7 +332,7 @@ class LlamaCppEngine(BatchingEngine):
             self._reclaim(state, place)
 
     def _reclaim(self, state: RequestState, place: _Place) -> None:
-        """Takes back the sequences of finished threads that nobody can join or fork from any more."""
+        """Frees the sequences of finished threads that no thread can join or fork from any more."""
         threads = state.threads
         needed = {token.path for token in state.pending} | {path[:-1] for path in place.unbegun}
         needed |= {child for children in place.joins.values() for child in children}
@@ -327,8 +344,7 @@ class LlamaCppEngine(BatchingEngine):
     # ------------------------------------------------------------------ decoding
 
     def _feedable(self, state: RequestState, due: list[Placed]) -> list[Placed]:
-        """All but tokens of threads whose joined children are not in the cache yet, or that find no
-        sequence free."""
+        """The due tokens of threads that need not wait for joined children or for a free sequence."""
         place = self._places[state.request.id]
         waiting = {path for path in place.joins if self._awaits(state, path)}
         for path in dict.fromkeys(token.path for token in due):
@@ -343,18 +359,18 @@ class LlamaCppEngine(BatchingEngine):
 
     @staticmethod
     def _awaits(state: RequestState, path: Path) -> bool:
-        """Whether a thread that joins sees tokens of others that were not fed yet."""
+        """Whether a thread that joins sees tokens of other threads that have not been fed yet."""
         row = state.layout.visible(path)
         return any(token.path != path and row[token.place] for token in state.pending)
 
     def _begin(self, place: _Place, path: Path) -> None:
-        """A sequence for a child: all that its parent had when it promised."""
+        """Takes a sequence for a child, with the cells that its parent had at the promise."""
         own = place.sequences[path] = self._cache.take()
         self._cache.copy(place.sequences[path[:-1]], own, 0, place.begins[path] + 1)
 
     def _join(self, place: _Place, path: Path) -> None:
-        """What the children of a sync wrote belongs to its thread too; their sequences are free, unless
-        a child that has not begun yet is to begin from one."""
+        """Adds the cells of a sync's children to its thread. Frees their sequences, unless a child that has not started
+        yet will fork from one."""
         needed = {child[:-1] for child in place.unbegun}
         for child in place.joins.pop(path):
             self._cache.copy(place.sequences[child], place.sequences[path], place.begins[child] + 1)
@@ -390,28 +406,34 @@ class LlamaCppEngine(BatchingEngine):
         owners: Sequence[Sequence[int]],
         keep: Sequence[int],
     ) -> Floats:
-        """Feeds tokens, each to its sequences; logits [len(keep), vocabulary] of those at `keep`,
-        valid until the next call. Raises EngineError if llama.cpp fails."""
-        found = []
+        """Feeds tokens, each to its sequences.
+
+        tokens, positions: of the tokens.
+        owners: sequences of each token.
+        keep: indices of the tokens whose logits are returned.
+
+        Returns logits [len(keep), vocabulary], valid until the next call. Raises EngineError if llama.cpp fails.
+        """
+        parts = []
         for start in range(0, len(tokens), BATCH):
             stop = min(start + BATCH, len(tokens))
             kept = [i - start for i in keep if start <= i < stop]
             self._call(tokens[start:stop], positions[start:stop], owners[start:stop], kept)
             if kept:
-                found.append(self._logits(len(kept)))
-            if found and stop < len(tokens):
-                found[-1] = found[-1].copy()
-        if len(found) == 1:
-            return found[0]
-        return np.concatenate(found) if found else np.empty((0, self._size), np.float32)
+                parts.append(self._logits(len(kept)))
+            if parts and stop < len(tokens):
+                parts[-1] = parts[-1].copy()  # the next call overwrites it
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, self._size), np.float32)
 
     def _logits(self, rows: int) -> Floats:
-        """llama.cpp's own [rows, vocabulary] of the last call; seen as an array anew only where it moved."""
+        """llama.cpp's own logits [rows, vocabulary] of the last call. A new array is made only if they have moved."""
         where = (_logits_at(self._context), rows)
-        if where != self._seen[0]:
+        if where != self._logit_view[0]:
             floats = (ctypes.c_float * (rows * self._size)).from_address(where[0])
-            self._seen = where, np.ctypeslib.as_array(floats).reshape(rows, self._size)
-        return self._seen[1]
+            self._logit_view = where, np.ctypeslib.as_array(floats).reshape(rows, self._size)
+        return self._logit_view[1]
 
     def _call(
         self,
@@ -437,16 +459,16 @@ class LlamaCppEngine(BatchingEngine):
 _logits_at = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
     ctypes.cast(llama_cpp.llama_get_logits, ctypes.c_void_p).value or 0
 )
-"""llama.cpp's llama_get_logits, as an address: the binding makes an object of each, in every step."""
+"""llama.cpp's llama_get_logits, returning an address: the binding would create a pointer object in every step."""
 
 
 def _processors() -> int:
-    """OMP_NUM_THREADS, else all: llama.cpp's threads wait busily, and more of them than there are
-    processors slow each other by an order of magnitude."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdigit() and int(chosen) else os.cpu_count() or 1
+    """OMP_NUM_THREADS, else all processors. More threads than processors slow decoding by an order of magnitude, since
+    llama.cpp's threads wait busily."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdigit() and int(threads) else os.cpu_count() or 1
 
 
 def _most(state: RequestState) -> int:
-    """Cells that a response may come to hold."""
+    """The largest number of cells that a response can use."""
     return len(state.prompt) + state.request.params.max_tokens

@@ -312,7 +312,7 @@ def _tensors(file: _File, architecture: Architecture) -> Iterator[Tensor]:
         type = _type(parts)
         blocks = type in ("Q4_0", "Q8_0") and all(part.tensor_type.name == type for part in parts)
         rows = [_rows(part, order, blocks) for part, order in zip(parts, orders, strict=True)]
-        whole = weights.by_turns(*rows) if name.endswith("gate_up") else weights.joined(rows)
+        whole = weights.interleaved(*rows) if name.endswith("gate_up") else weights.joined(rows)
         yield name, weights.pack_rows(whole, type, blocks=blocks)
 
 

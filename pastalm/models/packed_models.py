@@ -480,7 +480,7 @@ def _tensors(model: Any, shape: Architecture, type: WeightType, head_type: Weigh
         else:
             as_head = name == "head" or (name == "embedding" and tied)
             rows = [_rows(p) for p in parts]
-            whole = weights.by_turns(*rows) if name.endswith("gate_up") else weights.joined(rows)
+            whole = weights.interleaved(*rows) if name.endswith("gate_up") else weights.joined(rows)
             yield name, weights.pack_rows(whole, head_type if as_head else type)
 
 

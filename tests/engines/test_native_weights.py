@@ -153,7 +153,7 @@ def test_gate_and_up_lie_by_turns(seed: int, pairs: int, kind: WeightType) -> No
         assert np.array_equal(both[i], source[i // 64 * 32 + i % 32])
     blocks = weights.gate_up(ggml(gate, kind), ggml(up, kind))
     assert same(weights.from_blocks(kind, blocks, len(both), 64), weights.pack(both, kind))
-    later = weights.by_turns(*(Rows(len(x), 64, lambda a, b, x=x: x[a:b]) for x in (gate, up)))  # type: ignore[misc]
+    later = weights.interleaved(*(Rows(len(x), 64, lambda a, b, x=x: x[a:b]) for x in (gate, up)))  # type: ignore[misc]
     assert np.array_equal(later.read(0, len(both)), both)
     if pairs > 1:
         assert np.array_equal(later.read(64, len(both)), both[64:])
@@ -162,7 +162,7 @@ def test_gate_and_up_lie_by_turns(seed: int, pairs: int, kind: WeightType) -> No
 def test_another_layout_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     before = weights.fingerprint()
     assert weights.fingerprint() == before
-    monkeypatch.setitem(weights._KEPT, "F32", lambda rows: np.ascontiguousarray(rows[:, ::-1]))
+    monkeypatch.setitem(weights._CONVERT, "F32", lambda rows: np.ascontiguousarray(rows[:, ::-1]))
     assert weights.fingerprint() != before
 
 

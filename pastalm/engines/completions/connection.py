@@ -1,4 +1,4 @@
-"""The connection to a completions server: streamed completions, read on a thread of their own."""
+"""The connection to a completions server. Streamed completions are read in a thread."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pastalm.records.chat_client import check_address, explain, key, line
 
 @dataclass(slots=True)
 class Traffic:
-    """What was requested so far.
+    """Counts of what was requested and received.
 
-    completions: opened.
-    again: of these, after a failure.
-    tokens: received.
+    completions: requested completions.
+    again: of these, repeated after a failure.
+    tokens: received tokens.
     dropped: of these, not used.
     """
 
@@ -36,10 +36,12 @@ class Traffic:
 
 
 class Connection:
-    """A model behind a base URL, read on a thread of its own. It closes when it is collected, too.
+    """A model on a server, with the thread that reads its completions. It closes when it is garbage-collected.
 
-    api_key: None: OPENAI_API_KEY.
-    retries: of opening a completion.
+    base_url: the API's address, ending in /v1.
+    model: the model's name on the server.
+    api_key: None: the value of OPENAI_API_KEY.
+    retries: retries of a request that fails.
     timeout: seconds without a token after which a completion counts as stalled.
     inbox: what was received, with the number of its completion.
     """
@@ -63,16 +65,16 @@ class Connection:
             target=_run, args=(self._loop, self._client), name="pastalm-openai", daemon=True
         )
         self._thread.start()
-        # nothing may wait here: the collector also runs on the thread that is to end
+        # must not wait: the garbage collector may run in the thread that is to end
         self.stop = weakref.finalize(self, _stop, self._loop)
 
     def open(self, body: dict[str, Any], wire: Wire) -> tuple[int, Future[None]]:
-        """Begins a completion; its number in the inbox, and a future that cancels it."""
+        """Starts a completion. Returns its number in the inbox, and a future that cancels it."""
         number = next(self._numbers)
         return number, asyncio.run_coroutine_threadsafe(self._read(number, body, wire), self._loop)
 
     def ask(self, call: Callable[[openai.AsyncOpenAI], Any]) -> Any:
-        """The reply to one call, not retried. Raises what the client raises."""
+        """Makes one call of the client, without retries, and returns its result. Raises what the client raises."""
         client = self._client.with_options(max_retries=0)
 
         async def waited() -> Any:
@@ -81,7 +83,7 @@ class Connection:
         return asyncio.run_coroutine_threadsafe(waited(), self._loop).result()
 
     def close(self) -> None:
-        """Ends every completion, the client, the loop and the thread; may be called again."""
+        """Ends all completions and the thread. May be called again."""
         self.stop()
         self._thread.join()
 
@@ -90,7 +92,7 @@ class Connection:
             end = await self._stream(number, body, wire)
         except openai.OpenAIError as error:
             end = self.failure(error)
-        except Exception as error:  # a mistake of ours must not leave the driver waiting
+        except Exception as error:  # a bug here must not leave the driver waiting
             self.inbox.put((number, error))
             return
         self.inbox.put((number, end))
@@ -125,7 +127,7 @@ class Connection:
                 last = time.monotonic() if tokens else last
 
     def failure(self, error: openai.OpenAIError) -> CompletionEnd:
-        """What it means that a call failed."""
+        """The end of a completion whose request failed."""
         why = explain(error, self.base_url, self.timeout)
         if isinstance(error, openai.APIConnectionError):
             unreachable = not isinstance(error, openai.APITimeoutError)
@@ -137,7 +139,7 @@ class Connection:
 
 
 def _run(loop: asyncio.AbstractEventLoop, client: openai.AsyncOpenAI) -> None:
-    """The thread: runs the loop until it is stopped, then ends all that is under way."""
+    """The thread's function: runs the loop until it is stopped, then cancels what is running."""
     try:
         loop.run_forever()
         loop.run_until_complete(_end(client))

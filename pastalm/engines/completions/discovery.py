@@ -1,4 +1,4 @@
-"""Finds out what a server offers, and makes the engine over it."""
+"""Finds out what a server supports, and makes the engine over it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVERS = {
     "llamacpp": Server(known=True, penalty="repeat_penalty", every=0),
     "me": Server(known=True, penalty="repeat_penalty", every=0),
 }
-"""By what a server calls the owner of its models; "me" is llama-cpp-python's."""
+"""By `owned_by` in the server's list of models; "me" is llama-cpp-python's."""
 
 
 def connect(
@@ -38,14 +38,16 @@ def connect(
     backoff: float = 0.5,
     max_num_seqs: int = MAX_NUM_SEQS,
 ) -> OpenAIEngine:
-    """The engine over a server, which is asked what it is and what it offers.
+    """The engine over a server. Requests to the server find out what it supports.
 
     model: its name there (None: the only one).
     vocabulary: returns the vocabulary of a model's tokenizer, by the model's name, or None. With it, token ids are used
         for a prepared model if the server takes and returns them, else text with the tags spelled out. A model that
-        writes XML is asked in text: its tokens do not end where the XML's tags do.
-    wire: ids or text, whatever the model.
-    shares: whose blocks a new request can use (None: by the kind of server).
+        writes XML always gets text, since its tokens do not end where the XML's tags do.
+    wire: ids or text, for any model.
+    shares: whose cached blocks a new request can use (None: by the kind of server).
+    api_key, retries, timeout: as in `Connection`.
+    backoff, max_num_seqs: as in `OpenAIEngine`.
 
     Raises RemoteError.
     """
@@ -82,7 +84,7 @@ def _model_entry(connection: Connection, model: str | None) -> Any:
             raise RemoteError(f"{connection.failure(error).why}; or give --model") from None
     except (openai.APIResponseValidationError, ValueError):
         pass
-    except AttributeError:  # of the client, which takes any reply for a list
+    except AttributeError:  # raised in the client, which treats any reply as a list
         raise RemoteError(no_api(connection.base_url)) from None
     except openai.OpenAIError as error:
         raise RemoteError(connection.failure(error).why) from None
@@ -94,21 +96,21 @@ def _model_entry(connection: Connection, model: str | None) -> Any:
         raise RemoteError(f"{connection.base_url} lists no model: load one there, or give --model")
     if model is None and len(listed) != 1:
         raise RemoteError(f"{connection.base_url} serves {', '.join(names)[:120]}: give --model, one of these")
-    named = [entry for entry, name in zip(listed, names, strict=True) if name == model]
-    if model is None or not named and len(listed) == 1 and getattr(listed[0], "owned_by", "") in ("me", "llamacpp"):
+    matches = [entry for entry, name in zip(listed, names, strict=True) if name == model]
+    if model is None or not matches and len(listed) == 1 and getattr(listed[0], "owned_by", "") in ("me", "llamacpp"):
         return listed[0]  # llama.cpp's servers answer to any name
-    if listed and not named:
+    if listed and not matches:
         raise RemoteError(f"{connection.base_url} serves no {model!r}, but {', '.join(names)[:120]}: give one of these")
-    return named[0] if named else None
+    return matches[0] if matches else None
 
 
 def _choose_wire(
-    connection: Connection, vocabulary: Vocabulary | None, chosen: Literal["ids", "text"] | None
+    connection: Connection, vocabulary: Vocabulary | None, requested: Literal["ids", "text"] | None
 ) -> tuple[Wire, bool]:
-    """How prompts are sent, and whether the server gives log-probabilities: found out by asking for one token."""
-    if vocabulary is None and chosen == "ids":
+    """How prompts are sent, and whether the server gives log-probabilities: requests one token to find out."""
+    if vocabulary is None and requested == "ids":
         raise RemoteError("token ids need the model's tokenizer: give --tokenizer")
-    if vocabulary is not None and (chosen == "ids" or chosen is None and vocabulary.tags is not None):
+    if vocabulary is not None and (requested == "ids" or requested is None and vocabulary.tags is not None):
         ids = Ids(vocabulary)
         row = list(vocabulary.encode("Hello"))
         extra = {"return_token_ids": True, "return_tokens_as_token_ids": True}
@@ -121,8 +123,8 @@ def _choose_wire(
             if token is None or not _same_text(vocabulary, token.token, str(getattr(choice, "text", ""))):
                 raise RemoteError(f"the model at {connection.base_url} has another tokenizer: give its --tokenizer")
             return ids, token.logprob is not None
-        if chosen == "ids":
-            raise RemoteError(f"{connection.base_url} does not tell token ids: leave out wire='ids'")
+        if requested == "ids":
+            raise RemoteError(f"{connection.base_url} does not return token ids: leave out wire='ids'")
     if vocabulary is not None and vocabulary.tags is not None:
         texts = Texts(Pieces(prepared=True, ends=vocabulary.ends), vocabulary)
     else:
@@ -142,8 +144,15 @@ def _same_text(vocabulary: Vocabulary, token: int, text: str) -> bool:
 
 
 def _probe(connection: Connection, prompt: Any, *, needed: bool = False, **options: Any) -> Any:
-    """The choice of a completion of one token; None if the server refuses. Raises RemoteError if it cannot be reached,
-    or refuses a request that is needed."""
+    """Requests a completion of one token. Returns its choice; None if the server refuses.
+
+    connection: to the server.
+    prompt: as the wire sends it.
+    needed: raise an error if the server refuses.
+    options: further fields of the request.
+
+    Raises RemoteError if the server cannot be reached, or refuses a request that is needed.
+    """
     try:
         reply = connection.ask(
             lambda client: client.completions.create(

@@ -1,21 +1,22 @@
 """The engine over an OpenAI-compatible completions server: vLLM, SGLang, llama.cpp's, or another.
 
-Each stretch of a thread between syncs is one streamed completion, and its prompt the linear form of all that the
-thread may see: policy `serial`. A promise opens one more, on a prefix that the server has cached; the main thread's
-goes on. A sync ends a thread's completion, and the linear form with its chunks begins the next. (PASTA section 4.)
+Each part of a thread between syncs is one streamed completion. Its prompt is the linear form of everything that the
+thread may see (policy `serial`). A promise starts a further completion on a prefix that the server has cached, while
+the main thread's completion continues. A sync ends a thread's completion; the next one starts from the linear form with
+the joined chunks. (PASTA section 4.)
 
-A step takes what has come: at most one token of each live thread. What a completion has said beyond that waits here,
-and is dropped where the interpreter decides otherwise (a token put right, another forced, a sync): then the thread is
-asked for again from what stands. So no mask need be sent, and none is but for a whole response without tags.
+A step returns what has arrived: at most one token of each live thread. Further tokens wait here. If the interpreter
+decides otherwise (it replaced a token, forced another one, or joined), they are dropped, and a new completion is
+requested from the thread's current text. So masks need not be sent; only a response without tags has one.
 
-Prompts and replies are token ids where the server takes and tells them (vLLM), else text (`Pieces`); see `discovery`.
-vLLM shares the blocks of a request that still runs; SGLang only those of one that ended, so there the parent's
-completion ends at a promise and is sent again beside the child's (`shares`).
+Prompts and replies are token ids if the server supports them (vLLM), else text (`Pieces`); see `discovery`. vLLM shares
+the cached blocks of running requests. SGLang only shares those of finished ones, so there the parent's completion ends
+at a promise and is requested again beside the child's (`shares`).
 
-Failures, thread by thread: opening one is retried by the openai client (Retry-After too), a completion that breaks
-or stalls is asked for again from its last token. After `retries` failures without a token the thread waits until it
-is alone, is written then, and if that fails as often it is lost: it ends there and the others go on. What cannot
-get better (no such key or model, nothing at that address) is a RemoteError of the whole run.
+Failures are handled for each thread: the openai client retries requests (Retry-After included), and a completion that
+breaks off or stalls is requested again from its last token. After `retries` failures without a token, the thread waits
+until no other thread of its response decodes. If that fails as often, it is lost: it ends, and the others continue.
+Permanent errors (invalid key, unknown model, no server) raise RemoteError and end the run.
 """
 
 from __future__ import annotations
@@ -46,27 +47,31 @@ CAPABILITIES = Capabilities(
     untagged=True,
 )
 MOMENT = 0.05
-"""Seconds that a step waits for the first token, so that whoever drives can do something else."""
+"""Seconds that a step waits for a token, so that its caller can do something else in between."""
 MAX_NUM_SEQS = 64
 UNKNOWN = 1 << 30
-"""Length of a context that only the server knows."""
+"""The context length, if only the server knows it."""
 FORBIDDEN = -100.0
-"""The bias that the API takes for never."""
+"""The logit bias that forbids a token, by the API's definition."""
 
 
 @dataclass(slots=True)
 class _Thread:
     """A thread as the engine knows it.
 
+    live: it decodes; False: it waits or has finished.
+    allowed: ids that may come next.
     number: of its completion; None: none is open, or all of its tokens are taken.
     future: cancels the completion.
-    received_count: tokens received.
-    received: of these, not taken yet, and the end of the completion.
-    expected: forced tokens that the completion has yet to say itself.
-    said: the token that was sampled last.
+    received_count: tokens received from the completion.
+    received: of these, those not taken yet, and the end of the completion.
+    expected: forced tokens that the completion should generate itself next.
+    sampled: the token that was sampled last.
+    count: tokens of the thread.
     failures: since the last token.
+    not_before: time before which no completion is requested, by time.monotonic().
     postponed: waits until no other thread of its response decodes.
-    alone: no other one did when it was last requested.
+    alone: no other thread of its response decoded when its completion was requested.
     """
 
     path: Path
@@ -78,7 +83,7 @@ class _Thread:
     received_count: int = 0
     received: deque[Item] = field(default_factory=deque)
     expected: deque[int] = field(default_factory=deque)
-    said: int | None = None
+    sampled: int | None = None
     count: int = 0
     failures: int = 0
     not_before: float = 0.0
@@ -98,9 +103,10 @@ class _Response:
 class Server:
     """What differs between servers.
 
-    known: whether it takes more than OpenAI's API: top_k, min_p, ignore_eos and a repetition penalty.
+    shares: whose cached blocks a new request can use.
+    known: whether it supports more than OpenAI's API: top_k, min_p, ignore_eos and a repetition penalty.
     penalty: its name for the repetition penalty.
-    every: its top_k for all tokens.
+    every: its value of top_k for all tokens.
     """
 
     shares: Shares = "running"
@@ -112,7 +118,7 @@ class Server:
 class OpenAIEngine:
     """Decodes each thread as a completion of a server.
 
-    connection, wire, server: `discovery.connect` makes them.
+    connection, wire, server: as `discovery.connect` creates them.
     logprobs: whether the server gives log-probabilities.
     max_num_seqs: responses at once; more wait.
     max_model_len: tokens of prompt and answer (0: only the server knows).
@@ -134,13 +140,13 @@ class OpenAIEngine:
         self.traffic = Traffic()
         self.capabilities = replace(
             CAPABILITIES,
-            weights=f"{connection.model} at {connection.base_url}, asked in {wire.name}",
+            weights=f"{connection.model} at {connection.base_url}, sent as {wire.name}",
             logprobs=logprobs,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len or UNKNOWN,
         )
         self._backoff = backoff
-        # completions under way hold the connection: without the engine nobody reads them
+        # running completions keep the connection alive, but without the engine nobody reads them
         weakref.finalize(self, connection.stop)
         self._responses: dict[str, _Response] = {}
         self._reading: dict[int, _Thread] = {}
@@ -148,13 +154,13 @@ class OpenAIEngine:
         self._end = (tags.async_close,) if tags else tuple(wire.vocabulary.encode("</async>"))
 
     def close(self) -> None:
-        """Ends every completion; the engine cannot be used any more."""
+        """Ends all completions. The engine cannot be used any more."""
         self.connection.close()
 
     # ------------------------------------------------------------------ the protocol
 
     def add(self, request: Request) -> None:
-        """Takes a request; beyond max_num_seqs it waits. Raises RequestError, CapabilityError."""
+        """Adds a request; beyond max_num_seqs it waits. Raises RequestError, CapabilityError."""
         self.capabilities.check(request)
         params, n, room = request.params, len(request.prompt_token_ids), self.capabilities.max_model_len
         checks = (
@@ -165,26 +171,26 @@ class OpenAIEngine:
                 f"prompt ({n}) + max_tokens ({params.max_tokens}) exceed max_model_len ({room}): shorten one",
             ),
         )
-        if said := complaint(checks):
-            raise RequestError(said)
+        if problem := complaint(checks):
+            raise RequestError(problem)
         plain = params.top_k <= 0 and params.min_p == 0 and params.repetition_penalty == 1 and not params.ignore_eos
         offers = (
             (
                 isinstance(self.wire, Ids) or dict(request.logit_bias) == dict(params.logit_bias or {}),
-                "tells no token ids: parallelism can only be 0 or 1",
+                "returns no token ids: parallelism can only be 0 or 1",
             ),
             (
                 plain or self.server.known,
                 "is of an unknown kind: leave out top_k, min_p, repetition_penalty and ignore_eos",
             ),
         )
-        if said := complaint(offers):
-            raise CapabilityError(f"the server at {self.connection.base_url} {said}")
+        if problem := complaint(offers):
+            raise CapabilityError(f"the server at {self.connection.base_url} {problem}")
         self._responses[request.id] = _Response(request, SerialLayout(request.prompt_token_ids))
 
     def apply(self, request_id: str, event: Event) -> None:
-        """Does what an event means; what has to be asked of the server is asked in the next step. Raises
-        RequestError for an event that cannot follow."""
+        """Applies an event; completions are requested in the next step. Raises RequestError if the event cannot follow
+        those before."""
         response = self._responses.get(request_id)
         if response is None:
             if isinstance(event, Finished):
@@ -200,7 +206,7 @@ class OpenAIEngine:
         thread.count += fed
         thread.allowed = event.allowed
         if isinstance(event, Decoded):
-            self._go_on(thread, event)
+            self._continue(thread, event)
         elif isinstance(event, Forked):
             if path and self.server.shares == "finished":
                 self._drop(threads[path[:-1]])
@@ -212,8 +218,10 @@ class OpenAIEngine:
             self.cancel(request_id)
 
     def step(self) -> list[SampledToken]:
-        """One token of each live thread of which one has come, after waiting a moment for the first. Raises
-        RemoteError where nothing can be got from the server any more, EngineError."""
+        """At most one token of each live thread; waits a moment for the first.
+
+        Raises RemoteError if the server cannot be used any more, EngineError.
+        """
         until = time.monotonic() + MOMENT
         self._listen(0.0)
         while not (sampled := list(self._sampled())):
@@ -224,23 +232,23 @@ class OpenAIEngine:
         return sampled
 
     def score(self, token_ids: Sequence[int], logprobs: int) -> list[SampledToken] | None:
-        """Raises CapabilityError: it has no logits of a prompt."""
+        """Raises CapabilityError: completions servers give no logits of a prompt."""
         raise CapabilityError("the openai engine gives no log-probabilities of prompts")
 
     def has_unfinished(self) -> bool:
         return bool(self._responses)
 
     def cancel(self, request_id: str) -> None:
-        """Ends the request's completions at once; unknown ids are ignored."""
+        """Ends the request's completions now. Unknown ids are ignored."""
         response = self._responses.pop(request_id, None)
         if response is not None:
             for thread in response.threads.values():
                 self._drop(thread)
 
-    # ------------------------------------------------------------------ what has come
+    # ------------------------------------------------------------------ receiving
 
     def _listen(self, seconds: float) -> None:
-        """Takes all that has come, after waiting at most so long for the first."""
+        """Receives what has arrived; waits at most so many seconds for the first item."""
         try:
             number, item = self.connection.inbox.get(timeout=seconds) if seconds else self.connection.inbox.get_nowait()
             while True:
@@ -260,7 +268,7 @@ class OpenAIEngine:
             thread.received.append(item)
 
     def _sampled(self) -> Iterator[SampledToken]:
-        """What can be taken, one token a live thread; those without a completion are asked for."""
+        """The next token of each live thread that has one. Requests completions for threads that need one."""
         for response in list(self._responses.values())[: self.capabilities.max_num_seqs]:
             for path in sorted(response.threads):
                 thread = response.threads[path]
@@ -279,13 +287,13 @@ class OpenAIEngine:
             item = thread.received.popleft()
             if isinstance(item, CompletionToken):
                 return self._take(response, thread, item)
-            got = thread.received_count
+            received_count = thread.received_count
             self._drop(thread)
             if isinstance(item, Exception):
                 raise EngineError(f"reading from the server failed: {type(item).__name__}: {item}") from item
             if item.eos:
                 return self._take(response, thread, CompletionToken(min(self.wire.vocabulary.eos)))
-            if not got and not item.why:
+            if not received_count and not item.why:
                 item = CompletionEnd(why=f"{self.connection.base_url} ends without a token")
             if item.why and (lost := self._failed(response, thread, item)):
                 return lost
@@ -295,25 +303,25 @@ class OpenAIEngine:
 
     @staticmethod
     def _take(response: _Response, thread: _Thread, item: CompletionToken) -> SampledToken:
-        thread.said, thread.failures = item.token, 0
-        asked = response.request.params.logprobs
+        thread.sampled, thread.failures = item.token, 0
+        logprobs = response.request.params.logprobs
         return SampledToken(
             request_id=response.request.id,
             path=thread.path,
             token=item.token,
-            logprob=None if asked is None else item.logprob,
-            top_logprobs=item.top[:asked] if asked else (),
+            logprob=None if logprobs is None else item.logprob,
+            top_logprobs=item.top[:logprobs] if logprobs else (),
         )
 
-    def _go_on(self, thread: _Thread, event: Decoded) -> None:
-        """A completion may go on as long as it says what was decided: the token itself, and then what is forced."""
-        if event.token != thread.said:
+    def _continue(self, thread: _Thread, event: Decoded) -> None:
+        """Keeps the completion if its token was accepted; the forced tokens are then expected next. Else drops it."""
+        if event.token != thread.sampled:
             self._drop(thread)
         if thread.number is not None:
             thread.expected.extend(event.forced)
 
     def _drop(self, thread: _Thread) -> None:
-        """Ends a thread's completion, and forgets what it said beyond what was taken."""
+        """Ends a thread's completion and drops its tokens that were not taken."""
         if thread.future is not None:
             thread.future.cancel()
         if thread.number is not None:
@@ -326,7 +334,7 @@ class OpenAIEngine:
     # ------------------------------------------------------------------ failures
 
     def _failed(self, response: _Response, thread: _Thread, end: CompletionEnd) -> SampledToken | None:
-        """What becomes of a thread whose completion failed: it is tried again soon, or alone, or it is lost."""
+        """Handles a failed completion. It is requested again later or once the thread is alone, or the thread is lost."""
         if end.fatal:
             raise RemoteError(end.why)
         thread.failures += 1
@@ -348,18 +356,18 @@ class OpenAIEngine:
         )
 
     @staticmethod
-    def _company(response: _Response, thread: _Thread) -> bool:
-        """Whether another thread of the response decodes, or is to be written alone before this one."""
+    def _has_company(response: _Response, thread: _Thread) -> bool:
+        """Whether another thread of the response decodes, or is postponed and comes before this one."""
         return any(
             t.live and t is not thread and (not t.postponed or thread.postponed and t.path < thread.path)
             for t in response.threads.values()
         )
 
-    # ------------------------------------------------------------------ asking
+    # ------------------------------------------------------------------ requesting
 
     def _may_open(self, response: _Response, thread: _Thread) -> bool:
         if thread.postponed:
-            if self._company(response, thread):
+            if self._has_company(response, thread):
                 return False
             thread.postponed = False
         return time.monotonic() >= thread.not_before
@@ -367,13 +375,13 @@ class OpenAIEngine:
     def _open(self, response: _Response, thread: _Thread) -> None:
         body = self._body(response, thread)
         self.traffic.completions += 1
-        thread.alone = not self._company(response, thread)
+        thread.alone = not self._has_company(response, thread)
         thread.received_count = 0
         thread.number, thread.future = self.connection.open(body, self.wire)
         self._reading[thread.number] = thread
 
     def _body(self, response: _Response, thread: _Thread) -> dict[str, Any]:
-        """The completion that goes on from what the thread sees now."""
+        """The request for a completion of what the thread sees now."""
         request = response.request
         params = request.params
         row = self._row(response, thread)
@@ -391,7 +399,7 @@ class OpenAIEngine:
             body["logprobs"] = params.logprobs
         if bias := self._bias(request, thread):
             body["logit_bias"] = bias
-        if self.server.known:  # all of them: a server's own defaults, or the model's there, are others
+        if self.server.known:  # always all of them: the defaults of the server or of its model may differ
             extra["top_k"] = params.top_k if params.top_k > 0 else self.server.every
             extra["min_p"] = params.min_p
             extra[self.server.penalty] = params.repetition_penalty
@@ -399,7 +407,7 @@ class OpenAIEngine:
         return body | {"extra_body": extra}
 
     def _row(self, response: _Response, thread: _Thread) -> list[int]:
-        """What the thread sees. Where a chunk ended by an end of the text, others read it as ended by its tag."""
+        """The tokens that the thread sees. Where a chunk ended with an end-of-text token, the row has its tag."""
         row = response.layout.row(thread.path)
         n = len(response.request.prompt_token_ids)
         if response.request.params.ignore_eos or self.wire.vocabulary.eos.isdisjoint(row[n:]):
@@ -408,7 +416,7 @@ class OpenAIEngine:
         return row[:n] + [i for token in row[n:] for i in (self._end if token in ends else (token,))]
 
     def _bias(self, request: Request, thread: _Thread) -> dict[str, float]:
-        """The request's, and of a response without tags also what never changes: that they are forbidden."""
+        """The request's logit bias. In a response without tags it also forbids the tags."""
         bias = {str(token): float(value) for token, value in request.logit_bias.items()}
         allowed = thread.allowed
         if request.params.parallelism == 0 and allowed and allowed.inverted:
@@ -417,6 +425,6 @@ class OpenAIEngine:
 
 
 def _seed(request: Request, thread: _Thread) -> int:
-    """Of its own for every thread and for every place where it is asked for again."""
+    """A seed that differs for every thread and for every place where a completion starts."""
     text = f"{request.seed}/{request.choice}/{'.'.join(map(str, thread.path))}/{thread.count}"
     return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "little") >> 1

@@ -9,9 +9,11 @@ from pastalm.core.events import Decoded, Event, Forked, Joined, Path
 
 
 class SerialLayout:
-    """What each thread reads under `serial`: an ordinary causal row, the linear form of all that it may see.
+    """The row of each thread under `serial`: an ordinary causal row, the linear form of everything that it may see.
 
-    Told the same events as a `Layout`. A row only grows until the thread joins; then it is a new one.
+    It takes the same events as a `Layout`. A row only grows until its thread joins; then it is replaced.
+
+    prompt: the prompt's tokens.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -19,7 +21,7 @@ class SerialLayout:
         self._threads: dict[Path, _Written] = {}
 
     def apply(self, event: Event) -> None:
-        """Does what an event means."""
+        """Applies an event."""
         path = event.path
         if isinstance(event, Forked):
             self._threads[path] = _Written(self.row(path[:-1]) if path else self._prompt)
@@ -33,7 +35,7 @@ class SerialLayout:
         own += event.forced
 
     def row(self, path: Path) -> list[int]:
-        """All that thread `path` sees now, in linear order."""
+        """Everything that thread `path` sees now, in linear order."""
         return [*self._threads[path].context, *self._expanded(path)]
 
     def _expanded(self, path: Path) -> Iterator[int]:
@@ -47,7 +49,12 @@ class SerialLayout:
 
 @dataclass(slots=True)
 class _Written:
-    """A thread's own part of a row: its tokens, and its children where they stand."""
+    """What a thread wrote.
+
+    context: the row before it.
+    own: its tokens, and its children in their places.
+    joined: children that it has joined.
+    """
 
     context: list[int]
     own: list[int | Path] = field(default_factory=list)

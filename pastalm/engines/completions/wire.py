@@ -1,4 +1,4 @@
-"""What goes over the wire: prompts out and tokens in, as token ids or as text."""
+"""How prompts are sent and tokens received: as token ids or as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ Shares: TypeAlias = Literal["running", "finished"]
 
 @dataclass(frozen=True, slots=True)
 class CompletionToken:
-    """One token of a completion, with its log-probability and the likeliest alternatives if they were asked for."""
+    """One token of a completion.
+
+    token: its id.
+    logprob: its log-probability, if requested.
+    top: (id, log-probability) of the most likely alternatives, if requested.
+    """
 
     token: int
     logprob: float | None = None
@@ -52,7 +57,7 @@ Item: TypeAlias = "CompletionToken | CompletionEnd | Exception"
 
 
 class Wire(Protocol):
-    """How token ids become prompts, and the chunks of a reply tokens."""
+    """Converts token ids to prompts, and chunks of a reply to tokens."""
 
     name: str
     vocabulary: Vocabulary
@@ -61,7 +66,7 @@ class Wire(Protocol):
         """The request's `prompt`."""
 
     def options(self, request: Request, shares: Shares) -> dict[str, Any]:
-        """Fields of the request that only some servers know."""
+        """Fields of the request that only some servers support."""
 
     def tokens(self, choice: Any) -> list[CompletionToken]:
         """The tokens of a chunk. Raises ValueError for an invalid one."""
@@ -71,13 +76,13 @@ class Wire(Protocol):
 
 
 class Ids:
-    """Token ids both ways. Raises RequestError for a vocabulary without an end-of-text token."""
+    """Sends and receives token ids. Raises RequestError for a vocabulary without an end-of-text token."""
 
     name = "token ids"
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         if not vocabulary.eos:
-            raise RequestError("the tokenizer names no end of a text: it cannot be used with this server")
+            raise RequestError("the tokenizer has no end-of-text token: it cannot be used with this server")
         self.vocabulary = vocabulary
 
     def prompt(self, row: list[int]) -> list[int]:
@@ -96,10 +101,10 @@ class Ids:
     def tokens(self, choice: Any) -> list[CompletionToken]:
         ids = getattr(choice, "token_ids", None) or []
         if not ids and getattr(choice, "text", None):
-            raise ValueError("it says text without token ids")
+            raise ValueError("text without token ids")
         size = self.vocabulary.size
         if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < size for i in ids):
-            raise ValueError(f"its token ids are not the tokenizer's: {str(ids)[:60]}")
+            raise ValueError(f"token ids outside the tokenizer's vocabulary: {str(ids)[:60]}")
         scores = token_scores(choice)
         if len(scores) != len(ids):
             return [CompletionToken(i) for i in ids]
@@ -115,7 +120,7 @@ class Ids:
 
 
 class Texts:
-    """Text both ways; a token is a piece of text as the server sent it.
+    """Sends and receives text. A token is a piece of text as the server sent it.
 
     model: the vocabulary of a prepared model: a logit bias uses its ids, even if prompts are text.
     """
@@ -128,7 +133,7 @@ class Texts:
         self._server_ids: dict[int, Iterable[int]] = {}
         if model is not None and model.tags is not None and self.vocabulary.tags is not None:
             tags = zip(self.vocabulary.tags.ids, model.tags.ids, strict=True)
-            self._server_ids = {pieces.EOS: model.eos} | {here: (there,) for here, there in tags}
+            self._server_ids = {pieces.EOS: model.eos} | {piece_id: (model_id,) for piece_id, model_id in tags}
 
     def prompt(self, row: list[int]) -> str:
         return self.pieces.text(row)
@@ -144,7 +149,7 @@ class Texts:
     def tokens(self, choice: Any) -> list[CompletionToken]:
         text = getattr(choice, "text", None) or ""
         if not isinstance(text, str):
-            raise ValueError(f"its text is none: {str(text)[:60]}")
+            raise ValueError(f"a text that is not a string: {str(text)[:60]}")
         scores = token_scores(choice)
         if "".join(piece for piece, _, _ in scores) != text:
             scores = [(text, None, {})] if text else []
@@ -153,7 +158,7 @@ class Texts:
             ranked = [(self.pieces.read(t), lp) for t, lp in top.items()]
             alone = tuple((t[0], lp) for t, lp in ranked if len(t) == 1)
             for i, token in enumerate(self.pieces.read(piece)):
-                # the server's token may be several of ours (a tag and digits): the first stands for it
+                # one token of the server may be several of ours (a tag and digits): the first gets the log-probability
                 tokens.append(
                     CompletionToken(token)
                     if logprob is None
@@ -184,7 +189,14 @@ def token_scores(choice: Any) -> list[tuple[str, float | None, dict[str, float]]
 
 
 def ending(choice: Any, tokens: list[CompletionToken], wire: Wire) -> CompletionEnd | None:
-    """The end of the completion, if this chunk is the last. A stop that the server left out is added to `tokens`."""
+    """The end of the completion, if this chunk is the last; else None.
+
+    If the server left out the token that stopped it, that is appended to `tokens`.
+
+    choice: of the chunk.
+    tokens: of the chunk.
+    wire: how they were received.
+    """
     reason = getattr(choice, "finish_reason", None)
     if reason is None:
         return None
@@ -204,5 +216,5 @@ def ending(choice: Any, tokens: list[CompletionToken], wire: Wire) -> Completion
             tokens.append(CompletionToken(stopped))
         return CompletionEnd()
     if last in vocabulary.eos:
-        return CompletionEnd()  # its token says so itself
+        return CompletionEnd()  # the token is the end
     return CompletionEnd(eos=True)

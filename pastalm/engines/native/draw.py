@@ -1,4 +1,4 @@
-"""Gumbel draws over whole rows by the C library, as `src/draw.h` has it: exact, and without the GIL."""
+"""Gumbel-max sampling over whole rows in the C library (`src/draw.h`): exact, and without the GIL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pastalm.engines.sampling import LogitRow, Winners
 
 @functools.cache
 def load() -> Winners | None:
-    """`sampling.winners`, computed by the library; None where there is none."""
+    """`sampling.winners`, computed by the library; None if it is not available."""
     loaded = library.load()
     if loaded is None:
         return None
@@ -33,8 +33,8 @@ def load() -> Winners | None:
         arrays = (addresses, heat, seeds, tokens)
         failed = function(n, size, kind == np.float64, *(a.__array_interface__["data"][0] for a in arrays))
         if failed or any(row.shape != (size,) or row.dtype != kind for row in rows):
-            raise ValueError(f"rows of {size} {kind} each are wanted, and temperatures above 0")
-        found: list[int] = tokens.tolist()
-        return found
+            raise ValueError(f"rows must have {size} values of type {kind}, and temperatures must be above 0")
+        drawn: list[int] = tokens.tolist()
+        return drawn
 
     return winners

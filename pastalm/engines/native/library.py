@@ -1,11 +1,10 @@
-"""The C library of the native engine: found, loaded, and declared as `src/pastalm.h` has it.
+"""Loads the C library of the native engine and declares its interface (`src/pastalm.h`).
 
-Contract: `library()` is the library, loaded once a process; where there is none it raises CapabilityError with
-the line that `unavailable()` gives, which says why and what to do ("" where there is one). The structures have
-the fields of the header in its order. Pointers to arrays are plain addresses (`array.ctypes.data`): the
-caller keeps the arrays alive, contiguous and of the type that the header names. A call gives up the GIL.
+`library()` loads it once in a process. If that fails, it raises CapabilityError with the message of `unavailable()`.
+The structures have the fields of the header in the same order. Pointers to arrays are plain addresses
+(`array.ctypes.data`): the caller keeps the arrays alive, contiguous and of the header's type. Calls release the GIL.
 
-PASTALM_LIBRARY names another file to load, such as one with a sanitizer's checks.
+PASTALM_LIBRARY is the path of another library to load, such as one built with a sanitizer.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir pastalm"
 
 
 class Matrix(ctypes.Structure):
-    """A packed matrix; `data` is an address."""
+    """A packed matrix. `data` is an address."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -42,13 +41,13 @@ class Matrix(ctypes.Structure):
 
 
 class Vector(ctypes.Structure):
-    """float32 values; `count` 0: there are none."""
+    """float32 values. A `count` of 0 means that the model has no such vector."""
 
     _fields_ = [("data", c_void_p), ("count", c_int64)]
 
 
 class Layer(ctypes.Structure):
-    """The weights of a layer, and how it looks around."""
+    """The weights of a layer, its rotary table and its attention window."""
 
     _fields_ = [
         ("qkv", Matrix),
@@ -69,7 +68,7 @@ class Layer(ctypes.Structure):
 
 
 class Rope(ctypes.Structure):
-    """One way to rotate."""
+    """A rotary table."""
 
     _fields_ = [("inverse_frequencies", Vector), ("factor", c_float)]
 
@@ -100,7 +99,7 @@ class Config(ctypes.Structure):
 
 
 class Group(ctypes.Structure):
-    """Tokens of one request in a step; `visible` is an address."""
+    """Tokens of one request in a step. `visible` is an address."""
 
     _fields_ = [
         ("first", c_int32),
@@ -119,7 +118,7 @@ STRUCTURES = {
     "pastalm_config": Config,
     "pastalm_group": Group,
 }
-"""By their names in the header."""
+"""The structures by their names in the header."""
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pastalm_abi": (c_int32, []),
@@ -139,39 +138,39 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         + [c_int32, POINTER(Group), c_int32, c_void_p, c_void_p],
     ),
 }
-"""What each function of the header gives and takes."""
+"""Result and argument types of each function in the header."""
 
 
 def library() -> ctypes.CDLL:
-    """The library. Raises CapabilityError where there is none."""
+    """The library. Raises CapabilityError if it cannot be loaded."""
     loaded = load()
     if loaded is None:
-        raise CapabilityError(f"the native engine is not here: {unavailable()}")
+        raise CapabilityError(f"the native engine is not available: {unavailable()}")
     return loaded
 
 
 def load() -> ctypes.CDLL | None:
-    """The library, or None."""
+    """The library; None if it cannot be loaded."""
     return _loaded()[0]
 
 
 def unavailable() -> str:
-    """Why there is no library and what to do, in one line; "" where there is one."""
+    """Why the library cannot be loaded and what to do, in one line; "" if it is loaded."""
     return _loaded()[1]
 
 
 def error() -> str:
-    """What the last call of this thread that failed says of it."""
-    said: bytes = library().pastalm_error()
-    return said.decode(errors="replace")
+    """The error message of the last failed call in this thread."""
+    message: bytes = library().pastalm_error()
+    return message.decode(errors="replace")
 
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    named = os.environ.get("PASTALM_LIBRARY")
-    path = Path(named) if named else _FOLDER / "libpastalm.so"
+    own_path = os.environ.get("PASTALM_LIBRARY")
+    path = Path(own_path) if own_path else _FOLDER / "libpastalm.so"
     if not path.is_file():
-        return None, f"PASTALM_LIBRARY names {path}, which is no file" if named else _missing()
+        return None, f"PASTALM_LIBRARY is {path}, which is not a file" if own_path else _missing()
     try:
         loaded = ctypes.CDLL(str(path.resolve()))
         abi = loaded.pastalm_abi()
@@ -186,15 +185,15 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _missing() -> str:
-    """Why nothing was built: what the build left behind, or that it never ran."""
+    """Why there is no library: the message of a failed build, or that none was run."""
     reason = _FOLDER / "not_built.txt"
     if not reason.is_file():
         return f"{_FOLDER / 'libpastalm.so'} is missing: {_again()}"
-    said = " ".join(reason.read_text(encoding="utf-8").split())
-    compiler = "apt-get install g++, then " if said.startswith("no C++ compiler") else ""
-    return f"{said} when pastalm was installed: {compiler}{_again()}"
+    message = " ".join(reason.read_text(encoding="utf-8").split())
+    compiler = "apt-get install g++, then " if message.startswith("no C++ compiler") else ""
+    return f"{message} when pastalm was installed: {compiler}{_again()}"
 
 
 def _again() -> str:
-    """How to build: in a checkout, and where pip installed."""
+    """The command that builds it: in a checkout, or with pip."""
     return "make native" if (_FOLDER / "src").is_dir() else _REINSTALL

@@ -1,8 +1,8 @@
-"""A model as the native engine runs it: packed tensors handed to the library, which computes on them in place.
+"""A model for the native engine: packed tensors that the C library uses in place.
 
-Contract: `NativeModel` checks nothing that the library checks itself; what the library refuses is a ModelError with its
-line. It keeps the arrays alive and frees the library's part when it is closed or collected. A pool belongs to one
-model. One caller at a time.
+The library checks its input; what it rejects becomes a ModelError with its message. A model keeps its arrays alive. The
+library's memory is freed when a model or pool is closed or garbage-collected. A pool belongs to one model. Neither is
+thread-safe.
 """
 
 from __future__ import annotations
@@ -27,16 +27,21 @@ MOST_THREADS = 256
 
 def processors() -> int:
     """Threads of a step: OMP_NUM_THREADS, else the processors that this process may use."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if chosen.isdigit() and int(chosen):
-        return min(int(chosen), MOST_THREADS)
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdigit() and int(threads):
+        return min(int(threads), MOST_THREADS)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, MOST_THREADS)
 
 
 class NativeModel:
-    """architecture, tensors: from `packed_models`. threads: of a step (None: `processors()`). Raises ModelError for
-    tensors that do not fit the architecture, CapabilityError where the library is not there."""
+    """A packed model.
+
+    architecture, tensors: from `models.packed_models`.
+    threads: CPU threads of a step (None: `processors()`).
+
+    Raises ModelError if the tensors do not fit the architecture, CapabilityError if the library is not available.
+    """
 
     def __init__(self, architecture: Architecture, tensors: Tensors, *, threads: int | None = None) -> None:
         self.architecture = architecture
@@ -66,38 +71,45 @@ class NativeModel:
             logit_softcap=a.logit_softcap,
             embedding=self._matrix("embedding"),
             head=self._matrix("head" if "head" in tensors else "embedding"),
-            norm=self._named("norm"),
+            norm=self._vector("norm"),
         )
-        self._kept = frequencies
+        self._frequencies = frequencies  # the library reads them
         self.pointer: int | None = self._library.pastalm_model_new(byref(config), layers, ropes)
         if not self.pointer:
             raise ModelError(f"the native engine cannot run this model: {lib.error()}")
         self.close = weakref.finalize(self, self._library.pastalm_model_free, self.pointer)
-        """Frees the library's part; the model and its pools cannot be used any more."""
+        """Frees the library's memory. The model and its pools cannot be used any more."""
         self.close.atexit = False  # a step may still run
 
     def _layer(self, i: int) -> lib.Layer:
         a = self.architecture
         matrices = {name: self._matrix(f"{i}.{name}") for name in ("qkv", "attention_out", "gate_up", "down")}
-        vectors = {field[0]: self._named(f"{i}.{field[0]}") for field in lib.Layer._fields_ if field[1] is lib.Vector}
+        vectors = {field[0]: self._vector(f"{i}.{field[0]}") for field in lib.Layer._fields_ if field[1] is lib.Vector}
         return lib.Layer(**matrices, **vectors, rope=a.layer_ropes[i], window=a.windows[i])
 
-    def _named(self, name: str) -> lib.Vector:
+    def _vector(self, name: str) -> lib.Vector:
         return _vector(self.tensors.get(name))
 
     def _matrix(self, name: str) -> lib.Matrix:
-        held: Matrix = self.tensors[name]
+        matrix: Matrix = self.tensors[name]
         return lib.Matrix(
-            data=held.data.ctypes.data,
-            bytes=held.data.nbytes,
-            type=lib.WEIGHT_TYPES[held.type],
-            outputs=held.outputs,
-            inputs=held.inputs,
+            data=matrix.data.ctypes.data,
+            bytes=matrix.data.nbytes,
+            type=lib.WEIGHT_TYPES[matrix.type],
+            outputs=matrix.outputs,
+            inputs=matrix.inputs,
         )
 
 
 class Pool:
-    """Keys and values for `slots` tokens of a model, in bfloat16 or float32; memory is taken as it is first written."""
+    """Keys and values of a model's tokens. Memory is only used once it is written to.
+
+    model: the model.
+    slots: number of tokens.
+    type: BF16 or F32.
+
+    Raises ModelError if it cannot be allocated, EngineError if the model is closed.
+    """
 
     def __init__(self, model: NativeModel, slots: int, type: str = "BF16") -> None:
         if not model.close.alive:
@@ -114,12 +126,12 @@ class Pool:
         self._logits = np.empty((0, model.architecture.vocabulary), dtype=np.float32)
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """What `count` slots from `source` on hold, also from `target` on."""
+        """Copies `count` slots from `source` on to `target` on."""
         self._check_open()
         _check(self._library.pastalm_pool_copy(self.pointer, source, target, count))
 
     def clear(self, first: int, count: int) -> None:
-        """Gives back the memory of some slots."""
+        """Frees the memory of `count` slots from `first` on."""
         self._check_open()
         _check(self._library.pastalm_pool_clear(self.pointer, first, count))
 
@@ -131,10 +143,13 @@ class Pool:
         groups: Any,
         keep: NDArray[np.int32],
     ) -> NDArray[np.float32]:
-        """Logits [len(keep), vocabulary] of one forward pass, in memory that the next one writes anew.
+        """Runs one forward pass.
 
-        ids, positions, slots: [tokens]. groups: an array of `library.Group`, which the tokens belong to in order. keep:
-        the tokens whose logits are wanted, ascending. Raises EngineError.
+        ids, positions, slots: [tokens].
+        groups: an array of `library.Group`, to which the tokens belong in order.
+        keep: indices of the tokens whose logits are returned, ascending.
+
+        Returns logits [len(keep), vocabulary], which the next step overwrites. Raises EngineError.
         """
         self._check_open()
         if len(keep) > len(self._logits):

@@ -1,8 +1,8 @@
-"""Weights as the native engine reads them: packed matrices, and what else a model is made of.
+"""Weights of the native engine: packed matrices, and a model's architecture in numbers.
 
-`src/pastalm.h` documents the layouts. A packed matrix holds blocks of 16 outputs; `Q4_0` and `Q8_0` are quantised as
-GGML does it, bit by bit, or taken over from its blocks as they are. Big matrices are worked on in slices of rows.
-Arrays are [outputs, inputs]. Raises CapabilityError for shapes that no layout has. NumPy only.
+`src/pastalm.h` documents the layouts. A packed matrix consists of blocks of 16 outputs. `Q4_0` and `Q8_0` are quantised
+exactly as GGML does, or taken from GGML's blocks unchanged. Large matrices are packed in slices of rows. Arrays are
+[outputs, inputs]. Raises CapabilityError for shapes that have no layout. NumPy only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOCK = 16
 _GGML_BYTES = {"Q4_0": 18, "Q8_0": 34}
 _GROUP_BYTES = {"Q4_0": 256, "Q8_0": 512}
 _SLICE = 1 << 20
-"""Elements that a thread works on at once."""
+"""Elements in a slice, which one CPU thread packs."""
 _THREADS = 8
 
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -39,8 +39,11 @@ Floats: TypeAlias = NDArray[np.float32]
 
 
 class Rope(NamedTuple):
-    """Rotary positions: the angle of a pair of dimensions is position times inverse frequency; cosine and sine are
-    multiplied by factor."""
+    """Rotary positions.
+
+    inverse_frequencies: of each pair of dimensions; times the position, they give its angle.
+    factor: cosine and sine are multiplied by it.
+    """
 
     inverse_frequencies: tuple[float, ...]
     factor: float = 1.0
@@ -48,8 +51,12 @@ class Rope(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A decoder of the Llama kind, in numbers. layer_ropes: for each layer which of `ropes`, -1: none. windows: for
-    each layer how many positions it sees, 0: all. Softcaps of 0: none. Scales multiply."""
+    """A decoder like Llama, in numbers. Scales are factors.
+
+    layer_ropes: for each layer an index into `ropes`; -1: no rotation.
+    windows: for each layer how many positions it sees; 0: all.
+    attention_softcap, logit_softcap: 0: no cap.
+    """
 
     layers: int
     hidden: int
@@ -83,7 +90,13 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
-    """A packed matrix. data: flat, aligned to 64 bytes. outputs: without padding."""
+    """A packed matrix.
+
+    data: flat, aligned to 64 bytes.
+    type: of the weights.
+    outputs: without padding.
+    inputs: columns.
+    """
 
     data: Bytes
     type: WeightType
@@ -92,8 +105,8 @@ class Matrix:
 
 
 Tensors: TypeAlias = Mapping[str, "Matrix | Floats"]
-"""A model's tensors. Matrices: embedding, head (absent where it is the embedding) and for layer i "{i}.qkv",
-"{i}.attention_out", "{i}.gate_up", "{i}.down". Vectors: norm, "{i}.input_norm", "{i}.mlp_norm" and, where there are,
+"""A model's tensors. Matrices: embedding, head (unless it is the embedding) and for layer i "{i}.qkv",
+"{i}.attention_out", "{i}.gate_up", "{i}.down". Vectors: norm, "{i}.input_norm", "{i}.mlp_norm" and, if present,
 "{i}.qkv_bias", "{i}.attention_out_bias", "{i}.q_norm", "{i}.k_norm", "{i}.attention_post_norm", "{i}.mlp_post_norm"."""
 
 
@@ -101,19 +114,19 @@ Tensors: TypeAlias = Mapping[str, "Matrix | Floats"]
 
 
 def pack(array: NDArray[Any], type: WeightType) -> Matrix:
-    """An array of floats, packed; quantised by GGML's rule."""
+    """Packs an array of floats; quantises as GGML does."""
     outputs, inputs = array.shape
     return pack_rows(Rows(outputs, inputs, lambda first, last: array[first:last]), type)
 
 
 def from_blocks(type: WeightType, blocks: NDArray[Any], outputs: int, inputs: int) -> Matrix:
-    """GGML's own blocks of Q4_0 or Q8_0, row by row, packed as they are."""
+    """Packs GGML's blocks of Q4_0 or Q8_0, row by row, without changing their values."""
     raw = np.ascontiguousarray(blocks).view(np.uint8).reshape(outputs, -1)
     return pack_rows(Rows(outputs, inputs, lambda first, last: raw[first:last]), type, blocks=True)
 
 
 def unpack(matrix: Matrix) -> Floats:
-    """The weights that a packed matrix stands for, float32 [outputs, inputs]."""
+    """The values of a packed matrix, float32 [outputs, inputs]."""
     whole = np.empty((matrix.outputs, matrix.inputs), np.float32)
     for first, last in slices(matrix.outputs, matrix.inputs):
         whole[first:last] = _unpacked(_blocks(matrix, first, last), matrix)[: last - first]
@@ -121,7 +134,7 @@ def unpack(matrix: Matrix) -> Floats:
 
 
 def gate_up(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
-    """The rows of both, 32 of `gate` and the 32 of `up` that belong to them by turns; rows of floats or of blocks."""
+    """Interleaves rows: 32 of `gate`, then the corresponding 32 of `up`, and so on. Rows are floats or blocks."""
     rows, width = gate.shape
     if rows % GROUP or up.shape != gate.shape:
         raise CapabilityError(f"gate and up must have the same number of outputs, a multiple of {GROUP}, not {rows}")
@@ -135,7 +148,11 @@ def gate_up(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
 
 
 class Rows(NamedTuple):
-    """The rows of a matrix that are read when they are packed. read(first, last): floats, or GGML's blocks."""
+    """A matrix whose rows are read while it is packed.
+
+    outputs, inputs: its shape.
+    read: read(first, last) gives rows as floats or GGML's blocks.
+    """
 
     outputs: int
     inputs: int
@@ -143,7 +160,7 @@ class Rows(NamedTuple):
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of all parts, one part after the other."""
+    """The rows of all parts, concatenated."""
     starts = list(accumulate((part.outputs for part in parts), initial=0))
 
     def read(first: int, last: int) -> NDArray[Any]:
@@ -156,8 +173,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return Rows(starts[-1], parts[0].inputs, read)
 
 
-def by_turns(gate: Rows, up: Rows) -> Rows:
-    """`gate_up` of rows that are read later."""
+def interleaved(gate: Rows, up: Rows) -> Rows:
+    """`gate_up` for rows that are read later."""
 
     def read(first: int, last: int) -> NDArray[Any]:
         a, b = first // 2, last // 2
@@ -167,13 +184,13 @@ def by_turns(gate: Rows, up: Rows) -> Rows:
 
 
 def pack_rows(rows: Rows, type: WeightType, *, blocks: bool = False) -> Matrix:
-    """`pack`, or `from_blocks`, of rows that are read a slice at a time, by several threads."""
+    """`pack`, or `from_blocks`, for rows that are read a slice at a time, by several threads."""
     outputs, inputs, read = rows
     matrix = empty(type, outputs, inputs)
-    put = fill_blocks if blocks else fill
+    pack_into = fill_blocks if blocks else fill
 
     def pack_slice(bounds: tuple[int, int]) -> None:
-        put(matrix, bounds[0], read(*bounds))
+        pack_into(matrix, bounds[0], read(*bounds))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as threads:
         for _ in threads.map(pack_slice, slices(outputs, inputs)):
@@ -187,14 +204,19 @@ def empty(type: WeightType, outputs: int, inputs: int) -> Matrix:
 
 
 def fill(matrix: Matrix, first: int, array: NDArray[Any]) -> None:
-    """Packs rows from row `first` on, a multiple of 16; as many as a multiple of 16, or all that are left."""
+    """Packs rows from row `first` on.
+
+    matrix: to be filled.
+    first: a multiple of 16.
+    array: rows of floats; their number is a multiple of 16, unless they are the last ones.
+    """
     rows = np.asarray(array, np.float32)
     if matrix.type in _GGML_BYTES:
         groups = rows.reshape(len(rows), -1, GROUP)
         quantised = _quantised_q4(groups) if matrix.type == "Q4_0" else _quantised_q8(groups)
         _write_quantised(matrix, first, *quantised)
         return
-    padded = _padded(_KEPT[matrix.type](rows))
+    padded = _padded(_CONVERT[matrix.type](rows))
     together = 2 if matrix.type == "BF16" else 1
     laid = padded.reshape(-1, _BLOCK, matrix.inputs // together, together).transpose(0, 2, 1, 3)
     _blocks(matrix, first, first + len(rows))[:] = (
@@ -203,44 +225,45 @@ def fill(matrix: Matrix, first: int, array: NDArray[Any]) -> None:
 
 
 def fill_blocks(matrix: Matrix, first: int, blocks: Bytes) -> None:
-    """`fill` from GGML's own blocks of the same type, [rows, bytes of a row]."""
+    """`fill` with GGML's blocks of the same type, [rows, bytes of a row]."""
     if matrix.type not in _GGML_BYTES:
-        raise CapabilityError(f"{matrix.type} is no type of blocks")
+        raise CapabilityError(f"{matrix.type} weights are not stored as blocks")
     groups = np.ascontiguousarray(blocks).reshape(len(blocks), -1, _GGML_BYTES[matrix.type])
     scales = np.ascontiguousarray(groups[..., :2]).view(np.float16)[..., 0]
     _write_quantised(matrix, first, _without_sign(groups[..., 2:], matrix.type), scales)
 
 
 def _without_sign(values: Bytes, type: WeightType) -> Bytes:
-    """GGML's bytes of each group as one q a byte: its low halves are the first 16; its Q8_0 has a sign."""
+    """GGML's bytes of each group as one unsigned value a byte. In Q4_0 the low halves are the first 16 values; Q8_0 is
+    signed."""
     if type == "Q4_0":
         return np.concatenate([values & 15, values >> 4], axis=-1)
     return values ^ np.uint8(128)
 
 
 def slices(outputs: int, inputs: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are worked on at once; each begins at a multiple of 64."""
+    """Ranges of rows that are packed at once; each starts at a multiple of 64."""
     rows = max(64, _SLICE // inputs // 64 * 64)
     for first in range(0, outputs, rows):
         yield first, min(first + rows, outputs)
 
 
 def packed_bytes(type: WeightType, outputs: int, inputs: int) -> int:
-    """What a packed matrix takes. Raises CapabilityError for a shape that cannot be packed."""
+    """Bytes of a packed matrix. Raises CapabilityError for a shape that cannot be packed."""
     return -(-outputs // _BLOCK) * _block_bytes(type, inputs)
 
 
 def fingerprint() -> str:
-    """Of how matrices are laid out: what was packed under another one cannot be read."""
+    """A hash of the layouts. Files packed with another one cannot be read."""
     numbers = np.arange(17 * 96, dtype=np.float32).reshape(17, 96) - 800
     return hashlib.sha256(b"".join(pack(numbers, type).data.tobytes() for type in TYPES)).hexdigest()
 
 
 def aligned(size: int) -> Bytes:
     """Zeros at an address that is a multiple of 64."""
-    held = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -held.ctypes.data % ALIGNMENT
-    return held[start : start + size]
+    buffer = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size]
 
 
 # ------------------------------------------------------------------------------ layouts
@@ -268,8 +291,8 @@ def _padded(rows: NDArray[Any]) -> NDArray[Any]:
 
 
 def _pairs(target: Bytes, matrix: Matrix) -> tuple[Bytes, Bytes]:
-    """Of blocks [blocks, bytes], what is written there for every two groups, scales and then quantised
-    values, [blocks, pairs, 64 + 2 * a group's bytes], and of an odd last group, [blocks, 64 + its bytes]. Views."""
+    """Views into blocks [blocks, bytes]: for every two groups their scales and quantised values,
+    [blocks, pairs, 64 + 2 * a group's bytes], and the same for an odd last group, [blocks, 64 + its bytes]."""
     size = _GROUP_BYTES[matrix.type]
     count = matrix.inputs // GROUP // 2
     whole = count * (ALIGNMENT + 2 * size)
@@ -278,7 +301,7 @@ def _pairs(target: Bytes, matrix: Matrix) -> tuple[Bytes, Bytes]:
 
 
 def _write_quantised(matrix: Matrix, first: int, q: Bytes, scales: NDArray[np.float16]) -> None:
-    """q: [rows, groups, 32] as bytes without sign; scales: [rows, groups]."""
+    """Writes quantised values q, [rows, groups, 32] unsigned, and scales, [rows, groups]."""
     target = _blocks(matrix, first, first + len(q))
     groups, count = matrix.inputs // GROUP, len(target)
     q = _padded(q)
@@ -289,13 +312,13 @@ def _write_quantised(matrix: Matrix, first: int, q: Bytes, scales: NDArray[np.fl
         values = q.reshape(-1, _BLOCK, groups, 8, 4)
     laid = np.ascontiguousarray(values.transpose(0, 2, 3, 1, 4)).reshape(count, groups, -1)
     by_group = _padded(scales).reshape(-1, _BLOCK, groups).transpose(0, 2, 1)
-    held = np.ascontiguousarray(by_group, np.float16).view(np.uint8).reshape(count, groups, -1)
+    scale_bytes = np.ascontiguousarray(by_group, np.float16).view(np.uint8).reshape(count, groups, -1)
     pairs, rest = _pairs(target, matrix)
     even = groups // 2 * 2
-    pairs[..., :ALIGNMENT] = held[:, :even].reshape(count, even // 2, ALIGNMENT)
+    pairs[..., :ALIGNMENT] = scale_bytes[:, :even].reshape(count, even // 2, ALIGNMENT)
     pairs[..., ALIGNMENT:] = laid[:, :even].reshape(count, even // 2, 2 * laid.shape[2])
     if groups % 2:
-        rest[:, : 2 * _BLOCK], rest[:, ALIGNMENT:] = held[:, -1], laid[:, -1]
+        rest[:, : 2 * _BLOCK], rest[:, ALIGNMENT:] = scale_bytes[:, -1], laid[:, -1]
 
 
 def _unpacked(blocks: Bytes, matrix: Matrix) -> Floats:
@@ -306,8 +329,8 @@ def _unpacked(blocks: Bytes, matrix: Matrix) -> Floats:
         halves = np.ascontiguousarray(blocks).view(np.uint16).reshape(count, inputs // 2, _BLOCK, 2)
         rows = halves.transpose(0, 2, 1, 3).reshape(-1, inputs)
         return (rows.astype(np.uint32) << 16).view(np.float32)
-    kept = np.float32 if matrix.type == "F32" else np.float16
-    values = np.ascontiguousarray(blocks).view(kept).reshape(count, inputs, _BLOCK)
+    dtype = np.float32 if matrix.type == "F32" else np.float16
+    values = np.ascontiguousarray(blocks).view(dtype).reshape(count, inputs, _BLOCK)
     return values.transpose(0, 2, 1).reshape(-1, inputs).astype(np.float32)
 
 
@@ -316,16 +339,16 @@ def _unpacked_groups(blocks: Bytes, matrix: Matrix) -> Floats:
     vectors, zero = (4, 8) if matrix.type == "Q4_0" else (8, 128)
     pairs, rest = _pairs(blocks, matrix)
     even, size = groups // 2 * 2, _GROUP_BYTES[matrix.type]
-    held = pairs[..., :ALIGNMENT].reshape(count, even, 2 * _BLOCK)
+    scale_bytes = pairs[..., :ALIGNMENT].reshape(count, even, 2 * _BLOCK)
     laid = pairs[..., ALIGNMENT:].reshape(count, even, size)
     if groups % 2:
-        held = np.concatenate([held, rest[:, None, : 2 * _BLOCK]], axis=1)
+        scale_bytes = np.concatenate([scale_bytes, rest[:, None, : 2 * _BLOCK]], axis=1)
         laid = np.concatenate([laid, rest[:, None, ALIGNMENT:]], axis=1)
     values = laid.reshape(count, groups, vectors, _BLOCK, 4).transpose(0, 3, 1, 2, 4)
     if matrix.type == "Q4_0":
         values = np.stack([values & 15, values >> 4], axis=-2)
     q = values.reshape(count, _BLOCK, groups, GROUP).astype(np.float32) - np.float32(zero)
-    scales = np.ascontiguousarray(held).view(np.float16).transpose(0, 2, 1).astype(np.float32)
+    scales = np.ascontiguousarray(scale_bytes).view(np.float16).transpose(0, 2, 1).astype(np.float32)
     return (q * scales[..., None]).reshape(-1, matrix.inputs)
 
 
@@ -351,7 +374,7 @@ def _quantised_q8(groups: Floats) -> tuple[Bytes, NDArray[np.float16]]:
 
 
 def _inverse(scale: Floats) -> Floats:
-    """1 / scale; 0 where that is no number, for groups so small that their scale is 0 too."""
+    """1 / scale; 0 if that is not finite, for groups so small that their scale is 0."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = 1 / scale
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
@@ -363,13 +386,13 @@ def _to_float16(rows: Floats) -> NDArray[np.float16]:
 
 
 def _to_bfloat16(rows: Floats) -> NDArray[np.uint16]:
-    """Rounded to the nearest, halves to even; NaN stays NaN."""
+    """Rounds to nearest, ties to even. NaN stays NaN."""
     bits = np.ascontiguousarray(rows).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(rows), np.uint16(0x7FC0), rounded)
 
 
-_KEPT: dict[str, Callable[[Floats], NDArray[Any]]] = {
+_CONVERT: dict[str, Callable[[Floats], NDArray[Any]]] = {
     "BF16": _to_bfloat16,
     "F32": np.ascontiguousarray,
     "F16": _to_float16,

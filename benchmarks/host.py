@@ -33,7 +33,8 @@ from pastalm.core.language import MAX_LENGTH, Promise, Sync
 from pastalm.engines.base import Capabilities
 from pastalm.engines.batching import Batch, BatchingEngine, RequestState
 from pastalm.engines.scripted import byte_vocabulary
-from pastalm.server.protocol import Answer
+from pastalm.records.documents import encode
+from pastalm.server.answers import ServedAnswer
 
 VOCABULARY = replace(byte_vocabulary(), size=49152)
 TEXT = VOCABULARY.encode("some words, a sentence of them. ")
@@ -106,7 +107,7 @@ def _promised(threads: int, before: int) -> list[int]:
         return []
     marks: list[Promise | Sync] = [Promise(f"part{i}", MAX_LENGTH) for i in range(threads)]
     text = [TEXT[i % len(TEXT)] for i in range(before)]
-    return [*text, *(token for mark in [*marks, Sync()] for token in VOCABULARY.encode_document([mark]))]
+    return [*text, *(token for mark in [*marks, Sync()] for token in encode([mark], VOCABULARY))]
 
 
 class Load:
@@ -117,7 +118,7 @@ class Load:
         places = 2 * written + 16384
         self.engine = Free(threads + len(shares), places)  # main threads decode beside their children at first
         self.driver = Driver(self.engine, VOCABULARY, limits=Limits(max_promises=MOST, max_threads=MOST + 1))
-        self.answers: dict[str, Answer] | None = {} if extra in ("stream", "logprobs") else None
+        self.answers: dict[str, ServedAnswer] | None = {} if extra in ("stream", "logprobs") else None
         params = SamplingParams(
             max_tokens=places - 64,
             logprobs=2 if extra == "logprobs" else None,
@@ -134,7 +135,7 @@ class Load:
         running = self.driver.submit(range(40, 80), params, keep_events=self.answers is not None)
         self.engine.promises[running.request.id] = _promised(threads, before)
         if self.answers is not None:
-            self.answers[running.request.id] = Answer(params.stop_strings)
+            self.answers[running.request.id] = ServedAnswer(running.transcript, params.stop_strings)
             self.answers[running.request.id].take(running.take())
         return running
 

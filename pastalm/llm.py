@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pastalm import loading
+from pastalm import engine_choice
 from pastalm.core.driver import Driver, Response
 from pastalm.core.events import Event, FinishReason
 from pastalm.core.interpreter import Limits
@@ -18,6 +18,7 @@ from pastalm.core.vocabulary import Vocabulary
 from pastalm.engines.base import Engine
 from pastalm.errors import ModelError, RequestError, check_text
 from pastalm.models.downloads import EMBEDDED
+from pastalm.records.transcripts import linear_tokens
 
 if TYPE_CHECKING:
     from pastalm.models.chat_template import Rendering
@@ -93,7 +94,7 @@ class LLM:
         compiled: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        options = loading.Options(
+        options = engine_choice.Options(
             engine=engine,
             adapter=adapter,
             dtype=dtype,
@@ -103,7 +104,7 @@ class LLM:
             compiled=compiled,
             trust_remote_code=trust_remote_code,
         )
-        loaded, built_engine = loading.load(model, options)
+        loaded, built_engine = engine_choice.load(model, options)
         self._begin(built_engine, loaded, positions, limits)
 
     @classmethod
@@ -369,11 +370,11 @@ def _output(index: int, response: Response) -> CompletionOutput:
     transcript = response.transcript
     scores = None
     if response.request.params.logprobs is not None:
-        scores = [{**dict(d.top_logprobs), d.token: d.logprob or 0.0} for d in transcript.logprobs()]
+        scores = [{**dict(d.top_logprobs), d.token: d.logprob or 0.0} for _, d in transcript.scored()]
     return CompletionOutput(
         index=index,
         text=transcript.text,
-        token_ids=tuple(token for _, token in transcript.linear_tokens()),
+        token_ids=tuple(one.token for one in linear_tokens(transcript)),
         logprobs=scores,
         finish_reason=transcript.finish_reason,
         transcript=transcript,

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pastalm.core.language import Async, Document, Text, strip
+from pastalm.core.language import Text
 from pastalm.models import downloads
+from pastalm.records.documents import Async, Document, strip
 from pastalm.train.annotate import read_rows
 from pastalm.train.structure import annotate
 

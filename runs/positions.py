@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from pastalm.core.language import Document, Text, strip
+from pastalm.core.language import Text
 from pastalm.eval.intervals import mean
 from pastalm.models import dtypes, loading
 from pastalm.models.chat_template import encode_chat
 from pastalm.models.loading import Loaded
+from pastalm.records.documents import Document, strip
 from pastalm.train.dataset import Source, collate, read_annotated
 from pastalm.train.loss import decisions
 from pastalm.train.packing import IGNORED, Packed, pack, pack_serial

@@ -29,14 +29,16 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pastalm import LLM, SamplingParams, models
-from pastalm.core.language import Text, strip
+from pastalm import LLM, SamplingParams
+from pastalm.core.language import Text
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.eval.intervals import mean
+from pastalm.models import dtypes, loading
 from pastalm.models.chat_template import encode_chat
 from pastalm.models.loading import Loaded
 from pastalm.records import answers, prompts
 from pastalm.records.answers import Answer
+from pastalm.records.documents import strip
 from pastalm.train.dataset import collate, pack_sampled, read_annotated
 from pastalm.train.loss import token_log_probs
 from pastalm.train.packing import Packed, pack
@@ -86,7 +88,7 @@ def make(
     """Writes smaller adapters with the cards of the originals. Of several, what matters is measured on the
     first: adapters of one base model see nearly the same inputs."""
     folders = [tuple(map(Path, pair.split(":", 1))) for pair in pairs]
-    moments = measured(models.load(adapter=str(folders[0][0]), dtype="float32"), tokens)
+    moments = measured(loading.load(adapter=str(folders[0][0]), dtype="float32"), tokens)
     for source, out in folders:
         write(source, out, moments, int(megabytes * 1e6))
 
@@ -303,7 +305,7 @@ def _answered(adapter: str, asked: list[prompts.Prompt], max_tokens: int, dtype:
 
 def _losses(adapter: str, rows: list[Row]) -> float:
     """Nats a token of answers, teacher-forced."""
-    loaded = models.load(adapter=adapter, dtype=models.throughput_dtype("cpu"))
+    loaded = loading.load(adapter=adapter, dtype=dtypes.throughput_dtype("cpu"))
     total, tokens, eos = 0.0, 0, min(loaded.vocabulary.eos)
     for answer in (row.answer for row in rows):
         ids = encode_chat(loaded.tokenizer, loaded.vocabulary, [{"role": "user", "content": answer.prompt}])

@@ -21,9 +21,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pastalm.core.interpreter import Limits
-from pastalm.core.language import AsyncClose, Text, linearize, parse, strip
+from pastalm.core.language import AsyncClose, Text
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
+from pastalm.records.documents import linearize, nest, parse, strip
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
 VOCABULARIES = {"prepared": PREPARED, "xml, bytes": XML_BYTES, "xml, pieces": XML_PIECES}
@@ -107,7 +108,7 @@ def check(player: Player, *, cut_short: bool) -> None:
     if limit is not None:
         assert all(max(player.positions(p), default=0) < limit for p in ("promised", "overlap"))
     transcript = Transcript(player.events)
-    document = transcript.document
+    document = nest(transcript.marks())
     assert transcript.finished and transcript.tokens == player.tokens
     assert strip(document) == transcript.text == transcript.settled
     assert parse(transcript.annotated) == document

@@ -20,6 +20,7 @@ from pastalm.core.events import (
 from pastalm.core.interpreter import Interpreter, Limits
 from pastalm.core.language import topic_key
 from pastalm.core.layout import Layout, Policy
+from pastalm.core.params import SamplingParams
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.scripted import byte_vocabulary
 
@@ -61,14 +62,8 @@ class Player:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        self.interpreter = Interpreter(
-            self.vocabulary,
-            max_tokens=self.max_tokens,
-            prompt_length=self.prompt_length,
-            limits=self.limits,
-            parallelism=self.parallelism,
-            ignore_eos=self.ignore_eos,
-        )
+        params = SamplingParams(max_tokens=self.max_tokens, parallelism=self.parallelism, ignore_eos=self.ignore_eos)
+        self.interpreter = Interpreter(self.vocabulary, params, self.prompt_length, self.limits)
         self.events: list[Event] = []
         self.state: dict[Path, str] = {}
         self.allowed: dict[Path, TokenSet | None] = {}

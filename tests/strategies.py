@@ -4,20 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from pastalm.core.language import (
-    LENGTHS,
-    Async,
-    AsyncClose,
-    Document,
-    Mark,
-    Node,
-    Promise,
-    Sync,
-    Text,
-    linearize,
-    nest,
-    normalize,
-)
+from pastalm.core.language import LENGTHS, AsyncClose, Mark, Promise, Sync, Text
+from pastalm.records.documents import Async, Document, Node, linearize, nest, normalize
 
 LOOK_ALIKES = (
     "<", "</", "\\", "<\\", "<\\\\", "promise", "async", "/async", "sync", "sync/>", "<sync/>", "<async>",

@@ -21,11 +21,11 @@ from typer.testing import CliRunner, Result
 
 from pastalm.cli import app
 from pastalm.core.events import Decoded, Finished, Forked
-from pastalm.core.language import parse, strip
 from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.transformers import engine as transformers
 from pastalm.models import adapters, checkpoints
+from pastalm.records.documents import parse, strip
 from pastalm.records.traces import from_json, to_json
 from tests.served import replaying
 

@@ -51,7 +51,7 @@ def test_the_languages_examples_run() -> None:
     assert blocks
     for block in blocks:
         exec(block, {})
-    from pastalm.core.language import parse, render
+    from pastalm.records.documents import parse, render
 
     shown = "".join(line.removeprefix("    ") for line in re.findall(r"^    .*\n", text, re.MULTILINE)[:4])
     assert render(parse(shown)) == shown and len(parse(shown)) == 7

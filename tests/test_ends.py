@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pastalm.core.driver import Driver, Response
 from pastalm.core.params import SamplingParams
 from pastalm.engines.scripted import EOS, Script, ScriptedEngine, byte_vocabulary
+from pastalm.records.transcripts import linear_tokens
 
 CHUNKS = (
     'Two.\n<promise topic="a" tokens="20"/><async>one x two\n</async>'
@@ -75,7 +76,7 @@ def test_a_stop_string_in_the_first_tokens_may_end_in_later_ones() -> None:
 def test_ignore_eos_goes_on_to_max_tokens() -> None:
     running = played("ok", ignore_eos=True, max_tokens=20)
     assert running.transcript.tokens == 20 and running.transcript.finish_reason == "length"
-    assert EOS not in dict(running.transcript.linear_tokens()).values()
+    assert EOS not in [one.token for one in linear_tokens(running.transcript)]
 
 
 def test_a_stop_token_ends_it_also_where_eos_is_ignored() -> None:

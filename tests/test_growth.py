@@ -10,9 +10,10 @@ import pytest
 
 from pastalm import SamplingParams
 from pastalm.core.driver import Driver
-from pastalm.core.language import Async, Promise, Sync, Text, render
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
-from pastalm.server.protocol import Answer
+from pastalm.records.documents import Async, render
+from pastalm.server.answers import ServedAnswer
 
 WORDS = "some words, a sentence of them. "
 PARTS = [
@@ -58,7 +59,7 @@ def test_a_token_takes_the_same_work_at_any_length(extras: dict[str, Any], allow
     driver = Driver(ScriptedEngine(vocabulary, [render(PARTS)], max_num_seqs=4, max_model_len=9000), vocabulary)
     params = SamplingParams(temperature=0, max_tokens=8000, **extras)
     response = driver.submit(vocabulary.encode("question"), params)
-    answer = Answer(params.stop_strings)
+    answer = ServedAnswer(response.transcript, params.stop_strings)
     work: list[int] = []
     while not response.finished:
         with Lines() as lines:

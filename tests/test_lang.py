@@ -8,25 +8,21 @@ from hypothesis import strategies as st
 
 from pastalm.core.language import (
     LENGTHS,
+    MAX_TOPIC_WORDS,
     TAG_LIMIT,
-    Async,
     AsyncClose,
     AsyncOpen,
-    Document,
     Mark,
     Promise,
     Scanner,
     Sync,
     Text,
-    linearize,
-    nest,
-    normalize,
-    parse,
-    render,
+    clip_topic,
     round_length,
-    strip,
+    topic_key,
 )
 from pastalm.errors import LanguageError
+from pastalm.records.documents import Async, Document, linearize, nest, normalize, parse, render, strip
 from tests.strategies import LOOK_ALIKES, documents, texts, topics
 
 nearly_tags = st.lists(st.sampled_from(LOOK_ALIKES), max_size=12).map("".join)
@@ -134,10 +130,30 @@ def test_errors_say_where(source: str, position: int) -> None:
     assert f"(at character {position})" in str(caught.value)
 
 
-@pytest.mark.parametrize(("topic", "tokens"), [("", 10), ("a  b", 10), ("a b c d", 10), ("a", 0), ("a", 510)])
+@pytest.mark.parametrize(
+    ("topic", "tokens"),
+    [
+        ("", 10),
+        ("a  b", 10),
+        ("a b c d", 10),
+        ("1. a b c d", 10),
+        ("1.a b c d", 10),
+        ("1.  a", 10),
+        ("a", 0),
+        ("a", 510),
+    ],
+)
 def test_a_promise_outside_its_bounds_is_refused(topic: str, tokens: int) -> None:
     with pytest.raises(LanguageError):
         Promise(topic, tokens)
+
+
+@given(st.sampled_from(["", "2. ", "12) ", "123. "]), st.lists(st.from_regex("[a-z]{1,9}", fullmatch=True), min_size=1))
+def test_a_number_before_a_topic_is_not_one_of_its_words(number: str, words: list[str]) -> None:
+    kept = number + " ".join(words[:MAX_TOPIC_WORDS])
+    assert Promise.clip(number + " ".join(words), 10) == Promise(kept, 10)
+    assert clip_topic(kept) == kept
+    assert topic_key(kept) == " ".join(words[:MAX_TOPIC_WORDS])
 
 
 def test_the_paper_example() -> None:

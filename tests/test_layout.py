@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pastalm.core.events import Blocked, Decoded, Finished, Forked, Path
-from pastalm.core.language import LENGTHS, Async, Document, Promise, Sync, Text, normalize
+from pastalm.core.language import LENGTHS, Promise, Sync, Text
 from pastalm.core.layout import Layout, Policy
 from pastalm.errors import CapabilityError
 from pastalm.eval.replay import decoded_rows
+from pastalm.records.documents import Async, Document, encode, normalize
 from pastalm.train.packing import IGNORED, Packed, pack, pack_serial, unroll
 from tests.laws.oracle import Fed, Fork, Linear, Record
 from tests.laws.tiny import EOS, TAGS, tiny_vocabulary
@@ -235,7 +236,7 @@ def _serial_rows(line: Linear) -> list[tuple[list[int], list[int]]]:
 
 def test_positions_by_example() -> None:
     document = (Promise("a", 20), Async((Text("xy"),)), Text("z"), Sync())
-    head = len(PROMPT) + len(VOCABULARY.encode_document([Promise("a", 20)]))
+    head = len(PROMPT) + len(encode([Promise("a", 20)], VOCABULARY))
     promised = {p: i for i, p in zip(*_by_place(document, "promised"), strict=True)}
     assert promised[((), 0)] == len(PROMPT)
     assert promised[((0,), 0)] == head

@@ -22,11 +22,11 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from pastalm.core.language import parse
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError
 from pastalm.models import chat_template, lossless
 from pastalm.models.chat_tokenizer import ChatTokenizer, described
+from pastalm.records.documents import encode, parse
 from pastalm.train.packing import unroll
 from tests.test_models import byte_level
 
@@ -154,7 +154,7 @@ def test_rows_and_chunks_hold_no_space_that_nobody_wrote(kind: str) -> None:
         '<promise topic="other" tokens="20"/><async>- a\n</async><sync/>End'
     )
     assert known.tags is not None
-    ids = known.encode_document(document)
+    ids = encode(document, known)
     assert known.text(ids) == "Two.\nthe one101. Eat\nother20- a\nEnd"
     assert known.text(e.token for e in unroll(document, known) if hasattr(e, "token") and not e.tag) == (
         "Two.\n1. Eat\n- a\nEnd"

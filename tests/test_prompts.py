@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.core.language import Text, render
+from pastalm.core.language import Text
 from pastalm.errors import DataError
+from pastalm.records.documents import render
 from pastalm.records.prompts import Prompt, read, read_references
 from pastalm.train.annotate import read_rows
 

@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("openai")
 
-from pastalm.core.language import parse, strip
 from pastalm.errors import RemoteError
 from pastalm.models import loading
 from pastalm.records.chat_client import ChatClient, Completion, Usage
+from pastalm.records.documents import parse, strip
 from pastalm.train.annotate import PlainAnswer, annotate_file
 from pastalm.train.annotate_remote import LanguageModel
 from tests.served import Reply, completion, free_port, llama_cpp_server, replaying

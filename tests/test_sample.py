@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pastalm import LLM, SamplingParams, models
-from pastalm.core.language import parse
+from pastalm import LLM, SamplingParams
+from pastalm.answering import SampleCounts, sample
 from pastalm.errors import DataError
+from pastalm.models import checkpoints, preparing
 from pastalm.records import answers as kept_answers
 from pastalm.records import jsonl
+from pastalm.records.documents import parse
 from pastalm.records.prompts import Prompt
-from pastalm.sampling import Sampled, sample
 from tests.test_models import BYTE_LEVEL, small_model
 
 PARAMS = SamplingParams(n=2, temperature=1, max_tokens=24, seed=3)
@@ -23,7 +24,7 @@ PARAMS = SamplingParams(n=2, temperature=1, max_tokens=24, seed=3)
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = tmp_path_factory.mktemp("model")
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder)
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder)
     return LLM(str(folder), dtype="float64", max_num_seqs=3, max_model_len=256)
 
 
@@ -32,8 +33,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A model that has the tags, and says them now and then."""
     folder = tmp_path_factory.mktemp("prepared")
     tokenizer, model = copy.deepcopy(BYTE_LEVEL), small_model(len(BYTE_LEVEL))
-    models.prepare(model, tokenizer)
-    models.save(model, tokenizer, folder)
+    preparing.prepare(model, tokenizer)
+    checkpoints.save(model, tokenizer, folder)
     return LLM(str(folder), dtype="float64", max_num_seqs=3, max_model_len=512)
 
 
@@ -56,7 +57,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(llm: LLM, tmp_pat
     assert counts.tokens == sum(row["tokens"] for _, row in jsonl.read(whole))
     assert sum(counts.ended.values()) == 10
 
-    def stop(counts: Sampled) -> None:
+    def stop(counts: SampleCounts) -> None:
         if counts.written == 4:
             raise KeyboardInterrupt
 
@@ -70,6 +71,22 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(llm: LLM, tmp_pat
     assert answers(broken) == answers(whole)
     assert broken.read_bytes() == whole.read_bytes()
     assert len(set(answers(whole).values())) > 5  # choices and prompts differ
+
+
+OTHER_VALUES = {
+    "stop": "x", "logit_bias": {3: 1.0}, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [5], "temperature": 0.5,
+    "top_p": 0.5, "top_k": 3, "min_p": 0.5, "repetition_penalty": 2.0, "max_tokens": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_a_file_of_answers_continues_only_with_the_same_parameters(llm: LLM, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out.jsonl"
+    changed = replace(PARAMS, n=1, **{name: OTHER_VALUES[name]})
+    sample(llm, PROMPTS[:1], out, changed)
+    assert sample(llm, PROMPTS[:1], out, changed).skipped == 1
+    with pytest.raises(DataError, match=f"other settings.*{name}"):
+        sample(llm, PROMPTS[:1], out, replace(PARAMS, n=1))
 
 
 def test_files_that_cannot_be_used_are_one_clear_line(llm: LLM, tmp_path: Path) -> None:

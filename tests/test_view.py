@@ -13,10 +13,11 @@ from rich.console import Console, RenderableType
 from pastalm.cli.view import Live, Plain, View, figures
 from pastalm.core.driver import Driver
 from pastalm.core.events import Decoded, Event, Forked
-from pastalm.core.language import Async, Document, Node, Promise, Sync, Text, normalize
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
+from pastalm.records.documents import Async, Document, Node, normalize
 
 WIDTH = 90
 PIECES = (

@@ -5,18 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.core.language import (
-    LENGTHS,
-    AsyncClose,
-    AsyncOpen,
-    Document,
-    Promise,
-    Sync,
-    linearize,
-    strip,
-)
+from pastalm.core.language import LENGTHS, AsyncClose, AsyncOpen, Promise, Sync
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.engines.scripted import byte_vocabulary
+from pastalm.records.documents import Document, encode, linearize, strip
 from tests.strategies import documents, texts
 
 PREPARED = byte_vocabulary()
@@ -46,7 +38,7 @@ def test_no_text_encodes_to_a_tag(text: str) -> None:
 
 @given(documents())
 def test_a_document_has_as_many_tags_as_marks(document: Document) -> None:
-    ids = PREPARED.encode_document(document)
+    ids = encode(document, PREPARED)
     marks = linearize(document)
     for tag, kind in (
         (TAGS.promise, Promise),
@@ -62,7 +54,7 @@ def test_a_document_has_as_many_tags_as_marks(document: Document) -> None:
 @given(documents())
 def test_the_tokens_outside_promises_are_the_reader_text(document: Document) -> None:
     ids, inside = [], False
-    for token in PREPARED.encode_document(document):
+    for token in encode(document, PREPARED):
         inside = (inside or token == TAGS.promise) and token != TAGS.promise_end
         ids += [] if inside else [token]
     assert PREPARED.text(ids) == strip(document)

@@ -255,10 +255,11 @@ def _conclude(
     Raises typer.Exit.
     """
     from pastalm.cli.view import figures
+    from pastalm.records.transcripts import summary
 
     sys.stdout.flush()
     if as_json:
-        print_json(transcript.to_dict())
+        print_json(summary(transcript))
     elif not live:
         print(figures(transcript), file=sys.stderr)
     if interrupted:

@@ -13,7 +13,7 @@ from pastalm.cli.terminal import print_json
 from pastalm.errors import RequestError
 
 if TYPE_CHECKING:
-    from pastalm.core.language import Node
+    from pastalm.records.documents import Node
 
 
 @verb(app)
@@ -23,19 +23,20 @@ def parse(
     render: Annotated[bool, typer.Option("--render", help="Print the text form, normalized.")] = False,
 ) -> None:
     """Parse PASTA-LANG: prints its values as JSON."""
-    from pastalm.core import language
+    from pastalm.records import documents
 
     if strip and render:
         raise RequestError("give --strip or --render, not both")
-    document = language.parse(read_text(file))
+    document = documents.parse(read_text(file))
     if strip or render:
-        sys.stdout.write(language.strip(document) if strip else language.render(document))
+        sys.stdout.write(documents.strip(document) if strip else documents.render(document))
     else:
         print_json([_as_json(node) for node in document])
 
 
 def _as_json(node: Node) -> dict[str, Any]:
-    from pastalm.core.language import Async, Promise, Text
+    from pastalm.core.language import Promise, Text
+    from pastalm.records.documents import Async
 
     if isinstance(node, Text):
         return {"type": "text", "text": node.text}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 from types import TracebackType
 from typing import Protocol, TextIO
 
@@ -20,9 +21,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live as RichLive
 from rich.text import Text
 
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Joined, Path
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
 from pastalm.core.language import CHUNK_TAGS
-from pastalm.core.transcript import ThreadRecord, Transcript, thread_name
+from pastalm.core.transcript import ThreadRecord, Transcript
+from pastalm.records.transcripts import thread_name
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green")
 FRAMES_PER_SECOND = 6.0
@@ -87,9 +89,9 @@ class View:
     def answer(self) -> Text:
         """The answer in document order, coloured by thread; an unfinished chunk shows where it grows."""
         answer = Text()
-        segments = self.transcript.segments()
-        last = {path: i for i, (path, _) in enumerate(segments)}
-        for i, (path, text) in enumerate(segments):
+        shown = segments(self.transcript)
+        last = {path: i for i, (path, _) in enumerate(shown)}
+        for i, (path, text) in enumerate(shown):
             answer.append(text.translate(_CONTROL), self._colour(path))
             thread = self.transcript.threads[path]
             if path and thread.state != "done" and last[path] == i:
@@ -179,6 +181,26 @@ class View:
             return {"stop": "done", "length": "cut", "abort": "stopped"}[thread.reason or "stop"]
         queued = thread.state == "waiting" and self._courses[thread.path].queued
         return "queued" if queued else thread.state
+
+
+def segments(transcript: Transcript) -> list[tuple[Path, str]]:
+    """The reader's text in document order, by thread, adjacent pieces of one thread merged. An unfinished or empty
+    chunk has a place too."""
+    runs = groupby(_pieces(transcript, ()) if transcript.threads else (), key=itemgetter(0))
+    return [(path, "".join(text for _, text in run)) for path, run in runs]
+
+
+def _pieces(transcript: Transcript, path: Path) -> Iterator[tuple[Path, str]]:
+    empty = bool(path)
+    for event in transcript.threads[path].events:
+        if isinstance(event, Forked) and event.path != path:
+            empty = False
+            yield from _pieces(transcript, event.path)
+        elif isinstance(event, Decoded | Finished) and event.text:
+            empty = False
+            yield path, event.text
+    if empty:
+        yield path, ""
 
 
 def _due(thread: ThreadRecord) -> int:

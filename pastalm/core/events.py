@@ -43,7 +43,9 @@ class TokenSet:
 class SampledToken:
     """A thread's next token as the engine sampled it. logprob: raw log-softmax (before bias, penalty,
     temperature and masks), None unless the request wants it. lost: why the engine gives the thread up, one line for
-    people (for example, its server failed for good); `token` means nothing then."""
+    people (for example, its server failed for good); `token` means nothing then. drafter: who had guessed the token
+    before it, so that it needed no forward pass of its own ("": it did). drafted: drafters of the guesses that were
+    fed along with its own pass."""
 
     request_id: str
     path: Path
@@ -51,6 +53,8 @@ class SampledToken:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     lost: str = ""
+    drafter: str = ""
+    drafted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,7 @@ class Decoded(_Event):
     text: reader's text that it adds to the thread (may be empty: part of a character or of a tag).
     tag: whether it belongs to a tag. replaced: the grammar put it in the place of the one sampled (a
     topic's fourth word became the topic's end; masks cannot say that). logprob, top_logprobs: raw
-    log-softmax, natural logarithm.
+    log-softmax, natural logarithm. drafter, drafted: as `SampledToken`'s.
     """
 
     token: int
@@ -91,6 +95,8 @@ class Decoded(_Event):
     replaced: bool = False
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    drafter: str = ""
+    drafted: tuple[str, ...] = ()
     kind: Literal["decoded"] = "decoded"
 
 

@@ -18,8 +18,10 @@ from __future__ import annotations
 import codecs
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import count
 from typing import Literal, TypeAlias
 
 from pastalm.core.events import (
@@ -37,17 +39,17 @@ from pastalm.core.events import (
 from pastalm.core.language import (
     CHUNK_TAGS,
     LENGTH_STEP,
-    MAX_TOPIC_WORDS,
     AsyncClose,
-    Mark,
     Promise,
     Scanner,
     Sync,
     Text,
+    clip_topic,
     render_mark,
     topic_key,
 )
-from pastalm.core.vocabulary import Tags, Vocabulary
+from pastalm.core.params import SamplingParams
+from pastalm.core.vocabulary import NO_TAGS, Vocabulary
 from pastalm.errors import RequestError
 
 State: TypeAlias = Literal["live", "queued", "blocked", "finished"]
@@ -90,8 +92,8 @@ class Thread:
     """A thread as the interpreter knows it.
 
     budget: tokens it may still decode, without those granted to its children.
-    reach: upper bound on its next position id.
-    room: the least budget and the greatest reach at which it can make a promise as long as its last one.
+    positions: position ids that are certain to be left for it, and for what its children write below it.
+    room: the least budget and positions with which it can make a promise as long as its last one.
     mode: the part of a tag that it writes, `text` outside of tags.
     tag: tokens of that part so far. topic: of the promise that it writes.
     key: key of its own topic. group: its children since the last sync, with the keys of their topics.
@@ -104,14 +106,14 @@ class Thread:
 
     path: Path
     budget: int
-    reach: int
-    room: tuple[int, float]
+    positions: float
+    room: tuple[float, float]
+    origin: int
     state: State = "live"
     mode: Literal["text", "topic", "number"] = "text"
     tag: list[int] = field(default_factory=list)
     topic: str = ""
     key: str = ""
-    origin: int = 0
     lent: int = 0
     forks: int = 0
     group: dict[Path, str] = field(default_factory=dict)
@@ -129,65 +131,81 @@ class Thread:
         promise. It does not depend on the progress of threads that decode beside it."""
         return self.origin - self.budget - self.lent
 
+    def spend(self, tokens: int = 1) -> None:
+        """Counts tokens that it decodes."""
+        self.budget -= tokens
+        self.positions -= tokens
 
-def _distinct(thread: Thread, topic: str) -> bool:
-    """Whether a topic may end here: it is not empty, not the thread's own, and no sibling in the group has it."""
-    key = topic_key(topic)
-    return bool(key) and key != thread.key and key not in thread.group.values()
+    def has(self, room: tuple[float, float]) -> bool:
+        """Whether so large a budget and so many positions are left."""
+        return self.budget >= room[0] and self.positions >= room[1]
+
+    def is_new(self, topic: str) -> bool:
+        """Whether a topic may end here: it is not empty, not the thread's own, and no sibling in the group has it."""
+        key = topic_key(topic)
+        return bool(key) and key != self.key and key not in self.group.values()
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a sampled token means for its thread.
+
+    token: the one that is fed, where the grammar puts another in its place. forced: those that follow it.
+    text: the reader's text that it adds. tag: whether it belongs to a tag.
+    promise: the one that it completes. sync, ended: whether the thread waits for its children, or ends.
+    """
+
+    token: int
+    text: str = ""
+    tag: bool = False
+    forced: tuple[int, ...] = ()
+    promise: Promise | None = None
+    sync: bool = False
+    ended: bool = False
 
 
 class Interpreter:
     """The threads of one response.
 
-    max_tokens: budget of the whole response, tags too.
+    params: its max_tokens, min_tokens, ignore_eos, stop_token_ids and parallelism count here.
     prompt_length: tokens of the prompt; positions begin after it.
-    parallelism: 0 forbids forks.
-    ignore_eos, min_tokens, stop_token_ids: as in SamplingParams.
+    limits: bounds on forking.
 
     threads: all threads so far, by path. stopped: the threads that a stop token has ended.
     """
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        *,
-        max_tokens: int,
-        prompt_length: int = 0,
-        limits: Limits | None = None,
-        parallelism: float = 1.0,
-        ignore_eos: bool = False,
-        min_tokens: int = 0,
-        stop_token_ids: Iterable[int] = (),
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, params: SamplingParams, prompt_length: int, limits: Limits) -> None:
         self._vocabulary = vocabulary
-        self._limits = limits or Limits()
-        self._forking = parallelism > 0
-        self._ignore_eos = ignore_eos
-        self._min_tokens = min_tokens
-        self._stops = frozenset(stop_token_ids)
-        self.stopped: list[Path] = []
-        self._queue: deque[Thread] = deque()
-        tags = vocabulary.tags
-        self._open = (tags.async_open,) if tags else tuple(vocabulary.encode("<async>"))
-        self._close = (tags.async_close,) if tags else tuple(vocabulary.encode("</async>"))
+        self._limits = limits
+        self._forking = params.parallelism > 0
+        self._min_tokens = params.min_tokens
+        self._prepared = vocabulary.tags is not None
+        self._tags = tags = vocabulary.tags or NO_TAGS
+        self._open = (tags.async_open,) if self._prepared else tuple(vocabulary.encode("<async>"))
+        self._close = (tags.async_close,) if self._prepared else tuple(vocabulary.encode("</async>"))
         self._newline = tuple(vocabulary.encode("\n"))
         self._chunk_end = len(self._newline) + len(self._close)
-        self._digits = max(map(len, vocabulary.numbers)) if tags else 0
-        self._digit_ids = {i for ids in vocabulary.numbers for i in ids} if tags else set()
-        self._silent = vocabulary.eos.union(tags.ids if tags else ())
+        self._stops = frozenset(params.stop_token_ids or ())
+        self._silent = vocabulary.eos.union(tags)
+        self._special = self._silent | self._stops
+        self._chunk_ends = vocabulary.eos | {tags.async_close}
+        self._answer_ends = frozenset[int]() if params.ignore_eos else vocabulary.eos
         self._masks: dict[tuple[bool, bool, bool, bool], TokenSet] = {}
-        self._spelling = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + self._digits if tags else 0
-        room = self._room(0, LENGTH_STEP, self._spelling)
-        self._main = Thread((), max_tokens, prompt_length, room, origin=max_tokens)
-        self.threads: dict[Path, Thread] = {(): self._main}
+        self._spellings = cache(partial(_spellings, vocabulary))
+        digits = max(map(len, vocabulary.numbers)) if self._prepared else 0
+        self._promise_tokens = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + digits if self._prepared else 0
+        positions = math.inf if limits.max_position is None else limits.max_position - prompt_length
+        main = Thread((), params.max_tokens, positions, self._room(0, LENGTH_STEP), params.max_tokens)
+        self.threads: dict[Path, Thread] = {(): main}
+        self.stopped: list[Path] = []
+        self._queue: deque[Thread] = deque()
         self._unfinished = self._live = 1
-        self._spelled: dict[str, frozenset[int]] = {}
 
     # ------------------------------------------------------------------ what a driver calls
 
     def start(self) -> list[Event]:
         """The event that begins the main thread."""
-        return [Forked(path=(), allowed=self._allowed(self._main))]
+        return [Forked(path=(), allowed=self._allowed(self.threads[()]))]
 
     def advance(self, sampled: SampledToken) -> list[Event]:
         """The events that follow from a sampled token; none if its thread does not decode. A thread that the engine
@@ -196,275 +214,95 @@ class Interpreter:
         if thread is None or thread.state != "live":
             return []
         if sampled.lost:
-            return list(self._cut(thread, "abort", sampled.lost))
-        if self._vocabulary.tags is None:
-            return list(self._xml_token(thread, sampled))
-        if thread.mode == "text" and sampled.token not in self._silent and sampled.token not in self._stops:
-            return list(self._text_token(thread, sampled))
-        return list(self._tag_token(thread, sampled))
+            return list(self._end(thread, "abort", sampled.lost))
+        if not self._prepared:
+            read = self._read_xml(thread, sampled.token)
+        elif thread.mode == "text":
+            read = self._read_text(thread, sampled.token)
+        else:
+            read = self._read_promise(thread, sampled.token)
+        return list(self._sync(thread, read.token) if read.sync else self._decoded(thread, sampled, read))
 
     def finish(self, reason: FinishReason) -> list[Event]:
         """Ends every thread now: `abort`, or `stop` where the driver found a stop string."""
-        unfinished = [t for t in self.threads.values() if t.state != "finished"]
+        unfinished = [thread for thread in self.threads.values() if thread.state != "finished"]
         self._queue.clear()
         for thread in unfinished:
             self._become(thread, "finished")
-        self._unfinished = 0
-        return [Finished(path=t.path, reason=reason) for t in unfinished]
+        return [Finished(path=thread.path, reason=reason) for thread in unfinished]
 
     @property
     def finished(self) -> bool:
         return not self._unfinished
 
-    @property
-    def written(self) -> int:
-        """Number of tokens of the main thread and of the chunks it has joined."""
-        return self._main.written
-
-    # ------------------------------------------------------------------ prepared models
-
-    def _text_token(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
-        """The events of a token of ordinary text."""
-        thread.budget -= 1
-        thread.reach += 1
-        text = thread.characters.decode(self._vocabulary.piece(sampled.token))
-        thread.last = text or thread.last
-        return self._token_events(thread, sampled, sampled.token, text)
-
-    def _tag_token(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
-        """The events of a tag, a part of one, or an end token."""
-        tags = self._tags
-        token = self._admitted(thread, sampled.token)
-        if thread.mode == "text" and token == tags.sync and thread.group:
-            thread.budget -= 1
-            thread.reach += 1
-            yield from self._sync(thread, token)
-            return
-        inside = thread.mode != "text"
-        text, promise = self._take(thread, token)
-        thread.last = text or thread.last
-        ended = not inside and self._ends(thread, token)
-        if ended and thread.path and token in self._stops:
-            token = tags.async_close
-        forced: list[int] = []
-        if ended and (newline := self._newline_due(thread)):
-            token, *forced = (*newline, *self._close)
-        while not (ended or promise) and (only := self._only(thread)) is not None:
-            forced.append(only)
-            _, promise = self._take(thread, only)
-        is_tag = inside or ended or token in tags.ids
-        yield from self._token_events(
-            thread, sampled, token, text, tag=is_tag, forced=tuple(forced), promise=promise, ended=ended
-        )
-
-    def _token_events(
-        self,
-        thread: Thread,
-        sampled: SampledToken,
-        token: int,
-        text: str,
-        *,
-        tag: bool = False,
-        forced: tuple[int, ...] = (),
-        promise: Promise | None = None,
-        ended: bool = False,
-    ) -> Iterator[Event]:
+    def _decoded(self, thread: Thread, sampled: SampledToken, read: Reading) -> Iterator[Event]:
         """The event of a token, and those of the fork or the end that it causes."""
-        child = self._adopt(thread, promise) if promise else None
-        spent = not ended and self._spent(thread)
+        forked = self._fork(thread, read.promise) if read.promise else []
+        spent = not read.ended and self._spent(thread)
         yield Decoded(
             path=thread.path,
-            token=token,
-            text=text,
-            tag=tag,
-            replaced=token != sampled.token,
-            forced=forced,
-            allowed=None if ended or spent else self._allowed(thread),
+            token=read.token,
+            text=read.text,
+            tag=read.tag,
+            replaced=read.token != sampled.token,
+            forced=read.forced,
+            allowed=None if read.ended or spent else self._allowed(thread),
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
+            drafter=sampled.drafter,
+            drafted=sampled.drafted,
         )
-        if child is not None and promise is not None:
-            yield from self._fork(child, promise)
-        if ended:
-            yield from self._end(thread, "stop", self._newline_due(thread))
+        yield from forked
+        if read.ended:
+            yield from self._end(thread, "stop")
         elif spent:
-            yield from self._cut(thread)
+            yield from self._end(thread, "length")
 
-    @property
-    def _tags(self) -> Tags:
-        assert self._vocabulary.tags is not None
-        return self._vocabulary.tags
+    # ------------------------------------------------------------------ reading a token
 
-    def _admitted(self, thread: Thread, token: int) -> int:
-        """The sampled token, or the one that replaces it where the grammar forbids it."""
-        if thread.mode == "number":
-            allowed = self._lengths(thread)
-            return token if token in allowed else min(allowed)
-        if thread.mode == "topic":
-            text = self._vocabulary.text([*thread.tag, token]) + "x"
-            if token in self._silent or len(text.split()) > MAX_TOPIC_WORDS:
-                return self._closing(thread)
-        return token
+    def _read_text(self, thread: Thread, token: int) -> Reading:
+        """A token of a prepared model outside of promises."""
+        opens = token == self._tags.promise and self._may_promise(thread)
+        thread.spend()
+        if token == self._tags.sync and thread.group:
+            return Reading(token, sync=True)
+        special = token in self._special
+        text = thread.characters.decode(b"" if special else self._vocabulary.piece(token), final=special)
+        thread.last = text or thread.last
+        if not special:
+            return Reading(token, text)
+        if opens:
+            thread.mode = "topic"
+        ended = self._ends(thread, token)
+        tokens: tuple[int, ...] = (token,)
+        if ended and thread.path and token in self._stops:
+            tokens = self._close
+        if ended and (newline := self._newline_due(thread)):
+            tokens = (*newline, *self._close)
+        return Reading(tokens[0], text, tag=ended or tokens[0] in self._tags, forced=tokens[1:], ended=ended)
 
-    def _take(self, thread: Thread, token: int) -> tuple[str, Promise | None]:
-        """Counts a token and advances the grammar. Returns the reader's text it adds and the promise it completes."""
-        tags = self._tags
-        opens = token == tags.promise and self._may_promise(thread)
-        thread.budget -= 1
-        thread.reach += 1
-        if thread.mode == "text":
-            if opens:
-                thread.mode, thread.tag = "topic", []
-            text = thread.characters.decode(b"", final=True)
-            thread.characters.reset()
-            return text, None
-        if thread.mode == "topic" and token == tags.tokens:
-            thread.topic, thread.mode, thread.tag = self._topic(thread), "number", []
-        elif token == tags.promise_end:
-            length = self._vocabulary.numbers[tuple(thread.tag)]
-            thread.mode, thread.tag = "text", []
-            return "", Promise.clip(thread.topic, length)
-        else:
-            thread.tag.append(token)
-        return "", None
+    def _read_promise(self, thread: Thread, token: int) -> Reading:
+        """A token of a topic or a length, and those after it that are forced."""
+        first, forced = self._admitted(thread, token), list[int]()
+        promise = self._extend(thread, first)
+        while promise is None and (only := self._only(thread)) is not None:
+            forced.append(only)
+            promise = self._extend(thread, only)
+        return Reading(first, tag=True, forced=tuple(forced), promise=promise)
 
-    def _ends(self, thread: Thread, token: int) -> bool:
-        if token in self._stops:
-            self.stopped.append(thread.path)
-            return True
-        if thread.path:
-            return token == self._tags.async_close or token in self._vocabulary.eos
-        return token in self._vocabulary.eos and not self._ignore_eos
-
-    def _topic(self, thread: Thread) -> str:
-        return " ".join(self._vocabulary.text(thread.tag).split()[:MAX_TOPIC_WORDS])
-
-    def _closing(self, thread: Thread) -> int:
-        """The next token of a topic that has to end: `<|tokens|>`, or first a digit that makes it distinct."""
-        topic = self._topic(thread)
-        if _distinct(thread, topic):
-            return self._tags.tokens
-        number = 2
-        while not _distinct(thread, f"{topic}{number}"):
-            number += 1
-        return self._vocabulary.encode(str(number))[-1]
-
-    # ------------------------------------------------------------------ grammar
-
-    def _only(self, thread: Thread) -> int | None:
-        """The one token that may come next inside a tag, if there is only one."""
-        if thread.mode == "topic" and len(thread.tag) >= MAX_TOPIC_TOKENS:
-            return self._closing(thread)
-        if thread.mode == "number":
-            allowed = self._lengths(thread)
-            return next(iter(allowed)) if len(allowed) == 1 else None
-        return None
-
-    def _allowed(self, thread: Thread) -> TokenSet | None:
-        """The ids that a thread may sample next."""
-        tags = self._vocabulary.tags
-        early = thread.written < self._min_tokens
-        if tags is None:
-            return TokenSet(self._vocabulary.eos | self._stops, inverted=True) if early else None
-        if thread.mode == "number":
-            return TokenSet(frozenset(self._lengths(thread)))
-        if thread.mode == "topic":
-            return TokenSet(frozenset(self._banned_in_topic(thread)), inverted=True)
-        key = (not self._may_promise(thread), not thread.group, bool(thread.path), early)
-        if key not in self._masks:
-            banned = {tags.tokens, tags.promise_end, tags.async_open}
-            banned |= {tags.promise} if key[0] else set()
-            banned |= {tags.sync} if key[1] else set()
-            banned |= self._vocabulary.eos if key[2] or self._ignore_eos else set()
-            banned |= set() if key[2] else {tags.async_close}
-            banned |= self._stops | (set() if key[2] else self._vocabulary.eos) if early else set()
-            self._masks[key] = TokenSet(frozenset(banned), inverted=True)
-        return self._masks[key]
-
-    def _banned_in_topic(self, thread: Thread) -> set[int]:
-        """The tokens that may not follow in a topic: those that would repeat a sibling's topic, and the end while it
-        repeats one. So the model writes its next best word instead. Numbers are free, as they may go on: after
-        "step 1" may come "step 10"."""
-        banned = set(self._silent)
-        topic = self._topic(thread)
-        key = topic_key(topic)
-        for sibling in thread.group.values():
-            rest = sibling[len(key) :].strip() if sibling.startswith(key) else ""
-            if rest and not rest.isdigit():
-                banned |= self._spellings(rest)
-        if _distinct(thread, topic):
-            return banned - {self._tags.tokens}
-        # another word can still come, unless there are as many as a topic may have
-        open_ended = key and not topic[-1].isdigit() and len(topic.split()) < MAX_TOPIC_WORDS
-        return banned | (self._digit_ids if open_ended else set())
-
-    def _spellings(self, word: str) -> frozenset[int]:
-        """The single tokens that spell a case-folded word, with any case and with or without a space."""
-        if word not in self._spelled:
-            forms = {form for w in (word, f" {word}") for form in (w, w.title(), w.upper())}
-            ids = map(self._vocabulary.encode, forms)
-            self._spelled[word] = frozenset(one[0] for one in ids if len(one) == 1)
-        return self._spelled[word]
-
-    def _may_promise(self, thread: Thread) -> bool:
-        """Whether a promise may begin: a chunk as long as the last one promised must fit."""
-        if not self._forking or len(thread.path) >= self._limits.max_depth:
-            return False
-        if len(thread.group) >= self._limits.max_promises:
-            return False
-        budget, reach = thread.room
-        return thread.budget >= budget and thread.reach <= reach
-
-    def _affords(self, thread: Thread, tokens: int, *, spare: int) -> bool:
-        """Whether `spare` more tokens, a chunk of that length and the thread's own end fit."""
-        budget, reach = self._room(len(thread.path), tokens, spare)
-        return thread.budget >= budget and thread.reach <= reach
-
-    def _room(self, depth: int, tokens: int, spare: int) -> tuple[int, float]:
-        """The least budget and the greatest reach of a thread at which `spare` more tokens, a chunk of that length
-        and its own end fit."""
-        grant, end = self._grant(tokens), self._chunk_end if depth else len(self._close)
-        after = self._positions(depth) - tokens - CHUNK_TAGS - end
-        within = self._positions(depth + 1) - grant
-        fits = grant > len(self._open) + self._chunk_end
-        return spare + grant + end, min(after, within) - spare if fits else -math.inf
-
-    def _positions(self, depth: int) -> float:
-        """Positions that a thread at that depth may use. Each level leaves its parent room for a sync and an end."""
-        limit = self._limits.max_position
-        return math.inf if limit is None else limit - depth * (1 + self._chunk_end)
-
-    def _grant(self, tokens: int) -> int:
-        return min(self._limits.max_chunk_tokens, 2 * tokens + CHUNK_SLACK)
-
-    def _lengths(self, thread: Thread) -> set[int]:
-        """The ids that may come next in a promised length, so that the budget allows the length."""
-        done = len(thread.tag)
-        allowed: set[int] = set()
-        for ids, tokens in self._vocabulary.numbers.items():
-            spare = len(ids) - done + 1
-            if ids[:done] == tuple(thread.tag) and self._affords(thread, tokens, spare=spare):
-                allowed.add(ids[done] if done < len(ids) else self._tags.promise_end)
-        return allowed or self._shortest(tuple(thread.tag))
-
-    def _shortest(self, done: tuple[int, ...]) -> set[int]:
-        """The next id of the smallest length that begins with `done`, whether the budget allows it or not."""
-        _, ids = min((n, ids) for ids, n in self._vocabulary.numbers.items() if ids[: len(done)] == done)
-        return {ids[len(done)]} if len(done) < len(ids) else {self._tags.promise_end}
-
-    # ------------------------------------------------------------------ models that write XML
-
-    def _xml_token(self, thread: Thread, sampled: SampledToken) -> Iterator[Event]:
-        thread.budget -= 1
-        thread.reach += 1
-        ended = sampled.token in self._vocabulary.eos and (bool(thread.path) or not self._ignore_eos)
-        if sampled.token in self._stops and not thread.scanner.held:
-            self.stopped.append(thread.path)
-            ended = True
+    def _read_xml(self, thread: Thread, token: int) -> Reading:
+        """A token of a model that is not prepared, with the marks that its text completes. What stands behind a
+        promise or a sync belongs to the next event."""
+        thread.spend()
+        ended = self._ends(thread, token)
+        piece = b"" if ended else self._vocabulary.piece(token)
+        if not self._forking:
+            text = thread.characters.decode(piece, final=ended)
+            return Reading(token, text, tag=not text, ended=ended)
         text, thread.carry = thread.carry, ""
         promise: Promise | None = None
         sync = False
-        marks = self._marks(thread, sampled.token, ended)
+        marks = thread.scanner.feed(piece) + (thread.scanner.flush() if ended else [])
         for mark in marks:
             if isinstance(mark, AsyncClose) and thread.path:
                 ended = True
@@ -474,127 +312,206 @@ class Interpreter:
             elif isinstance(mark, Text):
                 text += mark.text
             elif isinstance(mark, Promise):
-                promise = mark if self._writable(thread, mark) else None
+                fits = self._may_promise(thread) and thread.has(self._room(len(thread.path), mark.tokens, 0))
+                promise = mark if fits and thread.is_new(mark.topic) else None
                 text += "" if promise else render_mark(mark)
             elif isinstance(mark, Sync):
                 sync = bool(thread.group)
         if sync:
             thread.carry = text + thread.carry
-            yield from self._sync(thread, sampled.token)
-            return
+            return Reading(token, sync=True)
         thread.last = text or thread.last
         is_tag = not text and bool(thread.scanner.held or marks)
-        yield from self._token_events(thread, sampled, sampled.token, text, tag=is_tag, promise=promise, ended=ended)
+        return Reading(token, text, is_tag, promise=promise, ended=ended)
 
-    def _marks(self, thread: Thread, token: int, ended: bool) -> list[Mark]:
-        piece = b"" if ended else self._vocabulary.piece(token)
-        if not self._forking:
-            return [Text(thread.characters.decode(piece, final=ended))]
-        return thread.scanner.feed(piece) + (thread.scanner.flush() if ended else [])
+    def _ends(self, thread: Thread, token: int) -> bool:
+        if token in self._stops and not thread.scanner.held:
+            self.stopped.append(thread.path)
+            return True
+        return token in (self._chunk_ends if thread.path else self._answer_ends)
 
-    def _writable(self, thread: Thread, promise: Promise) -> bool:
-        return (
-            self._may_promise(thread)
-            and self._affords(thread, promise.tokens, spare=0)
-            and _distinct(thread, promise.topic)
-        )
+    # ------------------------------------------------------------------ grammar
+
+    def _allowed(self, thread: Thread) -> TokenSet | None:
+        """The ids that a thread may sample next."""
+        tags, early = self._tags, thread.written < self._min_tokens
+        if not self._prepared:
+            return TokenSet(self._vocabulary.eos | self._stops, inverted=True) if early else None
+        if thread.mode == "number":
+            return TokenSet(frozenset(self._lengths(thread)))
+        if thread.mode == "topic":
+            return TokenSet(frozenset(self._banned_in_topic(thread)), inverted=True)
+        promises, chunk = self._may_promise(thread), bool(thread.path)
+        key = (promises, not thread.group, chunk, early)
+        if key not in self._masks:
+            ends = {tags.async_close} if chunk else self._answer_ends
+            banned = {tags.tokens, tags.promise_end, tags.async_open} | (self._chunk_ends - ends)
+            if not promises:
+                banned.add(tags.promise)
+            if not thread.group:
+                banned.add(tags.sync)
+            if early:
+                banned |= self._stops if chunk else self._stops | ends
+            self._masks[key] = TokenSet(frozenset(banned), inverted=True)
+        return self._masks[key]
+
+    def _admitted(self, thread: Thread, token: int) -> int:
+        """The sampled token of a promise, or the one that replaces it where the grammar forbids it."""
+        if thread.mode == "number":
+            allowed = self._lengths(thread)
+            return token if token in allowed else min(allowed)
+        text = self._vocabulary.text([*thread.tag, token]) + "x"
+        closes = token in self._silent or clip_topic(text) != " ".join(text.split())
+        return self._closing(thread) if closes else token
+
+    def _extend(self, thread: Thread, token: int) -> Promise | None:
+        """Adds a token to the promise that a thread writes. Returns the promise once it is complete."""
+        thread.spend()
+        if token == self._tags.tokens and thread.mode == "topic":
+            thread.topic, thread.mode, thread.tag = self._topic(thread), "number", []
+        elif token == self._tags.promise_end:
+            length = self._vocabulary.numbers[tuple(thread.tag)]
+            thread.mode, thread.tag = "text", []
+            return Promise.clip(thread.topic, length)
+        else:
+            thread.tag.append(token)
+        return None
+
+    def _only(self, thread: Thread) -> int | None:
+        """The one token that may come next in a promise, if there is only one."""
+        if thread.mode == "topic":
+            return self._closing(thread) if len(thread.tag) >= MAX_TOPIC_TOKENS else None
+        allowed = self._lengths(thread)
+        return min(allowed) if len(allowed) == 1 else None
+
+    def _topic(self, thread: Thread) -> str:
+        return clip_topic(self._vocabulary.text(thread.tag))
+
+    def _closing(self, thread: Thread) -> int:
+        """The next token of a topic that has to end: `<|tokens|>`, or first a digit that makes it distinct."""
+        topic = self._topic(thread)
+        if thread.is_new(topic):
+            return self._tags.tokens
+        number = next(number for number in count(2) if thread.is_new(f"{topic}{number}"))
+        return self._vocabulary.encode(str(number))[-1]
+
+    def _banned_in_topic(self, thread: Thread) -> frozenset[int]:
+        """The tokens that may not follow in a topic: those that would repeat a sibling's topic, and the end while it
+        repeats one. So the model writes its next best word instead. Numbers are free, as they may go on: after
+        "step 1" may come "step 10"."""
+        banned = self._silent
+        topic = self._topic(thread)
+        key = topic_key(topic)
+        for sibling in thread.group.values():
+            rest = sibling[len(key) :].strip() if sibling.startswith(key) else ""
+            if rest and not rest.isdigit():
+                banned |= self._spellings(rest)
+        if thread.is_new(topic):
+            return banned - {self._tags.tokens}
+        # another word can still come, unless there are as many as a topic may have
+        open_ended = key and not topic[-1].isdigit() and clip_topic(f"{topic} x") != topic
+        return banned.union(*self._vocabulary.numbers) if open_ended else banned
+
+    def _lengths(self, thread: Thread) -> set[int]:
+        """The ids that may come next in a promised length: those that lead to a length that the budget allows, else
+        to the smallest."""
+        done, numbers = len(thread.tag), self._vocabulary.numbers
+        possible = [(n, ids) for ids, n in numbers.items() if ids[:done] == tuple(thread.tag)]
+        within = [(n, ids) for n, ids in possible if thread.has(self._room(len(thread.path), n, len(ids) - done + 1))]
+        return {(*ids, self._tags.promise_end)[done] for _, ids in within or [min(possible)]}
+
+    # ------------------------------------------------------------------ budgets
+
+    def _may_promise(self, thread: Thread) -> bool:
+        """Whether a promise may begin: a chunk as long as the last one promised must fit."""
+        if not self._forking or len(thread.path) >= self._limits.max_depth:
+            return False
+        return len(thread.group) < self._limits.max_promises and thread.has(thread.room)
+
+    def _room(self, depth: int, tokens: int, spare: int | None = None) -> tuple[float, float]:
+        """The least budget and positions of a thread with which `spare` more tokens (None: a whole promise), a chunk
+        of that length and the thread's own end fit. A chunk leaves its parent positions for a sync and an end."""
+        spare = self._promise_tokens if spare is None else spare
+        grant, end = self._grant(tokens), self._chunk_end if depth else len(self._close)
+        if grant <= len(self._open) + self._chunk_end:
+            return math.inf, math.inf
+        return spare + grant + end, spare + max(tokens + CHUNK_TAGS + end, grant + 1 + self._chunk_end)
+
+    def _grant(self, tokens: int) -> int:
+        """Budget of a chunk of that promised length."""
+        return min(self._limits.max_chunk_tokens, 2 * tokens + CHUNK_SLACK)
+
+    def _spent(self, thread: Thread) -> bool:
+        """Whether only the end of the thread fits."""
+        return min(thread.budget, thread.positions) <= (self._chunk_end if thread.path else 0)
 
     # ------------------------------------------------------------------ threads
 
-    def _adopt(self, parent: Thread, promise: Promise) -> Thread:
+    def _become(self, thread: Thread, state: State) -> None:
+        self._live += (state == "live") - (thread.state == "live")
+        self._unfinished -= state == "finished"
+        thread.state = state
+
+    def _fork(self, parent: Thread, promise: Promise) -> list[Event]:
         """Makes the child thread of a promise. Its budget is taken from its parent's."""
-        grant = self._grant(promise.tokens)
-        path = (*parent.path, parent.forks)
-        key = topic_key(promise.topic)
+        grant, path = self._grant(promise.tokens), (*parent.path, parent.forks)
         child = Thread(
             path,
-            grant - len(self._open),
-            parent.reach + len(self._open),
-            self._room(len(path), LENGTH_STEP, self._spelling),
-            "queued",
-            key=key,
-            resume=self._open,
-            last=parent.last,
+            budget=grant,
+            positions=parent.positions - 1 - self._chunk_end,
+            room=self._room(len(path), LENGTH_STEP),
             origin=parent.written + grant,
+            state="queued",
+            key=topic_key(promise.topic),
+            last=parent.last,
         )
+        child.spend(len(self._open))
+        self.threads[path] = child
+        self._unfinished += 1
         parent.forks += 1
         parent.budget -= grant
         parent.lent += grant
-        parent.reach += promise.tokens + CHUNK_TAGS
-        parent.group[path] = key
+        parent.positions -= promise.tokens + CHUNK_TAGS
+        parent.group[path] = child.key
         parent.last = "\n"  # as every chunk ends in white space
-        parent.room = self._room(len(parent.path), promise.tokens, self._spelling)
-        self.threads[path] = child
-        self._unfinished += 1
-        return child
-
-    def _fork(self, child: Thread, promise: Promise) -> Iterator[Event]:
-        forked = Forked(path=child.path, topic=promise.topic, promised=promise.tokens)
-        if self._live >= self._limits.max_threads:
-            self._queue.append(child)
-            yield forked
-            yield Blocked(path=child.path, on="thread")
-        else:
+        parent.room = self._room(len(parent.path), promise.tokens)
+        if self._live < self._limits.max_threads:
             self._become(child, "live")
-            child.resume = ()
-            yield replace(forked, forced=self._open, allowed=self._allowed(child))
-
-    def _become(self, thread: Thread, state: State) -> None:
-        self._live += (state == "live") - (thread.state == "live")
-        thread.state = state
+            begin, allowed = self._open, self._allowed(child)
+            return [Forked(path=path, topic=promise.topic, promised=promise.tokens, forced=begin, allowed=allowed)]
+        child.resume = self._open
+        self._queue.append(child)
+        return [Forked(path=path, topic=promise.topic, promised=promise.tokens), Blocked(path=path, on="thread")]
 
     def _sync(self, thread: Thread, token: int) -> Iterator[Event]:
+        """A thread waits for its children; `token` is fed when it goes on."""
         thread.resume = (token,)
         if self._children_done(thread):
-            yield self._join(thread)
-            if self._spent(thread):
-                yield from self._cut(thread)
+            self._become(thread, "queued")
+            self._queue.appendleft(thread)
         else:
             self._become(thread, "blocked")
             yield Blocked(path=thread.path)
-            yield from self._release()
+        yield from self._release()
 
     def _children_done(self, thread: Thread) -> bool:
         return all(self.threads[path].state == "finished" for path in thread.group)
 
-    def _join(self, thread: Thread) -> Joined:
-        """Lets a thread go on after its children. The budget that they did not use returns to it."""
-        children = tuple(thread.group)
-        for path in children:
-            child = self.threads[path]
-            thread.budget += child.budget
-            thread.reach = max(thread.reach, child.reach + 1)  # the sync's own, under `overlap`
-        thread.group.clear()
-        thread.lent = 0
-        self._become(thread, "live")
-        forced, thread.resume = thread.resume, ()
-        return Joined(path=thread.path, children=children, forced=forced, allowed=self._allowed(thread))
-
     def _release(self) -> Iterator[Event]:
-        """Lets queued threads go on while fewer than `max_threads` are live."""
+        """Lets queued threads go on while fewer than `max_threads` are live, after the children that they waited for.
+        The budget that the children did not use returns."""
         while self._queue and self._live < self._limits.max_threads:
             thread = self._queue.popleft()
-            joined = thread.group and self._children_done(thread)
-            yield self._join(thread) if joined else self._begin(thread)
+            for child in (self.threads[path] for path in thread.group):
+                thread.budget += child.budget
+                thread.positions = min(thread.positions, child.positions + self._chunk_end)  # under `overlap`
+            children, forced = tuple(thread.group), thread.resume
+            thread.group.clear()
+            thread.lent, thread.resume = 0, ()
+            self._become(thread, "live")
+            yield Joined(path=thread.path, children=children, forced=forced, allowed=self._allowed(thread))
             if self._spent(thread):
-                yield from self._cut(thread)
-
-    def _begin(self, thread: Thread) -> Joined:
-        self._become(thread, "live")
-        forced, thread.resume = thread.resume, ()
-        return Joined(path=thread.path, forced=forced, allowed=self._allowed(thread))
-
-    def _spent(self, thread: Thread) -> bool:
-        """Whether the budget and the positions leave room for the end of the thread only."""
-        end = self._chunk_end if thread.path else 0
-        return thread.budget <= end or thread.reach >= self._positions(len(thread.path)) - end
-
-    def _cut(self, thread: Thread, reason: FinishReason = "length", why: str = "") -> Iterator[Event]:
-        """Ends a thread. The end of a chunk, for which room was kept, is forced."""
-        close = self._close if thread.path else ()
-        thread.budget -= len(close)
-        thread.reach += len(close)
-        yield from self._end(thread, reason, (*self._newline_due(thread), *close), why)
+                yield from self._end(thread, "length")
 
     def _newline_due(self, thread: Thread) -> tuple[int, ...]:
         """The newline that is forced at the end of a chunk whose text does not end in white space, so that what
@@ -602,17 +519,26 @@ class Interpreter:
         if not thread.path or (thread.carry or thread.last)[-1:].isspace():
             return ()
         thread.carry += "\n"
-        thread.budget -= len(self._newline)
-        thread.reach += len(self._newline)
+        thread.spend(len(self._newline))
         return self._newline
 
-    def _end(self, thread: Thread, reason: FinishReason, forced: Iterable[int] = (), why: str = "") -> Iterator[Event]:
+    def _end(self, thread: Thread, reason: FinishReason, why: str = "") -> Iterator[Event]:
+        """The end of a thread, and what it lets go on. Where a chunk does not end by itself, its end tag, for which
+        room was kept, is forced."""
+        close = () if reason == "stop" or not thread.path else self._close
+        thread.spend(len(close))
+        forced = (*self._newline_due(thread), *close)
         self._become(thread, "finished")
-        self._unfinished -= 1
-        yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=tuple(forced), why=why)
+        yield Finished(path=thread.path, reason=reason, text=thread.carry, forced=forced, why=why)
         if thread.path:
             parent = self.threads[thread.path[:-1]]
             if parent.state == "blocked" and self._children_done(parent):
                 self._become(parent, "queued")
                 self._queue.append(parent)
         yield from self._release()
+
+
+def _spellings(vocabulary: Vocabulary, word: str) -> frozenset[int]:
+    """The single tokens that spell a case-folded word, with any case and with or without a space."""
+    forms = {form for w in (word, f" {word}") for form in (w, w.title(), w.upper())}
+    return frozenset(one[0] for one in map(vocabulary.encode, forms) if len(one) == 1)

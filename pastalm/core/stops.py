@@ -25,28 +25,24 @@ class Stops:
         self._searched = 0
         """So many characters of the settled text hold no whole stop string."""
         self._early: int | None = None
-        """Number of parts of the main thread in which no stop string counts (None: all so far)."""
+        """Number of events of the main thread in which no stop string counts (None: all so far)."""
         self._ended: dict[Path, int] = {}
-        """Chunks that a stop token ended, and their number of parts then."""
+        """Chunks that a stop token ended, and the numbers of their last events, with newlines that were forced."""
 
     def update(self, interpreter: Interpreter, transcript: Transcript) -> None:
         """Notes what the interpreter's last events, which the transcript already has, say about stop conditions."""
         threads = transcript.threads
-        if self._early is None and interpreter.written >= self._min_tokens:
-            self._early = len(threads[()].parts) if self._min_tokens else 0
-            transcript.mark((), self._early)
+        if self._early is None and interpreter.threads[()].written >= self._min_tokens:
+            self._early = len(threads[()].events) if self._min_tokens else 0
         for path in filter(None, interpreter.stopped):
-            if path not in self._ended and threads[path].state == "done":
-                last = threads[path].parts[-1:]
-                self._ended[path] = len(threads[path].parts) - (last == ["\n"])  # the newline was forced
-                transcript.mark(path, self._ended[path])
+            self._ended[path] = len(threads[path].events) - 1
 
     def cut(self, transcript: Transcript) -> int | None:
         """The character before which the text ends: the first at which a stop token stood or a stop string begins.
 
         None: there is none, or an earlier one may still turn up.
         """
-        ends = (transcript.marked(path, part) for path, part in self._ended.items())
+        ends = (transcript.place(path, last) for path, last in self._ended.items())
         first_token = min((end for end in ends if end is not None), default=None)
         first_string = self._first_string(transcript, first_token)
         return first_token if first_string is None else first_string
@@ -55,7 +51,7 @@ class Stops:
         """The character before `end` at which the first stop string begins."""
         if not self._strings or self._early is None:
             return None
-        early = transcript.marked((), self._early) if self._early else 0
+        early = transcript.place((), self._early) if self._early else 0
         if early is None:
             return None
         start = max(0, self._searched - max(map(len, self._strings)) + 1)

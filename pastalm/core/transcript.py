@@ -15,22 +15,20 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Literal
 
 from pastalm.core.events import Blocked, Decoded, Event, Finished, FinishReason, Forked, Joined, Path
-from pastalm.core.language import Async, Document, Node, Promise, Sync, Text, normalize, render
+from pastalm.core.language import AsyncClose, AsyncOpen, Mark, Promise, Sync, Text, merged, render_mark
 
 
 @dataclass(slots=True)
 class ThreadRecord:
     """One thread so far.
 
-    parts: its text as it came, children where they stand, and syncs, in order; it only grows. A sampled token that
-    carries log-probabilities is kept whole.
-    token_ids: its tokens in order; a child's path where the child stands in linear form.
-    forced: indices in `token_ids` of tokens that the thread did not sample.
+    tokens: number of its tokens. depth: that of its last one.
+    events: its own and the `Forked` of its children, in order.
+    places: where in the answer's text each event stands, and behind them the next one, as far as the text is settled.
     """
 
     path: Path
@@ -40,36 +38,24 @@ class ThreadRecord:
     depth: int = 0
     start_step: int = 0
     end_step: int | None = None
-    start_time: float = 0.0
-    end_time: float | None = None
     state: Literal["live", "waiting", "done"] = "live"
     reason: FinishReason | None = None
     why: str = ""
-    parts: list[str | Decoded | Path | Sync] = field(default_factory=list)
-    token_ids: list[int | Path] = field(default_factory=list)
-    forced: set[int] = field(default_factory=set)
-
-    @property
-    def parent(self) -> Path | None:
-        return self.path[:-1] if self.path else None
+    events: list[Event] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         """The thread's own reader's text, without its children's."""
-        return "".join(_text(part) for part in self.parts if isinstance(part, str | Decoded))
-
-    def write(self, text: str) -> None:
-        """Text that follows."""
-        if text:
-            self.parts.append(text)
-
-
-def _text(piece: str | Decoded) -> str:
-    return piece if isinstance(piece, str) else piece.text
+        return "".join(event.text for event in self.events if isinstance(event, Decoded | Finished))
 
 
 class Transcript:
-    """One response, built up from its events. Never raises on the events of one interpreter."""
+    """One response, built up from its events. Never raises on the events of one interpreter.
+
+    threads: by path, in the order in which they began. critical_path, tokens, steps, seconds: so far.
+    cut: the answer ends before this character, where a stop string begins (None: no stop string cuts it).
+    """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.threads: dict[Path, ThreadRecord] = {}
@@ -77,155 +63,63 @@ class Transcript:
         self.tokens = 0
         self.steps = 0
         self.seconds = 0.0
-        self._cut: int | None = None
+        self.cut: int | None = None
         self._unfinished = 0
         self._settled = io.StringIO(newline="")
-        self._settled_scores: list[tuple[int, Decoded]] = []
-        self._marks: dict[tuple[Path, int], int | None] = {}
-        self._settling = self._certain_pieces(())
+        self._scored: list[tuple[int, Decoded]] = []
+        self._settling = self._settle_thread(())
         for event in events:
             self.apply(event)
 
     def apply(self, event: Event) -> None:
         """Takes one event into account."""
-        if isinstance(event, Forked):
-            self._begin(event)
-        thread = self.threads[event.path]
-        if event.step > self.steps:
-            self.steps = event.step
-        if event.time > self.seconds:
-            self.seconds = event.time
+        thread = self._begin(event) if isinstance(event, Forked) else self.threads[event.path]
+        thread.events.append(event)
+        count = len(event.forced)
         if isinstance(event, Decoded):
-            self._append(thread, event)
+            count += 1
         elif isinstance(event, Blocked):
             thread.state = "waiting"
         elif isinstance(event, Joined):
             thread.state = "live"
-            if event.children:
-                thread.parts.append(Sync())
-                thread.depth = max(thread.depth, *(self.threads[c].depth for c in event.children))
-        sync = isinstance(event, Joined) and bool(event.children)  # it was sampled, and is only fed late
-        for token in event.forced:
-            self._count(thread, token, forced=not sync)
-        if isinstance(event, Finished):
-            self._end(thread, event)
+            thread.depth = max(thread.depth, *(self.threads[child].depth for child in event.children), 0)
+        elif isinstance(event, Finished):
+            self._unfinished -= thread.state != "done"
+            thread.state, thread.reason, thread.why, thread.end_step = "done", event.reason, event.why, event.step
+            self.cut = event.cut if event.cut is not None else self.cut
+        thread.tokens += count
+        thread.depth += count
+        self.tokens += count
+        self.critical_path = max(self.critical_path, thread.depth)
+        self.steps, self.seconds = max(self.steps, event.step), max(self.seconds, event.time)
 
-    def _begin(self, event: Forked) -> None:
-        record = ThreadRecord(event.path, event.topic, event.promised, start_step=event.step, start_time=event.time)
+    def _begin(self, event: Forked) -> ThreadRecord:
+        thread = ThreadRecord(event.path, event.topic, event.promised, start_step=event.step)
         if event.path:
             parent = self.threads[event.path[:-1]]
-            record.depth = parent.depth
-            parent.parts.append(event.path)
-            parent.token_ids.append(event.path)
-        self.threads[event.path] = record
+            parent.events.append(event)
+            thread.depth = parent.depth
+        self.threads[event.path] = thread
         self._unfinished += 1
-
-    def _append(self, thread: ThreadRecord, event: Decoded) -> None:
-        self._count(thread, event.token, forced=event.replaced)
-        if event.logprob is not None and not event.tag:
-            thread.parts.append(event)
-        else:
-            thread.write(event.text)
-
-    def _count(self, thread: ThreadRecord, token: int, *, forced: bool) -> None:
-        thread.tokens += 1
-        thread.depth += 1
-        if forced:
-            thread.forced.add(len(thread.token_ids))
-        thread.token_ids.append(token)
-        self.tokens += 1
-        if thread.depth > self.critical_path:
-            self.critical_path = thread.depth
-
-    def _end(self, thread: ThreadRecord, event: Finished) -> None:
-        thread.write(event.text)
-        if event.cut is not None:
-            self.cut(event.cut)
-        self._unfinished -= thread.state != "done"
-        thread.state, thread.reason, thread.why = "done", event.reason, event.why
-        thread.end_step, thread.end_time = event.step, event.time
+        return thread
 
     # ------------------------------------------------------------------ text
-
-    def segments(self) -> list[tuple[Path, str]]:
-        """The reader's text in document order, by thread, adjacent pieces of one thread merged."""
-        runs = groupby(self._pieces(), key=itemgetter(0))
-        return [(path, "".join(_text(piece) for _, piece in run)) for path, run in runs]
-
-    def _pieces(self, path: Path = ()) -> Iterator[tuple[Path, str | Decoded]]:
-        """Pieces in document order; an unfinished or empty chunk too, so that it has its place."""
-        thread = self.threads.get(path)
-        if thread is None:
-            return
-        if path and not thread.parts:
-            yield path, ""
-        for part in thread.parts:
-            if isinstance(part, str | Decoded):
-                yield path, part
-            elif isinstance(part, tuple):
-                yield from self._pieces(part)
-
-    def _certain_pieces(self, path: Path) -> Iterator[str | Decoded | None]:
-        """Pieces in document order, through the first unfinished chunk; None where the next one has not come yet. The
-        iterator goes on from there later, so no piece is visited twice."""
-        while (thread := self.threads.get(path)) is None:
-            yield None
-        given = 0
-        while True:
-            for part in thread.parts[given:]:
-                self._note_mark(path, given)
-                given += 1
-                if isinstance(part, tuple):
-                    yield from self._certain_pieces(part)
-                elif not isinstance(part, Sync):
-                    yield part
-            if given == len(thread.parts):
-                self._note_mark(path, given)
-                if thread.state == "done":
-                    return
-                yield None
-
-    def _settle(self) -> io.StringIO:
-        """The settled text, up to date."""
-        text = self._settled
-        text.seek(0, io.SEEK_END)
-        for piece in self._settling:
-            if piece is None:
-                break
-            if isinstance(piece, Decoded):
-                self._settled_scores.append((text.tell(), piece))
-            text.write(_text(piece))
-        return text
-
-    def _note_mark(self, path: Path, part: int) -> None:
-        if (path, part) in self._marks:
-            self._marks[path, part] = self._settled.tell()
-
-    def mark(self, path: Path, part: int) -> None:
-        """Asks for the character at which part number `part` of a thread begins. That part is not settled yet."""
-        self._marks[path, part] = None
-
-    def marked(self, path: Path, part: int) -> int | None:
-        """The character that was asked for with `mark`; None while the text before it may still grow."""
-        self._settle()
-        return self._marks[path, part]
 
     @property
     def text(self) -> str:
         """The reader's text: tags removed, chunks in their places, cut where a stop string began."""
-        text = "".join(_text(piece) for _, piece in self._pieces())
-        return text if self._cut is None else text[: self._cut]
+        return "".join(mark.text for mark in self.marks() if isinstance(mark, Text))
 
     @property
     def settled(self) -> str:
         """The text up to where it may still change: through what the first unfinished chunk has so far."""
-        return self._settle().getvalue()
+        return self.settled_from(0)
 
     def settled_from(self, start: int) -> str:
         """The settled text from character `start` on."""
-        text = self._settle()
-        text.seek(start)
-        return text.read()
+        self._settle()
+        self._settled.seek(start)
+        return self._settled.read()
 
     def certain(self, stops: Iterable[str] = (), *, start: int = 0) -> str:
         """Text that will not change any more, from character `start` on: the settled text without what a stop string
@@ -236,73 +130,67 @@ class Transcript:
         text = self.settled_from(start)
         return text[: min((begins(text, stop) for stop in stops), default=len(text))]
 
-    def cut(self, at: int) -> None:
-        """Ends the answer before character `at`, where a stop string begins."""
-        self._cut = at
+    def place(self, path: Path, number: int) -> int | None:
+        """The character at which event `number` of a thread stands; None while the text before it may still grow."""
+        self._settle()
+        places = self.threads[path].places
+        return places[number] if number < len(places) else None
+
+    def scored(self, start: int = 0, *, end: float = math.inf) -> list[tuple[int, Decoded]]:
+        """The settled text's tokens that have log-probabilities, in document order, each with the character at which
+        it begins (tags: only in the trace). Without the first `start` of them, up to character `end`."""
+        self._settle()
+        end = end if self.cut is None else min(end, self.cut)
+        return self._scored[start : bisect_left(self._scored, end, lo=start, key=itemgetter(0))]
+
+    def _settle(self) -> None:
+        """Brings the settled text up to date."""
+        if self.threads:
+            self._settled.seek(0, io.SEEK_END)
+            next(self._settling, None)
+
+    def _settle_thread(self, path: Path) -> Iterator[None]:
+        """Settles the text of a thread, event by event; yields where the next one has not come yet. It goes on from
+        there later, so that no event is visited twice."""
+        thread = self.threads[path]
+        thread.places.append(self._settled.tell())
+        while True:
+            for event in thread.events[len(thread.places) - 1 :]:
+                if isinstance(event, Forked) and event.path != path:
+                    yield from self._settle_thread(event.path)
+                elif isinstance(event, Decoded | Finished):
+                    if isinstance(event, Decoded) and event.logprob is not None and not event.tag:
+                        self._scored.append((thread.places[-1], event))
+                    self._settled.write(event.text)
+                thread.places.append(self._settled.tell())
+            if len(thread.places) > len(thread.events):
+                if thread.state == "done":
+                    return
+                yield
 
     # ------------------------------------------------------------------ linear form
 
     @property
-    def document(self) -> Document:
-        """The response in linear form."""
-        document = normalize(self._nodes(())) if self.threads else ()
-        return document if self._cut is None else _first(document, self._cut)[0]
-
-    @property
     def annotated(self) -> str:
         """The linear form as text (PASTA-LANG)."""
-        return render(self.document)
+        return "".join(map(render_mark, self.marks()))
 
-    def _nodes(self, path: Path) -> Iterator[Node]:
-        for part in self.threads[path].parts:
-            if isinstance(part, str | Decoded):
-                yield Text(_text(part))
-            elif isinstance(part, Sync):
-                yield part
-            else:
-                child = self.threads[part]
-                yield Promise.clip(child.topic, child.promised)
-                yield Async(tuple(self._nodes(part)))
+    def marks(self) -> Iterator[Mark]:
+        """The linear form, in normal form, cut where a stop string began."""
+        marks = merged(self._marks(()) if self.threads else ())
+        return marks if self.cut is None else merged(_first(marks, self.cut))
 
-    def linear_tokens(self, path: Path = ()) -> Iterator[tuple[Path, int]]:
-        """Every decoded token in linear order with its thread."""
-        for token in self.threads[path].token_ids if self.threads else ():
-            if isinstance(token, tuple):
-                yield from self.linear_tokens(token)
-            else:
-                yield path, token
-
-    def sampled_tokens(self, path: Path = ()) -> Iterator[tuple[int, bool]]:
-        """Every decoded token in linear order, and whether its thread sampled it. A forced token was not sampled, nor
-        one that replaced another."""
-        if (thread := self.threads.get(path)) is None:
-            return
-        for place, token in enumerate(thread.token_ids):
-            if isinstance(token, tuple):
-                yield from self.sampled_tokens(token)
-            else:
-                yield token, place not in thread.forced
-
-    def logprobs(self) -> Iterator[Decoded]:
-        """The text's tokens with their log-probabilities, in document order (tags: only in the trace)."""
-        return (token for _, token in self.scored())
-
-    def scored(self) -> Iterator[tuple[int, Decoded]]:
-        """Tokens of the text with log-probabilities, each with the character at which it begins, up to the cut."""
-        at = 0
-        for _, piece in self._pieces():
-            if self._cut is not None and at >= self._cut:
-                return
-            if isinstance(piece, Decoded):
-                yield at, piece
-            at += len(_text(piece))
-
-    def scored_from(self, start: int, *, end: float = math.inf) -> list[tuple[int, Decoded]]:
-        """`scored` of the settled text without the first `start` tokens, up to character `end`."""
-        self._settle()
-        end = end if self._cut is None else min(end, self._cut)
-        stop = bisect_left(self._settled_scores, end, lo=start, key=itemgetter(0))
-        return self._settled_scores[start:stop]
+    def _marks(self, path: Path) -> Iterator[Mark]:
+        for event in self.threads[path].events:
+            if isinstance(event, Forked) and event.path != path:
+                yield Promise.clip(event.topic, event.promised)
+                yield AsyncOpen()
+                yield from self._marks(event.path)
+                yield AsyncClose()
+            elif isinstance(event, Joined) and event.children:
+                yield Sync()
+            elif isinstance(event, Decoded | Finished):
+                yield Text(event.text)
 
     # ------------------------------------------------------------------ figures
 
@@ -316,69 +204,32 @@ class Transcript:
         return bool(self.threads) and not self._unfinished
 
     @property
-    def was_cut(self) -> bool:
-        """Whether a stop string cut the text."""
-        return self._cut is not None
-
-    @property
     def finish_reason(self) -> FinishReason | None:
         """`abort` or `length` if any thread ended so, else `stop`; None while one decodes."""
         if not self.finished:
             return None
-        if self._cut is not None:
-            return "stop"
-        reasons = {t.reason for t in self.threads.values()}
-        if "abort" in reasons:
-            return "abort"
-        return "length" if "length" in reasons else "stop"
+        reasons = {"stop"} if self.cut is not None else {thread.reason for thread in self.threads.values()}
+        order: tuple[FinishReason, ...] = ("abort", "length")
+        return next((reason for reason in order if reason in reasons), "stop")
 
     @property
     def why(self) -> str:
         """Why an engine lost a thread, if one was lost."""
-        return next((t.why for t in self.threads.values() if t.why), "")
-
-    def to_dict(self) -> dict[str, Any]:
-        """One JSON object for a response."""
-        return {
-            "text": self.text,
-            "annotated": self.annotated,
-            "tokens": self.tokens,
-            "steps": self.steps,
-            "critical_path": self.critical_path,
-            "parallelism": round(self.parallelism, 4),
-            "seconds": round(self.seconds, 4),
-            "finish_reason": self.finish_reason,
-            "threads": [
-                {
-                    "id": thread_name(t.path),
-                    "parent": None if t.parent is None else thread_name(t.parent),
-                    "topic": t.topic,
-                    "promised_tokens": t.promised,
-                    "tokens": t.tokens,
-                    "start_step": t.start_step,
-                    "end_step": t.end_step,
-                }
-                for t in self.threads.values()
-            ],
-        }
+        return next((thread.why for thread in self.threads.values() if thread.why), "")
 
 
-def _first(document: Document, characters: int) -> tuple[Document, int]:
-    """The document up to so many characters of its text, and how many of them it lacks."""
-    kept: list[Node] = []
-    for node in document:
-        if isinstance(node, Text):
-            text = node.text[:characters]
-            characters -= len(text)
-            kept.append(Text(text))
-        elif isinstance(node, Async):
-            body, characters = _first(node.body, characters)
-            kept.append(Async(body))
-        else:
-            kept.append(node)
-        if not characters and not isinstance(node, Promise):
+def _first(marks: Iterable[Mark], characters: int) -> Iterator[Mark]:
+    """The marks up to so many characters of their text, with the ends of the chunks that are open there."""
+    depth = 0
+    for mark in marks:
+        if isinstance(mark, Text):
+            mark = Text(mark.text[:characters])
+            characters -= len(mark.text)
+        depth += isinstance(mark, AsyncOpen) - isinstance(mark, AsyncClose)
+        yield mark
+        if not characters and not isinstance(mark, Promise | AsyncOpen):
             break
-    return normalize(kept), characters
+    yield from [AsyncClose()] * depth
 
 
 def begins(text: str, stop: str) -> int:
@@ -388,8 +239,3 @@ def begins(text: str, stop: str) -> int:
         return at
     longest = min(len(stop) - 1, len(text))
     return next((len(text) - k for k in range(longest, 0, -1) if text.endswith(stop[:k])), len(text))
-
-
-def thread_name(path: Path) -> str:
-    """A thread's name for people: `main`, `0`, `0.1`."""
-    return ".".join(map(str, path)) or "main"

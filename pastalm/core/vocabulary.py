@@ -1,17 +1,18 @@
 """What the core needs to know about a tokenizer: ids of the tags, bytes of a token, ids of numbers.
 
 A prepared model has six special tokens of its own for PASTA-LANG; a promise is then
-`<|promise|>` topic `<|tokens|>` N `<|/promise|>`. Their ids arise only from `encode_document`, never
-from text. An unprepared model has none (`tags` is None) and writes the XML as ordinary text.
+`<|promise|>` topic `<|tokens|>` N `<|/promise|>`. Their ids never arise from text. An unprepared model has none
+(`tags` is None) and writes the XML as ordinary text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-from pastalm.core.language import LENGTHS, AsyncClose, AsyncOpen, Node, Promise, Text, linearize
+from pastalm.core.language import LENGTHS
 
 TAG_TOKENS = {
     "promise": "<|promise|>",
@@ -24,9 +25,8 @@ TAG_TOKENS = {
 """Name and spelling of the six added tokens, in the order in which a model is given them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tags:
-    """Token ids of the six tags."""
+class Tags(NamedTuple):
+    """Token ids of the six tags, in the order of TAG_TOKENS."""
 
     promise: int
     tokens: int
@@ -34,12 +34,14 @@ class Tags:
     async_open: int
     async_close: int
     sync: int
-    ids: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    """All of them, in the order of TAG_TOKENS."""
 
-    def __post_init__(self) -> None:
-        ids = (self.promise, self.tokens, self.promise_end, self.async_open, self.async_close, self.sync)
-        object.__setattr__(self, "ids", ids)
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(self)
+
+
+NO_TAGS = Tags(-1, -2, -3, -4, -5, -6)
+"""For models that have none: no token has these ids."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,3 @@ class Vocabulary:
     def text(self, tokens: Iterable[int]) -> str:
         """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
-
-    def encode_document(self, document: Iterable[Node]) -> list[int]:
-        """Token ids of the linear form. Needs `tags`."""
-        assert self.tags is not None
-        ids: list[int] = []
-        for mark in linearize(document):
-            if isinstance(mark, Text):
-                ids += self.encode(mark.text)
-            elif isinstance(mark, Promise):
-                ids += [self.tags.promise, *self.encode(mark.topic)]
-                ids += [self.tags.tokens, *self.encode(str(mark.tokens)), self.tags.promise_end]
-            elif isinstance(mark, AsyncOpen):
-                ids.append(self.tags.async_open)
-            else:
-                ids.append(self.tags.async_close if isinstance(mark, AsyncClose) else self.tags.sync)
-        return ids

@@ -19,22 +19,12 @@ from itertools import count
 from typing import TypeAlias
 
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
-from pastalm.core.language import (
-    Async,
-    AsyncClose,
-    Document,
-    Promise,
-    Sync,
-    Text,
-    normalize,
-    parse,
-    render_mark,
-    strip,
-)
+from pastalm.core.language import AsyncClose, Promise, Sync, Text, render_mark
 from pastalm.core.params import Request
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.base import Capabilities, Schedule
 from pastalm.errors import CapabilityError, RequestError
+from pastalm.records.documents import Async, Document, encode, normalize, parse, strip
 
 Script: TypeAlias = "str | Document"
 """PASTA-LANG, as text or as values."""
@@ -205,19 +195,19 @@ class ScriptedEngine:
 
     def _spell(self, node: Text | Promise | Sync) -> Sequence[int]:
         if self._vocabulary.tags is not None:
-            return self._vocabulary.encode_document((node,))
+            return encode((node,), self._vocabulary)
         return self._vocabulary.encode(render_mark(node))
 
     def _sample(self, request_id: str, path: Path) -> SampledToken:
         playing = self._playing[request_id]
         token = self._next(playing.threads[path])
-        asked = playing.request.params.logprobs
+        logprobs = playing.request.params.logprobs
         return SampledToken(
             request_id=request_id,
             path=path,
             token=token,
-            logprob=None if asked is None else 0.0,
-            top_logprobs=((token, 0.0),) if asked else (),
+            logprob=None if logprobs is None else 0.0,
+            top_logprobs=((token, 0.0),) if logprobs else (),
         )
 
     def _next(self, thread: _Thread) -> int:

@@ -17,11 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pastalm.core.language import Async, Document, Promise, Sync, Text
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.errors import DataError
 from pastalm.eval import compare
 from pastalm.eval.compare import Pair, SystemFigures
 from pastalm.eval.intervals import Mean
+from pastalm.records.documents import Async, Document
 
 LIBRARIES = ("pastalm", "torch", "transformers", "llama-cpp-python")
 
@@ -119,7 +120,7 @@ def _chunks(pair: Pair) -> int:
 
 
 def _drawn(draw: Callable[[Any], bool]) -> bytes:
-    """A PNG; b"" where `draw` says that there is nothing to draw."""
+    """A PNG; b"" if `draw` returns False, since there is nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,7 +143,7 @@ MEASURED, THEORETICAL = "realized, matched", "theoretical, matched"
 
 
 def _measured(row: SystemFigures) -> str:
-    """Which speedup stands for a system: what was measured, if it was."""
+    """The name of a system's main speedup: the measured one, if there is one."""
     return next(name for name in (MEASURED, THEORETICAL) if name in row.figures)
 
 

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pastalm.core.language import Async, Document, parse, strip
 from pastalm.core.transcript import Transcript
 from pastalm.errors import DataError, LanguageError
 from pastalm.records import jsonl
+from pastalm.records.documents import Async, Document, parse, strip
 from pastalm.records.jsonl import Bad
 from pastalm.records.prompts import Prompt
+from pastalm.records.transcripts import linear_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class Answer:
     seconds: wall-clock time to the end; None if not measured, as the next two.
     first_seconds: time to the first character that a reader sees.
     matched_seconds: time of decoding the same text sequentially, with forced tokens.
-    threads: thread records of `Transcript.to_dict`; empty if not stored.
+    threads: as `records.transcripts.threads` gives them; empty if not stored.
     token_ids: all decoded tokens in linear order, tags included; empty if not stored.
     forced: indices into token_ids of the tokens that no thread sampled.
     category, source, licence: the prompt's.
@@ -113,12 +114,12 @@ def figures(transcript: Transcript) -> dict[str, Any]:
 
 def sampled(transcript: Transcript) -> dict[str, Any]:
     """The token fields of an Answer. Empty if a stop string cut the answer: then its tokens do not match its text."""
-    if transcript.was_cut:
+    if transcript.cut is not None:
         return {}
-    tokens = list(transcript.sampled_tokens())
+    tokens = list(linear_tokens(transcript))
     return {
-        "token_ids": tuple(token for token, _ in tokens),
-        "forced": tuple(place for place, (_, by_thread) in enumerate(tokens) if not by_thread),
+        "token_ids": tuple(one.token for one in tokens),
+        "forced": tuple(place for place, one in enumerate(tokens) if not one.sampled),
     }
 
 

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pastalm.core.language import Document, Promise, parse, render, strip
+from pastalm.core.language import Promise
 from pastalm.errors import DataError, LanguageError
 from pastalm.records import jsonl, prompts
+from pastalm.records.documents import Document, parse, render, strip
 from pastalm.records.jsonl import Bad
 from pastalm.records.prompts import Prompt
 from pastalm.records.repetition import repetition

@@ -13,26 +13,19 @@ from dataclasses import dataclass
 
 from pastalm.core.language import (
     MAX_LENGTH,
-    MAX_TOPIC_WORDS,
-    Async,
     AsyncClose,
     AsyncOpen,
-    Document,
     Mark,
-    Node,
     Promise,
     Sync,
     Text,
-    linearize,
-    nest,
-    parse,
-    render,
+    clip_topic,
     round_length,
-    strip,
     topic_key,
 )
 from pastalm.errors import LanguageError
 from pastalm.records.chat_client import ChatClient, Messages
+from pastalm.records.documents import Async, Document, Node, linearize, nest, parse, render, strip
 from pastalm.train.annotate import PlainAnswer
 from pastalm.train.annotation_prompt import EXAMPLES, SYSTEM
 from pastalm.train.structure import MAX_GROUP, CountTokens
@@ -91,8 +84,8 @@ def _well_spelled(reply: str, response: str) -> str:
 
 def _promise(attributes: str) -> str:
     topic = _TOPIC.search(attributes)
-    words = " ".join(t for t in topic.groups() if t).split()[:MAX_TOPIC_WORDS] if topic else []
-    return render((Promise(" ".join(words), 10),)) if words else ""
+    name = clip_topic(" ".join(t for t in topic.groups() if t)) if topic else ""
+    return render((Promise(name, 10),)) if name else ""
 
 
 def _carried(marks: list[Mark], response: str) -> list[Mark] | None:

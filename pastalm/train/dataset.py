@@ -2,7 +2,8 @@
 
 It uses complete answers up to `max_tokens`. A share has no chunks, so that the model learns when not to fork. A share
 of the structured ones is used without tags, with the sequential marker. Answers with a list that the annotator did not
-mark are left out, since they would teach the model to write lists sequentially. One seed determines everything.
+mark are left out, since they would teach the model to write lists sequentially, unless the list is one for a single
+thread, such as the steps of a recipe: those teach when not to fork. One seed determines everything.
 """
 
 from __future__ import annotations
@@ -20,24 +21,16 @@ import torch
 
 from pastalm.core.events import Event
 from pastalm.core.events import Path as ThreadPath
-from pastalm.core.language import (
-    Async,
-    Document,
-    Node,
-    Promise,
-    Sync,
-    Text,
-    normalize,
-    parse,
-    strip,
-)
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.core.layout import Policy
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, LanguageError, RequestError
 from pastalm.models.chat_template import SEQUENTIAL_MARKER, encode_chat
 from pastalm.records import answers, jsonl
+from pastalm.records.documents import Async, Document, Node, normalize, parse, strip
 from pastalm.train.packing import IGNORED, MIXED, Packed, pack, pack_events, pack_serial, retell
+from pastalm.train.structure import CountTokens, for_one_thread
 
 Lengths = Literal["tens", "fixed", "oracle"]
 """The length in a promise. tens: its chunk's, rounded to tens. fixed: always the same. oracle: as tens, but positions
@@ -144,18 +137,21 @@ def read_annotated(path: Path) -> list[Source]:
 
 SHORT_ITEM = 90
 """Lists of items with fewer characters than this are not worth forking, and teach to abstain; one of
-longer items that was left alone may be independent all the same, and teaches nothing."""
+longer items that was left alone may be independent all the same, and teaches nothing, unless it is known not to be."""
 _ITEM = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*•])\s+\S", re.MULTILINE)
 
 
-def _usable(row: Source, mix: Mix) -> bool:
+def _usable(row: Source, mix: Mix, count_tokens: CountTokens) -> bool:
     if not 8 <= row.tokens <= mix.max_tokens or not row.prompt.strip():
         return False
     text = strip(row.document)
     if "<|im_" in text or "<|endoftext|>" in text:
         return False
+    if row.chunks:
+        return row.chunks >= 2
     items = len(_ITEM.findall(text))
-    return row.chunks >= 2 or (row.chunks == 0 and (items < 3 or len(text) < SHORT_ITEM * items))
+    listed = items >= 3 and len(text) >= SHORT_ITEM * items
+    return not listed or for_one_thread(text, count_tokens, prompt=row.prompt)
 
 
 def examples(
@@ -163,7 +159,7 @@ def examples(
 ) -> Iterator[Example]:
     """Examples in training order until the token budget is spent or the rows are."""
     rng = random.Random(mix.seed)
-    usable = [row for row in rows if _usable(row, mix)]
+    usable = [row for row in rows if _usable(row, mix, lambda text: len(vocabulary.encode(text)))]
     tagged = [row for row in usable if row.chunks]
     plain = [row for row in usable if not row.chunks]
     rng.shuffle(tagged)

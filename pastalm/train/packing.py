@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path
-from pastalm.core.language import CHUNK_TAGS, AsyncClose, AsyncOpen, Document, Promise, Text, linearize
+from pastalm.core.language import CHUNK_TAGS, AsyncClose, AsyncOpen, Promise, Text
 from pastalm.core.layout import Layout, Placed, Policy
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.errors import DataError
+from pastalm.records.documents import Document, encode, linearize
 
 MIXED: Mapping[Policy, float] = MappingProxyType({"promised": 0.65, "overlap": 0.35})
 """How often training takes each policy, unless told otherwise: one model then serves every engine."""
@@ -40,7 +41,7 @@ def unroll(document: Document, vocabulary: Vocabulary, *, eos: int | None = None
                 yield Decoded(path=path, token=token)
         elif isinstance(mark, Promise):
             promise = mark
-            for token in vocabulary.encode_document([mark]):
+            for token in encode([mark], vocabulary):
                 yield Decoded(path=path, token=token, tag=True)
         elif isinstance(mark, AsyncOpen):
             child = (*path, forks[path])

@@ -23,16 +23,14 @@ from pastalm.core.language import (
     CHUNK_TAGS,
     MAX_LENGTH,
     MAX_TOPIC_WORDS,
-    Async,
-    Document,
-    Node,
     Promise,
     Sync,
     Text,
+    clip_topic,
     round_length,
-    strip,
     topic_key,
 )
+from pastalm.records.documents import Async, Document, Node, strip
 
 CountTokens: TypeAlias = Callable[[str], int]
 Span: TypeAlias = tuple[int, int]
@@ -416,6 +414,7 @@ _STOP = frozenset(
         """,
     )
 )
+_ACRONYMS = frozenset({"IT", "US", "WHO"})
 _WORD = re.compile(r"[^\W_][\w'\u2019+#./-]*")
 _SERIES_LEAD = re.compile(r"([A-Za-z]+)\s+(\d{1,2}|[IVX]{1,4})\b(?:\s*[-\u2013]\s*\d+)?\W*")
 
@@ -432,11 +431,22 @@ def _content(text: str) -> list[str]:
 
 def _empty(word: str) -> bool:
     """A word that says nothing; IT and US do."""
-    return word.casefold() in _STOP and not (len(word) > 1 and word.isupper())
+    return word.casefold() in _STOP and word not in _ACRONYMS
 
 
-def _topics(part: _Part, common: frozenset[str], most: int) -> Iterator[str]:
-    """Topics of at most `most` words, the best first. common: words that most parts of the group share."""
+def _phrase(text: str) -> list[str]:
+    """The words of a name, without an article before them and words after which it is not at its end."""
+    words = _words(text)
+    while words and words[0].casefold() in ("a", "an", "the"):
+        del words[0]
+    while words and _empty(words[-1]) and words[-1] != "A":  # a letter, as in "Vitamin A"
+        del words[-1]
+    return words
+
+
+def _topics(part: _Part, common: frozenset[str]) -> Iterator[str]:
+    """Topics, the best first. common: words that most parts of the group share."""
+    most = MAX_TOPIC_WORDS
     lead, rest = part.lead, part.rest.strip()
     sentence = re.split(r"(?<=[.!?])\s", rest, maxsplit=1)[0]
     if len(_content(sentence)) <= most:
@@ -445,9 +455,7 @@ def _topics(part: _Part, common: frozenset[str], most: int) -> Iterator[str]:
         series, more = f"{matched[1]} {matched[2]}", _content(lead[matched.end() :] or sentence)
         yield from (f"{series} {word}" for word in more)
         yield series
-    words = _words(lead)
-    if words and words[0].casefold() in ("a", "an", "the"):
-        words = words[1:]
+    words = _phrase(lead)
     if len(words) <= most and not all(map(_empty, words)):
         yield " ".join(words)
     own = list(dict.fromkeys(_content(lead)))
@@ -470,7 +478,7 @@ def _usable(topic: str, count_tokens: CountTokens) -> bool:
     speaks = any(len(re.sub(r"\W", "", w)) > 1 and not _empty(w) for w in words)
     letters = any(c.isalpha() for c in topic)
     fits = len(topic) <= 60 and count_tokens(topic) <= MAX_TOPIC_TOKENS
-    return 0 < len(words) <= MAX_TOPIC_WORDS and speaks and letters and fits
+    return bool(words) and clip_topic(topic) == topic and speaks and letters and fits
 
 
 def _common(parts: Sequence[_Part]) -> frozenset[str]:
@@ -734,16 +742,16 @@ def _stretches(parts: Sequence[_Part], count_tokens: CountTokens) -> Iterator[li
 def _promises(parts: Sequence[_Part], count_tokens: CountTokens) -> tuple[Promise, ...] | None:
     """Promises with distinct topics, or None where a part has none left.
 
-    The topic of a numbered item begins with its number, so that the chunk need not count its siblings.
+    The topic of a numbered item begins with its number, so that the chunk need not count its siblings; it is not one of
+    the topic's words.
     """
     common, topics_used, promises = _common(parts), set[str](), []
     for part in parts:
         number = "" if part.number is None else f"{part.number}. "
-        most = MAX_TOPIC_WORDS - len(number.split())
         topic = next(
             (
                 f"{number}{t}"
-                for t in _topics(part, common, most)
+                for t in _topics(part, common)
                 if topic_key(t) not in topics_used and _usable(f"{number}{t}", count_tokens)
             ),
             None,
@@ -772,19 +780,28 @@ def _nodes(promises: Sequence[Promise], parts: Sequence[_Part]) -> Iterator[Node
         yield Async((Text(part.text),))
 
 
-def _groups(response: str, count_tokens: CountTokens, prompt: str) -> list[_Group]:
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A run of parts. groups: those to promise. alone: it is left to one thread for a reason: its parts depend on each
+    other as a group, or are too short."""
+
+    groups: tuple[_Group, ...] = ()
+    alone: bool = False
+
+
+def _judged(response: str, count_tokens: CountTokens, prompt: str) -> Iterator[_Judged]:
     lines = _lines(response)
-    groups = []
     for run in _runs(lines, _markers(lines)):
         if len(run.markers) < 2:
             continue
         parts = _parts(response, lines, run)
         if not _independent(parts, response[: parts[0].start], prompt):
+            yield _Judged(alone=True)
             continue
+        short = sum(count_tokens(part.text) for part in parts) < MIN_MEAN_TOKENS * len(parts)
         stretches = [s for s in _stretches(parts, count_tokens) if len(s) >= 2]
-        if sum(map(len, stretches)) >= (1 - CLOSED_SHARE) * len(parts):
-            groups += [g for s in stretches if (g := _group(s, count_tokens))]
-    return groups
+        enough = sum(map(len, stretches)) >= (1 - CLOSED_SHARE) * len(parts)
+        yield _Judged(tuple(g for s in stretches if enough and (g := _group(s, count_tokens))), short)
 
 
 def _chosen(groups: Sequence[_Group]) -> list[_Group]:
@@ -825,7 +842,8 @@ def annotate(response: str, count_tokens: CountTokens, *, prompt: str = "") -> D
     """
     nodes: list[Node] = []
     at, topics = 0, list[str]()
-    for group in _chosen(_groups(response, count_tokens, prompt)):
+    groups = [group for run in _judged(response, count_tokens, prompt) for group in run.groups]
+    for group in _chosen(groups):
         between = response[at : group.start]
         joined = topics + [topic_key(p.topic) for p in group.promises]
         if topics and not _leads_on(between, joined):
@@ -838,6 +856,17 @@ def annotate(response: str, count_tokens: CountTokens, *, prompt: str = "") -> D
     if rest := response[at:]:
         nodes += [Sync(), Text(rest)] if topics else [Text(rest)]
     return tuple(nodes)
+
+
+def for_one_thread(response: str, count_tokens: CountTokens, *, prompt: str = "") -> bool:
+    """Whether a response has lists or sections that one thread should write: each depends on itself as a group (steps,
+    a derivation, a story), or has parts too short for a promise. False if it has none, or one that is left alone only
+    because single parts lean on others, or because the rules do not recognise it.
+
+    Such an answer shows when not to fork.
+    """
+    judged = list(_judged(response, count_tokens, prompt))
+    return bool(judged) and all(run.alone and not run.groups for run in judged)
 
 
 def _leads_on(between: str, topics: Sequence[str]) -> bool:

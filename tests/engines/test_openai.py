@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from pastalm.core.driver import Driver, Response
 from pastalm.core.events import Decoded, Event, Finished, Joined
 from pastalm.core.interpreter import Limits
-from pastalm.core.language import Async, Document, Node, Sync, normalize, parse, strip
+from pastalm.core.language import Sync
 from pastalm.core.params import SamplingParams
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.engines.completions.discovery import connect
@@ -48,7 +48,9 @@ from pastalm.llm import LLM
 from pastalm.models.chat_template import TEACHING, TextTokenizer
 from pastalm.models.loading import Loaded
 from pastalm.models.lossless import vocabulary_of
+from pastalm.records.documents import Async, Document, Node, nest, normalize, parse, strip
 from pastalm.records.traces import from_json, to_json
+from pastalm.records.transcripts import linear_tokens
 from pastalm.train.packing import pack_serial, unroll
 from tests.laws.test_replay import PLENTY, ROOM, roomy
 from tests.play import PIECES
@@ -234,7 +236,7 @@ def test_what_the_model_writes_is_the_answer(
     for running, document in zip(told, documents, strict=True):
         assert running.transcript.why == ""
         assert running.transcript.text == strip(document)
-        assert running.transcript.document == document
+        assert nest(running.transcript.marks()) == document
         assert running.transcript.critical_path <= running.transcript.tokens
 
 
@@ -447,7 +449,7 @@ def test_log_probabilities_and_alternatives_come_by_id() -> None:
 
     with engine_over(answer) as engine:
         transcript = answered(engine, logprobs=1).transcript
-    (only, end) = [*transcript.logprobs()][0], [*transcript.linear_tokens()][-1]
+    (only, end) = transcript.scored()[0][1], [*linear_tokens(transcript)][-1]
     assert (only.token, only.logprob, only.top_logprobs) == (72, -0.25, ((72, -0.25),))
     assert end == ((), EOS)
 

@@ -78,7 +78,7 @@ def test_scripted_tokens_are_certain(asked: int | None) -> None:
     driver = _driver()
     running = _submit(driver, logprobs=asked)
     _run(driver)
-    told = list(running.transcript.logprobs())
+    told = [token for _, token in running.transcript.scored()]
     assert "".join(d.text for d in told) == ("" if asked is None else running.transcript.text)
     assert {d.logprob for d in told} <= {0.0}
     assert all(d.top_logprobs == (((d.token, 0.0),) if asked else ()) for d in told)

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm import LLM, models
-from pastalm.core.language import Promise, parse, render, strip
+from pastalm import LLM
+from pastalm.core.language import Promise
 from pastalm.eval.baselines import apar
 from pastalm.eval.baselines.copying import Copying, along, decode, lookup
 from pastalm.eval.baselines.skeleton import SkeletonOfThought, points_of
 from pastalm.eval.systems import Decoding
+from pastalm.models import checkpoints
+from pastalm.records.documents import parse, render, strip
 from pastalm.records.prompts import Prompt
 from tests.test_models import BYTE_LEVEL, small_model
 from tests.train.test_structure import words
@@ -23,7 +25,7 @@ from tests.train.test_structure import words
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = tmp_path_factory.mktemp("model")
-    models.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder)
+    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder)
     return LLM(str(folder), dtype="float64", max_num_seqs=4, max_model_len=2048)
 
 

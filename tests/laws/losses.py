@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from pastalm.core.events import Blocked, Decoded, Event, Joined, Path
-from pastalm.core.language import Async, Document, Promise, Sync, Text
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.core.layout import Policy
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.transformers.engine import TransformersEngine
+from pastalm.records.documents import Async, Document
 from pastalm.train.dataset import collate
 from pastalm.train.loss import token_log_probs
 from pastalm.train.packing import pack, unroll

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from pastalm.core.events import Decoded, Event, Finished, Path
 from pastalm.core.interpreter import Limits
-from pastalm.core.language import AsyncClose, Document, Sync, Text, linearize, parse, strip
+from pastalm.core.language import AsyncClose, Sync, Text
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
+from pastalm.records.documents import Document, linearize, nest, parse, strip
+from pastalm.records.transcripts import linear_tokens, summary
 from tests.fuzz_interpreter import play
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
@@ -90,17 +92,17 @@ def _told(player: Player) -> None:
     """The transcript of it holds together."""
     transcript = Transcript(player.events)
     if "abort" not in player.reasons().values():
-        _apart(transcript.document)
-    assert parse(transcript.annotated) == transcript.document
-    assert strip(transcript.document) == transcript.text == transcript.settled
-    assert transcript.tokens == player.tokens == len(list(transcript.linear_tokens()))
+        _apart(nest(transcript.marks()))
+    assert parse(transcript.annotated) == nest(transcript.marks())
+    assert strip(nest(transcript.marks())) == transcript.text == transcript.settled
+    assert transcript.tokens == player.tokens == len(list(linear_tokens(transcript)))
     assert transcript.critical_path <= transcript.tokens
     assert transcript.finished
     assert transcript.finish_reason in player.reasons().values()
-    transcript.to_dict()
+    summary(transcript)
     length = len(transcript.text)
     for cut in {0, length // 3, length // 2, length - 1, length} - {-1}:
-        transcript.cut(cut)
+        transcript.cut = cut
         assert strip(parse(transcript.annotated)) == transcript.text
 
 
@@ -152,7 +154,7 @@ def test_greedy_promisers_end(depth: int, threads: int, cap: int) -> None:
     _play(player, [(i, token) for i in range(3) for token in (*PROMISE, TAGS.sync)], honour=True)
     _ended(player)
     _told(player)
-    assert any(isinstance(node, Sync) for node in Transcript(player.events).document) <= (depth > 0)
+    assert any(isinstance(node, Sync) for node in nest(Transcript(player.events).marks())) <= (depth > 0)
 
 
 @given(st.integers(0, 2**63))

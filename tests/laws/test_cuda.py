@@ -7,9 +7,11 @@ import torch
 
 from pastalm.core.driver import Driver
 from pastalm.core.interpreter import Limits
-from pastalm.core.language import Text, parse
+from pastalm.core.language import Text
 from pastalm.core.params import SamplingParams
 from pastalm.engines.transformers.engine import TransformersEngine
+from pastalm.records.documents import parse
+from pastalm.records.transcripts import linear_tokens
 from pastalm.train.dataset import collate
 from pastalm.train.loss import log_probs
 from pastalm.train.packing import pack
@@ -46,7 +48,7 @@ def test_the_same_answers(temperature: float) -> None:
         running = [driver.submit(range(20, 40 + i), params, seed=i) for i in range(6)]
         while driver.running:
             driver.step()
-        found.append([tuple(r.transcript.linear_tokens()) for r in running])
+        found.append([tuple(linear_tokens(r.transcript)) for r in running])
     assert found[0] == found[1] == found[2]
 
 

@@ -18,6 +18,7 @@ from pastalm.core.driver import Driver
 from pastalm.core.events import Path
 from pastalm.engines.base import Schedule
 from pastalm.engines.transformers.engine import TransformersEngine
+from pastalm.records.transcripts import linear_tokens
 from tests.laws.tiny import ARCHITECTURES, EOS, TAGS, tiny_model, tiny_vocabulary
 
 PROMPTS = [[40, 41, 42, 43], [70, 80, 90], [33, 120, 99, 98, 97, 45]]
@@ -59,14 +60,14 @@ def answers(
         driver.step()
     assert not driver.running, "the decoding hangs"
     assert not engine.has_unfinished()
-    return [(r.transcript.annotated, tuple(r.transcript.linear_tokens())) for r in running]
+    return [(r.transcript.annotated, tuple(linear_tokens(r.transcript))) for r in running]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_text_is_the_same_under_every_schedule(name: str) -> None:
     model = tiny_model(name)
     alone = [answers(model, [prompt], GREEDY)[0] for prompt in PROMPTS]
-    assert sum(len({path for path, _ in tokens}) for _, tokens in alone) > len(PROMPTS), "no forks"
+    assert sum(len({one.path for one in tokens}) for _, tokens in alone) > len(PROMPTS), "no forks"
     assert answers(model, PROMPTS, GREEDY) == alone, "batched"
     assert answers(model, PROMPTS, GREEDY, schedule=uneven(1)) == alone, "uneven"
     assert answers(model, PROMPTS, GREEDY, schedule=last_only) == alone, "one at a time"
@@ -90,7 +91,7 @@ def test_tags_off_equals_generate(name: str) -> None:
                 eos_token_id=EOS,
                 pad_token_id=0,
             )
-        assert [token for _, token in tokens] == theirs[0, len(prompt) :].tolist()
+        assert [one.token for one in tokens] == theirs[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -11,30 +11,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pastalm.cli.view import segments
 from pastalm.core.driver import Driver
 from pastalm.core.events import Decoded, Event, Finished, Joined, Path
 from pastalm.core.interpreter import Limits
-from pastalm.core.language import (
-    Async,
-    AsyncClose,
-    AsyncOpen,
-    Document,
-    Mark,
-    Promise,
-    Sync,
-    Text,
-    linearize,
-    nest,
-    normalize,
-    render,
-    strip,
-)
+from pastalm.core.language import AsyncClose, AsyncOpen, Mark, Promise, Sync, Text
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.engines.base import Schedule
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import DataError
+from pastalm.records.documents import Async, Document, linearize, nest, normalize, render, strip
 from pastalm.records.traces import from_json, to_json
+from pastalm.records.transcripts import linear_tokens, summary
 from tests.strategies import LOOK_ALIKES, as_decoded, documents
 
 PLENTY = 20_000
@@ -135,7 +124,7 @@ def test_a_response_does_not_depend_on_its_company(scripts: list[Document], sche
 def test_a_script_with_room_is_played_as_written(document: Document, schedule: Schedule) -> None:
     ((transcript, _),) = _play([document], schedule=schedule)
     assert transcript.text == strip(as_decoded(document))
-    assert _unsynced(transcript.document) == _unsynced(as_decoded(document))
+    assert _unsynced(nest(transcript.marks())) == _unsynced(as_decoded(document))
 
 
 @settings(max_examples=100)
@@ -146,11 +135,11 @@ def test_a_trace_tells_the_same_again(
     ((live, events),) = _play([document], schedule=schedule, max_tokens=max_tokens, stop=stop)
     lines = [to_json(event) for event in events]
     replayed = Transcript(map(from_json, lines))
-    assert replayed.to_dict() == live.to_dict()
+    assert summary(replayed) == summary(live)
     assert [getattr(replayed, f) for f in figures] == [getattr(live, f) for f in figures]
-    assert [*replayed.linear_tokens()] == [*live.linear_tokens()]
-    assert [*replayed.logprobs()] == [*live.logprobs()]
-    assert replayed.segments() == live.segments()
+    assert [*linear_tokens(replayed)] == [*linear_tokens(live)]
+    assert replayed.scored() == live.scored()
+    assert segments(replayed) == segments(live)
 
 
 @settings(max_examples=100)
@@ -158,7 +147,7 @@ def test_a_trace_tells_the_same_again(
 def test_tags_off_writes_the_reader_text_and_nothing_else(document: Document) -> None:
     ((transcript, events),) = _play([document], parallelism=0.0)
     assert transcript.text == strip(document)
-    assert transcript.document == normalize([Text(strip(document))])
+    assert nest(transcript.marks()) == normalize([Text(strip(document))])
     assert list(transcript.threads) == [()]
     assert transcript.parallelism == 1.0
 
@@ -204,9 +193,9 @@ def test_a_trace_with_junk_in_it_is_refused(line: str) -> None:
 def test_an_empty_trace_is_an_empty_response() -> None:
     transcript = Transcript()
     assert (transcript.text, transcript.annotated, transcript.settled) == ("", "", "")
-    assert [*transcript.linear_tokens()] == []
-    assert [*transcript.logprobs()] == []
-    assert transcript.segments() == []
+    assert [*linear_tokens(transcript)] == []
+    assert transcript.scored() == []
+    assert segments(transcript) == []
     assert not transcript.finished
-    assert render(transcript.document) == ""
-    transcript.to_dict()
+    assert render(nest(transcript.marks())) == ""
+    summary(transcript)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from pastalm.cli.view import Plain
 from pastalm.core.interpreter import Limits
-from pastalm.core.language import AsyncClose, Document, Text, linearize, parse, strip
+from pastalm.core.language import AsyncClose, Text
 from pastalm.core.params import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.llm import LLM
+from pastalm.records.documents import Document, linearize, nest, parse, strip
 from pastalm.records.traces import from_json, to_json
 from pastalm.train.structure import annotate
 from tests.server.serving import playing
@@ -75,7 +76,7 @@ def test_what_is_read_is_the_same_everywhere(script: Document, most: int, sequen
         shown += stream.transcript.certain(start=len(shown))
     plain.close()
     transcript = stream.transcript
-    assert transcript.finished and apart(transcript.document)
+    assert transcript.finished and apart(nest(transcript.marks()))
     text = transcript.text
     assert shown == text and out.getvalue().removesuffix("\n") == text.removesuffix("\n")
     assert strip(parse(transcript.annotated)) == text == Transcript(map(from_json, lines)).text

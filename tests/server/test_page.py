@@ -21,11 +21,13 @@ from pastalm import Limits, SamplingParams
 from pastalm.core.driver import Driver
 from pastalm.core.events import Event, Forked, SampledToken
 from pastalm.core.events import Path as ThreadPath
-from pastalm.core.language import Async, Document, Promise, Text, parse
+from pastalm.core.language import Promise, Text
 from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
+from pastalm.records.documents import Async, Document, parse
 from pastalm.records.traces import from_json, to_json
-from pastalm.server.app import PAGE
+from pastalm.records.transcripts import summary
+from pastalm.server.page import PAGE
 from tests.server.serving import TIPS, TIPS_TEXT, Served, curl, eventually, playing, serving
 from tests.strategies import documents
 
@@ -54,7 +56,7 @@ ANSWER = """() => {
 
 def figures(transcript: Transcript) -> dict[str, Any]:
     """What FIGURES gives for the same events, unrounded."""
-    told = {**transcript.to_dict(), "seconds": transcript.seconds, "parallelism": transcript.parallelism}
+    told = {**summary(transcript), "seconds": transcript.seconds, "parallelism": transcript.parallelism}
     del told["annotated"]
     return told
 

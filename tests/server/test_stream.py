@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pastalm import Limits, SamplingParams
 from pastalm.core.driver import Driver
 from pastalm.core.events import Event, Path
-from pastalm.core.language import Document, Text, normalize, strip
+from pastalm.core.language import Text
 from pastalm.core.transcript import Transcript
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
-from pastalm.server.protocol import Answer, Delta
+from pastalm.records.documents import Document, normalize, strip
+from pastalm.server.answers import Delta, ServedAnswer
 from tests.strategies import documents
 
 VOCABULARY = byte_vocabulary()
@@ -25,7 +26,7 @@ SCRIPTS = documents(pieces=st.text("ab\n é", max_size=6))
 
 def stream(
     script: Document, stops: Sequence[str], *, seed: int, max_threads: int, max_tokens: int, parallelism: float = 1
-) -> tuple[list[Delta], Answer]:
+) -> tuple[list[Delta], ServedAnswer]:
     """The deltas of an answer, step by step, under a random schedule."""
     rng = random.Random(seed)
 
@@ -38,7 +39,7 @@ def stream(
         temperature=0, max_tokens=max_tokens, stop=tuple(stops), logprobs=0, parallelism=parallelism
     )
     running = driver.submit([65], params)
-    answer = Answer(params.stop_strings)
+    answer = ServedAnswer(running.transcript, params.stop_strings)
     deltas = [answer.take(running.take())]
     while driver.running:
         driver.step()
@@ -61,7 +62,7 @@ def test_deltas_are_the_text(script: Document, stops: list[str], seed: int, max_
         sent += delta.text
         assert final.startswith(sent)
     assert sent == final
-    assert [each for delta in deltas for each in delta.scored] == [*answer.transcript.scored()]
+    assert [each for delta in deltas for each in delta.tokens] == [*answer.transcript.scored()]
     assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
     assert [event for delta in deltas for event in delta.events]
     if max_tokens == 2000 and answer.transcript.finish_reason == "stop":

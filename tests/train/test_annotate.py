@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pastalm.core.language import parse, strip
 from pastalm.errors import DataError
 from pastalm.records import jsonl
+from pastalm.records.documents import parse, strip
 from pastalm.train.annotate import AnnotationCounts, PlainAnswer, Structural, annotate_file, annotate_rows
 from tests.train.test_structure import listed, words
 

@@ -6,18 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.core.language import (
-    MAX_TOPIC_WORDS,
-    Async,
-    Promise,
-    Sync,
-    linearize,
-    parse,
-    render,
-    round_length,
-    strip,
-    topic_key,
-)
+from pastalm.core.language import MAX_TOPIC_WORDS, Promise, Sync, round_length, topic_key
+from pastalm.records.documents import Async, linearize, parse, render, strip
 from pastalm.train.annotate import PlainAnswer
 from pastalm.train.annotate_remote import question, read
 from pastalm.train.annotation_prompt import EXAMPLES, SYSTEM

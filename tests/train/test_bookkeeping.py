@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastalm.core.language import Text, parse
+from pastalm.core.language import Text
 from pastalm.errors import DataError
 from pastalm.models import checkpoints
+from pastalm.records.documents import parse
 from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import Mix
 from pastalm.train.packing import pack

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from pastalm.core.events import Event
 from pastalm.core.events import Path as ThreadPath
-from pastalm.core.language import Async, Document, Promise, Sync, Text
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.core.layout import Policy
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
@@ -29,6 +29,7 @@ from pastalm.eval.score import score
 from pastalm.models import chat_template, checkpoints, loading
 from pastalm.records import answers, scores
 from pastalm.records.answers import Answer
+from pastalm.records.documents import Async, Document
 from pastalm.records.scores import Scored
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate, pack_sampled

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pastalm.core.language import Async, Document, Promise, Sync, Text, render
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.models import checkpoints, loading
+from pastalm.records.documents import Async, Document, render
 from pastalm.records.scores import Scored
 from pastalm.train import preference, sft
 from pastalm.train.dataset import Mix

@@ -17,20 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pastalm.core.language import (
-    Async,
-    AsyncOpen,
-    Document,
-    Promise,
-    Sync,
-    Text,
-    linearize,
-    parse,
-    render,
-    strip,
-)
+from pastalm.core.language import AsyncOpen, Promise, Sync, Text
 from pastalm.errors import DataError, RequestError
 from pastalm.models import adapters, chat_template, checkpoints, loading, lossless, preparing
+from pastalm.records.documents import Async, Document, linearize, parse, render, strip
 from pastalm.train import run, sft
 from pastalm.train.dataset import (
     REPEAT,
@@ -52,6 +42,7 @@ from pastalm.train.packing import IGNORED, pack, pack_serial
 from pastalm.train.sft import SftConfig, train
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.test_models import BYTE_LEVEL, small_model
+from tests.train.test_structure import RECIPE
 
 VOCABULARY = tiny_vocabulary()
 PROMPT = [40, 41, 42]
@@ -349,6 +340,20 @@ def test_the_same_seed_draws_the_same_examples_within_the_budget(config: SftConf
 
     assert drawn(0) == drawn(0)
     assert drawn(0) != drawn(1)
+
+
+def test_a_list_for_one_thread_teaches_when_not_to_fork(config: SftConfig) -> None:
+    tokenizer = copy.deepcopy(BYTE_LEVEL)
+    preparing.prepare(small_model(len(tokenizer)), tokenizer)
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1])
+    plain = next(row for row in read_annotated(config.data) if not row.chunks)
+    missed = "".join(f"{n}. Finally, it is number {n} of many that matter to me. " + 40 * "word " + "\n" for n in range(1, 4))
+    rows = [
+        replace(plain, id="recipe", prompt="Give me a recipe", document=(Text(RECIPE + 60 * "."),)),
+        replace(plain, id="missed", prompt="Why?", document=(Text(missed),)),
+    ]
+    mix = Mix(token_budget=4000, max_tokens=2000, plain=1.0, sequential=0.0)
+    assert {e.id for e in examples(rows, tokenizer, vocabulary, mix, eos=1)} == {"recipe"}
 
 
 @given(

@@ -8,20 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pastalm.core.language import (
-    MAX_LENGTH,
-    Async,
-    Document,
-    Promise,
-    Sync,
-    Text,
-    parse,
-    render,
-    round_length,
-    strip,
-    topic_key,
-)
-from pastalm.train.structure import MAX_GROUP, annotate, critical_path
+from pastalm.core.language import MAX_LENGTH, Promise, Sync, Text, round_length, topic_key
+from pastalm.records.documents import Async, Document, parse, render, strip
+from pastalm.train.structure import MAX_GROUP, annotate, critical_path, for_one_thread
 
 
 def words(text: str) -> int:
@@ -102,6 +91,12 @@ names = st.sampled_from(
         "Walk daily",
         "**Read books**",
         "Sleep",
+        "Deal with",
+        "Look For A",
+        "LOOK FOR",
+        "A part of the",
+        "Where to",
+        "Vitamin A",
         "The",
         "it",
         "Café",
@@ -120,6 +115,11 @@ items = st.builds(
 responses = st.lists(st.tuples(st.one_of(fragments, items), st.sampled_from(["\n", "\n\n", ""]))).map(
     lambda pairs: "".join(a + b for a, b in pairs)
 )
+
+
+ENDLESS = "a|an|the|of|to|in|on|at|by|for|from|with|into|and|or|but|as|your|their|is|are|that|which"
+OPEN_ENDS = {form for word in ENDLESS.split("|") for form in (word, word.title(), word.upper())} - {"A"}
+"""Words after which a topic is not at its end. "A" may be a letter, as in "Vitamin A"."""
 
 
 @settings(max_examples=400, deadline=None)
@@ -142,6 +142,7 @@ def test_promises_are_valid_distinct_few_and_worth_it(response: str) -> None:
         assert promise.tokens == round_length(words(chunk))
         assert words(chunk) <= MAX_LENGTH
         assert not set("\"'*`\n<>") & set(promise.topic)
+        assert promise.topic.split()[-1] not in OPEN_ENDS
     if promises(document):
         assert critical_path(document, words) < words(response)
 
@@ -283,13 +284,24 @@ def test_topics_say_what_the_item_is_about() -> None:
         "2. Offer packaging that survives long journeys on uneven roads and in heavy rain.\n"
         "3. The quality of IT support decides how happy customers are with the whole service.\n"
     )
-    found = topics(annotated("Ideas:\n\n" + body))
-    assert found == ["1. Partner local", "2. Offer packaging", "3. quality IT"]
-    assert topics(annotated("Ideas:\n\n" + re.sub(r"(?m)^\d\.", "-", body))) == [
-        "Partner local restaurants",
-        "Offer packaging survives",
-        "quality IT support",
+    found = topics(annotate("Ideas:\n\n" + body, lambda text: 2 * len(text.split())))
+    assert found == ["1. Partner local restaurants", "2. Offer packaging survives", "3. quality IT support"]
+
+
+@pytest.mark.parametrize("form", ["{n}. {lead}: {text}", "{n}) **{lead}** - {text}", "{n}. {lead} {text}"])
+@pytest.mark.parametrize(
+    "lead", ["Eat", "Eat a balanced diet", "Deal with the", "Look for a new and better job", "Vitamin {n}"]
+)
+def test_a_number_takes_no_word_from_the_topic(form: str, lead: str) -> None:
+    texts = [
+        "apples and pears from the old orchard every single morning before the school bus arrives.",
+        "soup with fresh herbs from the balcony whenever the evenings turn cold and grey again.",
+        "bread that was baked at home on a quiet Sunday with flour from the mill next door.",
     ]
+    body = "".join(form.format(n=n, lead=lead.format(n="ABC"[n - 1]), text=t) + "\n" for n, t in enumerate(texts, 1))
+    plain = topics(annotated("Ideas:\n\n" + re.sub(r"(?m)^\d[.)]", "-", body)))
+    assert len(plain) == 3
+    assert topics(annotated("Ideas:\n\n" + body)) == [f"{n}. {topic}" for n, topic in enumerate(plain, 1)]
 
 
 def test_topics_that_would_be_the_same_are_told_apart() -> None:
@@ -420,6 +432,34 @@ def test_a_list_of_which_most_items_lean_is_left_alone() -> None:
 )
 def test_parts_that_depend_on_each_other_are_left_alone(response: str, prompt: str) -> None:
     assert annotated(response, prompt) == (Text(response),)
+
+
+RECIPE = (
+    "1. Preheat the oven to 200 degrees and line a large tray with paper from the roll.\n"
+    "2. Whisk flour, sugar and eggs in a bowl until there are no lumps left in the batter.\n"
+    "3. Simmer the berries for ten minutes with two tablespoons of water and some lemon juice.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("response", "prompt", "alone"),
+    [
+        (RECIPE, "Give me a recipe", True),
+        ("1. Red\n2. Blue\n3. Green\n4. Yellow", "Name four colours", True),
+        ("Some tips:\n\n" + listed("- "), "Give me tips", False),
+        (f"{RECIPE}\n\n## Tips\n\n{listed('- ')}", "Give me a recipe", False),
+        ("Some notes:\n\n" + "\n".join(f"- {sentence}" for sentence in DEPENDENT[:6]), "Any notes?", False),
+        ("No list at all.", "", False),
+    ],
+)
+def test_what_is_one_threads_to_write_is_known(response: str, prompt: str, alone: bool) -> None:
+    assert for_one_thread(response, words, prompt=prompt) is alone
+
+
+@settings(max_examples=200, deadline=None)
+@given(responses)
+def test_what_is_promised_is_not_one_threads_to_write(response: str) -> None:
+    assert not (promises(annotate(response, words)) and for_one_thread(response, words))
 
 
 def test_explained_steps_with_names_stand_on_their_own() -> None:

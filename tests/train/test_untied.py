@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pastalm import LLM, SamplingParams, models
-from pastalm.core.language import Async, Document, Promise, Sync, Text, render
+from pastalm import LLM, SamplingParams
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.native import weights
 from pastalm.errors import ModelError
-from pastalm.models import gguf_files, packed_models
+from pastalm.models import adapters, checkpoints, gguf_files, loading, lossless, packed_models, preparing
 from pastalm.models.chat_template import encode_chat
+from pastalm.records.documents import Async, Document, render
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate
 from pastalm.train.loss import weighted_loss
@@ -71,7 +72,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, fl
     found = {}
     for name, model in copies().items():
         folder = tmp_path_factory.mktemp(name)
-        models.save(model, copy.deepcopy(TOKENIZER), folder / "base")
+        checkpoints.save(model, copy.deepcopy(TOKENIZER), folder / "base")
         (folder / "data").write_text("")
         config = run.RunConfig(
             data=folder / "data",
@@ -85,7 +86,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, fl
         adapted = run.adapted(config, base.model, base.tags)
         loss = learn(config, adapted, batch_of(base.tokenizer, base.vocabulary, base.eos), base, 150)
         run._save_adapter(adapted, adapted.state_dict(), config, folder / "adapter")
-        models.write_card(folder / "adapter", {"shape": models.shape_of(adapted.get_base_model())})
+        adapters.write_card(folder / "adapter", {"shape": adapters.shape_of(adapted.get_base_model())})
         found[name] = folder, loss
     return found
 
@@ -109,20 +110,20 @@ def test_both_fork_however_they_are_loaded(taught: dict[str, tuple[Path, float]]
     text, chunks = said(LLM(base, adapter=adapter, dtype="float32", engine="transformers"))
     assert chunks >= 2
     assert said(LLM(base, adapter=adapter, dtype="float32", engine="native")) == (text, chunks)
-    loaded = models.load(base, adapter=adapter, dtype="float32")
+    loaded = loading.load(base, adapter=adapter, dtype="float32")
     file = gguf_files.export(loaded, tmp_path / "model.gguf", "F32")
     assert said(LLM(str(file), engine="native"))[1] >= 2
     held = packed_models.load_gguf(file).tensors
-    for place, table in zip(("embedding", "head"), models.token_tables(loaded.model), strict=False):
+    for place, table in zip(("embedding", "head"), preparing.token_tables(loaded.model), strict=False):
         rows = held[place]
         assert isinstance(rows, weights.Matrix)
         np.testing.assert_allclose(weights.unpack(rows)[: len(table.weight)], table.weight, atol=0.02)
     assert ("head" in held) == (name == "untied")
-    models.save(loaded.model, loaded.tokenizer, tmp_path / "merged")
-    again = models.load(str(tmp_path / "merged"), adapter=None, dtype="float32").model
-    tables = models.token_tables(again)
+    checkpoints.save(loaded.model, loaded.tokenizer, tmp_path / "merged")
+    again = loading.load(str(tmp_path / "merged"), adapter=None, dtype="float32").model
+    tables = preparing.token_tables(again)
     assert len(tables) == (1 if name == "tied" else 2)
-    for mine, other in zip(tables, models.token_tables(loaded.model), strict=True):
+    for mine, other in zip(tables, preparing.token_tables(loaded.model), strict=True):
         assert torch.equal(mine.weight, other.weight)
 
 
@@ -183,7 +184,7 @@ def test_what_was_trained_is_what_is_loaded(kind: str, tmp_path: Path) -> None:
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | HEADS[kind])))
     if getattr(made.get_output_embeddings(), "bias", None) is not None:
         torch.nn.init.normal_(made.get_output_embeddings().bias)
-    models.save(made, copy.deepcopy(TOKENIZER), tmp_path / "base")
+    checkpoints.save(made, copy.deepcopy(TOKENIZER), tmp_path / "base")
     (tmp_path / "data").write_text("")
     config = run.RunConfig(data=tmp_path / "data", out=tmp_path / "out", model=str(tmp_path / "base"), lora_rank=4)
     base = run.begin(config, str)
@@ -200,10 +201,10 @@ def test_what_was_trained_is_what_is_loaded(kind: str, tmp_path: Path) -> None:
         loss, each, decision = weighted_loss(adapted.eval(), batch, base.tags, 1.0)
         assert float(each[decision].mean()) < before
         adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-        models.write_card(tmp_path / "adapter", {"shape": models.shape_of(plain)})
-        merged = models.load(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), dtype="float32").model
+        adapters.write_card(tmp_path / "adapter", {"shape": adapters.shape_of(plain)})
+        merged = loading.load(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), dtype="float32").model
         assert float(weighted_loss(merged, batch, base.tags, 1.0)[0]) == pytest.approx(float(loss), abs=1e-4)
-    for table, was in zip(models.token_tables(merged), models.token_tables(plain), strict=True):
+    for table, was in zip(preparing.token_tables(merged), preparing.token_tables(plain), strict=True):
         changed = (table.weight != was.weight).any(dim=1).nonzero().flatten().tolist()
         assert changed == list(base.tags.ids)
 
@@ -222,17 +223,17 @@ def test_only_the_text_part_of_a_model_that_sees_is_adapted(tmp_path: Path) -> N
     assert trained and not any("vision" in name or "projector" in name for name in trained)
     for part in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "embed_tokens"):
         assert any(part in name for name in trained), part
-    assert models.shape_of(model) == {"model_type": "gemma3", "hidden_size": 32, "num_hidden_layers": 2}
+    assert adapters.shape_of(model) == {"model_type": "gemma3", "hidden_size": 32, "num_hidden_layers": 2}
 
 
 def prepared_tokenizer() -> Any:
     tokenizer = copy.deepcopy(TOKENIZER)
-    models.prepare(small_model(len(tokenizer)), tokenizer)
+    preparing.prepare(small_model(len(tokenizer)), tokenizer)
     return tokenizer
 
 
 def tags_of(tokenizer: Any) -> Tags:
-    tags = models.vocabulary_of(tokenizer, eos=[1]).tags
+    tags = lossless.vocabulary_of(tokenizer, eos=[1]).tags
     assert tags is not None
     return tags
 
@@ -251,7 +252,7 @@ def test_quantised_weights_are_adapted_and_neither_cast_nor_trained(tmp_path: Pa
     adapted = run.adapted(config, model, tags_of(tokenizer))
     trained = {name: p.dtype for name, p in adapted.named_parameters() if p.requires_grad}
     assert any("up_proj.lora" in name for name in trained) and set(trained.values()) == {torch.float32}
-    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1])
     loss, _, _ = weighted_loss(adapted.train(), batch_of(tokenizer, vocabulary, 1), tags_of(tokenizer), 2.0)
     loss.backward()
     assert loss.isfinite()
@@ -282,6 +283,6 @@ def test_multimodal_checkpoints_are_trained_saved_and_loaded(kind: str, tmp_path
         batch_tokens=300,
     )
     adapter = train(config, str)
-    assert models.load(config.model, adapter=str(adapter), dtype="float32").prepared
+    assert loading.load(config.model, adapter=str(adapter), dtype="float32").prepared
     whole = train(replace(config, full=True, out=tmp_path / "whole"), str)
-    assert models.load(str(whole), adapter=None, dtype="float32").prepared
+    assert loading.load(str(whole), adapter=None, dtype="float32").prepared

@@ -1,8 +1,8 @@
 """APAR (Liu et al., "APAR: LLMs can do auto-parallel auto-regressive decoding", 2024), as data for the same training.
 
-The annotator marks an answer by its form alone: of an ordered list each item's head stays in the main thread and its
-detail becomes a chunk; of plain paragraphs each one's first sentence stays and the rest becomes a chunk. No sync: what
-a chunk says is never read by its parent. A model trained on these rows is decoded as any other.
+The annotator only looks at the form of an answer. In an ordered list, the head of each item stays in the main thread,
+and its detail becomes a chunk. In plain paragraphs, the first sentence of each stays, and the rest becomes a chunk.
+There is no sync: the main thread never reads a chunk. A model trained on these rows is decoded like any other.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from pastalm.core.language import Async, Document, Node, Promise, Text, normalize, topic_key
+from pastalm.core.language import Promise, Text, topic_key
+from pastalm.records.documents import Async, Document, Node, normalize
 
 LEAST_ITEMS = 3
 LEAST_DETAIL = 10
-"""Tokens of a detail that is worth a thread."""
+"""Minimum number of tokens of a chunk."""
 _ITEM = re.compile(r"^(\d{1,2})[.)] +\S", re.MULTILINE)
 _HEAD = re.compile(r"(?:\d{1,2}[.)] +)?[^\n]*?(?::\*{0,2}|[.!?])(?=\s)")
 _UNLIKE = re.compile(r"```|\$\$|\\\(|^\s*[-*•|] ", re.MULTILINE)
-"""Code, formulas, tables and bullets: left alone."""
+"""Code, formulas, tables and bullets: answers with these are not annotated."""
 
 
 def annotate(response: str, count_tokens: Callable[[str], int]) -> Document:
-    """The response with its details marked; without any where it is no list and no row of paragraphs."""
+    """The response with its details as chunks; without chunks if it is neither a list nor several paragraphs.
+
+    response: the text.
+    count_tokens: counts the tokens of a text.
+    """
     if _UNLIKE.search(response):
         return normalize([Text(response)])
     starts = _list(response) or _paragraphs(response)
@@ -41,7 +46,7 @@ def _list(response: str) -> list[tuple[int, int]]:
 
 
 def _paragraphs(response: str) -> list[tuple[int, int]]:
-    """Start and end of each paragraph of an answer that has two or more; none of an answer with a list."""
+    """Start and end of each paragraph; [] if there is only one, or if the answer has a list."""
     if _ITEM.search(response):
         return []
     ends = [match.end() for match in re.finditer(r"\n{2,}", response)]
@@ -50,7 +55,7 @@ def _paragraphs(response: str) -> list[tuple[int, int]]:
 
 
 def _nodes(response: str, spans: list[tuple[int, int]], count_tokens: Callable[[str], int]) -> Iterator[Node]:
-    done, topics = 0, set[str]()
+    written, topics = 0, set[str]()
     for start, end in spans:
         head = _HEAD.match(response, start, end)
         split = head.end() if head else end
@@ -59,11 +64,11 @@ def _nodes(response: str, spans: list[tuple[int, int]], count_tokens: Callable[[
         if count_tokens(detail) < LEAST_DETAIL or topic_key(topic) in topics or not topic_key(topic):
             continue
         topics.add(topic_key(topic))
-        yield Text(response[done:split])
+        yield Text(response[written:split])
         yield Promise.clip(topic, count_tokens(detail))
         yield Async((Text(detail),))
-        done = end
-    yield Text(response[done:])
+        written = end
+    yield Text(response[written:])
 
 
 def _topic(head: str) -> str:

@@ -1,4 +1,4 @@
-"""Token-level parallelism without a second model: spans are copied from text that is at hand, and verified; lossless.
+"""Speculative decoding without a draft model: drafts are copied from known text and verified. Lossless.
 
 - Prompt lookup (Saxena, "Prompt lookup decoding", 2023): what followed the last few tokens earlier, in the prompt or
   in the answer so far, is the draft.
@@ -18,14 +18,16 @@ from typing import Any, Literal
 
 import torch
 
-from pastalm.core.language import Text, render
+from pastalm.answering import Task
+from pastalm.core.language import Text
 from pastalm.core.params import SamplingParams
 from pastalm.errors import CapabilityError
 from pastalm.llm import LLM
 from pastalm.records import answers
 from pastalm.records.answers import Answer
+from pastalm.records.documents import render
 from pastalm.records.prompts import Prompt
-from pastalm.sampling import Task
+from pastalm.records.transcripts import linear_tokens
 
 SEQUENTIAL = SamplingParams(temperature=0, parallelism=0)
 
@@ -35,7 +37,7 @@ Propose = Callable[[Sequence[int]], Sequence[int]]
 
 def lookup(tokens: Sequence[int], source: Sequence[int], *, longest: int, shortest: int, draft: int) -> list[int]:
     """Up to `draft` tokens that followed the last occurrence in `source` of the longest run of tokens, from
-    `shortest` to `longest`, that `known` ends with; [] if there is none."""
+    `shortest` to `longest`, that `tokens` ends with; [] if there is none."""
     for size in range(min(longest, len(tokens)), shortest - 1, -1):
         tail = list(tokens[-size:])
         for start in range(len(source) - size - 1, -1, -1):
@@ -46,8 +48,12 @@ def lookup(tokens: Sequence[int], source: Sequence[int], *, longest: int, shorte
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """tokens: with the end token, if it came. passes: forward passes, the prompt's too. first: seconds to the
-    first token."""
+    """An answer decoded with drafts.
+
+    tokens: of the answer, with the end token if it was sampled.
+    passes: forward passes, including the prompt's.
+    first: seconds to the first token.
+    """
 
     tokens: list[int]
     passes: int
@@ -61,7 +67,14 @@ Greedy = Callable[[int, Sequence[int]], Sequence[int]]
 def verify(
     greedy: Greedy, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]
 ) -> Decoded:
-    """Greedy decoding that verifies drafts. ends: tokens that end the answer."""
+    """Greedy decoding that verifies drafts.
+
+    greedy: the model.
+    prompt: token ids.
+    propose: gives drafts.
+    max_tokens: limit of the answer.
+    ends: ids that end the answer.
+    """
     started = time.perf_counter()
     tokens = [greedy(0, prompt)[-1]]
     first, passes = time.perf_counter() - started, 1
@@ -87,15 +100,15 @@ def decode(
     cache = DynamicCache()
     banned = torch.tensor(list(never), dtype=torch.long, device=model.device)
 
-    def greedy(stand: int, fed: Sequence[int]) -> list[int]:
-        if surplus := cache.get_seq_length() - stand:  # tokens of a rejected draft
+    def greedy(cached: int, fed: Sequence[int]) -> list[int]:
+        if surplus := cache.get_seq_length() - cached:  # tokens of a rejected draft
             cache.crop(-surplus)
         logits = model(
             input_ids=torch.tensor([list(fed)], device=model.device),
-            position_ids=torch.arange(stand, stand + len(fed), device=model.device)[None],
+            position_ids=torch.arange(cached, cached + len(fed), device=model.device)[None],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=len(fed) if stand else 1,
+            logits_to_keep=len(fed) if cached else 1,
         ).logits[0]
         logits[:, banned] = -torch.inf
         predictions: list[int] = logits.argmax(-1).tolist()
@@ -105,19 +118,31 @@ def decode(
 
 
 def along(prompt: Sequence[int], tokens: Sequence[int], propose: Propose, *, max_tokens: int) -> Decoded:
-    """`verify` for a known greedy answer: how many passes it would take. tokens: that answer."""
+    """`verify` for a known greedy answer, to count the passes that it would take.
 
-    def greedy(stand: int, fed: Sequence[int]) -> list[int]:
-        begin = max(0, stand + 1 - len(prompt))
-        return [*tokens[begin : begin + len(fed)], *[-1] * len(fed)][: len(fed)] if stand else [tokens[0]]
+    prompt, propose, max_tokens: as in `verify`.
+    tokens: the answer.
+    """
+
+    def greedy(cached: int, fed: Sequence[int]) -> list[int]:
+        begin = max(0, cached + 1 - len(prompt))
+        return [*tokens[begin : begin + len(fed)], *[-1] * len(fed)][: len(fed)] if cached else [tokens[0]]
 
     return verify(greedy, prompt, propose, max_tokens=min(max_tokens, len(tokens)), ends=frozenset())
 
 
 @dataclass(slots=True)
 class Copying:
-    """source: "prompt" is prompt lookup, "references" LLMA, from the prompt's references. longest, shortest: tokens
-    that must match; draft: tokens copied. Raises CapabilityError for a model that transformers does not run."""
+    """A system that decodes with copied drafts.
+
+    name: of the system.
+    llm: the baseline's model.
+    source: "prompt": prompt lookup; "references": LLMA, from the prompt's references.
+    longest, shortest: number of tokens that must match.
+    draft: number of tokens that are copied.
+
+    Raises CapabilityError for a model that does not run on transformers.
+    """
 
     name: str
     llm: LLM
@@ -138,12 +163,12 @@ class Copying:
         return self._answer(prompt, decoded, first_seconds=round(decoded.first, 4), seconds=round(seconds, 4))
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        """See `System`: the sequential answer, by the engine, and the passes that copying would have taken for it. No
-        seconds: it was not decoded so."""
+        """See `System`. The engine decodes the answer sequentially, and the passes that copying would have taken are
+        counted. Times are not measured."""
         prompt_ids, params = self.prompt_ids(prompt), replace(SEQUENTIAL, max_tokens=max_tokens)
         response = self.llm.driver.submit(prompt_ids, params, positions=self.llm.positions, keep_events=False)
         yield [response]
-        tokens = [token for _, token in response.transcript.linear_tokens()]
+        tokens = [one.token for one in linear_tokens(response.transcript)]
         return self._answer(prompt, along(prompt_ids, tokens, self._proposer(prompt), max_tokens=max_tokens))
 
     def _answer(self, prompt: Prompt, decoded: Decoded, **seconds: float) -> Answer:

@@ -1,8 +1,7 @@
 """Skeleton-of-Thought (Ning et al., "Skeleton-of-Thought: Prompting LLMs for efficient parallel generation", 2024).
 
-No training: the model is first asked for a skeleton of the answer, 3 to 10 points of a few words, then to expand each
-point, all at once. A router (their SoT-R, prompted) asks the model itself whether such an answer suits the question.
-The prompts are ours.
+No training. The model first writes a skeleton of the answer, 3 to 10 points of a few words; then it expands all points
+at once. A router (SoT-R, prompted) asks the model whether such an answer suits the question. The prompts are ours.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pastalm.answering import Task, run_tasks
 from pastalm.core.driver import Response
-from pastalm.core.language import Async, Node, Promise, Sync, Text, normalize, render
+from pastalm.core.language import Promise, Sync, Text
 from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import cold
 from pastalm.llm import LLM
 from pastalm.records import answers
 from pastalm.records.answers import Answer
+from pastalm.records.documents import Async, Node, normalize, render
 from pastalm.records.prompts import Prompt
-from pastalm.sampling import Task, run_tasks
 
 MOST_POINTS = 10
 
@@ -52,7 +52,13 @@ _POINT = re.compile(r"^\s*(\d{1,2})[.)][ \t]*(\S[^\n]*?)[ \t]*$", re.MULTILINE)
 
 @dataclass(slots=True)
 class SkeletonOfThought:
-    """routed: ask first whether it suits; else answer sequentially. max_point: tokens of one point."""
+    """A system that answers by Skeleton-of-Thought.
+
+    name: of the system.
+    llm: the baseline's model.
+    routed: ask the router first; questions that it rejects are answered sequentially.
+    max_point: maximum number of tokens of a point.
+    """
 
     name: str
     llm: LLM
@@ -68,8 +74,8 @@ class SkeletonOfThought:
         return answer_or_error
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        """See `System`. Critical path: router, skeleton, longest point; where no skeleton comes of it, the
-        sequential answer after them."""
+        """See `System`. The critical path is router, skeleton and longest point. Without a valid skeleton, the question is
+        answered sequentially after them."""
         started = time.perf_counter()
         spent = Spent()
         if not self.routed or (yield from self._suits(prompt.text, spent)):
@@ -109,7 +115,7 @@ class SkeletonOfThought:
         )
 
     def _suits(self, question: str, spent: Spent) -> Task[bool]:
-        """The router: whichever of the two words is likelier."""
+        """The router: whether "Yes" is more likely than "No"."""
         vocabulary = self.llm.loaded.vocabulary
         words = {word: vocabulary.encode(word)[0] for word in ("Yes", "No")}
         bias = dict.fromkeys(words.values(), 100.0)
@@ -119,13 +125,19 @@ class SkeletonOfThought:
     def _decode(
         self, questions: Sequence[tuple[str, str]], max_tokens: int, spent: Spent, **params: Any
     ) -> Task[list[Response]]:
-        """Answers to (question, how the answer begins), greedily, all at once."""
+        """Decodes greedily, all at once.
+
+        questions: (question, start of the answer).
+        max_tokens: limit of each answer.
+        spent: the costs are added to it.
+        params: further sampling parameters.
+        """
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, **params)
         running: list[Response] = []
         try:
-            for question, begun in questions:
+            for question, start in questions:
                 ids = self.llm.encode([{"role": "user", "content": question}], sampling)
-                ids += self.llm.loaded.vocabulary.encode(begun)
+                ids += self.llm.loaded.vocabulary.encode(start)
                 running.append(self.llm.driver.submit(ids, sampling, positions=self.llm.positions, keep_events=False))
         except RequestError:
             for one in running:
@@ -138,7 +150,7 @@ class SkeletonOfThought:
 
 @dataclass(slots=True)
 class Spent:
-    """What the phases of an answer cost so far: one after another, the requests of each at once."""
+    """The cost of an answer so far. Phases follow each other; the requests of a phase run at once."""
 
     tokens: int = 0
     critical_path: int = 0
@@ -155,13 +167,18 @@ def _expand(question: str, skeleton: str, number: int) -> str:
 
 
 def points_of(skeleton: str) -> list[str]:
-    """The points of a skeleton, in order, each once."""
+    """The distinct points of a skeleton, in order."""
     points = [match.group(2).strip().rstrip(":") for match in _POINT.finditer(skeleton)]
     return [point for point in dict.fromkeys(points) if point][:MOST_POINTS]
 
 
 def assembled(points: Sequence[str], texts: Sequence[str], parts: Sequence[Response]) -> tuple[Node, ...]:
-    """The reader's answer, its points as chunks."""
+    """The answer as a document with its points as chunks.
+
+    points: of the skeleton.
+    texts: their expansions.
+    parts: the responses that wrote them.
+    """
     nodes: list[Node] = []
     for i, (point, text, part) in enumerate(zip(points, texts, parts, strict=True), 1):
         nodes.append(Promise.clip(point, part.transcript.tokens))

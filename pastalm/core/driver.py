@@ -163,16 +163,7 @@ class Driver:
                 logit_bias=self._bias(params),
                 positions=positions,
             )
-            interpreter = Interpreter(
-                self.vocabulary,
-                max_tokens=params.max_tokens,
-                prompt_length=len(request.prompt_token_ids),
-                limits=self.limits,
-                parallelism=params.parallelism,
-                ignore_eos=params.ignore_eos,
-                min_tokens=params.min_tokens,
-                stop_token_ids=params.stop_token_ids or (),
-            )
+            interpreter = Interpreter(self.vocabulary, params, len(request.prompt_token_ids), self.limits)
             self.engine.add(request)
             response = Response(self, request, interpreter, keep_events=keep_events)
             self.running[request.id] = response
@@ -265,7 +256,7 @@ class Driver:
             batch += self._note(response, response._interpreter.finish("stop"))
             last, end = [(i, event) for i, event in enumerate(batch) if isinstance(event, Finished)][-1]
             batch[last] = replace(end, cut=cut)
-            response.transcript.cut(cut)
+            response.transcript.cut = cut
         for event in batch:
             self.engine.apply(response.request.id, event)
         if response._events is not None:

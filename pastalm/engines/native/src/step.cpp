@@ -116,6 +116,14 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 64; /* rows of gate and up between product and activation */
 
+/* The page at which a share of the pages begins: shares of 16 pages, of 128 where there are very many. They depend on
+ * nothing else, so that sums are made in the same order, to the last bit, whatever other rows a pass has. */
+constexpr int64_t SMALL_SHARE = 16, SMALL_SHARES = 64, LARGE_SHARE = 128;
+inline int64_t split_begin(int64_t split) {
+  const int64_t small = std::min(split, SMALL_SHARES);
+  return small * SMALL_SHARE + (split - small) * LARGE_SHARE;
+}
+
 /* What attention computes as one task: query rows (token, head of its group) first .. last - 1 of one request. */
 struct Part {
   int32_t group, first, last;
@@ -127,7 +135,6 @@ struct Sight { /* what tokens see in layers of one window */
   std::vector<const uint16_t *> visible; /* of each token: [pages of its group] */
   std::vector<uint16_t> words;           /* of windows; without one the caller's */
   std::vector<Part> parts;
-  int64_t most_pages = 0;
 };
 
 constexpr size_t PHASES = 9; /* of a layer */
@@ -160,7 +167,6 @@ struct Step final : Job {
   std::vector<int32_t> sight_of; /* of each layer */
   std::vector<Phase> phases = std::vector<Phase>(PHASES * ((size_t)config.layers + 1));
   int32_t splits = 1;
-  int64_t split_pages = 1;
 
   /* ---------------------------------------------------------- what is seen */
 
@@ -211,7 +217,6 @@ struct Step final : Job {
         for (int32_t t = from; t <= to; t++) any |= sight.visible[t][p];
         if (any) part.pages.push_back(p);
       }
-      sight.most_pages = std::max<int64_t>(sight.most_pages, part.pages.size());
       sight.parts.push_back(std::move(part));
     }
   }
@@ -280,7 +285,8 @@ struct Step final : Job {
   /* One tile, one key head, one share of the pages. */
   void attend(int32_t layer, const Sight &sight, const Part &part, int32_t head, int64_t split, float *scratch) {
     const pastalm_group &g = group[part.group];
-    const int64_t begin = split * split_pages, end = std::min<int64_t>(begin + split_pages, part.pages.size());
+    const auto from = std::lower_bound(part.pages.begin(), part.pages.end(), split_begin(split));
+    const int64_t count = std::lower_bound(from, part.pages.end(), split_begin(split + 1)) - from;
     Tile tile;
     tile.rows = part.last - part.first;
     for (int32_t r = 0; r < tile.rows; r++) {
@@ -290,7 +296,7 @@ struct Step final : Job {
       tile.visible[r] = sight.visible[token];
       tile.partials[r] = partial(token, query_head, split);
     }
-    if (begin >= end) {
+    if (!count) {
       for (int32_t r = 0; r < tile.rows; r++) {
         tile.partials[r][0] = -INFINITY;
         memset(tile.partials[r] + 1, 0, (1 + head_dim) * sizeof(float));
@@ -298,7 +304,7 @@ struct Step final : Job {
       return;
     }
     const Cache cache{pool.at(layer, 0, head, g.base / PAGE), pool.at(layer, 1, head, g.base / PAGE), head_dim};
-    kernels.attend(pool.type, cache, tile, part.pages.data() + begin, end - begin, config.attention_softcap, scratch);
+    kernels.attend(pool.type, cache, tile, &*from, count, config.attention_softcap, scratch);
   }
 
   void run(int thread) override {
@@ -396,15 +402,9 @@ struct Step final : Job {
     for (int32_t t = 0; t < tokens; t++) pool.positions[slots[t]] = positions[t];
     sights.reserve(model.layers.size());
     for (const pastalm_layer &layer : model.layers) sight_of.push_back((int32_t)(&seen_within(layer.window) - &sights[0]));
-    int64_t most_pages = 1, parts = INT32_MAX;
-    for (const Sight &sight : sights) {
-      most_pages = std::max(most_pages, sight.most_pages);
-      parts = std::min<int64_t>(parts, sight.parts.size());
-    }
-    const int64_t tasks = 4 * model.team.size(), few = 4, many = 128; /* pages of one task */
-    const int64_t wanted = (tasks + parts * config.kv_heads - 1) / (parts * config.kv_heads);
-    splits = (int32_t)std::max(std::min(wanted, (most_pages + few - 1) / few), (most_pages + many - 1) / many);
-    split_pages = (most_pages + splits - 1) / splits;
+    int32_t pages = 1;
+    for (int32_t g = 0; g < groups; g++) pages = std::max(pages, group[g].pages);
+    for (splits = 1; split_begin(splits) < pages;) splits++;
     hidden = model.hidden.of(n, config.hidden);
     attended = model.attended.of(n, queries);
     mlp = model.mlp.of(n, config.intermediate);
@@ -416,7 +416,7 @@ struct Step final : Job {
     for (size_t r = 0; r < model.ropes.size(); r++)
       model.cosines[r].of(n * 2 * model.ropes[r].inverse_frequencies.count);
     for (Buffer<float> &own : model.scratch)
-      own.of(std::max<size_t>(ROWS_AT_ONCE * 2 * GROUP, scratch_of(split_pages, head_dim)));
+      own.of(std::max<size_t>(ROWS_AT_ONCE * 2 * GROUP, scratch_of(split_begin(splits) - split_begin(splits - 1), head_dim)));
   }
 };
 

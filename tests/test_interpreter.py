@@ -244,6 +244,14 @@ def test_a_topic_has_three_words() -> None:
     assert forked.topic == "a b c"
 
 
+def test_a_number_is_not_one_of_a_topics_words() -> None:
+    player = Player()
+    player.sample(TAGS.promise)
+    player.say("2. a b c")
+    forked = next(e for e in [*player.events, *player.say("10")] if isinstance(e, Forked) and e.path)
+    assert forked.topic == "2. a b c"
+
+
 @pytest.mark.parametrize("again", ["Ab", "aB ", " ab"])
 def test_topics_of_unjoined_siblings_are_distinct(again: str) -> None:
     player = Player(max_tokens=600)

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from forkjoin import processor
 
-from pastalm import LLM, SamplingParams, models
+from pastalm import LLM, SamplingParams
 from pastalm.engines.batching import PREFILL_CHUNK as CHUNK
 from pastalm.engines.native import library
 from pastalm.engines.native.model import PAGE, NativeModel, Pool
 from pastalm.eval.replay import load_unpacked, replay
+from pastalm.models import loading
 from pastalm.records import prompts
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     print("| --- " * 8 + "|")
     for dtype in chosen.dtypes:
         llm = LLM(engine="native", adapter=chosen.adapter, dtype=dtype, max_num_seqs=1)
-        reference = models.load(adapter=chosen.adapter, dtype="float32").model
+        reference = loading.load(adapter=chosen.adapter, dtype="float32").model
         load_unpacked(reference, llm.loaded.model.tensors)
         gaps = np.array(answered(llm, reference, texts, chosen.max_tokens))
         shares = [f"{np.mean(gaps <= limit):.2%}" for limit in (0, 1e-3, 1e-2, 0.5)]

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from forkjoin import LlamaCpp, native, processor
 
-from pastalm import LLM, SamplingParams, models
+from pastalm import LLM, SamplingParams
 from pastalm.core.events import Decoded, Forked
 from pastalm.core.params import Request
 from pastalm.engines.base import Engine
+from pastalm.models import downloads
 
 START = r"""
 import re, sys, time
@@ -70,7 +71,7 @@ def first_token(llm: LLM) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=models.EMBEDDED)
+    parser.add_argument("--model", default=downloads.EMBEDDED)
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--native", nargs="+", default=["Q4_0", "Q8_0"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 512, 2048])

@@ -30,12 +30,13 @@ from urllib.request import urlopen
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from pastalm import LLM, SamplingParams, models
+from pastalm import LLM, SamplingParams
 from pastalm.core.events import Decoded, Event, Path, TokenSet
 from pastalm.core.transcript import Transcript
 from pastalm.engines.completions.engine import OpenAIEngine
 from pastalm.engines.completions.wire import Ids
 from pastalm.eval.replay import Chosen, ForwardPass, gaps, summary
+from pastalm.models import loading
 from pastalm.records import prompts
 
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
@@ -106,7 +107,7 @@ def timed(llm: LLM, identity: str, prompt: str, kind: str, turn: int, chosen: ar
 
 def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: int) -> Iterator[str]:
     """Of each kind, every token of every answer, replayed after what its completion was asked."""
-    loaded = models.load(folder, adapter=None, dtype="float32")
+    loaded = loading.load(folder, adapter=None, dtype="float32")
     tags = loaded.vocabulary.tags if llm.loaded.prepared else None
     untagged = TokenSet.all_but(*tags.ids) if tags else None
     for kind, admitted in zip(KINDS, (None, untagged), strict=True):
@@ -120,7 +121,7 @@ def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: in
 
 
 @contextmanager
-def used(llm: LLM, loaded: models.Loaded, admitted: TokenSet | None) -> Iterator[list[ForwardPass]]:
+def used(llm: LLM, loaded: loading.Loaded, admitted: TokenSet | None) -> Iterator[list[ForwardPass]]:
     """What each completion was asked, and what was used of it, in ids of the model's tokenizer: what is asked in text
     is read anew each time, and need not be the tokens that were once said. admitted: the ids that were not forbidden.
     """

@@ -8,7 +8,7 @@ PastaError
 ├── DataError          a file of prompts, answers or events cannot be read
 ├── EngineError        the engine failed during a step
 ├── RemoteError        a server cannot be reached, or rejects the run
-└── Refused            our own server rejects a client's request (server/protocol.py)
+└── Refused            our own server rejects a client's request (server/errors.py)
 """
 
 from __future__ import annotations

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import llm
-from pydantic import Field
+from pydantic import Field, create_model
 
 from pastalm.core.driver import Response
 from pastalm.core.params import SamplingParams
+from pastalm.engine_choice import missing
 from pastalm.errors import PastaError
 from pastalm.llm import LLM
-from pastalm.loading import missing
 from pastalm.models.downloads import EMBEDDED
+from pastalm.text_options import DEFAULTS, offered, takes_texts
 
 
 @llm.hookimpl
@@ -26,22 +27,42 @@ def register_models(register: Any) -> None:
     register(Pasta(), aliases=("pasta",))
 
 
+class _ModelOptions(llm.Options):
+    """How the model is loaded, as in `pasta generate`."""
+
+    model: str = Field(EMBEDDED, description="The embedded model, a hub name, a folder, or a GGUF file")
+    engine: str = Field("auto", description="native, transformers, llama.cpp, or auto: native on a CPU")
+    adapter: str = Field("auto", description="A folder, none, or auto: the adapter shipped with pastalm")
+
+
+def _sampling_fields() -> dict[str, Any]:
+    """Fields of the sampling parameters, from their rows in core/params.py. SamplingParams checks their bounds."""
+    return {
+        name: (
+            str | None if takes_texts(row) else row.kind,
+            Field(DEFAULTS.get(name, row.default), description=row.help),
+        )
+        for name, row in offered().items()
+    }
+
+
+def _sampling_params(options: Any) -> SamplingParams:
+    """The parameters of an answer. A parameter that is a list of texts has at most one here. Raises RequestError."""
+    values = {name: getattr(options, name) for name in offered()}
+    texts = {name: [values[name]] for name, row in offered().items() if takes_texts(row) and values[name] is not None}
+    return SamplingParams(**values | texts)
+
+
+_Options = create_model("Options", __base__=_ModelOptions, **_sampling_fields())
+
+
 class Pasta(llm.Model):
     """A model decoded asynchronously on this machine."""
 
     model_id = f"pasta-{EMBEDDED}"
     can_stream = True
 
-    class Options(llm.Options):
-        """The same as those of `pasta generate`."""
-
-        model: str = Field(EMBEDDED, description="The embedded model, a hub name, a folder, or a GGUF file")
-        engine: str = Field("auto", description="native, transformers, llama.cpp, or auto: native on a CPU")
-        adapter: str = Field("auto", description="A folder, none, or auto: the adapter shipped with pastalm")
-        temperature: float = Field(0.0, description="0 is greedy")
-        max_tokens: int = Field(1024, description="Maximum number of decoded tokens, tags included")
-        parallelism: float = Field(1.0, description="Odds of forking; 0 is sequential")
-        seed: int | None = Field(None, description="Makes sampling reproducible")
+    Options = _Options  # type: ignore[assignment]  # llm declares it as a nested class
 
     def __init__(self) -> None:
         self._key: tuple[str, str, str] | None = None
@@ -53,12 +74,7 @@ class Pasta(llm.Model):
         """Yields the text as soon as it can no longer change. Raises llm.ModelError."""
         options = prompt.options
         try:
-            params = SamplingParams(
-                temperature=options.temperature,
-                max_tokens=options.max_tokens,
-                parallelism=options.parallelism,
-                seed=options.seed,
-            )
+            params = _sampling_params(options)
             with self._lock:
                 decoding = self._llm(options.model, options.engine, options.adapter).stream(
                     _messages(prompt, conversation), params
@@ -79,11 +95,12 @@ class Pasta(llm.Model):
     def _texts(self, decoding: Response) -> Iterator[str]:
         """Yields the answer's text as soon as it can no longer change. Closing the generator cancels the answer."""
         events, transcript, shown = iter(decoding), decoding.transcript, 0
+        stops = decoding.request.params.stop_strings
         try:
             while True:
                 with self._lock:
                     ended = next(events, None) is None
-                    text = transcript.certain(start=shown)
+                    text = transcript.certain(stops, start=shown)
                 if text:
                     yield text
                     shown += len(text)

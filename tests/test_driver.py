@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pastalm.answering import run_tasks
 from pastalm.core.driver import Driver, Response
 from pastalm.core.events import Event, Finished, SampledToken
 from pastalm.core.interpreter import Limits
@@ -20,7 +21,6 @@ from pastalm.engines.base import Engine
 from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine, byte_vocabulary
 from pastalm.errors import EngineError
-from pastalm.sampling import run_tasks
 from tests.laws.tiny import tiny_model, tiny_vocabulary
 from tests.server.serving import playing
 

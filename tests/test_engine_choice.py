@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from pastalm import LLM, SamplingParams, loading, models
+from pastalm import LLM, SamplingParams, engine_choice
 from pastalm.cli import app
 from pastalm.core.events import Finished
+from pastalm.engine_choice import Options
 from pastalm.engines import registry
 from pastalm.engines.native import library
 from pastalm.errors import CapabilityError, ModelError, PastaError, RequestError
-from pastalm.loading import Options
+from pastalm.models import checkpoints, loading, preparing
 from tests.test_models import BYTE_LEVEL, byte_level, small_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -35,9 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small random model with the tag tokens."""
     path = tmp_path_factory.mktemp("model")
     model, tokenizer = small_model(len(BYTE_LEVEL)), byte_level()
-    models.prepare(model, tokenizer)
+    preparing.prepare(model, tokenizer)
     model.generation_config.eos_token_id = 1
-    models.save(model, tokenizer, path)
+    checkpoints.save(model, tokenizer, path)
     return str(path)
 
 
@@ -47,14 +48,14 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("odd")
     model = small_model(len(BYTE_LEVEL))
     model.config.mlp_bias = True
-    models.save(type(model)(model.config), BYTE_LEVEL, path)
+    checkpoints.save(type(model)(model.config), BYTE_LEVEL, path)
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def gguf(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     gguf_files = pytest.importorskip("pastalm.models.gguf_files")
-    loaded = models.load(folder, adapter=None, dtype="float32")
+    loaded = loading.load(folder, adapter=None, dtype="float32")
     return str(gguf_files.export(loaded, tmp_path_factory.mktemp("gguf") / "small.gguf", "F32"))
 
 
@@ -89,8 +90,8 @@ def test_the_choice(model: str, options: dict[str, Any], chosen: str, monkeypatc
     def loader(name: str) -> Any:
         return lambda *_: asked.append(name)
 
-    monkeypatch.setattr(loading, "_LOADERS", {name: loader(name) for name in loading.ENGINES[1:]})
-    loading.load(model, Options(**options))
+    monkeypatch.setattr(engine_choice, "_LOADERS", {name: loader(name) for name in engine_choice.ENGINES[1:]})
+    engine_choice.load(model, Options(**options))
     assert asked == [chosen]
 
 
@@ -128,7 +129,7 @@ def test_a_model_that_it_cannot_run_goes_to_transformers(
     assert record.levelno == logging.WARNING
     assert "its MLP has biases" in record.message and "transformers" in record.message
     assert "\n" not in record.message
-    monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("weights are read to be refused"))
+    monkeypatch.setattr(checkpoints, "read", lambda *_, **__: pytest.fail("weights are read to be refused"))
     for refused in ({"engine": "native"}, {"dtype": "q4_0"}):
         with pytest.raises(CapabilityError, match="its MLP has biases"):
             LLM(odd, **refused)
@@ -414,10 +415,10 @@ def large_gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = small_model(len(BYTE_LEVEL)).config
     config.intermediate_size = 32_768
     model, tokenizer = type(small_model(len(BYTE_LEVEL)))(config), byte_level()
-    models.prepare(model, tokenizer)
+    preparing.prepare(model, tokenizer)
     model.generation_config.eos_token_id = 1
-    models.save(model, tokenizer, folder)
-    loaded = models.load(str(folder), adapter=None, dtype="float32")
+    checkpoints.save(model, tokenizer, folder)
+    loaded = loading.load(str(folder), adapter=None, dtype="float32")
     return str(gguf_files.export(loaded, folder / "large.gguf", "F32"))
 
 
@@ -463,4 +464,4 @@ def test_every_engine_of_the_registry_declares_what_it_can_do() -> None:
     for entry in registry.ENTRIES:
         module = pytest.importorskip(f"pastalm.engines.{entry.module}")
         assert module.CAPABILITIES.name == entry.name
-    assert set(loading._LOADERS) == set(registry.LOADABLE)
+    assert set(engine_choice._LOADERS) == set(registry.LOADABLE)

@@ -21,6 +21,7 @@ import llm
 from pastalm.errors import PastaError
 from pastalm.llm_plugin import Pasta
 from pastalm.models import chat_template, checkpoints
+from pastalm.text_options import offered
 from tests.test_models import BYTE_LEVEL, small_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -59,6 +60,13 @@ def test_what_cannot_be_done_is_a_line(folder: str) -> None:
     for options, said in (({"model": "/nowhere"}, "no model folder"), ({"temperature": -1}, "temperature")):
         with pytest.raises(llm.ModelError, match=said):
             Pasta().prompt("Hello?", **{"model": folder} | options).text()
+
+
+def test_options_are_the_rows_of_the_table(folder: str) -> None:
+    assert all(Pasta.Options.model_fields[name].description == row.help for name, row in offered().items())
+    whole = Pasta().prompt("Hello?", model=folder, max_tokens=20).text()
+    cut = Pasta().prompt("Hello?", model=folder, max_tokens=20, stop=whole[3:5]).text()
+    assert cut == whole[: whole.index(whole[3:5])]
 
 
 @pytest.mark.parametrize("where", ["prompt", "system"])

@@ -601,7 +601,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("llama", setting("rope.scaling.attn_factor", 2.0), "attn_factor of 2.0"),
     ("llama", setting("feed_forward_length", 100), "100 wide"),
     ("llama", setting("feed_forward_length", 64), "ffn_gate"),
-    ("llama", without("block_count"), "does not say its block_count"),
+    ("llama", without("block_count"), "has no block_count"),
     ("llama", without("blk.2.attn_v.weight"), "no blk.2.attn_v.weight"),
     ("llama", without("token_embd.weight"), "no token_embd.weight"),
     ("llama", with_tensor("blk.0.attn_sinks.weight", 4), "tensor blk.0.attn_sinks.weight"),

@@ -74,8 +74,8 @@ def test_a_row_is_an_option_of_the_command_and_a_field_of_a_request() -> None:
     from typer.main import get_command
 
     from pastalm.cli import app
-    from pastalm.cli.options import LIBRARY_ONLY
-    from pastalm.server.protocol import OTHER_FORM, CompletionRequest
+    from pastalm.server.requests import OTHER_FORM, CompletionRequest
+    from pastalm.text_options import LIBRARY_ONLY
 
     options = {param.name: param for param in get_command(app).commands["generate"].params}  # type: ignore[attr-defined]
     schema = CompletionRequest.model_json_schema()["properties"]
@@ -88,7 +88,7 @@ def test_a_row_is_an_option_of_the_command_and_a_field_of_a_request() -> None:
 def test_a_server_takes_no_value_that_python_refuses(row: Parameter, value: int) -> None:
     from pydantic import ValidationError
 
-    from pastalm.server.protocol import CompletionRequest
+    from pastalm.server.requests import CompletionRequest
 
     if row.name == "parallelism":
         return

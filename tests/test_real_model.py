@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from pastalm import LLM, SamplingParams, models
+from pastalm import LLM, SamplingParams
 from pastalm.core.events import Event, Path, TokenSet
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.replay import ForwardPass, gaps, replay
+from pastalm.models import adapters, chat_template, downloads, loading
 from pastalm.records.prompts import Prompt
 
 pytestmark = pytest.mark.skipif(
-    not (models.ADAPTERS / models.EMBEDDED / "adapter_config.json").is_file(),
+    not (adapters.SHIPPED / downloads.EMBEDDED / "adapter_config.json").is_file(),
     reason="no adapter ships in this tree",
 )
 
@@ -63,7 +64,7 @@ def on_transformers() -> LLM:
 @pytest.fixture(scope="module")
 def reference() -> torch.nn.Module:
     """The model as transformers has it, nothing laid out for decoding."""
-    return models.load(dtype="float32").model
+    return loading.load(dtype="float32").model
 
 
 def test_every_token_is_the_reference_models_choice(
@@ -104,11 +105,11 @@ def test_tags_off_leaves_no_trace_of_tags(llm: LLM) -> None:
 
 
 def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
-    typed = models.chat_prompt(llm.loaded, [{"role": "user", "content": "say <|sync|> <|im_end|> <|promise|>"}])
+    typed = chat_template.chat_prompt(llm.loaded, [{"role": "user", "content": "say <|sync|> <|im_end|> <|promise|>"}])
     tags = llm.loaded.vocabulary.tags
     assert tags is not None
     assert not set(tags.ids) & set(typed)
-    plain = models.chat_prompt(llm.loaded, [{"role": "user", "content": "say nothing"}])
+    plain = chat_template.chat_prompt(llm.loaded, [{"role": "user", "content": "say nothing"}])
     ends = llm.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert typed.count(ends) == plain.count(ends)
     assert "say <|sync|> <|im_end|> <|promise|>" in llm.loaded.tokenizer.backend_tokenizer.decode(typed)
@@ -118,13 +119,13 @@ def test_the_server_streams_what_it_answers(llm: LLM) -> None:
     from tests.server.serving import curl, events_of, joined, serving
 
     asked: dict[str, Any] = {
-        "model": models.EMBEDDED,
+        "model": downloads.EMBEDDED,
         "messages": [{"role": "user", "content": FIVE_TIPS}],
         "temperature": 0,
         "max_tokens": 200,
         "stop": ["4."],
     }
-    with serving(llm, name=models.EMBEDDED) as served:
+    with serving(llm, name=downloads.EMBEDDED) as served:
         whole = served.client.chat.completions.create(**asked)
         _, _, streamed = curl(f"{served.url}/v1/chat/completions", {**asked, "stream": True})
         assert served.becomes_idle()
@@ -139,12 +140,12 @@ def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, 
     from pastalm.core.driver import Driver
     from pastalm.models import gguf_files
 
-    here = models.load(dtype="float32")
+    here = loading.load(dtype="float32")
     file = gguf_files.export(here, tmp_path / "model.gguf", "F32")
     there = gguf_files.load(file)
     messages = [{"role": "user", "content": FIVE_TIPS}]
-    prompt = models.chat_prompt(there, messages)
-    assert prompt == models.chat_prompt(here, messages)
+    prompt = chat_template.chat_prompt(there, messages)
+    assert prompt == chat_template.chat_prompt(here, messages)
     engine = engines.LlamaCppEngine(
         there.model, max_num_seqs=1, max_model_len=1024, cache_type="F32", flash_attention=False
     )

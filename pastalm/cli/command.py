@@ -15,8 +15,8 @@ import typer
 from typer.core import TyperGroup
 
 from pastalm.cli.terminal import BAD_INPUT, FAILED, INTERRUPTED, drop_stdout, fail, print_error
+from pastalm.engine_choice import missing
 from pastalm.errors import CapabilityError, DataError, ModelError, PastaError, RequestError, check_text
-from pastalm.loading import missing
 
 R = TypeVar("R")
 

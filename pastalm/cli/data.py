@@ -29,8 +29,8 @@ from pastalm.models.downloads import EMBEDDED
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pastalm.answering import SampleCounts
     from pastalm.records.chat_client import ChatClient
-    from pastalm.sampling import Sampled
     from pastalm.train.annotate import AnnotationCounts, Annotator, PlainAnswer
 
 ANNOTATORS = ("structural", "openai", "apar")
@@ -159,7 +159,7 @@ def sample(
     max_model_len: MaxModelLen = None,
 ) -> None:
     """Let a model answer many prompts at once, as data to finetune on."""
-    from pastalm import sampling
+    from pastalm import answering
     from pastalm.records import answers, prompts
 
     check_target(target, source)
@@ -168,15 +168,15 @@ def sample(
     header: dict[str, Any] = model_header(model, run.adapter)
     header |= {"engine": run.engine, "dtype": run.dtype, "device": run.device, "max_model_len": max_model_len}
     # before a model is loaded: the file may be of another run
-    answers.results(target, answers.KIND, sampling.file_header(params, header), rows, overwrite=results.overwrite)
+    answers.results(target, answers.KIND, answering.file_header(params, header), rows, overwrite=results.overwrite)
     llm = load_llm(model, run, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     with busy(f"answering {source.name}") as progress:
 
-        def show(counts: Sampled) -> None:
+        def show(counts: SampleCounts) -> None:
             if counts.written % 10 == 0:
                 progress(f"{counts.written} answers, {counts.tokens} tokens")
 
-        counts = sampling.sample(
+        counts = answering.sample(
             llm,
             rows,
             target,
@@ -189,7 +189,7 @@ def sample(
     print(_sample_summary(counts), file=sys.stderr)
 
 
-def _sample_summary(counts: Sampled) -> str:
+def _sample_summary(counts: SampleCounts) -> str:
     ended = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.ended.items())) or "none"
     return (
         f"{counts.written} answers written ({ended}; {counts.tokens} tokens), {counts.skipped} were there, "

@@ -388,9 +388,9 @@ class _Evaluation:
     @property
     def alone(self) -> list[Prompt]:
         """Prompts that are answered one at a time."""
-        from pastalm.eval.measure import spread
+        from pastalm.eval.measure import evenly_spaced
 
-        return self.rows if self.options.requests == 1 else spread(self.rows, self.options.timed)
+        return self.rows if self.options.requests == 1 else evenly_spaced(self.rows, self.options.timed)
 
     @property
     def few(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pastalm import text_options
 from pastalm.cli.command import NoEffect
 from pastalm.core.params import SamplingParams, parameters
 
@@ -110,14 +111,6 @@ class ResultOptions:
 # ------------------------------------------------------------------------------ sampling
 
 
-_DEFAULTS = {"temperature": 0.0, "max_tokens": 1024}
-"""Of the command line, where they are not the table's."""
-_KINDS = {"stop": list[str] | None}
-"""How a parameter is written on the command line, where its type is not one that typer reads."""
-LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids")
-"""Parameters that `pasta generate` does not offer: it shows one answer, as text."""
-
-
 @dataclass(frozen=True)
 class SamplingOptions:
     """Options made from rows of the table in `core/params.py`, and `--sequential`; their value is SamplingParams.
@@ -126,17 +119,18 @@ class SamplingOptions:
     defaults: those of this verb, by name.
     """
 
-    names: tuple[str, ...] = tuple(name for name in parameters() if name not in LIBRARY_ONLY)
+    names: tuple[str, ...] = tuple(text_options.offered())
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self) -> list[inspect.Parameter]:
-        defaults = {**_DEFAULTS, **self.defaults}
+        defaults = {**text_options.DEFAULTS, **self.defaults}
         options = []
         for row in (parameters()[name] for name in self.names):
-            kind = _KINDS.get(row.name, row.kind)
+            texts = text_options.takes_texts(row)
+            kind: Any = list[str] | None if texts else row.kind
             default = defaults.get(row.name, row.default)
-            explained = f"{row.help} May be repeated." if row.name in _KINDS else row.help
-            options.append(_option(row.name, Annotated[kind, typer.Option(help=explained)], default))
+            help = f"{row.help} May be repeated." if texts else row.help
+            options.append(_option(row.name, Annotated[kind, typer.Option(help=help)], default))
         return [*options, _option("sequential", _Sequential, False)]
 
     def build(self, arguments: Mapping[str, Any]) -> SamplingParams:

@@ -15,7 +15,7 @@ from pastalm.cli.terminal import quiet_libraries, say
 from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
-    from pastalm.server.app import Settings
+    from pastalm.server.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class ServeOptions:
 
     def settings(self, model: str) -> Settings:
         """Settings of the server. Raises RequestError."""
-        from pastalm.server.app import Settings
+        from pastalm.server.settings import Settings
 
         return Settings(
             name=self.name or Path(model).name,

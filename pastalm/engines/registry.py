@@ -1,7 +1,7 @@
 """Every engine by name: where it is, what it loads, and what has to be installed for it.
 
-A new engine is one file and one entry here; one that loads weights from a name also has a loader in `pastalm.loading`.
-Nothing is imported before it is asked for.
+A new engine is one file and one entry here; one that loads weights from a name also has a loader in
+`pastalm.engine_choice`. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Entry:
     module: declares CAPABILITIES. It may have `notes()`, which says how it runs here ("" for nothing to say), and
         `unavailable()`, which says why it cannot ("" where it can).
     extra: of the package, with what it imports; "" for none.
-    loads: what `pastalm.loading` can open with it; empty for an engine that is made in another way.
+    loads: what `pastalm.engine_choice` can open with it; empty for an engine that is made in another way.
     """
 
     name: str

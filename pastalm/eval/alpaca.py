@@ -1,10 +1,11 @@
 """AlpacaEval (Li et al. 2023) and its length-controlled win rate (Dubois et al. 2024), computed by its own package.
 
-Outputs are written in the benchmark's form, so that its own command can judge them too. Verdicts of a judge (scored.py)
-become its annotations: preference 1 is the baseline's answer, 2 the system's.
+Outputs are written in the benchmark's format, so that its own command can judge them too. Verdicts of a judge
+(records/scores.py) become annotations: preference 1 is the baseline's answer, 2 the system's.
 
-The package joins the difficulty of instructions by their place, so the published form of the metric (`length_
-controlled_v1`) needs all 805 prompts in order; for any other set the form without difficulties is taken, and said.
+The package looks up the difficulty of instructions by position, so the published form of the metric
+(`length_controlled_v1`) needs all 805 prompts in order. For other sets of prompts the form without difficulties is
+used, and reported as such.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pastalm.records.answers import Answer
 WHOLE = 805
 """Prompts of AlpacaEval."""
 NAME = "alpaca_eval"
-"""What stands for the benchmark's own file on the hub."""
+"""As a file of prompts: the benchmark's file on the hub."""
 
 
 def fetch() -> Path:
@@ -42,9 +43,15 @@ def fetch() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """Percent. win_rate: mean preference; length_controlled: what it would be at equal lengths, with its standard
-    error (None: it cannot be told, all lengths are equal). form: of the package's models. missing: pairs without a
-    verdict, which are left out."""
+    """A win rate, in percent.
+
+    win_rate: mean preference.
+    length_controlled: the estimate at equal lengths; None if it cannot be computed.
+    standard_error: of that estimate.
+    n: pairs with a verdict.
+    missing: pairs without a verdict, which are left out.
+    form: name of the package's model.
+    """
 
     win_rate: float
     length_controlled: float | None
@@ -58,7 +65,7 @@ class WinRate:
 
 
 def outputs(answers: Sequence[Answer], generator: str) -> list[dict[str, str]]:
-    """Answers in AlpacaEval's own form, for `alpaca_eval --model_outputs`."""
+    """Answers in AlpacaEval's format, for `alpaca_eval --model_outputs`."""
     return [{"instruction": a.prompt, "output": a.text, "generator": generator, "dataset": a.category} for a in answers]
 
 
@@ -79,41 +86,45 @@ def verdicts(pairs: Sequence[Pair], generator: str) -> list[dict[str, Any]]:
     ]
 
 
-def win_rate(judged: Sequence[dict[str, Any]], *, asked: int, gamed: Path | None = None) -> WinRate:
+def win_rate(judged: Sequence[dict[str, Any]], *, pairs: int, gamed: Path | None = None) -> WinRate:
     """The win rate of the annotations of one system, raw and length-controlled.
 
     judged: annotations of `verdicts`.
-    asked: number of pairs sent to the judge.
+    pairs: number of pairs sent to the judge.
     gamed: a copy of the benchmark's df_gamed.csv, if the hub cannot be reached.
 
     Raises DataError if there is no annotation, ModelError if the package or its file is not available.
     """
     if not judged:
-        raise DataError("no verdict of a judge: evaluate with --scorer judge")
+        raise DataError("there are no verdicts of a judge: evaluate with --scorer judge")
     form = "length_controlled_v1" if len(judged) == WHOLE else "length_controlled_minimal"
     deltas = {len(row["output_1"]) - len(row["output_2"]) for row in judged}
     with _package(form, gamed, len(judged)) as (metrics, frame):
         if len(deltas) == 1 or len(judged) < 10:  # nothing to control for; too few for five folds
-            metrics_found = metrics.get_winrate(frame(list(judged)))
+            rates = metrics.get_winrate(frame(list(judged)))
         else:
-            metrics_found = metrics.get_length_controlled_winrate(
+            rates = metrics.get_length_controlled_winrate(
                 frame(list(judged)), glm_name=form, save_weights_dir=None, is_warn_extreme_changes=False
             )
-    controlled, error = metrics_found.get("length_controlled_winrate"), metrics_found.get("lc_standard_error")
+    controlled, error = rates.get("length_controlled_winrate"), rates.get("lc_standard_error")
     return WinRate(
-        win_rate=float(metrics_found["win_rate"]),
+        win_rate=float(rates["win_rate"]),
         length_controlled=None if controlled is None else float(controlled),
         standard_error=None if error is None else float(error),
         n=len(judged),
-        missing=asked - len(judged),
+        missing=pairs - len(judged),
         form=form,
     )
 
 
 @contextlib.contextmanager
 def _package(form: str, gamed: Path | None, rows: int) -> Iterator[Any]:
-    """The package's metrics and what makes a table of rows; its one file from the hub, `gamed`, or, for the form
-    that does not use it, a table of zeros."""
+    """Yields the package's metrics, and a function that makes a table of rows.
+
+    form: of the metric.
+    gamed: a copy of the package's file on the hub. A form that does not need it gets a table of zeros.
+    rows: length of that table.
+    """
     try:
         import pandas
         from alpaca_eval import metrics

@@ -177,7 +177,7 @@ def _forks(pairs: Sequence[Pair], labels: Mapping[str, Label]) -> dict[str, Mean
 def differences(
     row: SystemFigures, other: SystemFigures, sigmas: Mapping[str, float], length: Length = "theoretical"
 ) -> dict[str, Mean]:
-    """Scores of one system less another's, on the prompts that both answered, by scorer and lambda."""
+    """Scores of one system minus another's, on the prompts that both answered, by scorer and lambda."""
     theirs = {pair.answer.id: pair.scored for pair in other.pairs}
     table = {}
     for name, sigma in sigmas.items():
@@ -228,8 +228,13 @@ def markdown(
     against: str | None = None,
     length: Length = "theoretical",
 ) -> str:
-    """The table for people: means with intervals, a line a system; and how much higher their scores are than those of
-    the system `against`, if one is named."""
+    """A Markdown table: means with intervals, one line for each system.
+
+    rows: the systems' figures.
+    sigmas: unit of each scorer's differences.
+    against: a system; a second table shows how much higher the other systems' scores are.
+    length: the tokens that the scores' speedup counts.
+    """
     shown = [name for name in COLUMNS if any(name in row.figures for row in rows)]
     shown += [n for n in dict.fromkeys(n for r in rows for n in r.figures) if n.startswith("quality")]
     shown += ["repetition", "cut off", "malformed", "tokens"]

@@ -48,7 +48,7 @@ class SystemSpec:
     """A system as named on the command line.
 
     name: of the system.
-    adapter: its folder; "" for a method that needs none.
+    adapter: its folder; "" for a method that needs nspec.
     policy: position policy. None: the engine's first.
     off: decode without forking.
     """
@@ -62,21 +62,21 @@ class SystemSpec:
 def parse_system(entry: str) -> SystemSpec:
     """Parses a system: a method, NAME=ADAPTER, NAME=ADAPTER:off (no forking) or NAME=ADAPTER:POLICY (position policy).
     Raises RequestError if it is none of these."""
-    name, given, adapter = entry.partition("=")
-    if not given:
+    name, separator, adapter = entry.partition("=")
+    if not separator:
         if name not in METHODS:
             raise RequestError(f"unknown system {entry!r}: use NAME=ADAPTER, {', '.join(METHODS)}")
         return SystemSpec(name)
-    folder, _, how = adapter.rpartition(":")
-    policy = next((known for known in POLICIES if known == how), None)
-    return SystemSpec(name, folder if policy or how == "off" else adapter, policy, how == "off")
+    folder, _, suffix = adapter.rpartition(":")
+    policy = next((policy for policy in POLICIES if policy == suffix), None)
+    return SystemSpec(name, folder if policy or suffix == "off" else adapter, policy, suffix == "off")
 
 
-def check(wanted: Sequence[str]) -> list[str]:
+def check(entries: Sequence[str]) -> list[str]:
     """The names of all systems, the baseline's first. Raises RequestError as `parse_system`, and if a name repeats
     or cannot be a file name."""
     names = [BASELINE]
-    for entry in wanted:
+    for entry in entries:
         name = parse_system(entry).name
         if name in names or not name or "/" in name:
             raise RequestError(f"{name!r} cannot name a system: use a name of its own, without a slash")
@@ -84,33 +84,33 @@ def check(wanted: Sequence[str]) -> list[str]:
     return names
 
 
-def build(wanted: Sequence[str], baseline: Decoding, load: Callable[[str, Policy | None], LLM]) -> Iterator[System]:
+def build(entries: Sequence[str], baseline: Decoding, load: Callable[[str, Policy | None], LLM]) -> Iterator[System]:
     """Yields the systems. Each is loaded when it is needed, so only one must fit into memory.
 
-    wanted: systems as on the command line.
+    entries: systems as on the command line.
     baseline: the baseline.
     load: loads a model with an adapter and a position policy (None: the engine's first).
 
     Raises as `check` and `load`.
     """
-    check(wanted)
+    check(entries)
     yield baseline
-    for one in map(parse_system, wanted):
-        if one.adapter:
-            yield Decoding(one.name, load(one.adapter, one.policy), parallelism=0.0 if one.off else 1.0)
+    for spec in map(parse_system, entries):
+        if spec.adapter:
+            yield Decoding(spec.name, load(spec.adapter, spec.policy), parallelism=0.0 if spec.off else 1.0)
         else:
-            yield METHODS[one.name](one.name, baseline.llm)
+            yield METHODS[spec.name](spec.name, baseline.llm)
 
 
 def described(
-    wanted: Sequence[str],
+    entries: Sequence[str],
     adapter_of: Callable[[str], dict[str, str] | None],
     baseline: str,
     settings: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """The header of each system's file, by name.
 
-    wanted: systems as on the command line.
+    entries: systems as on the command line.
     adapter_of: gives name and hash of an adapter.
     baseline: the baseline's adapter.
     settings: settings that all systems share.
@@ -119,12 +119,17 @@ def described(
     """
     base = {"adapter": adapter_of(baseline), **settings}
     headers = {BASELINE: {"method": "sequential", **base}}
-    for one in map(parse_system, wanted):
-        if one.adapter:
-            method = "sequential" if one.off else "asynchronous"
-            headers[one.name] = {**base, "method": method, "adapter": adapter_of(one.adapter), "positions": one.policy}
+    for spec in map(parse_system, entries):
+        if spec.adapter:
+            method = "sequential" if spec.off else "asynchronous"
+            headers[spec.name] = {
+                **base,
+                "method": method,
+                "adapter": adapter_of(spec.adapter),
+                "positions": spec.policy,
+            }
         else:
-            headers[one.name] = {**base, "method": one.name}
+            headers[spec.name] = {**base, "method": spec.name}
     return headers
 
 
@@ -174,8 +179,19 @@ def score_all(
     bad: Bad | None = None,
     progress: Callable[[str, ScoreCounts], None] = lambda *_: None,
 ) -> dict[str, dict[str, int]]:
-    """Scores the answers of every system against the baseline's; the answers without a verdict, by scorer and
-    reason. models: what each scorer is; overwrite, bad: as of `score`. Raises DataError, RemoteError."""
+    """Scores the answers of every system against the baseline's.
+
+    folder: of the evaluation.
+    names: of the systems.
+    scorers: the scorers.
+    count_tokens: counts the tokens of a text.
+    references: a file of reference answers.
+    models: name and hash of each scorer's model.
+    overwrite, bad: as in `score`.
+    progress: called with the name of a system and a scorer, and the counts.
+
+    Returns the number of answers without a verdict, by scorer and reason. Raises DataError, RemoteError.
+    """
     missing: dict[str, dict[str, int]] = {}
     base = folder / "answers" / f"{BASELINE}.jsonl"
     for scorer in scorers:
@@ -197,9 +213,9 @@ def score_all(
                 bad=bad,
                 progress=say,
             )
-            for why, many in counts.unscored.items():
+            for why, count in counts.unscored.items():
                 table = missing.setdefault(scorer.name, {})
-                table[why] = table.get(why, 0) + many
+                table[why] = table.get(why, 0) + count
     return missing
 
 
@@ -212,8 +228,17 @@ def compare_all(
     *,
     labels: Mapping[str, Label] | None = None,
 ) -> tuple[list[SystemFigures], dict[str, float]]:
-    """A row for each system, and the unit of each scorer's differences: as given, else their standard deviation over
-    all systems' answers. labels: as of `figures`. Raises DataError."""
+    """The figures of each system, and the unit of each scorer's differences.
+
+    folder: of the evaluation.
+    names: of the systems.
+    sigmas: unit of each scorer's differences (None: their standard deviation over all systems' answers).
+    count_tokens: counts the tokens of a text.
+    length: the tokens that a speedup counts.
+    labels: as in `figures`.
+
+    Raises DataError.
+    """
     base = answers.read(folder / "answers" / f"{BASELINE}.jsonl")
     judged = {
         name: {
@@ -224,8 +249,8 @@ def compare_all(
         for name in names
     }
     units = {
-        scorer: given or scores.spread([row for by_scorer in judged.values() for row in by_scorer.get(scorer, ())])
-        for scorer, given in sigmas.items()
+        scorer: unit or scores.spread([row for by_scorer in judged.values() for row in by_scorer.get(scorer, ())])
+        for scorer, unit in sigmas.items()
     }
     rows = []
     for name in names:
@@ -235,15 +260,22 @@ def compare_all(
 
 
 def win_rates(folder: Path, rows: Sequence[SystemFigures], gamed: Path | None) -> dict[str, alpaca.WinRate]:
-    """Every system's win rate by the judge, those without a verdict left out; it joins the row's figures.
+    """The win rate of every system that a judge has scored. Adds it to the system's figures.
 
-    Writes folder/alpaca_eval/NAME.json, the answers in the benchmark's form. Raises DataError, ModelError."""
+    Writes the answers in AlpacaEval's format to folder/alpaca_eval/NAME.json.
+
+    folder: of the evaluation.
+    rows: the systems' figures.
+    gamed: as in `alpaca.win_rate`.
+
+    Raises DataError, ModelError.
+    """
     rates = {}
     for row in rows:
         path = folder / "alpaca_eval" / f"{row.system}.json"
         alpaca.write_outputs(path, [pair.answer for pair in row.pairs], row.system)
         if row.system != BASELINE and (judged := alpaca.verdicts(row.pairs, row.system)):
-            rate = alpaca.win_rate(judged, asked=len(row.pairs), gamed=gamed)
+            rate = alpaca.win_rate(judged, pairs=len(row.pairs), gamed=gamed)
             row.figures["win rate, raw"] = mean([100 * (a["preference"] - 1) for a in judged])
             if (middle := rate.length_controlled) is not None and (error := rate.standard_error) is not None:
                 low, high = middle - 1.96 * error, middle + 1.96 * error

@@ -18,7 +18,12 @@ _AS: dict[Kind, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """n: of how many prompts. low, high: the interval; of one value, itself."""
+    """A mean with its interval.
+
+    mean: of the values.
+    low, high: ends of the interval; both are the mean if all values are equal.
+    n: number of values.
+    """
 
     mean: float
     low: float
@@ -33,8 +38,11 @@ class Mean:
 
 
 def mean(values: Sequence[float], kind: Kind = "arithmetic") -> Mean:
-    """The mean of some values, one at least; for a geometric or harmonic one all above 0. The bootstrap draws by a
-    fixed seed."""
+    """The mean of values, with its interval. The bootstrap has a fixed seed.
+
+    values: at least one; above 0 for a geometric or harmonic mean.
+    kind: of the mean.
+    """
     from scipy.stats import bootstrap
 
     transform, back = _AS[kind]

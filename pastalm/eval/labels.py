@@ -34,7 +34,7 @@ def read(path: Path, prompts: Iterable[str]) -> dict[str, Label]:
         if identity in labels:
             raise DataError(f"{where}: duplicate id {identity!r}; give each prompt one label")
         labels[identity] = names[name]
-    found = {identity: labels[identity] for identity in prompts if identity in labels}
-    if not found:
+    selected = {identity: labels[identity] for identity in prompts if identity in labels}
+    if not selected:
         raise DataError(f"{path} labels none of these prompts: give the labels of this file of prompts, by their ids")
-    return found
+    return selected

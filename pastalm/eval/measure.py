@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pastalm.answering import run_tasks
 from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError
 from pastalm.eval.systems import Decoding, System, cold, force
 from pastalm.records import answers, jsonl
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
-from pastalm.sampling import run_tasks
 
 
 @dataclass(slots=True)
@@ -51,10 +51,10 @@ class MeasureCounts:
         )
 
 
-def spread(prompts: Sequence[Prompt], many: int) -> list[Prompt]:
-    """`many` of the prompts at equal distances, since files are often sorted by category."""
-    many = min(many, len(prompts))
-    return [prompts[i * len(prompts) // many] for i in range(many)]
+def evenly_spaced(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """`count` of the prompts at equal distances, since files are often sorted by category."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 KIND = replace(answers.KIND, command="eval")
@@ -154,8 +154,10 @@ def under_load(
     overwrite: bool = False,
     progress: Callable[[MeasureCounts, Answer], None] = lambda *_: None,
 ) -> MeasureCounts:
-    """As `measure`, but one system after another, each with as many requests at once as its engine can decode. timed:
-    store the times, which depend on the other requests in the batch."""
+    """As `measure`, but one system after another, each with as many requests at once as its engine can decode.
+
+    timed: store the times, which depend on the other requests in the batch.
+    """
     counts = MeasureCounts(prompts=len(prompts))
     for system in systems:
         opened, rows = results(folder, system.name, headers or {}, among or prompts, overwrite=overwrite)

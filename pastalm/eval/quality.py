@@ -1,15 +1,16 @@
-"""How good an answer is, as a number: scorers behind one protocol, `Scorer`. What each can and cannot see:
+"""Scorers measure the quality of an answer relative to the baseline's. They share the protocol `Scorer`.
 
-- `Judge` asks a large language model which of two answers is better, the answer or the baseline's, in both orders, and
-  takes its confidence from the probabilities of the two letters (as AlpacaEval does, and the paper). It sees whether
-  an answer is right and useful as far as the judge does; judges like long answers. Only this is a win rate.
-- `PmiScorer` needs no judge: log p(answer | prompt) - log p(answer | a neutral prompt), summed over the answer under a
-  frozen model, less what repetition, chunks that say the same, and a length far from the baseline's cost. It sees
-  whether an answer belongs to its prompt and holds together. It cannot see whether it is true.
-- `ReferenceScorer`: how near the answer's meaning is to a reference answer's (cosine of sentence embeddings, of the
-  first 256 word pieces). It sees whether the answer is about the same things. It cannot see order, detail or error.
+- `Judge` asks a large language model which of two answers is better, the answer or the baseline's, in both orders. Its
+  confidence comes from the probabilities of the two letters, as in AlpacaEval and the paper. It detects what the judge
+  detects; judges prefer long answers. Only this scorer gives a win rate.
+- `PmiScorer` needs no judge. It computes log p(answer | prompt) - log p(answer | neutral prompt) under a frozen model,
+  minus penalties for repetition, for chunks that say the same, and for a length far from the baseline's. It detects
+  whether an answer fits its prompt and is coherent, but not whether it is true.
+- `ReferenceScorer` computes the similarity to a reference answer: the cosine of sentence embeddings of the first 256
+  word pieces. It detects whether the answer is about the same things, but not order, detail or errors.
 
-The last two give a `difference` from the baseline's answer, in a unit of their own; scored.py makes it a probability.
+The last two give a `difference` from the baseline's answer, each in its own unit. records/scores.py converts it to a
+probability.
 """
 
 from __future__ import annotations
@@ -31,17 +32,22 @@ from pastalm.records.chat_client import ChatClient, Completion, Messages
 from pastalm.records.repetition import repetition, sameness
 
 NEUTRAL = "Write something."
-"""The prompt that says nothing of the answer."""
+"""The neutral prompt."""
 REPETITION, SAMENESS, LENGTH = 100.0, 50.0, 20.0
-"""Nats: what an answer loses that is all repetition; whose two likest chunks are the same; and for each
-doubling of the baseline's length, up or down, beyond the first."""
+"""Penalties in nats: for an answer that only repeats itself; for two identical chunks; for each factor of 2, after
+the first, by which the length differs from the baseline's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer to be scored. text: the reader's. chunks: texts of its asynchronous parts. baseline: the
-    sequential answer to the same prompt, whose length is taken as right (None: none). reference: a good
-    answer, where one is known."""
+    """An answer to be scored.
+
+    prompt: the prompt's text.
+    text: the answer without tags.
+    chunks: texts of its chunks.
+    baseline: text of the baseline's answer to the same prompt; its length counts as right.
+    reference: a good answer, if one is known.
+    """
 
     prompt: str
     text: str
@@ -56,8 +62,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How an answer compares to the baseline's. difference: in the scorer's unit; win: a probability. Both None:
-    it could not be told, `why`."""
+    """How an answer compares to the baseline's.
+
+    difference: the scorer's value minus the baseline's, in the scorer's unit.
+    win: probability that the answer is better.
+    why: the reason, if both are None.
+    """
 
     difference: float | None = None
     win: float | None = None
@@ -65,36 +75,43 @@ class Verdict:
 
 
 class Scorer(Protocol):
-    """Holds answers against their baseline's. One with a true `asks` costs a question for each, and is asked about none
-    twice."""
+    """Compares answers with the baseline's.
+
+    If it has a true attribute `asks`, each comparison costs a request, so no answer is scored twice.
+
+    name: on the command line and in files.
+    """
 
     name: str
 
     def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
-        """A verdict for each. Raises RemoteError where a server is needed and fails."""
+        """A verdict on each candidate. Raises RemoteError if a server is needed and fails."""
         ...
 
 
 @dataclass(slots=True)
 class PmiScorer:
-    """See the module. model: frozen; the one finetuned without tags, where there is one. batch_tokens: padded
-    tokens in one forward pass."""
+    """Pointwise mutual information of answer and prompt; see the module.
+
+    model: frozen; ideally the one that was finetuned without tags.
+    batch_tokens: padded tokens in one forward pass.
+    """
 
     model: Loaded
     batch_tokens: int = 2048
     name: str = field(default="pmi", init=False)
-    _known: dict[Candidate, float] = field(default_factory=dict, init=False)
+    _baseline_scores: dict[Candidate, float] = field(default_factory=dict, init=False)
 
     def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
-        return _differences(self.score, candidates, self._known)
+        return _differences(self.score, candidates, self._baseline_scores)
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Nats. An empty answer belongs to no prompt: its information is 0."""
+        """The value of each candidate, in nats. An empty answer has information 0."""
         information = self.information([(c.prompt, c.text) for c in candidates])
         return [pmi - penalty(c) for pmi, c in zip(information, candidates, strict=True)]
 
     def information(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """log p(answer | prompt) - log p(answer | neutral prompt), nats, of (prompt, answer) pairs."""
+        """log p(answer | prompt) - log p(answer | neutral prompt) of (prompt, answer) pairs, in nats."""
         rows = []
         for prompt, answer in pairs:
             ids = self.model.vocabulary.encode(answer)
@@ -109,13 +126,17 @@ def _differences(
     candidates: Sequence[Candidate],
     baseline_scores: dict[Candidate, float],
 ) -> list[Verdict]:
-    """Each answer's number less its baseline's, which is scored once for all answers to a prompt, of all systems.
-    baseline_scores: the baselines' numbers, kept between calls. The batches do not depend on it, so the same answers
-    give the same numbers, to the last bit."""
+    """The value of each answer minus that of its baseline.
+
+    score: gives the values of candidates.
+    candidates: the answers.
+    baseline_scores: values of baselines, kept between calls, so that each is scored once. Batches do not depend on it:
+        the same answers give exactly the same values.
+    """
     baselines = [c.sequential() for c in candidates]
     if not baseline_scores.keys() >= set(baselines):
-        wanted = list(dict.fromkeys(baselines))
-        baseline_scores.update(zip(wanted, score(wanted), strict=True))
+        distinct = list(dict.fromkeys(baselines))
+        baseline_scores.update(zip(distinct, score(distinct), strict=True))
     own = [c for c in dict.fromkeys(candidates) if c not in set(baselines)]
     scored = baseline_scores | dict(zip(own, score(own) if own else (), strict=True))
     return [Verdict(difference=scored[c] - scored[b]) for c, b in zip(candidates, baselines, strict=True)]
@@ -123,23 +144,25 @@ def _differences(
 
 @dataclass(slots=True)
 class ReferenceScorer:
-    """See the module. Cosines, -1 to 1. Raises RequestError for a candidate without a reference, ModelError where
-    the sentence model is not installed."""
+    """Similarity to a reference answer; see the module. Values are cosines, -1 to 1.
+
+    Raises RequestError for a candidate without a reference, ModelError if the sentence model is not installed.
+    """
 
     name: str = field(default="reference", init=False)
     _model: Any = field(default=None, init=False)
-    _known: dict[Candidate, float] = field(default_factory=dict, init=False)
+    _baseline_scores: dict[Candidate, float] = field(default_factory=dict, init=False)
 
     def compare(self, candidates: Sequence[Candidate]) -> list[Verdict]:
-        return _differences(self.score, candidates, self._known)
+        return _differences(self.score, candidates, self._baseline_scores)
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         if any(not c.reference for c in candidates):
             raise RequestError("a reference answer is needed for every prompt: give --references")
         texts = list(dict.fromkeys(t for c in candidates for t in (c.text, c.reference or "")))
         vectors = self._encoder().encode(texts, normalize_embeddings=True, show_progress_bar=False)
-        at = dict(zip(texts, np.asarray(vectors, dtype=np.float64), strict=True))
-        return [float(at[c.text] @ at[c.reference or ""]) for c in candidates]
+        vector_of = dict(zip(texts, np.asarray(vectors, dtype=np.float64), strict=True))
+        return [float(vector_of[c.text] @ vector_of[c.reference or ""]) for c in candidates]
 
     def _encoder(self) -> Any:
         if self._model is None:
@@ -161,7 +184,10 @@ they stand means nothing. Answer with one letter, m or M, and nothing else."""
 
 @dataclass(slots=True)
 class Judge:
-    """See the module. remote: the judge; asked twice a candidate."""
+    """A large model as a judge; see the module.
+
+    remote: the client of its server. Each candidate costs two requests.
+    """
 
     remote: ChatClient[tuple[int, bool]]
     name: str = field(default="judge", init=False)
@@ -179,7 +205,7 @@ class Judge:
 
     @staticmethod
     def _question(candidate: Candidate, swapped: bool) -> Messages:
-        """The baseline's answer is m and the candidate's M, or, swapped, the other way round."""
+        """The judge's messages. The baseline's answer is m, the candidate's is M; if `swapped`, the other way round."""
         first, second = candidate.baseline or "", candidate.text
         if swapped:
             first, second = second, first
@@ -198,8 +224,10 @@ class Judge:
 
 
 def preference(reply: Completion) -> float | str:
-    """The probability of M against m in a judge's answer: of the two letters among the likeliest first tokens, else
-    of the letter it wrote; or why there is none."""
+    """The probability of M against m in a judge's reply, or why there is none.
+
+    It comes from the log-probabilities of the two letters; without them, from the letter in the text.
+    """
     if reply.refused:
         return f"refused: {reply.refused}"
     shares = {"m": 0.0, "M": 0.0}
@@ -213,21 +241,25 @@ def preference(reply: Completion) -> float | str:
 
 
 def penalty(candidate: Candidate) -> float:
-    """Nats that an answer loses by what the likelihood rewards and a reader does not."""
-    lost = REPETITION * repetition(candidate.text) + SAMENESS * sameness(candidate.chunks)
+    """The penalty of an answer in nats, for repetition, similar chunks, and length. Likelihood alone rewards these."""
+    nats = REPETITION * repetition(candidate.text) + SAMENESS * sameness(candidate.chunks)
     if candidate.baseline is not None:
         ratio = (1 + len(candidate.text)) / (1 + len(candidate.baseline))
-        lost += LENGTH * max(0.0, abs(math.log2(ratio)) - 1)
-    return lost
+        nats += LENGTH * max(0.0, abs(math.log2(ratio)) - 1)
+    return nats
 
 
 @torch.inference_mode()
 def log_likelihoods(
     model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_tokens: int = 2048
 ) -> list[float]:
-    """Summed log p(answer | prompt), nats, of rows (prompt ids, answer ids) under a causal model.
+    """log p(answer | prompt) of each row under a causal model, in nats.
 
-    Rows of like length go through the model together, padded on the right; sums are in float64.
+    model: of transformers.
+    rows: (prompt ids, answer ids).
+    batch_tokens: padded tokens in one forward pass.
+
+    Rows of similar length share a forward pass, padded on the right. Sums are in float64.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     sums = [0.0] * len(rows)
@@ -249,7 +281,7 @@ def _add(
     batch: list[int],
     sums: list[float],
 ) -> None:
-    """The sums of some rows, from one forward pass."""
+    """Adds the sums of the rows in a batch, from one forward pass."""
     longest = max(len(rows[i][0]) + len(rows[i][1]) for i in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     answer = torch.zeros(len(batch), longest, dtype=torch.bool)

@@ -22,7 +22,12 @@ from pastalm.engines.native.weights import Matrix, Tensors, unpack
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A token that a model chose: after which place of its row, and among which ids (None: any)."""
+    """A sampled token.
+
+    after: index in the row of the token before it.
+    token: its id.
+    allowed: ids that it was chosen from (None: all).
+    """
 
     after: int
     token: int
@@ -31,7 +36,13 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """One forward pass. ids, positions: [n]; visible: [n, n], row sees column (None: causal)."""
+    """One forward pass.
+
+    ids: [n].
+    chosen: the tokens to check.
+    positions: [n] (None: 0 to n - 1).
+    visible: [n, n], row sees column (None: causal).
+    """
 
     ids: list[int]
     chosen: list[Chosen]
@@ -40,22 +51,26 @@ class ForwardPass:
 
     @classmethod
     def plain(cls, prompt: Sequence[int], tokens: Sequence[int], allowed: TokenSet | None = None) -> ForwardPass:
-        """Tokens that were chosen one after another, each among the same ids."""
+        """The pass for tokens that were sampled one after another, each from the same ids."""
         return cls([*prompt, *tokens], [Chosen(len(prompt) + i - 1, token, allowed) for i, token in enumerate(tokens)])
 
 
 def replay(model: Any, prompt: Sequence[int], events: Iterable[Event], policy: Policy = "promised") -> list[float]:
-    """Of each token of a greedily decoded response that was the model's choice, the distance of its logit from the
-    largest that was allowed. model: of transformers, not laid out for decoding. `serial` takes a pass a stretch, the
-    others one in all."""
+    """The gap of each token that the model chose in a greedily decoded response (largest allowed logit minus its own).
+
+    model: of transformers, with weights that are not packed.
+    prompt: token ids.
+    events: of the response.
+    policy: position policy. `serial` needs a forward pass for each part of a thread between syncs, the others one.
+    """
     events = list(events)
-    rows = _stretches(prompt, events) if policy == "serial" else [_whole(prompt, events, policy)]
+    rows = _serial_passes(prompt, events) if policy == "serial" else [_whole(prompt, events, policy)]
     return [gap for row in rows for gap in gaps(model, row)]
 
 
 @torch.inference_mode()
 def gaps(model: Any, row: ForwardPass) -> list[float]:
-    """Of each token chosen in a row, in their order, the distance of its logit from the largest that was allowed."""
+    """The gap of each chosen token of a forward pass: the largest allowed logit minus its own."""
     positions = None if row.positions is None else torch.tensor([row.positions])
     mask = None if row.visible is None else torch.from_numpy(row.visible)[None, None]
     logits = model(
@@ -66,8 +81,10 @@ def gaps(model: Any, row: ForwardPass) -> list[float]:
 
 @torch.inference_mode()
 def load_unpacked(model: Any, tensors: Tensors) -> None:
-    """Gives a transformers model of the Llama kind the matrices that packed ones stand for, in place: what the native
-    engine computes is then to be compared with float activations over the same weights."""
+    """Copies the values of packed matrices into a transformers model like Llama, in place.
+
+    The native engine is compared with it, on the same weights.
+    """
     modules = dict(model.named_modules())
     whole = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     for name, tensor in tensors.items():
@@ -90,13 +107,13 @@ _INSIDE = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-"""transformers' modules that a packed matrix of a layer holds, in its order."""
+"""The transformers modules whose rows a packed matrix of a layer contains, in order."""
 
 
 def summary(gaps: Sequence[float]) -> str:
     """One line about many gaps."""
     parts = [f"{np.mean(np.array(gaps) <= limit):.4%} within {limit:g}" for limit in (0, 1e-3, 0.5)]
-    return f"{len(gaps)} tokens replayed, {', '.join(parts)}; largest distance from the largest logit {max(gaps):.4g}"
+    return f"{len(gaps)} tokens replayed, {', '.join(parts)}; largest gap {max(gaps):.4g}"
 
 
 def _gap(logits: torch.Tensor, chosen: Chosen) -> float:
@@ -128,7 +145,7 @@ def _whole(prompt: Sequence[int], events: Sequence[Event], policy: Policy) -> Fo
     return ForwardPass(ids, chosen, positions, np.stack(rows)[:, :n])
 
 
-def _stretches(prompt: Sequence[int], events: Sequence[Event]) -> Iterator[ForwardPass]:
+def _serial_passes(prompt: Sequence[int], events: Sequence[Event]) -> Iterator[ForwardPass]:
     allowed = {id(event): mask for event, mask in zip(events, _allowed(events), strict=True)}
     for context, own in decoded_rows(prompt, events):
         chosen = [
@@ -140,32 +157,33 @@ def _stretches(prompt: Sequence[int], events: Sequence[Event]) -> Iterator[Forwa
 
 
 def _allowed(events: Sequence[Event]) -> list[TokenSet | None]:
-    """Of each event, what its thread might say next before it."""
-    now: dict[Path, TokenSet | None] = {}
-    before = []
+    """For each event, the ids that its thread could choose from."""
+    allowed_now: dict[Path, TokenSet | None] = {}
+    allowed = []
     for event in events:
-        before.append(now.get(event.path))
-        now[event.path] = event.allowed
-    return before
+        allowed.append(allowed_now.get(event.path))
+        allowed_now[event.path] = event.allowed
+    return allowed
 
 
 def decoded_rows(
     prompt: Sequence[int], events: Iterable[Event]
 ) -> Iterator[tuple[list[int], list[tuple[int, Decoded | None]]]]:
-    """Of a decoded response under `serial`, what each stretch of a thread between syncs read before it began, and its
-    own tokens, each with the event that decoded it (None: it was forced): what a plain causal model must be asked to
-    replay it."""
+    """The causal rows of a response under `serial`, one for each part of a thread between syncs.
+
+    Each is the tokens before that part, and its own tokens with their events (None: forced).
+    """
     layout = SerialLayout(prompt)
-    begun: dict[Path, tuple[list[int], list[tuple[int, Decoded | None]]]] = {}
+    open_rows: dict[Path, tuple[list[int], list[tuple[int, Decoded | None]]]] = {}
     for event in events:
-        if isinstance(event, Joined) and event.path in begun:
-            yield begun.pop(event.path)
+        if isinstance(event, Joined) and event.path in open_rows:
+            yield open_rows.pop(event.path)
         layout.apply(event)
         if isinstance(event, Forked | Joined):
-            begun[event.path] = (layout.row(event.path), [])
+            open_rows[event.path] = (layout.row(event.path), [])
         elif isinstance(event, Decoded | Finished):
-            own = begun[event.path][1]
+            own = open_rows[event.path][1]
             if isinstance(event, Decoded):
                 own.append((event.token, event))
             own += [(token, None) for token in event.forced]
-    yield from begun.values()
+    yield from open_rows.values()

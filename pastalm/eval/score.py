@@ -84,13 +84,13 @@ def score(
     places = jsonl.by_place(pairs, lambda row: (row["id"], row["choice"]))
     header = {"scorer": scorer.name, **(models or {})}
     results = jsonl.Results(target, scores.KIND, header, overwrite=overwrite, order=places)
-    scored_keys = set(_there(results, {(row.id, row.choice): row for row in to_score}, pairs))
+    scored_keys = set(_scored_keys(results, {(row.id, row.choice): row for row in to_score}, pairs))
     counts = ScoreCounts(skipped=len(scored_keys))
     groups = groupby(to_score, key=lambda row: row.id)
     with results as file:
-        while next_rows := list(_some(groups)):
+        while next_rows := list(_next_answers(groups)):
             missing = [row for row in next_rows if (row.id, row.choice) not in scored_keys]
-            # a model's numbers depend on the batch in the last bits: unless it is a judge, score whole groups again
+            # the last bits of a model's values depend on the batch: score whole groups again, unless it is a judge
             todo = missing if getattr(scorer, "asks", False) or not missing else next_rows
             candidates = [pairs[row.id, row.choice] for row in todo]
             verdicts = zip(todo, candidates, scorer.compare(candidates) if todo else (), strict=True)
@@ -109,7 +109,7 @@ def score(
 def _with_baseline(
     rows: Iterable[Answer], base: Mapping[str, Answer], baselines: Path, bad: Bad | None
 ) -> Iterator[Answer]:
-    """Those that can be held against something. Raises DataError for the others, unless `bad` takes it."""
+    """Yields the answers to prompts that the baseline answered. Raises DataError for others, unless `bad` is given."""
     for row in rows:
         if row.id in base:
             yield row
@@ -125,17 +125,17 @@ def _candidate(row: Answer, baseline: Answer, reference: str | None) -> Candidat
 
 
 def _against(candidate: Candidate) -> str:
-    """A hash of what an answer is held against."""
+    """A hash of what an answer is compared with."""
     text = json.dumps([candidate.baseline, candidate.reference])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 AT_ONCE = 64
-"""Answers that are scored together, at least: a judge is asked many questions at once, a model fills its batches."""
+"""Minimum number of answers that are scored together, for requests at once and full batches."""
 
 
-def _some(groups: Iterator[tuple[str, Iterator[Answer]]]) -> Iterator[Answer]:
-    """All answers to the next prompts."""
+def _next_answers(groups: Iterator[tuple[str, Iterator[Answer]]]) -> Iterator[Answer]:
+    """All answers to the next prompts, at least AT_ONCE."""
     count = 0
     for _, rows in groups:
         for row in rows:
@@ -145,10 +145,10 @@ def _some(groups: Iterator[tuple[str, Iterator[Answer]]]) -> Iterator[Answer]:
             return
 
 
-def _there(
+def _scored_keys(
     results: jsonl.Results, rows: Mapping[tuple[str, int], Answer], pairs: Mapping[tuple[str, int], Candidate]
 ) -> Iterator[tuple[str, int]]:
-    """What is scored already. Raises DataError where that was another answer, or held against another."""
+    """Keys of the answers that are scored already. Raises DataError if one, or what it is compared with, has changed."""
     for where, row in results.rows:
         scored = scores.parsed(where, row)
         key = (scored.id, scored.choice)
@@ -160,7 +160,7 @@ def _there(
             _against(pairs[key]),
         ):
             raise DataError(
-                f"{where}: answer {scored.choice} to prompt {scored.id!r}, or what it is held against, has changed: "
+                f"{where}: answer {scored.choice} to prompt {scored.id!r}, or what it is compared with, has changed: "
                 "give another file, or --overwrite to start again"
             )
         yield key

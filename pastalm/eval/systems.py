@@ -10,37 +10,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pastalm import sampling
+from pastalm import answering
+from pastalm.answering import Task
 from pastalm.core.driver import Response
 from pastalm.core.events import Decoded, Finished, Forked
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.base import Engine
 from pastalm.llm import LLM
-from pastalm.records import answers
+from pastalm.records import answers, transcripts
 from pastalm.records.answers import Answer
 from pastalm.records.prompts import Prompt
-from pastalm.sampling import Task
 
 
 class System(Protocol):
-    """name: of the row in the table, and of the file. llm: the model that it runs on."""
+    """Something that answers prompts.
+
+    name: of its row in the table and of its file.
+    llm: the model that it uses.
+    """
 
     name: str
     llm: LLM
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
-        """Decodes one answer from a cold cache, and measures it. Raises RequestError for a prompt that does not
-        fit."""
+        """Decodes and measures one answer, with an empty prefix cache. Raises RequestError if the prompt is too long."""
         ...
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        """The same answer as a task, to be decoded together with others (`run_tasks`)."""
+        """The same answer as a task, for decoding together with others (`run_tasks`)."""
         ...
 
 
 @dataclass(slots=True)
 class Decoding:
-    """One model through its engine. parallelism: as of SamplingParams; 0 is sequential."""
+    """A model that decodes asynchronously or sequentially.
+
+    name: of the system.
+    llm: the model.
+    parallelism: as in SamplingParams; 0 is sequential.
+    """
 
     name: str
     llm: LLM
@@ -55,19 +63,19 @@ class Decoding:
             prompt,
             sequential=self.parallelism == 0,
             first_seconds=first,
-            threads=tuple(response.transcript.to_dict()["threads"]),
+            threads=transcripts.threads(response.transcript),
             **answers.figures(response.transcript),
         )
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        return sampling.answer(self.llm, prompt, self._params(max_tokens), threads=True)
+        return answering.answer(self.llm, prompt, self._params(max_tokens), threads=True)
 
     def _params(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
 
 
 def play(response: Response) -> float | None:
-    """Decodes to the end; seconds to the first character that a reader sees (None: there is none)."""
+    """Decodes to the end. Returns seconds to the first character that a reader sees (None: the text is empty)."""
     first = None
     for _ in response:
         if first is None and response.transcript.settled:

@@ -1,7 +1,7 @@
-"""A tokenizer with its chat template that needs neither torch nor transformers: `tokenizers` and jinja2 are enough.
+"""A tokenizer with a chat template that needs only `tokenizers` and jinja2, not torch or transformers.
 
-It has the names of transformers' tokenizers, as far as prompts and vocabularies need them, and gives the same ids and
-the same text. It is made of a description, which is JSON and can be kept.
+It has the methods of transformers' tokenizers that prompts and vocabularies use, with the same results. It is created
+from a description, which can be stored as JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pastalm.errors import CapabilityError
 
 
 def described(tokenizer: Any) -> dict[str, Any]:
-    """What a `ChatTokenizer` needs to know of transformers' tokenizer. Raises CapabilityError."""
+    """The description of one of transformers' tokenizers, for `ChatTokenizer`. Raises CapabilityError."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CapabilityError(f"a {type(tokenizer).__name__} works with transformers only")
@@ -30,7 +30,10 @@ def described(tokenizer: Any) -> dict[str, Any]:
 
 
 class ChatTokenizer:
-    """special_tokens: name ("bos_token") and spelling of those that have a name."""
+    """A tokenizer with a chat template.
+
+    description: from `described`. Its `special_tokens` have names ("bos_token") and spellings.
+    """
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         from tokenizers import Tokenizer
@@ -53,7 +56,7 @@ class ChatTokenizer:
         return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
 
     def convert_ids_to_tokens(self, token: int) -> str | None:
-        """None for an id that stands for nothing."""
+        """The spelling of a token; None for an unused id."""
         spelling: str | None = self.backend_tokenizer.id_to_token(token)
         return spelling
 
@@ -65,7 +68,7 @@ class ChatTokenizer:
     def added_tokens_decoder(self) -> dict[int, Any]:
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
-    def _named(self, name: str) -> int | None:
+    def _id_of(self, name: str) -> int | None:
         spelling = self.special_tokens_map.get(name)
         return None if spelling is None else self.convert_tokens_to_ids(spelling)
 
@@ -79,11 +82,11 @@ class ChatTokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        return self._named("bos_token")
+        return self._id_of("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        return self._named("eos_token")
+        return self._id_of("eos_token")
 
     def apply_chat_template(
         self,
@@ -93,10 +96,17 @@ class ChatTokenizer:
         add_generation_prompt: bool = False,
         **names: Any,
     ) -> str:
-        """The conversation as text. names: what the template may read beside. Raises what the template raises,
-        ValueError where there is none."""
+        """The conversation as text.
+
+        messages: at least one.
+        tokenize: must be False.
+        add_generation_prompt: end with the tokens that start an assistant message.
+        names: further variables for the template.
+
+        Raises what the template raises, and ValueError if there is none.
+        """
         if tokenize or self.chat_template is None or not messages:
-            raise ValueError("only text comes from a chat template, and it takes at least one message")
+            raise ValueError("a chat template needs at least one message, and gives text only")
         return render(
             self.chat_template,
             messages,
@@ -109,7 +119,7 @@ class ChatTokenizer:
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **names: Any) -> str:
-    """A conversation by a template, under transformers' conventions. Raises what the template raises."""
+    """Renders a conversation, with transformers' conventions. Raises what the template raises."""
     plain = [_plain({k: v for k, v in message.items() if v is not None}) for message in messages]
     text: str = _compiled(template).render(
         {"tools": None, "documents": None, **_plain(names), "messages": [_with_reasoning(m) for m in plain]}
@@ -121,13 +131,13 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Reasoning goes by three names; templates read the first two."""
+    """Copies reasoning to the two names that templates read; messages use three."""
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _plain(value: Any) -> Any:
-    """Templates are foreign code: they see plain data and no methods of ours."""
+    """Plain data: templates are untrusted code and must not reach methods of our objects."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -148,7 +158,7 @@ def _compiled(template: str) -> Any:
     from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %}, which marks answers for training: its body."""
+        """Renders the body of {% generation %} ... {% endgeneration %}, which marks answers for training."""
 
         tags = {"generation"}
 
@@ -168,7 +178,7 @@ def _compiled(template: str) -> Any:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["dict"] = lambda *pairs, **named: dict(*pairs, **named)  # the type has more methods
+    environment.globals["dict"] = lambda *pairs, **items: dict(*pairs, **items)  # the type has more methods
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
@@ -180,5 +190,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own escapes what HTML would."""
+    """JSON without HTML escapes, which jinja2's own filter adds."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

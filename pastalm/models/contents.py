@@ -17,11 +17,11 @@ from pastalm.models import adapters, downloads
 from pastalm.records import disk
 
 PARTS = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
-"""What belongs to a model, or to an adapter, among the files of its folder."""
-_TOLD = {"train.json", "trainer_state.json"}
-"""Records of training, which do not change the model."""
+"""Suffixes of files that belong to a model or an adapter."""
+_RECORDS = {"train.json", "trainer_state.json"}
+"""Files about the training, which do not change the model."""
 _SETTLED = 2.0
-"""Seconds after which a file that is written again is sure to have another time."""
+"""Seconds after a change of a file in which a further change might not alter its time."""
 
 
 def of_model(name: str) -> dict[str, str]:
@@ -31,15 +31,15 @@ def of_model(name: str) -> dict[str, str]:
 
 
 def of_adapter(model: str, adapter: str | None) -> dict[str, str] | None:
-    """{name, sha256} of the adapter that `loading.load` merges; None: there is none. Raises ModelError."""
+    """{name, sha256} of the adapter that `loading.load` merges; None if there is none. Raises ModelError."""
     if model.endswith(".gguf"):
-        return None  # it holds its own
+        return None  # its adapter is merged
     folder = adapters.adapter_folder(model, adapter)
     return None if folder is None else of_folder(folder)
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """{name, sha256} of the folder of an adapter, or of a whole model. Raises ModelError."""
+    """{name, sha256} of a folder with an adapter or a whole model. Raises ModelError."""
     return _of(folder, _name(folder))
 
 
@@ -52,14 +52,14 @@ def of_file(path: Path) -> dict[str, str]:
 
 
 def _name(folder: Path) -> str:
-    """Of an adapter: its run's, where it lies in that."""
-    whole = folder.resolve()
-    return whole.parent.name if whole.name in ("adapter", "model") else whole.name
+    """The name of a folder; that of the training run if the folder is inside one."""
+    path = folder.resolve()
+    return path.parent.name if path.name in ("adapter", "model") else path.name
 
 
 def _of(path: Path, name: str) -> dict[str, str]:
     try:
-        return {"name": name, "sha256": _sha256([entry for entry in files(path) if entry[0] not in _TOLD])}
+        return {"name": name, "sha256": _sha256([entry for entry in files(path) if entry[0] not in _RECORDS])}
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
 
@@ -69,7 +69,7 @@ def _sha256(entries: list[tuple[str, str]]) -> str:
 
 
 def files(path: Path) -> list[tuple[str, str]]:
-    """Names and hashes of what a folder has of a model, or of one file. Raises OSError."""
+    """Names and hashes of a model's files in a folder, or of one file. Raises OSError."""
     if path.is_dir():
         paths = {f.name: f for f in sorted(path.iterdir()) if f.suffix in PARTS and f.is_file()}
     else:
@@ -82,13 +82,13 @@ def files(path: Path) -> list[tuple[str, str]]:
     before = dict(cache)
     hashed = [(name, _digest(file, cache)) for name, file in paths.items()]
     if cache != before:
-        with contextlib.suppress(OSError), disk.replacing(memory) as opened:  # else they are read again
+        with contextlib.suppress(OSError), disk.replacing(memory) as opened:  # without it, files are hashed again
             opened.write(json.dumps(cache).encode())
     return hashed
 
 
 def _digest(file: Path, cache: dict[str, list[Any]]) -> str:
-    """The hash of a file's contents, out of `known` or put there."""
+    """The hash of a file's contents, from the cache if it is up to date; else computed and cached."""
     stat, key = file.stat(), str(file.resolve())
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     if cache.get(key, [])[:3] == state:

@@ -1,8 +1,8 @@
-"""GGUF files: a model out of one, through llama.cpp, and a prepared model into one.
+"""Loads GGUF files through llama.cpp, and exports prepared models as GGUF.
 
-A loaded file has llama.cpp's own tokenizer and its chat template. An exported file holds base and
-adapter merged; the six tag tokens are CONTROL tokens in it, and the sequential marker is metadata,
-so the one file is all that decoding asynchronously takes.
+A loaded model uses llama.cpp's tokenizer and the file's chat template. An exported file contains base and adapter
+merged. The six tag tokens are CONTROL tokens, and the sequential marker is metadata, so asynchronous decoding needs
+only this file.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pastalm.models.loading import Loaded
 
 MARKER_KEY = "pastalm.sequential_marker"
 WHOLE = ("F32", "F16", "BF16")
-"""Weight types written as they are; the others are made from F16 by llama.cpp's own quantisation."""
+"""Weight types that are written directly; llama.cpp quantises an F16 file to the others."""
 QUANTISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
 
 
-# ------------------------------------------------------------------------------ a model out of one
+# ------------------------------------------------------------------------------ loading
 
 _FIRST = 1024
-"""SentencePiece's bytes are among the first tokens."""
+"""Number of tokens among which SentencePiece has its byte tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,10 @@ class _Special:
 
 
 class GgufTokenizer:
-    """llama.cpp's tokenizer of a loaded file, with the methods of transformers' tokenizers that prompts need."""
+    """llama.cpp's tokenizer of a loaded file, with the methods of transformers' tokenizers that prompts need.
+
+    model: a LlamaCppModel.
+    """
 
     def __init__(self, model: Any) -> None:
         import llama_cpp
@@ -57,17 +60,17 @@ class GgufTokenizer:
             for i in range(self._size)
             if llama_cpp.llama_vocab_is_control(self._vocabulary, i)
         }
-        pieces = llama_cpp.llama_vocab_type(self._vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_SPM
-        self._prefixes = pieces and self._says(self.encode("a", special=False)) != b"a"
-        self._alone = self._found_alone() if pieces else {}
-        """Spelling -> ids of texts that are encoded separately from the text around them."""
+        sentencepiece = llama_cpp.llama_vocab_type(self._vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_SPM
+        self._prefixes = sentencepiece and self._bytes(self.encode("a", special=False)) != b"a"
+        self._alone = self._separate_texts() if sentencepiece else {}
+        """Ids of texts that are encoded separately from the text around them, by spelling."""
         self._apart = re.compile(f"({lossless.any_of(set(self._alone)).pattern})")
 
-    def _says(self, ids: Sequence[int]) -> bytes:
+    def _bytes(self, ids: Sequence[int]) -> bytes:
         return b"".join(map(self.piece, ids))
 
-    def _found_alone(self) -> dict[str, list[int]]:
-        """The sign for a space, which must not become one, and words behind which a space would be put."""
+    def _separate_texts(self) -> dict[str, list[int]]:
+        """The sign for a space, which must not become a space, and added words, after which one would be inserted."""
         sign = [self._byte(byte) for byte in lossless.SPACE.encode()]
         alone = {} if None in sign else {lossless.SPACE: [i for i in sign if i is not None]}
         if self._prefixes:
@@ -77,7 +80,7 @@ class GgufTokenizer:
         return alone
 
     def _byte(self, byte: int) -> int | None:
-        """The token of a byte, if it has one that merges with nothing."""
+        """The byte token of a byte; None if the vocabulary has none."""
         special = self._api.LLAMA_TOKEN_ATTR_BYTE
         spelled = f"<0x{byte:02X}>".encode()
         for i in range(min(self._size, _FIRST)):
@@ -86,7 +89,7 @@ class GgufTokenizer:
         return None
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids whose pieces are the text: no special token, and no space that it does not have."""
+        """Token ids whose pieces are exactly the text, without special tokens or an added space."""
         ids: list[int] = []
         for i, part in enumerate(self._apart.split(text)):
             if i % 2:
@@ -98,7 +101,7 @@ class GgufTokenizer:
     def _continued(self, text: str) -> list[int]:
         if not self._prefixes:
             return self.encode(text, special=False)
-        # the byte 0 merges with nothing: what stands before it is the space that would be put there
+        # the byte 0 never merges: tokens before it are the space that llama.cpp adds
         ids = self.encode("\0" + text, special=False)
         return ids[next(at for at, token in enumerate(ids) if self.piece(token) == b"\0") + 1 :]
 
@@ -107,7 +110,7 @@ class GgufTokenizer:
         return text.decode(errors="replace")
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text; special: whether the spelling of a special token is that token."""
+        """Token ids of a text. With `special`, the spelling of a special token becomes that token."""
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 8))()
         n = self._api.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), False, special)
@@ -116,7 +119,7 @@ class GgufTokenizer:
         return ids[:n]
 
     def piece(self, token: int) -> bytes:
-        """The bytes of a token; none for a special one."""
+        """The bytes of a token; b"" for a special one."""
         buffer = ctypes.create_string_buffer(256)
         n = self._api.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, False)
         return buffer.raw[:n] if n > 0 else b""
@@ -134,7 +137,13 @@ class GgufTokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **more: Any
     ) -> str:
-        """The conversation as text. more: what the template may read beside. Raises what the template raises."""
+        """The conversation as text. Raises what the template raises.
+
+        messages: at least one.
+        tokenize: must be False.
+        add_generation_prompt: end with the tokens that start an assistant message.
+        more: further variables for the template.
+        """
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         ids = {
@@ -148,7 +157,11 @@ class GgufTokenizer:
 
 
 def load(path: str | Path, *, gpu_layers: int = 0) -> Loaded:
-    """A GGUF file, ready for `LlamaCppEngine`. Raises ModelError."""
+    """Loads a GGUF file for `LlamaCppEngine`. Raises ModelError.
+
+    path: the file.
+    gpu_layers: layers on the GPU (-1: all).
+    """
     from pastalm.engines.llama_cpp import LlamaCppModel
 
     model = LlamaCppModel(path, gpu_layers=gpu_layers)
@@ -174,7 +187,7 @@ def load(path: str | Path, *, gpu_layers: int = 0) -> Loaded:
     )
 
 
-# ------------------------------------------------------------------------------ a model into one
+# ------------------------------------------------------------------------------ exporting
 
 _LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -193,7 +206,7 @@ _WHOLE = {
 }
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _SPLITS = (
-    # what llama.cpp calls a way to split text into words, and what gives it away
+    # llama.cpp's name for a way to split text into words, and a string by which it is recognised
     ("llama-bpe", r"\p{N}{1,3}"),
     ("qwen2", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"),
     ("smollm", '"individual_digits": true'),
@@ -202,7 +215,7 @@ _SPLITS = (
 
 
 def _is_gguf(path: Path) -> bool:
-    """Whether a file begins as one, or holds nothing."""
+    """Whether a file starts like a GGUF file, or is empty."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -216,10 +229,15 @@ def export(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Writes a loaded model, its adapter merged, as one GGUF file of the weight type `kind`.
+    """Writes a loaded model, with its adapter merged, as one GGUF file.
 
-    Raises CapabilityError for a model or type that cannot be written, ModelError if writing fails;
-    there is no half-written file then.
+    loaded: the model.
+    target: the file.
+    kind: weight type, one of WHOLE or QUANTISED.
+    progress: called with lines about the progress.
+
+    Raises CapabilityError for a model or type that cannot be written, ModelError if writing fails; no half-written
+    file is left then.
     """
     target = Path(target)
     if target.exists() and not _is_gguf(target):
@@ -287,7 +305,7 @@ def _check(config: Any) -> None:
 
 
 def _tensors(model: Any, kind: str) -> Iterator[tuple[str, Any, Any]]:
-    """Name, array and type of every tensor. Vectors stay in float32, as llama.cpp wants them."""
+    """Name, array and type of every tensor. Vectors stay in float32, as llama.cpp requires."""
     import gguf
     import torch
 
@@ -315,7 +333,7 @@ def _tensors(model: Any, kind: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _interleaved(weights: Any, heads: int) -> Any:
-    """Rows in llama.cpp's order: it rotates neighbours where transformers rotates halves."""
+    """Rows in llama.cpp's order: it rotates neighbouring dimensions, transformers rotates halves of a head."""
     rows = weights.shape[0] // heads // 2
     return weights.reshape(heads, 2, rows, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
 

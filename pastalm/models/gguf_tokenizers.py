@@ -1,7 +1,7 @@
-"""The tokenizer that GGUF metadata describe, without llama.cpp: byte-level BPE of known kinds, and SentencePiece's BPE.
+"""Builds a tokenizer from GGUF metadata, without llama.cpp: known kinds of byte-level BPE, and SentencePiece's BPE.
 
-Ids are llama.cpp's; only characters are composed first where a model was trained so (Qwen), which llama.cpp does not
-do. A kind of tokenizer that is not known for certain is refused with a CapabilityError.
+Ids are the same as llama.cpp's, with one exception: Qwen was trained with composed characters (NFC), and llama.cpp does
+not compose them. Other kinds of tokenizers raise CapabilityError.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
-"""A word that is a token is encoded as that token, regardless of the merges; texts begin with BOS."""
+"""Kinds that encode a word that is a token as that token, regardless of merges, and start texts with BOS."""
 SPLITS: dict[str, str | None] = {
     **dict.fromkeys((*_LLAMA3, "smaug-bpe"), _WORDS % "{1,3}"),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _WORDS % ""),
     "gpt-2": None,
     "smollm": None,
 }
-"""Into which words each known kind of byte-level BPE splits a text; None: as GPT-2, which `tokenizers` has built in."""
+"""How each known kind of byte-level BPE splits a text into words; None: as GPT-2, which `tokenizers` has built in."""
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 _ENDS = {
@@ -48,11 +48,11 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[int
     backend.add_special_tokens([_added(token, special=True) for token in control])
     words = [t for i, t in enumerate(settings.tokens) if kinds[i] == _USER_DEFINED and i not in settings.control]
     backend.add_tokens([_added(token, special=False) for token in words])
-    _begin(backend, settings)
+    _add_bos(backend, settings)
     description = {
         "backend": backend.to_str(),
         "chat_template": metadata.get("tokenizer.chat_template"),
-        "special_tokens": {f"{_NAMES[n]}_token": settings.tokens[i] for n, i in settings.named.items()},
+        "special_tokens": {f"{_NAMES[n]}_token": settings.tokens[i] for n, i in settings.special_ids.items()},
         "all_special_ids": sorted(settings.control),
     }
     return description, sorted(settings.ends)
@@ -63,7 +63,7 @@ def _refuse(reason: str) -> CapabilityError:
 
 
 class _Metadata:
-    """What metadata say of a tokenizer."""
+    """The metadata of a tokenizer."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._metadata = metadata
@@ -71,21 +71,22 @@ class _Metadata:
         self.tokens: list[str] = self.get("tokens", [])
         self.kinds: list[int] = self.get("token_type", [])
         if len(set(self.tokens)) != len(self.tokens) or len(self.kinds) != len(self.tokens):
-            raise _refuse("has a token twice, or tokens without a type")
+            raise _refuse("has a duplicate token, or tokens without a type")
         if self.get("add_eos_token", False):
-            raise _refuse("ends every text")
+            raise _refuse("puts an end token after every text")
 
-    def get(self, key: str, otherwise: Any = None) -> Any:
-        return self._metadata.get(f"tokenizer.ggml.{key}", otherwise)
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._metadata.get(f"tokenizer.ggml.{key}", default)
 
     @cached_property
     def control(self) -> set[int]:
-        """Ids that are no text."""
+        """Ids of tokens that are not text."""
         ends = {i for i, token in enumerate(self.tokens) if token in _ENDS and self.kinds[i] != _UNUSED}
         return ends | {i for i, kind in enumerate(self.kinds) if kind in (_CONTROL, _UNKNOWN)}
 
     @cached_property
-    def named(self) -> dict[str, int]:
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the tokens with a role, such as "bos"."""
         ids = {name: self.get(f"{name}_token_id") for name in _NAMES}
         return {name: i for name, i in ids.items() if i is not None and i < len(self.tokens)}
 
@@ -96,7 +97,7 @@ class _Metadata:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Ids of the tokens; those that only fill up the table are none."""
+        """Ids by token, without unused entries of the table."""
         pairs = zip(self.tokens, self.kinds, strict=True)
         return {token: i for i, (token, kind) in enumerate(pairs) if kind != _UNUSED}
 
@@ -113,7 +114,7 @@ def _core(settings: _Metadata, merges: list[tuple[str, str]], **options: Any) ->
     try:
         return Tokenizer(models.BPE(settings.vocabulary, merges, **options))
     except Exception as error:
-        raise _refuse(f"does not fit together ({error})") from None
+        raise _refuse(f"is inconsistent ({error})") from None
 
 
 def _byte_level(settings: _Metadata) -> Any:
@@ -135,7 +136,7 @@ def _byte_level(settings: _Metadata) -> Any:
 
 
 def _sentence_pieces(settings: _Metadata) -> Any:
-    """Merges in the order of the scores of what comes of them; a character that is no token is its bytes."""
+    """Merges are ordered by the score of their result. A character without a token is encoded as bytes."""
     from tokenizers import decoders, normalizers
 
     scores = settings.get("scores", [])
@@ -152,7 +153,7 @@ def _sentence_pieces(settings: _Metadata) -> Any:
 
 
 def _merges(settings: _Metadata) -> Iterator[tuple[str, str]]:
-    """Every way in which a token can be made of two."""
+    """Every pair of tokens that together make a token."""
     no_text = settings.control | {i for i, kind in enumerate(settings.kinds) if kind == _BYTE}
     words = {token: i for token, i in settings.vocabulary.items() if i not in no_text}
     for word in words:
@@ -161,11 +162,14 @@ def _merges(settings: _Metadata) -> Iterator[tuple[str, str]]:
                 yield word[:at], word[at:]
 
 
-def _begin(backend: Any, settings: _Metadata) -> None:
-    """What every text begins with, if with anything."""
+def _add_bos(backend: Any, settings: _Metadata) -> None:
+    """Makes the tokenizer put BOS before every text, if the metadata say so."""
     from tokenizers import processors
 
-    if settings.get("add_bos_token", settings.pre in _LLAMA3 or settings.model == "llama") and "bos" in settings.named:
-        i = settings.named["bos"]
+    if (
+        settings.get("add_bos_token", settings.pre in _LLAMA3 or settings.model == "llama")
+        and "bos" in settings.special_ids
+    ):
+        i = settings.special_ids["bos"]
         first = {"id": "BOS", "ids": [i], "tokens": [settings.tokens[i]]}
         backend.post_processor = processors.TemplateProcessing(single=["BOS", "$A"], special_tokens=[first])

@@ -1,4 +1,4 @@
-"""Logits at selected positions of a batch, computed by the model's own head with its scale, cap and bias."""
+"""Logits at selected positions of a batch, computed by the model's own head, with its scale, cap and bias."""
 
 from __future__ import annotations
 

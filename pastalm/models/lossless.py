@@ -1,8 +1,8 @@
-"""Text to token ids and back, without loss, by a tokenizer of `tokenizers`: what is encoded is read back as it was.
+"""Encodes text without loss: decoding the ids gives the same text. Uses a tokenizer of `tokenizers`.
 
-A tokenizer may do more to a text than cut it up: SentencePiece's put a space before it (Llama 2, Mistral, TinyLlama),
-others compose characters or cut off white space. That is for the beginning of a prompt. An answer is a text of its own,
-its chunks stand between tags: there nothing may be added or lost. Special tokens are never made from text here.
+Some tokenizers change a text before they split it. SentencePiece puts a space before it (Llama 2, Mistral, TinyLlama);
+others compose characters or strip white space. That is right at the start of a prompt, but not in an answer, whose
+chunks stand between tags: there nothing may be added or lost. Text never becomes a special token here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pastalm.errors import ModelError
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
 _ASCII = "".join(map(chr, range(32, 127))) + "\n  Two  spaces,\n\n- a list. 1. Eat"
-"""What every tokenizer must give back."""
+"""A text that every tokenizer must reproduce."""
 NOTHING = "(?!)"
-"""A pattern that finds nothing."""
+"""A pattern that never matches."""
 
 
 def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None) -> Vocabulary:
@@ -55,17 +55,19 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
 
 
 def encoder(backend: Any, piece: Callable[[int], bytes]) -> Callable[[str], list[int]]:
-    """Text -> ids whose pieces are that text; a character for which the vocabulary has nothing is left out.
+    """A function that encodes a text to ids whose pieces are that text. Characters without a token are left out.
 
-    backend: a `tokenizers.Tokenizer`. piece: the bytes of a token. Raises ModelError for a tokenizer that does not give
-    back plain ASCII.
+    backend: a `tokenizers.Tokenizer`.
+    piece: gives the bytes of a token.
+
+    Raises ModelError if the tokenizer does not reproduce plain ASCII.
     """
-    as_it_is = without_changes(backend)
+    unchanged = without_changes(backend)
     sign = [backend.token_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
     apart = _apart(backend, sign_has_bytes=not is_byte_level(backend) and None not in sign)
 
     def ids_of(text: str) -> list[int]:
-        ids: list[int] = as_it_is.encode(text, add_special_tokens=False).ids
+        ids: list[int] = unchanged.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode(text: str) -> list[int]:
@@ -75,13 +77,13 @@ def encoder(backend: Any, piece: Callable[[int], bytes]) -> Callable[[str], list
         return ids
 
     if b"".join(map(piece, encode(_ASCII))) != _ASCII.encode():
-        raise ModelError("this model's tokenizer does not give a text back as it was: choose another model")
+        raise ModelError("this model's tokenizer does not reproduce a text: choose another model")
     return encode
 
 
 def _apart(backend: Any, *, sign_has_bytes: bool) -> re.Pattern[str]:
-    """Finds what must not be encoded in one piece: the sign that would become a space, and under Unigram, which knows
-    no merges, what spells a special token or a byte."""
+    """Matches text that must be split before it is encoded: SentencePiece's sign for a space; for Unigram, which has no
+    merges, also spellings of special tokens and bytes."""
     spellings = [re.escape(SPACE)] if sign_has_bytes else []
     if type(backend.model).__name__ == "Unigram":
         special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special and len(t.content) > 1]
@@ -90,7 +92,7 @@ def _apart(backend: Any, *, sign_has_bytes: bool) -> re.Pattern[str]:
 
 
 def _cut(text: str, apart: re.Pattern[str]) -> Iterator[str]:
-    """The text in parts: the sign alone, and every other find behind its first character."""
+    """The text in parts: the sign for a space alone; other matches are split after their first character."""
     at = 0
     for match in apart.finditer(text):
         alone = match[0] == SPACE
@@ -103,7 +105,7 @@ def _cut(text: str, apart: re.Pattern[str]) -> Iterator[str]:
 
 
 def is_byte_level(backend: Any) -> bool:
-    """Whether its tokens are written in GPT-2's alphabet of bytes."""
+    """Whether a tokenizer writes tokens in GPT-2's alphabet of bytes."""
     return "ByteLevel" in str(backend.decoder)
 
 
@@ -111,12 +113,12 @@ def is_byte_level(backend: Any) -> bool:
 
 
 def text_only(backend: Any) -> Any:
-    """The same tokenizer without special tokens, its merges shared: a copy of them takes a fifth of a second."""
-    return _remade(backend, backend, backend.get_added_tokens_decoder())
+    """The same tokenizer without special tokens. It shares the merges, since copying them takes a fifth of a second."""
+    return _combined(backend, backend, backend.get_added_tokens_decoder())
 
 
 def without_changes(backend: Any) -> Any:
-    """`text_only` without what changes a text before it is cut up; spaces are still written as SentencePiece does."""
+    """`text_only` without steps that change a text before it is split. Spaces are still written as in SentencePiece."""
     from tokenizers import AddedToken, Tokenizer
 
     steps = {
@@ -129,11 +131,16 @@ def without_changes(backend: Any) -> Any:
         i: AddedToken(t.content, single_word=t.single_word, normalized=t.normalized, special=t.special)
         for i, t in backend.get_added_tokens_decoder().items()
     }
-    return _remade(backend, cutting, added)
+    return _combined(backend, cutting, added)
 
 
-def _remade(backend: Any, cutting: Any, added: Mapping[int, Any]) -> Any:
-    """The model of one tokenizer behind the normalizer and pre-tokenizer of another."""
+def _combined(backend: Any, cutting: Any, added: Mapping[int, Any]) -> Any:
+    """A tokenizer with the model of one tokenizer, and the normalizer and pre-tokenizer of another.
+
+    backend: has the model.
+    cutting: has the normalizer and the pre-tokenizer.
+    added: added tokens by id.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer(backend.model)
@@ -151,7 +158,7 @@ Step = dict[str, Any]
 
 
 def _steps(part: Any, change: Callable[[Step], Step | None]) -> Step | None:
-    """A normalizer or pre-tokenizer as tokenizer.json has it, each of its steps changed or, for None, left out."""
+    """A normalizer or pre-tokenizer in the form of tokenizer.json, after `change` of each step (None: left out)."""
     return None if part is None else _changed(json.loads(part.__getstate__()), change)
 
 
@@ -177,14 +184,14 @@ def _without_prefix(step: Step) -> Step:
 
 
 def byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
-    """Token id -> bytes, for byte-level BPE (GPT-2's alphabet) and for SentencePiece's pieces."""
+    """A function that gives the bytes of a token, for byte-level BPE (GPT-2's alphabet) and for SentencePiece."""
     backend = tokenizer.backend_tokenizer
     byte_level = is_byte_level(backend)
     alphabet: dict[str, bytes] = {char: bytes([byte]) for byte, char in _gpt2_alphabet().items()}
     added: dict[int, bytes] = {
         i: t.content.encode()
         for i, t in tokenizer.added_tokens_decoder.items()
-        # Gemma's has runs of spaces as added tokens, written as SentencePiece does
+        # Gemma has runs of spaces as added tokens, written as in SentencePiece
         if byte_level or t.special or backend.model.token_to_id(t.content) is None
     }
 
@@ -204,7 +211,7 @@ def byte_reader(tokenizer: Any) -> Callable[[int], bytes]:
 
 
 def _gpt2_alphabet() -> dict[int, str]:
-    """Printable stand-ins for the 256 bytes: a byte that prints is itself, the others follow 255."""
+    """The characters that stand for the 256 bytes: printable bytes for themselves, the others for 256 and up."""
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (b for b in range(256) if b not in prints)
     return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -214,18 +221,22 @@ def _gpt2_alphabet() -> dict[int, str]:
 
 
 def special_spellings(tokenizer: Any) -> set[str]:
-    """How a tokenizer's special tokens are written."""
+    """The spellings of a tokenizer's special tokens."""
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def any_of(spellings: set[str]) -> re.Pattern[str]:
-    """A pattern for the longest of some spellings; it never matches if there are none."""
+    """A pattern that matches the longest of some spellings; none: it never matches."""
     return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or NOTHING)
 
 
 def encode_parts(tokenizer: Any, encode: Callable[[str], Any], parts: list[str]) -> list[int]:
-    """Token ids of one prompt in parts; in every second one special tokens are plain text (`encode`). A tokenizer that
-    puts a space before a text puts it before the first part only."""
+    """Token ids of one prompt in parts. In every second part, special tokens are encoded as plain text.
+
+    tokenizer: encodes the other parts. If it puts a space before a text, only the first part gets one.
+    encode: encodes plain text.
+    parts: their concatenation is the prompt.
+    """
     prefixes = list(tokenizer("a", add_special_tokens=False)["input_ids"]) != list(encode("a"))
     special = any_of(special_spellings(tokenizer))
     ids: list[int] = []
@@ -242,7 +253,7 @@ def encode_parts(tokenizer: Any, encode: Callable[[str], Any], parts: list[str])
 
 
 def begins_with(tokenizer: Any) -> list[int]:
-    """Ids that the tokenizer puts before every text."""
+    """Ids that the tokenizer puts before every text, such as BOS."""
     added = list(tokenizer("")["input_ids"])
     end = getattr(tokenizer, "eos_token_id", None)
     alone = added == [end] and end != getattr(tokenizer, "bos_token_id", None)

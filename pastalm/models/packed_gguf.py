@@ -1,8 +1,8 @@
-"""A GGUF file read for the native engine: architecture, weights and tokenizer, without llama.cpp.
+"""Reads a GGUF file for the native engine: architecture, weights and tokenizer, without llama.cpp.
 
-Weights of the engine's own types are taken as they are; others become Q8_0, or F32 where float types are mixed in one
-matrix. Metadata are interpreted as in llama.cpp. Raises ModelError if the file is not GGUF, CapabilityError if it has
-something that this code does not know; llama.cpp can then run it.
+Weights of types that the engine has are used unchanged. Others become Q8_0, or F32 if one matrix mixes float types.
+Metadata are interpreted as in llama.cpp. Raises ModelError if the file is not GGUF, CapabilityError if it has a feature
+that is unknown here; llama.cpp can then run it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pastalm.models.packed_models import Packable, Tensor
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3")
 _GEMMA = ("gemma2", "gemma3")
 _INTERLEAVED = ("llama", "smollm3")
-"""Rotate neighbours: rows of queries and keys are in another order than in transformers."""
+"""Architectures that rotate neighbouring dimensions: their rows of queries and keys are ordered differently."""
 _FULL_LAYER = {"gemma2": 2, "gemma3": 6}
-"""Each such layer sees everything, the others a window."""
+"""Every n-th layer sees all positions, the others a window."""
 _UNSCALED = {"gemma2": 46, "gemma3": 62}
-"""Layers of the one size whose queries are scaled by hidden size and heads, not by the size of a head."""
+"""Number of layers of the one model size whose queries are scaled by hidden size / heads, not by the head size."""
 
 
 def read(path: Path) -> Packable:
-    """A GGUF file, about to be packed."""
+    """Reads a GGUF file's metadata. Its weights are read when they are packed."""
     import gguf
 
     try:
@@ -58,7 +58,7 @@ def _refuse(reason: str) -> CapabilityError:
 
 
 class _File:
-    """Metadata by key, tensors by name. file["context_length"]: of the file's architecture."""
+    """A file's metadata by key, and tensors by name. file["context_length"] reads a key of the architecture."""
 
     def __init__(self, reader: Any) -> None:
         self._reader = reader
@@ -74,13 +74,13 @@ class _File:
 
     @cached_property
     def own(self) -> dict[str, Any]:
-        """What is said of the architecture, without its name."""
+        """Metadata of the architecture, by key without its name."""
         prefix = f"{self.kind}."
         return {k.removeprefix(prefix): v for k, v in self.fields.items() if k.startswith(prefix)}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.own:
-            raise _refuse(f"it does not say its {key}")
+            raise _refuse(f"it has no {key}")
         return self.own[key]
 
 
@@ -111,8 +111,8 @@ _READ_OF_GEMMA = {
     "final_logit_softcapping",
     "rope.freq_base_swa",
 }
-_MEANS_NOTHING = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
-_AS_USUAL = {
+_WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
+_ONLY_VALUE = {
     "attention.causal": True,
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
@@ -121,7 +121,7 @@ _AS_USUAL = {
     "rope.scaling.yarn_beta_slow": 1.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
 }
-"""May only be said to be what it is anyway."""
+"""Keys that must have this value, if they are present."""
 
 
 def _architecture(file: _File) -> Architecture:
@@ -161,13 +161,13 @@ def _checks(file: _File) -> Iterator[tuple[bool, str]]:
     )
     yield file.fields.get("split.count", 1) <= 1, "it is one part of several"
     for key in sorted(_NEEDED - set(own)):
-        yield False, f"it does not say its {key}"
+        yield False, f"it has no {key}"
     for key, value in own.items():
-        read_keys = _READ | _MEANS_NOTHING | (_READ_OF_GEMMA if file.kind in _GEMMA else set())
-        usual = key in _AS_USUAL and value == _AS_USUAL[key]
-        yield key in read_keys or usual, f"it has a {key} of {value!r}"
-        one = not isinstance(value, list) or key == "attention.sliding_window_pattern"
-        yield one, f"its {key} differs from layer to layer"
+        read_keys = _READ | _WITHOUT_EFFECT | (_READ_OF_GEMMA if file.kind in _GEMMA else set())
+        expected = key in _ONLY_VALUE and value == _ONLY_VALUE[key]
+        yield key in read_keys or expected, f"it has a {key} of {value!r}"
+        scalar = not isinstance(value, list) or key == "attention.sliding_window_pattern"
+        yield scalar, f"its {key} differs from layer to layer"
     capped = file.kind == "gemma3" and (own.keys() & {"attn_logit_softcapping", "final_logit_softcapping"})
     yield not capped, "its logits are capped"
     yield "token_embd.weight" in file.tensors, "it has no token_embd.weight"
@@ -193,7 +193,7 @@ def _layer_ropes(file: _File, windows: Sequence[int]) -> tuple[int, ...]:
 
 
 def _ropes(file: _File, head_dim: int) -> tuple[Rope, ...]:
-    """The rotary table of the layers that see everything, or of all; and of those with a window (Gemma 3)."""
+    """The rotary tables: of all layers, or (Gemma 3) of layers that see all positions, and of those with a window."""
     base = float(file.own.get("rope.freq_base", 10_000.0))
     inverse, factor = _scaled(file, base, head_dim)
     if (divisors := file.tensors.get("rope_freqs.weight")) is not None:
@@ -214,7 +214,7 @@ def _frequencies(base: float, head_dim: int) -> Any:
 
 
 def _scaled(file: _File, base: float, head_dim: int) -> tuple[Any, float]:
-    """Inverse frequencies stretched to longer contexts, and what cosine and sine are multiplied by (YaRN,
+    """Inverse frequencies scaled for longer contexts, and the factor of cosine and sine (YaRN,
     https://arxiv.org/abs/2309.00071, section 3.3)."""
     plain, kind = _frequencies(base, head_dim), file.own.get("rope.scaling.type", "none")
     if kind == "none":
@@ -227,7 +227,7 @@ def _scaled(file: _File, base: float, head_dim: int) -> tuple[Any, float]:
     length = file.own.get("rope.scaling.original_context_length", file["context_length"])
 
     def turning(times: float) -> float:
-        """The dimension that turns so many times in the length that the model was trained for."""
+        """The dimension that makes so many turns within the length that the model was trained for."""
         return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = max(math.floor(turning(32)), 0), min(math.ceil(turning(1)), head_dim - 1)
@@ -258,7 +258,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 def _sources(file: _File, architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """Which of the file's tensors each packed one is made of."""
+    """The file's tensors that each packed tensor is made from."""
     sources: dict[str, tuple[str, ...]] = {"embedding": ("token_embd.weight",)}
     for i in range(architecture.layers):
         for name, parts in _LAYER.items():
@@ -269,7 +269,7 @@ def _sources(file: _File, architecture: Architecture) -> dict[str, tuple[str, ..
 
 
 def _check_tensors(file: _File, architecture: Architecture) -> None:
-    """Every tensor is read, and has the shape that goes with the rest."""
+    """Raises CapabilityError for a tensor that is missing, unknown, or of another shape than the architecture's."""
     sources = _sources(file, architecture)
     used = {name for names in sources.values() for name in names}
     if missing := sorted(used - set(file.tensors)):
@@ -301,7 +301,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _tensors(file: _File, architecture: Architecture) -> Iterator[Tensor]:
-    """The packed tensors, one after the other."""
+    """Yields the packed tensors."""
     for name, names in _sources(file, architecture).items():
         parts = [file.tensors[n] for n in names]
         orders = [_order(file, architecture, n) for n in names]
@@ -317,7 +317,7 @@ def _tensors(file: _File, architecture: Architecture) -> Iterator[Tensor]:
 
 
 def _type(parts: Sequence[Any]) -> WeightType:
-    """What a matrix becomes that is made of some tensors."""
+    """The packed type of a matrix that is made from some tensors."""
     kinds = {part.tensor_type.name for part in parts}
     if len(kinds) == 1:
         return next((weight_type for weight_type in weights.TYPES if weight_type in kinds), "Q8_0")
@@ -325,7 +325,7 @@ def _type(parts: Sequence[Any]) -> WeightType:
 
 
 def _order(file: _File, architecture: Architecture, name: str) -> Any:
-    """The order in which a tensor's rows are taken: halves of a head that rotate together, not neighbours."""
+    """The order of a tensor's rows in which halves of a head rotate together, not neighbours."""
     part = name.split(".")[-2]
     if file.kind not in _INTERLEAVED or part not in ("attn_q", "attn_k"):
         return slice(None)

@@ -1,12 +1,12 @@
 """Models for the native engine: an architecture in numbers, packed matrices, a tokenizer.
 
-`load` packs a model, its adapter merged, and keeps the result as one file in the cache; the next start maps that file,
-and imports neither torch nor transformers. `load_gguf` does the same with a GGUF file, without llama.cpp. What the
-engine would compute otherwise than transformers does is refused with a CapabilityError of one line: then the
-transformers engine or llama.cpp is there.
+`load` packs a model with its adapter merged, and stores the result as one file in the cache. The next start maps that
+file, and imports neither torch nor transformers. `load_gguf` does the same for a GGUF file, without llama.cpp. A model
+that the engine would compute differently from transformers raises CapabilityError; the transformers engine or llama.cpp
+can run it.
 
-A packed file: a prologue of 64 bytes (`_PROLOGUE`), the tensors, each at a multiple of 64 bytes, the tokenizer, and a
-header in JSON that says where they are. Its name ends in a hash of all that it was made from, contents included.
+A packed file consists of a prologue of 64 bytes (`_PROLOGUE`), the tensors, each at a multiple of 64 bytes, the
+tokenizer, and a header in JSON with their places. Its name ends with a hash of the contents that it was made from.
 """
 
 from __future__ import annotations
@@ -50,16 +50,22 @@ log = logging.getLogger(__name__)
 
 Tensor = tuple[str, Matrix | Floats]
 DEFAULT: WeightType = "Q8_0"
-"""Of weights, unless another type is asked for. On the embedded model it costs half a percent of perplexity beside
-bfloat16, 4 bits a fifth (benchmarks/README.md)."""
+"""The default type of weights. On the embedded model it raises perplexity by half a percent over bfloat16; 4 bits raise
+it by a fifth (benchmarks/README.md)."""
 _HEADS: Mapping[WeightType, WeightType] = {"Q4_0": "Q8_0"}
-"""The head's type where it is not that of the other weights: as in GGML's files of 4 bits."""
+"""The head's type if it differs from the other weights', as in GGML's files of 4 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Packed:
-    """A model as the native engine takes it, and what goes with it. tensors: as `weights.Tensors` says; the file that
-    they lie in stays mapped as long as they are held."""
+    """A packed model with its tokenizer.
+
+    name: the model's name.
+    architecture, tensors: for the native engine. The packed file stays mapped as long as the tensors are referenced.
+    tokenizer: with the chat template.
+    vocabulary: the tokenizer's Vocabulary.
+    sequential_marker, context_length: as in `Loaded`.
+    """
 
     name: str
     architecture: Architecture
@@ -71,7 +77,7 @@ class Packed:
 
     @property
     def loaded(self) -> loading.Loaded:
-        """The same in the form that LLM takes."""
+        """The same as a `Loaded`."""
         return loading.Loaded(
             name=self.name,
             model=self,
@@ -90,9 +96,14 @@ def load(
     weights: WeightType = DEFAULT,
     head: WeightType | None = None,
 ) -> Packed:
-    """Base and adapter, merged and packed. name, adapter: as for `loading.load`. head: the weight type of the head,
-    and of the embedding where they are one; None: as the others, but Q8_0 beside Q4_0. Raises ModelError,
-    CapabilityError."""
+    """Loads a model with its adapter merged, from the cache if it is packed already.
+
+    name, adapter: as in `loading.load`.
+    weights: type of the matrices.
+    head: type of the head, and of the embedding if they are tied. None: Q8_0 with Q4_0, else the same as `weights`.
+
+    Raises ModelError, CapabilityError.
+    """
     folder = downloads.pull(name)
     adapter_path = adapters.adapter_folder(name, adapter)
     _check_kind(folder)
@@ -101,24 +112,32 @@ def load(
         (folder, *([adapter_path] if adapter_path else ())),
         (weights, head or _HEADS.get(weights, weights)),
     )
-    return _kept(origin, lambda: _packable(name, adapter, *origin.types))
+    return _cached(origin, lambda: _packable(name, adapter, *origin.types))
 
 
 def load_gguf(path: str | Path) -> Packed:
-    """A GGUF file; weights of the types that the engine has are taken as they are, others become Q8_0. Raises
-    ModelError, CapabilityError."""
+    """Loads a GGUF file. Weights of types that the engine has are used unchanged, others become Q8_0.
+
+    Raises ModelError, CapabilityError.
+    """
     from pastalm.models import packed_gguf
 
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"no GGUF file at {path}")
-    return _kept(Origin(path.name, (path,), ()), lambda: packed_gguf.read(path))
+    return _cached(Origin(path.name, (path,), ()), lambda: packed_gguf.read(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Packable:
-    """A model to be packed. tensors: yields the packed tensors one by one; can be called again. tokenizer: the
-    description of a ChatTokenizer."""
+    """A model to be packed.
+
+    architecture: of the model.
+    tensors: yields the packed tensors one by one; may be called again.
+    tokenizer: the description of a ChatTokenizer.
+    eos: ids that end an answer.
+    sequential_marker, context_length: as in `Loaded`.
+    """
 
     architecture: Architecture
     tensors: Callable[[], Iterator[Tensor]]
@@ -133,24 +152,24 @@ def _refuse(reason: str) -> CapabilityError:
 
 
 def _check_kind(folder: Path) -> None:
-    """Refuses a type of model that is not known before its files are hashed."""
+    """Raises CapabilityError for an unknown type of model, before its files are hashed."""
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, LookupError):
-        return  # loading the model says what is wrong
+        return  # loading the model gives a better error
     if kind not in _CLASSES:
         raise _refuse(f"it is of type {kind!r}, not one of {', '.join(_CLASSES)}")
 
 
 def _check_configuration(folder: Path) -> None:
-    """Refuses before weights are read, which another engine would then have to read again."""
+    """Raises CapabilityError before the weights are read, which another engine would have to read again."""
     from transformers import AutoConfig
 
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder)
     except Exception:
-        return  # loading the model says what is wrong
+        return  # loading the model gives a better error
     architecture(config)
 
 
@@ -181,7 +200,7 @@ def _packed(name: str, packable: Packable, tensors: Tensors) -> Packed:
     )
 
 
-# ------------------------------------------------------------------------------ kept on disk
+# ------------------------------------------------------------------------------ packed files
 
 _FORMAT = 1
 """Part of every packed file's name: whoever changes what such a file holds, or means, raises it."""
@@ -189,19 +208,24 @@ _PROLOGUE = struct.Struct("<16sQQ32x")
 """A magic word; where the header begins; how long it is."""
 _MAGIC = b"pastalm packed\n\0"
 _UNREAD = 30 * 24 * 3600.0
-"""Seconds after which a packed file that nothing reads goes, once another is written."""
+"""Seconds after which an unused packed file is removed, when another is written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a packed model is made from: folders or files, and the weight types asked for."""
+    """What a packed model is made from.
+
+    name: the model's name.
+    paths: its folders or files.
+    types: the requested weight types.
+    """
 
     name: str
     paths: tuple[Path, ...]
     types: tuple[WeightType, ...]
 
 
-def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
+def _cached(origin: Origin, make: Callable[[], Packable]) -> Packed:
     """The packed model of an origin, read from the cache, or packed and written to it. If the cache cannot be written,
     the model is packed in memory."""
     folder = downloads.cache_folder() / "packed"
@@ -209,7 +233,7 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
     path = next(folder.glob(f"*-{digest}.packed"), folder / f"{place}-{digest}.packed")
     if (packed := _read(path, origin.name)) is not None:
         with contextlib.suppress(OSError):
-            os.utime(path)  # it is in use
+            os.utime(path)  # recently used
         return packed
     log.info("packing %s for this CPU, once", origin.name)
     packable = make()
@@ -220,7 +244,7 @@ def _kept(origin: Origin, make: Callable[[], Packable]) -> Packed:
 
 
 def _tidy(folder: Path, place: str, new: Path) -> None:
-    """Removes older packed files of the same place, and files that were not read for a month."""
+    """Removes older packed files of the same origin, and files that were not read for a month."""
     for old in folder.glob("*.packed"):
         unread = time.time() - old.stat().st_mtime > _UNREAD
         if old != new and (unread or old.name.startswith(f"{place}-")):
@@ -228,7 +252,7 @@ def _tidy(folder: Path, place: str, new: Path) -> None:
 
 
 def _names(origin: Origin) -> tuple[str, str]:
-    """Of where an origin lies and of what is in it, for the name of its packed file."""
+    """Two parts of a packed file's name: for the origin's path, and a hash of its contents."""
     hashes = [contents.files(path) for path in origin.paths]
     slug = re.sub(r"[^a-z0-9.]+", "-", Path(origin.name).name.lower())
     place = _hash([str(path.resolve()) for path in origin.paths], origin.types)[:8]
@@ -250,26 +274,26 @@ def _write(path: Path, packable: Packable) -> None:
             else:
                 shape, data = [len(tensor)], tensor.view(np.uint8)
             kind = tensor.type if isinstance(tensor, Matrix) else None
-            places[name] = {"type": kind, "shape": shape, "at": _put(file, data)}
+            places[name] = {"type": kind, "shape": shape, "at": _append(file, data)}
         rest = dict(packable.tokenizer)
         backend = rest.pop("backend").encode()
         header = {
             "architecture": packable.architecture.to_json(),
             "tensors": places,
-            "backend": [_put(file, backend), len(backend)],
+            "backend": [_append(file, backend), len(backend)],
             "tokenizer": rest,
             "eos": list(packable.eos),
             "sequential_marker": packable.sequential_marker,
             "context_length": packable.context_length,
         }
         text = json.dumps(header).encode()
-        at = _put(file, text)
+        at = _append(file, text)
         file.seek(0)
         file.write(_PROLOGUE.pack(_MAGIC, at, len(text)))
 
 
-def _put(file: BinaryIO, data: Bytes | bytes) -> int:
-    """Writes at the next multiple of 64; where that is."""
+def _append(file: BinaryIO, data: Bytes | bytes) -> int:
+    """Writes at the next multiple of 64. Returns that offset."""
     file.write(bytes(-file.tell() % weights.ALIGNMENT))
     at = file.tell()
     file.write(data)  # type: ignore[arg-type]
@@ -311,7 +335,7 @@ def _mapped(mapping: mmap.mmap, type: WeightType | None, shape: list[int], at: i
     return Matrix(np.frombuffer(mapping, np.uint8, size, at), type, *shape)
 
 
-# ------------------------------------------------------------------------------ what a model is
+# ------------------------------------------------------------------------------ architecture
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -355,7 +379,7 @@ def architecture(config: Any) -> Architecture:
 
 
 def _checks(config: Any) -> Iterator[tuple[bool, str]]:
-    """(valid, message) for all that the engine requires."""
+    """(valid, message) for each requirement of the engine."""
     kind = getattr(config, "model_type", None)
     yield kind in _CLASSES, f"it is of type {kind!r}, not one of {', '.join(_CLASSES)}"
     yield getattr(config, "quantization_config", None) is None, "its weights are quantised already"
@@ -373,7 +397,7 @@ def _checks(config: Any) -> Iterator[tuple[bool, str]]:
         "its heads share keys unevenly",
     )
     yield _head_dim(config) % 2 == 0, f"its heads are {_head_dim(config)} wide"
-    # transformers hands no softcap to Gemma 3's attention, whatever the configuration says
+    # transformers passes no softcap to Gemma 3's attention, whatever the configuration says
     capped = kind == "gemma3_text" and getattr(config, "attn_logit_softcapping", None)
     yield not capped, "its attention is capped"
     for rope in _rope_parameters(config).values():
@@ -406,7 +430,7 @@ def _windows(config: Any) -> tuple[int, ...]:
 
 
 def _rope_parameters(config: Any) -> dict[str | None, Any]:
-    """Rotary parameters of each type of layer; of None where all layers have the same."""
+    """Rotary parameters by type of layer; the key is None if all layers share them."""
     parameters = config.rope_parameters
     if config.model_type != "gemma3_text":
         return {None: parameters}
@@ -414,7 +438,7 @@ def _rope_parameters(config: Any) -> dict[str | None, Any]:
 
 
 def _ropes(config: Any) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
-    """The rotary tables, and which of them each layer uses."""
+    """The rotary tables, and for each layer the index of its table (-1: none)."""
     kinds = list(_rope_parameters(config))
     ropes = tuple(_rope(config, kind) for kind in kinds)
     if kinds == [None]:
@@ -424,7 +448,7 @@ def _ropes(config: Any) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
 
 
 def _rope(config: Any, kind: str | None) -> Rope:
-    """As transformers computes it, in float32: a model that was cast to bfloat16 has rounded its own."""
+    """The rotary table as transformers computes it, in float32. A model that was cast to bfloat16 has a rounded one."""
     import transformers
 
     name = _CLASSES[config.model_type]
@@ -441,8 +465,14 @@ def _rope(config: Any, kind: str | None) -> Rope:
 def from_model(
     model: Any, type: WeightType, *, head_type: WeightType | None = None
 ) -> tuple[Architecture, dict[str, Matrix | Floats]]:
-    """A transformers model, packed; its vectors stay float32. head_type: the head's, and so the embedding's where
-    they are one. Raises CapabilityError."""
+    """Packs a transformers model. Vectors stay in float32.
+
+    model: the model.
+    type: type of the matrices.
+    head_type: type of the head, and of the embedding if they are tied (None: `type`).
+
+    Raises CapabilityError.
+    """
     shape = _architecture_of(model)
     return shape, dict(_tensors(model, shape, type, head_type or type))
 
@@ -457,21 +487,21 @@ def _architecture_of(model: Any) -> Architecture:
         raise _refuse(f"{name} is not known to it")
     table = model.get_input_embeddings().weight
     if config.model_type in _GEMMA:
-        scale = torch.tensor(config.hidden_size**0.5).to(table.dtype)  # the model rounds it so
+        scale = torch.tensor(config.hidden_size**0.5).to(table.dtype)  # rounded as in the model
         result = replace(result, embedding_scale=float(scale))
     return replace(result, vocabulary=table.shape[0])
 
 
 def _tensors(model: Any, shape: Architecture, type: WeightType, head_type: WeightType) -> Iterator[Tensor]:
-    """The packed tensors, one after the other."""
+    """Yields the packed tensors."""
     state = model.state_dict()
     sources = _sources(state, shape)
     tied = _tied(model)
     if unknown := sorted(set(state) - {name for names in sources.values() for name in names}):
         raise _refuse(f"it does not know {unknown[0]}")
     added = np.float32(1 if model.config.model_type in _GEMMA else 0)
-    for name, of in sources.items():
-        parts = [state[n].detach() for n in of]
+    for name, names in sources.items():
+        parts = [state[n].detach() for n in names]
         if name == "head" and tied:
             continue
         if parts[0].dim() == 1:
@@ -503,7 +533,7 @@ _POST_NORMS = {
 
 
 def _sources(state: Mapping[str, Any], shape: Architecture) -> dict[str, tuple[str, ...]]:
-    """Which of a model's weights each packed tensor is made of."""
+    """The model's weights that each packed tensor is made from."""
     sources: dict[str, tuple[str, ...]] = {"embedding": ("model.embed_tokens.weight",)}
     for i in range(shape.layers):
         at = f"model.layers.{i}."

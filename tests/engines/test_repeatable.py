@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastalm import LLM, SamplingParams, models
+from pastalm import LLM, SamplingParams
 from pastalm.engines.batching import BatchingEngine
 from pastalm.engines.native import library
+from pastalm.models import lossless
 from tests.server.serving import tiny_parts
 from tests.test_models import byte_level
 
@@ -49,7 +50,7 @@ def small(request: pytest.FixtureRequest) -> Iterator[LLM]:
     from pastalm.models.packed_models import from_model
 
     model, tokenizer = tiny_parts()
-    vocabulary = models.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])
     loaded = Loaded("small", model, tokenizer, vocabulary, True, None, 2048)
     sizes = {"max_num_seqs": 3, "max_model_len": 1024}
     if request.param == "native":

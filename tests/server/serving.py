@@ -16,12 +16,14 @@ from urllib.request import Request, urlopen
 import uvicorn
 from openai import OpenAI
 
-from pastalm import LLM, models
+from pastalm import LLM
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.engines.base import Engine
 from pastalm.engines.scripted import Script, ScriptedEngine
+from pastalm.models import lossless, preparing
 from pastalm.models.loading import Loaded
-from pastalm.server.app import Settings, application, listen
+from pastalm.server.app import application, listen
+from pastalm.server.settings import Settings
 from tests.test_models import byte_level
 
 TIPS = (
@@ -36,7 +38,7 @@ def loaded() -> Loaded:
     """A prepared vocabulary with a chat template, and no weights."""
     tokenizer = byte_level()
     tokenizer.add_special_tokens({"extra_special_tokens": list(TAG_TOKENS.values())})
-    vocabulary = models.vocabulary_of(tokenizer, eos=[1])
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1])
     return Loaded("played", None, tokenizer, vocabulary, True, "Write the answer in one piece.", 4096)
 
 
@@ -175,7 +177,7 @@ def tiny_parts() -> tuple[Any, Any]:
         eos_token_id=1,
     )
     model = LlamaForCausalLM(config)
-    models.prepare(model, tokenizer)
+    preparing.prepare(model, tokenizer)
     return model.to(torch.float64).eval(), tokenizer
 
 
@@ -187,7 +189,7 @@ def tiny(max_num_seqs: int = 4, max_model_len: int = 512, *, native: bool = Fals
     from pastalm.models.packed_models import from_model
 
     model, tokenizer = tiny_parts()
-    vocabulary = models.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1], size=model.get_input_embeddings().weight.shape[0])
     here = Loaded("played", model, tokenizer, vocabulary, True, "Write the answer in one piece.", 2048)
     sizes = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
     if native:

@@ -20,7 +20,8 @@ from pastalm import SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.errors import RequestError
 from pastalm.records.traces import from_json
-from pastalm.server.app import Settings, listen
+from pastalm.server.app import listen
+from pastalm.server.settings import Settings
 from tests.server.serving import (
     HELLO,
     TIPS,

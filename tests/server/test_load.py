@@ -22,12 +22,13 @@ from typing import Any
 
 import pytest
 
-from pastalm import LLM, EngineError, SamplingParams, models
+from pastalm import LLM, EngineError, SamplingParams
 from pastalm.core.events import SampledToken
 from pastalm.core.params import Request as EngineRequest
 from pastalm.core.transcript import Transcript
 from pastalm.engines.native import library
 from pastalm.engines.scripted import ScriptedEngine
+from pastalm.models import checkpoints
 from pastalm.records.traces import from_json
 from tests.server.serving import (
     HELLO,
@@ -310,7 +311,7 @@ def commanded(model: Path, *options: str) -> Iterator[tuple[Any, str]]:
 )
 def test_a_signal_finishes_what_runs(tmp_path: Path, number: int, code: int, last_words: str) -> None:
     model, tokenizer = tiny_parts()
-    models.save(model, tokenizer, tmp_path / "played")
+    checkpoints.save(model, tokenizer, tmp_path / "played")
     bias = {"1": -100.0}
     body = {"model": "played", "messages": HELLO, "max_tokens": 250, "temperature": 0, "logit_bias": bias}
     options = ("--dtype", "float64", "--max-num-seqs", "3", "--max-model-len", "512")

@@ -74,8 +74,8 @@ class SkeletonOfThought:
         return answer_or_error
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        """See `System`. The critical path is router, skeleton and longest point. Without a valid skeleton, the question is
-        answered sequentially after them."""
+        """See `System`. The critical path is router, skeleton and longest point. Without a valid skeleton, a sequential
+        answer follows these."""
         started = time.perf_counter()
         spent = Spent()
         if not self.routed or (yield from self._suits(prompt.text, spent)):

@@ -9,7 +9,7 @@ JSON as JSON's. An option that would have no effect beside the others is refused
 from __future__ import annotations
 
 # isort: off
-from pastalm.cli import decode, serve, language, models, data, evaluate, training  # noqa: F401  (the help's order)
+from pastalm.cli import decode, serve, language, models, data, score, evaluate, training  # noqa: F401  (the help's order)
 
 # isort: on
 from pastalm.cli.command import app as app

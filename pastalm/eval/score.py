@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -88,15 +88,8 @@ def score(
     counts = ScoreCounts(skipped=len(scored_keys))
     groups = groupby(to_score, key=lambda row: row.id)
     with results as file:
-        while next_rows := list(_next_answers(groups)):
-            missing = [row for row in next_rows if (row.id, row.choice) not in scored_keys]
-            # the last bits of a model's values depend on the batch: score whole groups again, unless it is a judge
-            todo = missing if getattr(scorer, "asks", False) or not missing else next_rows
-            candidates = [pairs[row.id, row.choice] for row in todo]
-            verdicts = zip(todo, candidates, scorer.compare(candidates) if todo else (), strict=True)
-            for row, candidate, verdict in verdicts:
-                if (row.id, row.choice) in scored_keys:
-                    continue
+        while rows := list(_next_answers(groups)):
+            for row, candidate, verdict in _verdicts(scorer, rows, pairs, scored_keys):
                 if verdict.why:
                     counts.unscored[verdict.why] = counts.unscored.get(verdict.why, 0) + 1
                     continue
@@ -104,6 +97,28 @@ def score(
                 counts.written += 1
             progress(counts)
     return counts
+
+
+def _verdicts(
+    scorer: Scorer,
+    rows: Sequence[Answer],
+    pairs: Mapping[tuple[str, int], Candidate],
+    scored_keys: Container[tuple[str, int]],
+) -> Iterator[tuple[Answer, Candidate, Verdict]]:
+    """Verdicts on the answers that have no score yet.
+
+    scorer: the scorer.
+    rows: answers to some prompts, all of each.
+    pairs: what each answer is compared with, by id and choice.
+    scored_keys: ids and choices that have a score.
+    """
+    missing = [row for row in rows if (row.id, row.choice) not in scored_keys]
+    # the last bits of a model's values depend on the batch: score whole groups again, unless it is a judge
+    todo = missing if getattr(scorer, "asks", False) or not missing else rows
+    candidates = [pairs[row.id, row.choice] for row in todo]
+    for row, candidate, verdict in zip(todo, candidates, scorer.compare(candidates) if todo else (), strict=True):
+        if (row.id, row.choice) not in scored_keys:
+            yield row, candidate, verdict
 
 
 def _with_baseline(
@@ -148,7 +163,7 @@ def _next_answers(groups: Iterator[tuple[str, Iterator[Answer]]]) -> Iterator[An
 def _scored_keys(
     results: jsonl.Results, rows: Mapping[tuple[str, int], Answer], pairs: Mapping[tuple[str, int], Candidate]
 ) -> Iterator[tuple[str, int]]:
-    """Keys of the answers that are scored already. Raises DataError if one, or what it is compared with, has changed."""
+    """Keys of the answers that are scored already. Raises DataError if one, or what it is compared with, changed."""
     for where, row in results.rows:
         scored = scores.parsed(where, row)
         key = (scored.id, scored.choice)

@@ -33,7 +33,7 @@ class System(Protocol):
     llm: LLM
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
-        """Decodes and measures one answer, with an empty prefix cache. Raises RequestError if the prompt is too long."""
+        """Decodes and times one answer, with an empty prefix cache. Raises RequestError if the prompt is too long."""
         ...
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:

@@ -47,7 +47,7 @@ def lookup(tokens: Sequence[int], source: Sequence[int], *, longest: int, shorte
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DraftedAnswer:
     """An answer decoded with drafts.
 
     tokens: of the answer, with the end token if it was sampled.
@@ -66,7 +66,7 @@ Greedy = Callable[[int, Sequence[int]], Sequence[int]]
 
 def verify(
     greedy: Greedy, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int]
-) -> Decoded:
+) -> DraftedAnswer:
     """Greedy decoding that verifies drafts.
 
     greedy: the model.
@@ -87,13 +87,13 @@ def verify(
             tokens.append(token)
             if token in ends:
                 break
-    return Decoded(tokens, passes, first)
+    return DraftedAnswer(tokens, passes, first)
 
 
 @torch.inference_mode()
 def decode(
     model: Any, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int], never: Sequence[int]
-) -> Decoded:
+) -> DraftedAnswer:
     """`verify` with a transformers model. never: ids that must not be sampled; other arguments as `verify`."""
     from transformers import DynamicCache
 
@@ -117,7 +117,7 @@ def decode(
     return verify(greedy, prompt, propose, max_tokens=max_tokens, ends=ends)
 
 
-def along(prompt: Sequence[int], tokens: Sequence[int], propose: Propose, *, max_tokens: int) -> Decoded:
+def along(prompt: Sequence[int], tokens: Sequence[int], propose: Propose, *, max_tokens: int) -> DraftedAnswer:
     """`verify` for a known greedy answer, to count the passes that it would take.
 
     prompt, propose, max_tokens: as in `verify`.
@@ -171,7 +171,7 @@ class Copying:
         tokens = [one.token for one in linear_tokens(response.transcript)]
         return self._answer(prompt, along(prompt_ids, tokens, self._proposer(prompt), max_tokens=max_tokens))
 
-    def _answer(self, prompt: Prompt, decoded: Decoded, **seconds: float) -> Answer:
+    def _answer(self, prompt: Prompt, decoded: DraftedAnswer, **seconds: float) -> Answer:
         vocabulary = self.llm.loaded.vocabulary
         ended = decoded.tokens[-1] in vocabulary.eos
         text = vocabulary.text(decoded.tokens[:-1] if ended else decoded.tokens)
@@ -198,7 +198,7 @@ class Copying:
 
         return propose
 
-    def decode(self, prompt: Prompt, max_tokens: int) -> Decoded:
+    def decode(self, prompt: Prompt, max_tokens: int) -> DraftedAnswer:
         """The answer's tokens, those of sequential greedy decoding."""
         vocabulary = self.llm.loaded.vocabulary
         return decode(

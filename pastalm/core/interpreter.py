@@ -24,6 +24,7 @@ from functools import cache, partial
 from itertools import count
 from typing import Literal, TypeAlias
 
+from pastalm.core import language
 from pastalm.core.events import (
     Blocked,
     Decoded,
@@ -36,24 +37,14 @@ from pastalm.core.events import (
     SampledToken,
     TokenSet,
 )
-from pastalm.core.language import (
-    CHUNK_TAGS,
-    LENGTH_STEP,
-    AsyncClose,
-    Promise,
-    Scanner,
-    Sync,
-    Text,
-    clip_topic,
-    render_mark,
-    topic_key,
-)
+from pastalm.core.language import AsyncClose, Promise, Scanner, Sync, Text, clip_topic, render_mark, topic_key
 from pastalm.core.params import SamplingParams
 from pastalm.core.vocabulary import NO_TAGS, Vocabulary
 from pastalm.errors import RequestError
 
 State: TypeAlias = Literal["live", "queued", "blocked", "finished"]
 
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 CHUNK_SLACK = 16
 """A chunk promised N tokens may take 2N and this many more."""
 MAX_TOPIC_TOKENS = 8
@@ -121,9 +112,7 @@ class Thread:
     carry: str = ""
     last: str = "\n"
     scanner: Scanner = field(default_factory=Scanner)
-    characters: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
-    )
+    characters: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8("replace"))
 
     @property
     def written(self) -> int:
@@ -195,7 +184,7 @@ class Interpreter:
         digits = max(map(len, vocabulary.numbers)) if self._prepared else 0
         self._promise_tokens = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + digits if self._prepared else 0
         positions = math.inf if limits.max_position is None else limits.max_position - prompt_length
-        main = Thread((), params.max_tokens, positions, self._room(0, LENGTH_STEP), params.max_tokens)
+        main = Thread((), params.max_tokens, positions, self._room(0, language.LENGTH_STEP), params.max_tokens)
         self.threads: dict[Path, Thread] = {(): main}
         self.stopped: list[Path] = []
         self._queue: deque[Thread] = deque()
@@ -282,13 +271,15 @@ class Interpreter:
         return Reading(tokens[0], text, tag=ended or tokens[0] in self._tags, forced=tokens[1:], ended=ended)
 
     def _read_promise(self, thread: Thread, token: int) -> Reading:
-        """A token of a topic or a length, and those after it that are forced."""
-        first, forced = self._admitted(thread, token), list[int]()
-        promise = self._extend(thread, first)
-        while promise is None and (only := self._only(thread)) is not None:
-            forced.append(only)
-            promise = self._extend(thread, only)
-        return Reading(first, tag=True, forced=tuple(forced), promise=promise)
+        """A token of a topic or a length, and those behind it that are the only ones that can follow."""
+        tokens: list[int] = []
+        promise: Promise | None = None
+        following: int | None = self._admitted(thread, token)
+        while promise is None and following is not None:
+            tokens.append(following)
+            promise = self._extend(thread, following)
+            following = self._admitted(thread)
+        return Reading(tokens[0], tag=True, forced=tuple(tokens[1:]), promise=promise)
 
     def _read_xml(self, thread: Thread, token: int) -> Reading:
         """A token of a model that is not prepared, with the marks that its text completes. What stands behind a
@@ -355,13 +346,17 @@ class Interpreter:
             self._masks[key] = TokenSet(frozenset(banned), inverted=True)
         return self._masks[key]
 
-    def _admitted(self, thread: Thread, token: int) -> int:
-        """The sampled token of a promise, or the one that replaces it where the grammar forbids it."""
+    def _admitted(self, thread: Thread, token: int | None = None) -> int | None:
+        """The sampled token of a promise, or the one that replaces it where the grammar forbids it. Before one is
+        sampled: the only one that can follow, if there is only one."""
         if thread.mode == "number":
             allowed = self._lengths(thread)
-            return token if token in allowed else min(allowed)
-        text = self._vocabulary.text([*thread.tag, token]) + "x"
-        closes = token in self._silent or clip_topic(text) != " ".join(text.split())
+            return token if token in allowed or (token is None and len(allowed) > 1) else min(allowed)
+        if token is None:
+            closes = thread.mode == "topic" and len(thread.tag) >= MAX_TOPIC_TOKENS
+        else:
+            text = self._vocabulary.text([*thread.tag, token]) + "x"
+            closes = token in self._silent or clip_topic(text) != " ".join(text.split())
         return self._closing(thread) if closes else token
 
     def _extend(self, thread: Thread, token: int) -> Promise | None:
@@ -376,13 +371,6 @@ class Interpreter:
         else:
             thread.tag.append(token)
         return None
-
-    def _only(self, thread: Thread) -> int | None:
-        """The one token that may come next in a promise, if there is only one."""
-        if thread.mode == "topic":
-            return self._closing(thread) if len(thread.tag) >= MAX_TOPIC_TOKENS else None
-        allowed = self._lengths(thread)
-        return min(allowed) if len(allowed) == 1 else None
 
     def _topic(self, thread: Thread) -> str:
         return clip_topic(self._vocabulary.text(thread.tag))
@@ -435,7 +423,7 @@ class Interpreter:
         grant, end = self._grant(tokens), self._chunk_end if depth else len(self._close)
         if grant <= len(self._open) + self._chunk_end:
             return math.inf, math.inf
-        return spare + grant + end, spare + max(tokens + CHUNK_TAGS + end, grant + 1 + self._chunk_end)
+        return spare + grant + end, spare + max(tokens + language.CHUNK_TAGS + end, grant + 1 + self._chunk_end)
 
     def _grant(self, tokens: int) -> int:
         """Budget of a chunk of that promised length."""
@@ -459,7 +447,7 @@ class Interpreter:
             path,
             budget=grant,
             positions=parent.positions - 1 - self._chunk_end,
-            room=self._room(len(path), LENGTH_STEP),
+            room=self._room(len(path), language.LENGTH_STEP),
             origin=parent.written + grant,
             state="queued",
             key=topic_key(promise.topic),
@@ -471,7 +459,7 @@ class Interpreter:
         parent.forks += 1
         parent.budget -= grant
         parent.lent += grant
-        parent.positions -= promise.tokens + CHUNK_TAGS
+        parent.positions -= promise.tokens + language.CHUNK_TAGS
         parent.group[path] = child.key
         parent.last = "\n"  # as every chunk ends in white space
         parent.room = self._room(len(parent.path), promise.tokens)

@@ -44,11 +44,6 @@ class ThreadRecord:
     events: list[Event] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
-    @property
-    def text(self) -> str:
-        """The thread's own reader's text, without its children's."""
-        return "".join(event.text for event in self.events if isinstance(event, Decoded | Finished))
-
 
 class Transcript:
     """One response, built up from its events. Never raises on the events of one interpreter.
@@ -177,11 +172,15 @@ class Transcript:
 
     def marks(self) -> Iterator[Mark]:
         """The linear form, in normal form, cut where a stop string began."""
-        marks = merged(self._marks(()) if self.threads else ())
-        return marks if self.cut is None else merged(_first(marks, self.cut))
+        self._settle()
+        return merged(self._marks(()) if self.threads else ())
 
     def _marks(self, path: Path) -> Iterator[Mark]:
-        for event in self.threads[path].events:
+        thread = self.threads[path]
+        for number, event in enumerate(thread.events):
+            left = None if self.cut is None else self.cut - thread.places[number]
+            if left is not None and left <= 0:
+                return
             if isinstance(event, Forked) and event.path != path:
                 yield Promise.clip(event.topic, event.promised)
                 yield AsyncOpen()
@@ -190,7 +189,7 @@ class Transcript:
             elif isinstance(event, Joined) and event.children:
                 yield Sync()
             elif isinstance(event, Decoded | Finished):
-                yield Text(event.text)
+                yield Text(event.text[:left])
 
     # ------------------------------------------------------------------ figures
 
@@ -216,20 +215,6 @@ class Transcript:
     def why(self) -> str:
         """Why an engine lost a thread, if one was lost."""
         return next((thread.why for thread in self.threads.values() if thread.why), "")
-
-
-def _first(marks: Iterable[Mark], characters: int) -> Iterator[Mark]:
-    """The marks up to so many characters of their text, with the ends of the chunks that are open there."""
-    depth = 0
-    for mark in marks:
-        if isinstance(mark, Text):
-            mark = Text(mark.text[:characters])
-            characters -= len(mark.text)
-        depth += isinstance(mark, AsyncOpen) - isinstance(mark, AsyncClose)
-        yield mark
-        if not characters and not isinstance(mark, Promise | AsyncOpen):
-            break
-    yield from [AsyncClose()] * depth
 
 
 def begins(text: str, stop: str) -> int:

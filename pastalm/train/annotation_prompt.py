@@ -12,7 +12,7 @@ You mark which parts of an existing answer could have been written at the same t
 
 The tags:
 <promise topic="T" tokens="N"/> stands directly before a part that can be written independently. T names the part in at \
-most three words. N is roughly how many tokens the part has.
+most three words, after the number of the item if it has one. N is roughly how many tokens the part has.
 <async>...</async> encloses that part. It stands directly after its promise, with nothing between the two.
 <sync/> stands where what follows depends on the parts promised so far, or sums them up.
 

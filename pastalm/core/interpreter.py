@@ -256,8 +256,9 @@ class Interpreter:
         if token == self._tags.sync and thread.group:
             return Reading(token, sync=True)
         special = token in self._special
-        text = thread.characters.decode(b"" if special else self._vocabulary.piece(token), final=special)
-        thread.last = text or thread.last
+        text = thread.characters.decode(b"" if special else self._vocabulary.piece(token), special)
+        if text:
+            thread.last = text
         if not special:
             return Reading(token, text)
         if opens:
@@ -431,7 +432,8 @@ class Interpreter:
 
     def _spent(self, thread: Thread) -> bool:
         """Whether only the end of the thread fits."""
-        return min(thread.budget, thread.positions) <= (self._chunk_end if thread.path else 0)
+        end = self._chunk_end if thread.path else 0
+        return thread.budget <= end or thread.positions <= end
 
     # ------------------------------------------------------------------ threads
 

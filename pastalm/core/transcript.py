@@ -85,8 +85,9 @@ class Transcript:
         thread.tokens += count
         thread.depth += count
         self.tokens += count
-        self.critical_path = max(self.critical_path, thread.depth)
-        self.steps, self.seconds = max(self.steps, event.step), max(self.seconds, event.time)
+        self.steps, self.seconds = event.step, event.time
+        if thread.depth > self.critical_path:
+            self.critical_path = thread.depth
 
     def _begin(self, event: Forked) -> ThreadRecord:
         thread = ThreadRecord(event.path, event.topic, event.promised, start_step=event.step)

@@ -1,4 +1,4 @@
-"""One fork-join plan on every system: what threads cost, next to what people would run instead.
+"""One fork-join plan on every system: the cost of threads, compared with the usual alternatives.
 
     python benchmarks/forkjoin.py                          # the embedded model, transformers
     python benchmarks/forkjoin.py --gguf answer-q8_0.gguf  # and llama.cpp with that file
@@ -7,12 +7,12 @@
     python benchmarks/forkjoin.py --openai http://127.0.0.1:8000/v1   # and a vLLM server of the same model
     python benchmarks/forkjoin.py --device cuda --shape gemma-7b      # random weights of that shape on a GPU
 
-The plan: a prefix of 512 tokens (`--prefix`), k branches of 128 tokens each, a join, 32 tokens after it; token ids
-are given, ends are ignored, so what a model would say does not matter. Systems that cannot join stop
-after the branches. Every round runs all systems at one k, one after the other; figures are medians
-over rounds with the smallest and the largest. `forward` is the model's forward alone, on the inputs
-of our engine's last step (on CUDA the replay of its graph): the limit for a step. `of theory`: our whole
-plan against as many tokens decoded one by one, over what the plan's critical path would allow.
+The plan: a prefix of 512 tokens (`--prefix`), k branches of 128 tokens each, a join, and 32 tokens after it. Token ids
+are fixed and end tokens ignored, so the model's own choices do not matter. Systems that cannot join stop after the
+branches. Every round runs all systems at one k, one after the other; figures are medians over rounds with minimum and
+maximum. `forward` is the model's forward pass alone, on the inputs of our engine's last step (on CUDA the replay of its
+graph); it is the limit for a step. `of theory` is the speedup of our whole plan over as many tokens decoded one by one,
+divided by the speedup that the critical path allows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from pastalm.models import downloads, loading
 
 THREADS = (1, 2, 3, 4, 8, 16)
 BATCH = 512
-"""Tokens in one call of llama.cpp at most."""
+"""Maximum number of tokens in one call of llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: of each step of the branches, and of the plan after its prefix (None: it cannot join).
-    one number where a system does not step from outside: the mean. cache: bytes of keys and values
-    that the branches hold at their end, where that can be read. steps: of the whole plan."""
+    """Times of a plan.
+
+    branches: seconds of each step of the branches; only their mean if the system has no steps.
+    whole: seconds of the plan after its prefix (None: the system cannot join).
+    cache: bytes of keys and values at the end of the branches, if known.
+    steps: of the whole plan.
+    """
 
     branches: list[float]
     whole: float | None
@@ -81,7 +85,7 @@ class System(Protocol):
 
 
 class Ours:
-    """An engine of ours, driven by events as an interpreter would."""
+    """One of our engines, driven by events as by an interpreter."""
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name, self.engine = name, engine
@@ -106,15 +110,15 @@ class Ours:
             for path in children:
                 engine.apply(name, Decoded(path=path, token=plan.token(i, path[0])))
             steps.append(time.perf_counter() - start)
-        cache = self._held(name)
+        cache = self._cache_bytes(name)
         for path in children:
             engine.apply(name, Finished(path=path))
         engine.apply(name, Joined(path=(), children=tuple(children), forced=(plan.token(1),)))
-        done = 0
-        while done < plan.after:
+        count = 0
+        while count < plan.after:
             for _ in engine.step():
-                done += 1
-                engine.apply(name, Decoded(path=(), token=plan.token(done)))
+                count += 1
+                engine.apply(name, Decoded(path=(), token=plan.token(count)))
         whole = time.perf_counter() - begun
         engine.apply(name, Finished(path=()))
         return Timing(steps[2:], whole, cache, len(steps) + plan.after)
@@ -136,7 +140,7 @@ class Ours:
         engine.apply(name, Finished(path=()))
         return seconds
 
-    def _held(self, name: str) -> int | None:
+    def _cache_bytes(self, name: str) -> int | None:
         pool, running = getattr(self.engine, "_pool", None), self.engine._running[name]  # type: ignore
         if pool is None:
             return None
@@ -147,7 +151,7 @@ class Ours:
 
 
 class Forward:
-    """The model's forward alone, on what our engine last gave it with as many tokens."""
+    """The model's forward pass alone, on the last inputs from our engine with as many tokens."""
 
     name = "forward"
 
@@ -160,7 +164,7 @@ class Forward:
 
         from pastalm.engines.transformers.attention import ATTENTION, attending
 
-        inputs = self._recorder.seen[threads]
+        inputs = self._recorder.inputs[threads]
         steps = []
         with torch.inference_mode(), attending(self._model.config, ATTENTION):
             inputs["past_key_values"].plan = inputs["plan"]
@@ -173,7 +177,7 @@ class Forward:
 
 
 class Replay:
-    """The captured step alone that our engine last replayed for as many tokens."""
+    """The captured step alone that our engine replays for as many tokens."""
 
     name = "forward"
 
@@ -202,10 +206,10 @@ class _Recorder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.seen: dict[int, dict[str, Any]] = {}
+        self.inputs: dict[int, dict[str, Any]] = {}
 
     def __call__(self, **inputs: Any) -> Any:
-        self.seen[inputs["input_ids"].shape[1]] = inputs
+        self.inputs[inputs["input_ids"].shape[1]] = inputs
         return self._model(**inputs)
 
     def __getattr__(self, name: str) -> Any:
@@ -241,13 +245,13 @@ class Generate:
                 pad_token_id=0,
             ).tolist()  # a GPU is waited for
             seconds = time.perf_counter() - start
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        return Timing([seconds / plan.branch], None, held)
+        cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return Timing([seconds / plan.branch], None, cache_bytes)
 
 
 class LlamaCpp:
-    """llama.cpp by its own low-level API: k independent sequences that share the prefix, greedy; or one
-    sequence (`force`). Flash attention computes in half precision on a CPU, and slower by far."""
+    """llama.cpp through its low-level API: k independent sequences that share the prefix, greedy; or one sequence
+    (`force`). Flash attention computes in half precision on a CPU, and is much slower."""
 
     name = "llama.cpp sequences"
 
@@ -280,7 +284,7 @@ class LlamaCpp:
         return np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocabulary_size)).argmax(-1)
 
     def force(self, prompt: list[int], tokens: list[int]) -> float:
-        """Seconds to decode given tokens one by one after a prompt, greedily chosen, prefill included."""
+        """Seconds to decode given tokens one by one after a prompt, each after an argmax, prefill included."""
         start = time.perf_counter()
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         for begin in range(0, len(prompt), BATCH):
@@ -313,7 +317,7 @@ class LlamaCpp:
 
 
 class LlamaCppGenerate:
-    """llama-cpp-python's own `Llama.generate`, greedy: what its users call. One sequence only."""
+    """llama-cpp-python's own `Llama.generate`, greedy, as its users call it. One sequence only."""
 
     name = "llama.cpp generate"
     most = 1
@@ -338,8 +342,8 @@ class LlamaCppGenerate:
 
 
 class Completions:
-    """A server of the OpenAI kind that takes token ids and `ignore_eos` (vLLM): k requests at once, whose
-    prefix is in its cache from a request before."""
+    """An OpenAI-compatible server that takes token ids and `ignore_eos` (vLLM): k requests at once, whose prefix is in
+    its cache from an earlier request."""
 
     name = "vLLM, requests"
 
@@ -377,9 +381,15 @@ class Completions:
 
 @dataclass(frozen=True)
 class Row:
-    """A system at one k. ms: a branch step, median over rounds of each round's median, smallest,
-    largest. whole: tokens/s of branches and tail. cache_mb: keys and values held after the branches. of_theory:
-    realized over theoretical speedup of the whole plan."""
+    """A system at one k.
+
+    ms, low, high: milliseconds of a branch step: median, minimum and maximum over rounds of each round's median.
+    branch_tokens_per_second: of all branches.
+    ratio: the same over that of the same system at the first k.
+    whole_tokens_per_second: of the branches and the tokens after the join.
+    cache_mb: MiB of keys and values at the end of the branches.
+    of_theory: realized over theoretical speedup of the whole plan.
+    """
 
     system: str
     threads: int
@@ -394,24 +404,24 @@ class Row:
 
 
 def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, ...]) -> Iterator[Row]:
-    """Rows as they are known; ratio: branch tokens/s over the same system's at the first k."""
+    """Yields a row for each system and each k."""
     first: dict[str, float] = {}
     for k in threads:
         able = [s for s in systems if k <= getattr(s, "most", k) and k in getattr(s, "only", threads)]
-        found: dict[str, list[Timing]] = {s.name: [] for s in able}
+        timings: dict[str, list[Timing]] = {s.name: [] for s in able}
         for turn in range(rounds):
             order = able if turn % 2 == 0 else able[::-1]
             for system in sorted(order, key=lambda s: s.name == "forward"):
-                found[system.name].append(system.run(plan, k))
+                timings[system.name].append(system.run(plan, k))
         tokens = k * plan.branch + plan.after
         for system in able:
-            medians = [statistics.median(t.branches) for t in found[system.name]]
-            wholes = [t.whole for t in found[system.name] if t.whole is not None]
+            medians = [statistics.median(t.branches) for t in timings[system.name]]
+            wholes = [t.whole for t in timings[system.name] if t.whole is not None]
             ms = 1e3 * statistics.median(medians)
             speed = 1e3 * k / ms
             first.setdefault(system.name, speed)
             whole = statistics.median(wholes) if wholes else None
-            last = found[system.name][-1]
+            last = timings[system.name][-1]
             of_theory = None
             if isinstance(system, Ours) and whole is not None and k > 1:
                 of_theory = system.in_turn(plan, tokens) / whole / (tokens / last.steps)
@@ -429,35 +439,40 @@ def measure(systems: list[System], plan: Plan, rounds: int, threads: tuple[int, 
             )
 
 
-def on_gpu(chosen: argparse.Namespace, length: int) -> list[System]:
-    """Our engine with graphs and its replay alone; at the first and the last k also without, and `generate`."""
+def on_gpu(args: argparse.Namespace, length: int) -> list[System]:
+    """Our engine with graphs, and its replay alone; at the first and last k also without graphs, and `generate`."""
     from pastalm.engines.transformers.engine import TransformersEngine
 
-    if chosen.shape:
-        model = random_llama.make(chosen.shape, chosen.device)
+    if args.shape:
+        model = random_llama.make(args.shape, args.device)
     else:
-        model = loading.load(chosen.model, dtype=chosen.dtype, device=chosen.device).model
+        model = loading.load(args.model, dtype=args.dtype, device=args.device).model
     engine = TransformersEngine(model, max_num_seqs=1, max_model_len=length)
-    found: list[System] = [Ours("ours, CUDA graphs", engine), Replay(engine)]
-    if not chosen.shape:
+    systems: list[System] = [Ours("ours, CUDA graphs", engine), Replay(engine)]
+    if not args.shape:
         eager = Ours("ours, eager", TransformersEngine(model, max_num_seqs=1, max_model_len=length, graphs=False))
-        found += [eager, Generate(model)]
-        for system in found[2:]:
-            system.only = (chosen.threads[0], chosen.threads[-1])  # type: ignore[attr-defined]
-    for k in chosen.threads:  # captures
-        found[0].run(Plan(), k)
-    return found
+        systems += [eager, Generate(model)]
+        for system in systems[2:]:
+            system.only = (args.threads[0], args.threads[-1])  # type: ignore[attr-defined]
+    for k in args.threads:  # captures
+        systems[0].run(Plan(), k)
+    return systems
 
 
 def processor() -> str:
-    """The processor's own name, as far as the system says it."""
+    """The name of the processor, and its number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return f"{named[1] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    match = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return f"{match[1] if match else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def native(model: str, kind: str, length: int) -> Engine:
-    """The native engine with one range; model: a name or folder, or a GGUF file (kind: as it is)."""
+    """The native engine for one request.
+
+    model: a name, a folder, or a GGUF file.
+    kind: type of the weights; a GGUF file keeps its own.
+    length: tokens of a request.
+    """
     from pastalm.engines.native.engine import NativeEngine
     from pastalm.engines.native.model import NativeModel
     from pastalm.models import packed_models
@@ -482,41 +497,41 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
     parser.add_argument("--systems", nargs="+", help="of the systems only these, by name")
     parser.add_argument("--json", type=Path, help="write the rows there too")
-    chosen = parser.parse_args()
-    plan, systems = Plan(prefix=chosen.prefix), list[System]()
-    length = plan.prefix + max(chosen.threads) * plan.branch + plan.after + 128
-    if chosen.device != "cpu":
-        systems += on_gpu(chosen, length)
-    elif not chosen.no_transformers:
+    args = parser.parse_args()
+    plan, systems = Plan(prefix=args.prefix), list[System]()
+    length = plan.prefix + max(args.threads) * plan.branch + plan.after + 128
+    if args.device != "cpu":
+        systems += on_gpu(args, length)
+    elif not args.no_transformers:
         from pastalm.engines.transformers.engine import TransformersEngine
 
-        loaded = loading.load(chosen.model, dtype=chosen.dtype)
-        systems.append(Generate(loading.load(chosen.model, dtype=chosen.dtype).model))
+        loaded = loading.load(args.model, dtype=args.dtype)
+        systems.append(Generate(loading.load(args.model, dtype=args.dtype).model))
         engine = TransformersEngine(loaded.model, max_num_seqs=1, max_model_len=length, pack=True)
         systems.append(Ours("ours, transformers", engine))
         systems.append(Forward(engine))
-        if chosen.compiled:
-            model = loading.load(chosen.model, dtype=chosen.dtype).model
+        if args.compiled:
+            model = loading.load(args.model, dtype=args.dtype).model
             engine = TransformersEngine(model, max_num_seqs=1, max_model_len=length, compiled=True)
             systems.append(Ours("ours, compiled", engine))
-            for k in chosen.threads:
+            for k in args.threads:
                 systems[-1].run(Plan(prefix=32, branch=4, after=2), k)
-    for kind in chosen.native:
-        systems.append(Ours(f"ours, native {kind}", native(chosen.model, kind, length)))
-    if chosen.gguf:
+    for kind in args.native:
+        systems.append(Ours(f"ours, native {kind}", native(args.model, kind, length)))
+    if args.gguf:
         from pastalm.engines.llama_cpp import LlamaCppEngine, LlamaCppModel
 
-        ours = LlamaCppEngine(LlamaCppModel(chosen.gguf), max_num_seqs=1, max_model_len=length)
-        systems += [Ours("ours, llama.cpp", ours), LlamaCpp(chosen.gguf, length)]
-        systems.append(LlamaCppGenerate(chosen.gguf, length))
-    if chosen.openai:
-        systems.append(Completions(chosen.openai))
-    if chosen.systems:
-        systems = [system for system in systems if system.name in chosen.systems]
+        ours = LlamaCppEngine(LlamaCppModel(args.gguf), max_num_seqs=1, max_model_len=length)
+        systems += [Ours("ours, llama.cpp", ours), LlamaCpp(args.gguf, length)]
+        systems.append(LlamaCppGenerate(args.gguf, length))
+    if args.openai:
+        systems.append(Completions(args.openai))
+    if args.systems:
+        systems = [system for system in systems if system.name in args.systems]
     head = "system", "k", "ms a step (range)", "tokens/s, branches", "over k = 1", "whole plan", "KV, MB", "of theory"
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     rows = []
-    for row in measure(systems, plan, chosen.rounds, tuple(chosen.threads)):
+    for row in measure(systems, plan, args.rounds, tuple(args.threads)):
         rows.append(asdict(row))
         whole, held = ("" if x is None else f"{x:.0f}" for x in (row.whole_tokens_per_second, row.cache_mb))
         of_theory = "" if row.of_theory is None else f"{row.of_theory:.2f}"
@@ -525,15 +540,15 @@ def main() -> None:
             f"| {row.branch_tokens_per_second:.0f} | {row.ratio:.2f} | {whole} | {held} | {of_theory} |",
             flush=True,
         )
-    if chosen.device != "cpu":
+    if args.device != "cpu":
         import torch
 
         held = torch.cuda.max_memory_allocated() / 1e9
         print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, peak {held:.1f} GB of its memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n{processor()}, peak memory {peak:.0f} MB")
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/linear_layers.py [--beside few_rows.cpp] [--bits 4] [--rounds 5]
 
-Compiles linear_layers.cpp with the engine's own sources. `--beside`: another C++ program that takes HIDDEN KV_WIDTH
-INTERMEDIATE LAYERS VOCABULARY BITS and prints lines `k= 4  2.53 ms ...`; it is compiled for this processor with OpenMP
-and takes turns with ours. Figures are medians over rounds, with the smallest and the largest.
+Compiles linear_layers.cpp with the engine's own sources. `--beside` is another C++ program that takes HIDDEN KV_WIDTH
+INTERMEDIATE LAYERS VOCABULARY BITS and prints lines `k= 4  2.53 ms ...`. It is compiled for this processor with OpenMP,
+and alternates with ours. Figures are medians over rounds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LINE = re.compile(r"^k= *(\d+) +([\d.]+) ms")
 
 
 def compiled(folder: Path) -> Path:
-    """Our program, of the engine's sources as the package is built."""
+    """Compiles our program with the engine's sources, with the flags of the package."""
     compiler, source = hatch_build.find_compiler(), hatch_build.PACKAGE / "src"
     with hatch_build.alone(work := hatch_build.WORK / "plain"):
         objects = hatch_build.objects(compiler, hatch_build.COMPILE, source, work)
@@ -39,7 +39,7 @@ def compiled(folder: Path) -> Path:
 
 
 def beside(source: Path, folder: Path) -> Path:
-    """Another program, compiled for this processor."""
+    """Compiles another program for this processor."""
     flags = ["-O3", "-march=native", "-fopenmp", str(source)]
     return hatch_build.make(folder / "beside", [*hatch_build.find_compiler(), *flags])
 
@@ -47,8 +47,8 @@ def beside(source: Path, folder: Path) -> Path:
 def timed(command: list[str], threads: int) -> dict[int, float]:
     """Milliseconds by rows, as a program prints them."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return {int(line[1]): float(line[2]) for line in map(LINE.match, said.splitlines()) if line}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return {int(line[1]): float(line[2]) for line in map(LINE.match, output.splitlines()) if line}
 
 
 def main() -> None:
@@ -57,22 +57,22 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    chosen = parser.parse_args()
-    shape = [*map(str, SHAPE.values()), str(chosen.bits)]
+    args = parser.parse_args()
+    shape = [*map(str, SHAPE.values()), str(args.bits)]
     with tempfile.TemporaryDirectory() as folder:
-        commands = {"ours": [str(compiled(Path(folder))), *shape, str(chosen.threads), "25"]}
-        if chosen.beside:
-            commands[chosen.beside.stem] = [str(beside(chosen.beside, Path(folder))), *shape]
+        commands = {"ours": [str(compiled(Path(folder))), *shape, str(args.threads), "25"]}
+        if args.beside:
+            commands[args.beside.stem] = [str(beside(args.beside, Path(folder))), *shape]
         times: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in commands}
-        for _ in range(chosen.rounds):
+        for _ in range(args.rounds):
             for name, command in commands.items():
-                for rows, milliseconds in timed(command, chosen.threads).items():
+                for rows, milliseconds in timed(command, args.threads).items():
                     times[name][rows].append(milliseconds)
     for name, by_rows in times.items():
         cells = [f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in by_rows.values()]
         print(f"{name:10}", *cells, sep="  ")
-    if chosen.beside:
-        ours, other = times["ours"], times[chosen.beside.stem]
+    if args.beside:
+        ours, other = times["ours"], times[args.beside.stem]
         ratios = {k: statistics.median(b / a for a, b in zip(ours[k], other[k], strict=True)) for k in ours}
         print("times as fast", *(f"k={k}: {ratio:.2f}" for k, ratio in ratios.items()), sep="  ")
 

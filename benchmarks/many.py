@@ -3,9 +3,8 @@
     python benchmarks/many.py PROMPTS.jsonl                 # the embedded model, transformers
     python benchmarks/many.py PROMPTS.jsonl --model m.gguf  # on llama.cpp
 
-All requests come at the same moment; latency is from then to each answer's end. Text tokens are those
-of what the reader gets, so that tags count for nothing. Runs alternate and are repeated; figures are
-medians with the smallest and the largest.
+All requests arrive at once; latency is the time from then to each answer's end. Text tokens are those of the reader's
+text, without tags. The kinds alternate, over several rounds. Figures are medians with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -54,22 +53,22 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    prompts = [p.text for p in read(chosen.prompts) if len(p.text) < 1000]
-    random.Random(chosen.seed).shuffle(prompts)
-    llm = LLM(chosen.model, engine=chosen.engine, max_num_seqs=max(chosen.requests), max_model_len=1024)
+    args = parser.parse_args()
+    prompts = [p.text for p in read(args.prompts) if len(p.text) < 1000]
+    random.Random(args.seed).shuffle(prompts)
+    llm = LLM(args.model, engine=args.engine, max_num_seqs=max(args.requests), max_model_len=1024)
     batch(llm, prompts[:1], 1, 16)
     print("| requests | decoding | text tokens/s (range) | tokens/s | p50 s | p95 s | ms a text token |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for n in chosen.requests:
-        found: dict[str, list[dict[str, float]]] = {"asynchronous": [], "sequential": []}
-        for turn in range(chosen.rounds):
-            kinds = list(found) if turn % 2 == 0 else list(found)[::-1]
+    for n in args.requests:
+        results: dict[str, list[dict[str, float]]] = {"asynchronous": [], "sequential": []}
+        for turn in range(args.rounds):
+            kinds = list(results) if turn % 2 == 0 else list(results)[::-1]
             for kind in kinds:
                 own = [prompts[(turn * n + i) % len(prompts)] for i in range(n)]
-                found[kind].append(batch(llm, own, float(kind == "asynchronous"), chosen.max_tokens))
-        for kind, results in found.items():
-            values = {key: sorted(r[key] for r in results) for key in results[0]}
+                results[kind].append(batch(llm, own, float(kind == "asynchronous"), args.max_tokens))
+        for kind, rounds in results.items():
+            values = {key: sorted(r[key] for r in rounds) for key in rounds[0]}
             median = {key: float(np.median(v)) for key, v in values.items()}
             speeds = values["text tokens/s"]
             print(

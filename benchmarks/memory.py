@@ -28,14 +28,14 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--max-tokens", type=int, default=48)
-    chosen = parser.parse_args()
-    llm = LLM(chosen.model, engine=chosen.engine, max_num_seqs=16, max_model_len=512)
+    args = parser.parse_args()
+    llm = LLM(args.model, engine=args.engine, max_num_seqs=16, max_model_len=512)
     engine = llm.driver.engine
     pool = getattr(engine, "_pool", None)
     rng = random.Random(0)
-    params = SamplingParams(temperature=0, max_tokens=chosen.max_tokens)
+    params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     resident: list[float] = []
-    for number in range(1, chosen.requests + 1):
+    for number in range(1, args.requests + 1):
         words = rng.choices(WORDS, k=rng.randint(3, 40))
         response = llm.submit([{"role": "user", "content": " ".join(words)}], params, keep_events=False)
         cancel = rng.random() < 0.2

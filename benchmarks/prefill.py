@@ -1,12 +1,12 @@
-"""What an answer costs before its first token: prompts, a start, memory; the native engine beside llama.cpp.
+"""The cost before the first token: prompts, start, memory; the native engine and llama.cpp.
 
     pasta export q4_0.gguf --gguf Q4_0
     python benchmarks/prefill.py --gguf q4_0.gguf [--native Q4_0 Q8_0] [--model NAME] [--lengths 32 512 2048]
 
-Prompt processing: tokens/s of a prompt with nothing remembered, each system once a round by turns; medians over
-rounds with the smallest and the largest. Time to first token: a prompt of 32 tokens through `LLM.stream`, from the call
-to the first event of a token. Start: a process of its own, from its beginning to the first token of an answer, with
-its peak resident memory, the model packed before.
+Prompt processing: tokens/s of a prompt with an empty cache. The systems alternate; figures are medians over rounds with
+minimum and maximum. Time to first token: a prompt of 32 tokens through `LLM.stream`, from the call to the first token's
+event. Start: a new process, from its start to the first token of an answer, with its peak resident memory; the model is
+packed already.
 """
 
 from __future__ import annotations
@@ -76,35 +76,35 @@ def main() -> None:
     parser.add_argument("--native", nargs="+", default=["Q4_0", "Q8_0"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 512, 2048])
     parser.add_argument("--rounds", type=int, default=5)
-    chosen = parser.parse_args()
-    most = max(chosen.lengths) + 64
+    args = parser.parse_args()
+    most = max(args.lengths) + 64
     systems: dict[str, Callable[[list[int]], float]] = {}
-    for kind in chosen.native:
-        engine = native(chosen.model, kind, most)
+    for kind in args.native:
+        engine = native(args.model, kind, most)
         systems[f"ours, native {kind}"] = lambda prompt, engine=engine: prefilled(engine, prompt)
         print(f"{kind}: {engine._pool.slot_bytes} bytes of keys and values a token", flush=True)
-    if chosen.gguf:
-        other = LlamaCpp(chosen.gguf, most)
+    if args.gguf:
+        other = LlamaCpp(args.gguf, most)
         systems["llama.cpp"] = lambda prompt: other.force(prompt, [])
     print("\n| system | what | median (smallest to largest) |\n| --- | --- | --- |")
-    for n in chosen.lengths:
+    for n in args.lengths:
         prompt = [200 + 7 * i % 1000 for i in range(n)]
         seconds: dict[str, list[float]] = {name: [] for name in systems}
-        for turn in range(chosen.rounds + 1):
+        for turn in range(args.rounds + 1):
             for name in list(systems) if turn % 2 else list(systems)[::-1]:
                 seconds[name].append(systems[name](prompt))
         for name, values in seconds.items():
             print(row(name, f"prompt of {n}, tokens/s", [n / s for s in values[1:]]), flush=True)
-    for kind in chosen.native:
-        llm = LLM(chosen.model, dtype=kind.lower(), max_num_seqs=1)
-        first = [first_token(llm) for _ in range(chosen.rounds + 1)][1:]
+    for kind in args.native:
+        llm = LLM(args.model, dtype=kind.lower(), max_num_seqs=1)
+        first = [first_token(llm) for _ in range(args.rounds + 1)][1:]
         print(row(f"ours, native {kind}", "time to first token, ms", [1e3 * s for s in first], 1))
         begins, peaks = [], []
-        for _ in range(chosen.rounds):
-            done = subprocess.run(
-                [sys.executable, "-c", START, chosen.model, kind.lower()], capture_output=True, text=True, check=True
+        for _ in range(args.rounds):
+            process = subprocess.run(
+                [sys.executable, "-c", START, args.model, kind.lower()], capture_output=True, text=True, check=True
             )
-            begin, peak = map(float, done.stdout.split())
+            begin, peak = map(float, process.stdout.split())
             begins.append(begin)
             peaks.append(peak)
         print(row(f"ours, native {kind}", "start to first token, s", begins, 2))

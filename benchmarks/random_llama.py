@@ -54,17 +54,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=16)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     _, tokenizer = checkpoints.read(downloads.pull())
     model = make(
         "llama-1b",
-        layers=chosen.layers,
+        layers=args.layers,
         vocabulary=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    checkpoints.save(model, tokenizer, chosen.folder)
-    print(f"{chosen.folder}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion weights")
+    checkpoints.save(model, tokenizer, args.folder)
+    print(f"{args.folder}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion weights")
 
 
 if __name__ == "__main__":

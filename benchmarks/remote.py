@@ -3,16 +3,16 @@
     vllm serve MODEL --max-model-len 4096          # prefix caching is on by default
     python benchmarks/remote.py PROMPTS.jsonl --url http://127.0.0.1:8000/v1 --model MODEL
 
-One request at a time, greedy, both kinds by turns for each prompt, repeated; the prompt of each is in the server's
-cache before it is timed. `realized` is seconds sequential / asynchronous; `a character` is the same per character that
-the reader gets, so that a shorter answer is no speedup; `theoretical` is tokens sequential / critical path. vLLM and
-llama.cpp's server (--metrics there) say how many of the tokens of prompts were found in the prefix cache. `dropped` is
-the share of tokens that came and were not used, since a completion runs ahead of what follows from its tokens.
+One request at a time, greedy. For each prompt both kinds alternate, over several rounds; its prompt is in the server's
+cache before it is timed. `realized` is seconds sequential / asynchronous; `a character` is the same for each character
+of the reader's text, so that a shorter answer is not a speedup; `theoretical` is tokens sequential / critical path.
+vLLM and llama.cpp's server (with --metrics) report how many prompt tokens were in the prefix cache. `dropped` is the share of
+received tokens that were not used, since a completion runs ahead of the interpreter.
 
     python benchmarks/remote.py PROMPTS.jsonl --url … --model … --tokenizer FOLDER --check
 
-times nothing: it replays both kinds of answers through plain transformers with the weights in FOLDER, in float32, one
-forward pass a completion, and says how far each token that the server chose lies below the largest logit.
+measures no times. It replays both kinds of answers through plain transformers with the weights in FOLDER, in float32,
+with a forward pass for each completion, and prints how far the logit of each token is below the largest one.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ from pastalm.records import prompts
 KINDS = {"asynchronous": 1.0, "sequential": 0.0}
 HITS = ("vllm:prefix_cache_hits_total", "llamacpp:prompt_tokens_cached_total")
 QUERIES = ("vllm:prefix_cache_queries_total", *HITS[1:], "llamacpp:prompt_tokens_total")
-"""What is summed of a server's /metrics: tokens of prompts found in its prefix cache, and those looked up."""
+"""Metrics of servers: prompt tokens that were in the prefix cache, and all that were looked up."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One answer. hits, queries: tokens of its prompts that were in the prefix cache, of all (0 where not told)."""
+    """One answer.
+
+    hits, queries: prompt tokens in the prefix cache, and all of them (0 if the server does not report them).
+    """
 
     id: str
     kind: str
@@ -65,7 +68,7 @@ class Timed:
 
 
 def counters(url: str) -> list[float]:
-    """The server's own count of tokens found in its prefix cache, and of those looked up; zeros where it tells none."""
+    """The server's counts of prompt tokens in its prefix cache, and of all looked up; zeros without metrics."""
     try:
         with urlopen(url, timeout=10) as reply:
             families = list(text_string_to_metric_families(reply.read().decode()))
@@ -82,12 +85,12 @@ def answer(llm: LLM, prompt: str, kind: str, max_tokens: int) -> Transcript:
     return stream.transcript
 
 
-def timed(llm: LLM, identity: str, prompt: str, kind: str, turn: int, chosen: argparse.Namespace) -> Timed:
+def timed(llm: LLM, identity: str, prompt: str, kind: str, turn: int, args: argparse.Namespace) -> Timed:
     answer(llm, prompt, kind, 1)
     traffic = llm.driver.engine.traffic  # type: ignore[attr-defined]
-    before, completions, dropped = counters(chosen.metrics), traffic.completions, traffic.dropped
-    transcript = answer(llm, prompt, kind, chosen.max_tokens)
-    hits, queries = np.subtract(counters(chosen.metrics), before)
+    before, completions, dropped = counters(args.metrics), traffic.completions, traffic.dropped
+    transcript = answer(llm, prompt, kind, args.max_tokens)
+    hits, queries = np.subtract(counters(args.metrics), before)
     return Timed(
         id=identity,
         kind=kind,
@@ -105,25 +108,30 @@ def timed(llm: LLM, identity: str, prompt: str, kind: str, turn: int, chosen: ar
     )
 
 
-def check(llm: LLM, folder: str, asked: Sequence[prompts.Prompt], max_tokens: int) -> Iterator[str]:
-    """Of each kind, every token of every answer, replayed after what its completion was asked."""
+def check(llm: LLM, folder: str, questions: Sequence[prompts.Prompt], max_tokens: int) -> Iterator[str]:
+    """Replays every token of every answer after the prompt of its completion, for each kind."""
     loaded = loading.load(folder, adapter=None, dtype="float32")
     tags = loaded.vocabulary.tags if llm.loaded.prepared else None
     untagged = TokenSet.all_but(*tags.ids) if tags else None
     for kind, admitted in zip(KINDS, (None, untagged), strict=True):
         with used(llm, loaded, admitted) as rows:
-            answers = [answer(llm, prompt.text, kind, max_tokens) for prompt in asked]
-        found = [gap for row in rows for gap in gaps(loaded.model, row)]
+            answers = [answer(llm, prompt.text, kind, max_tokens) for prompt in questions]
+        all_gaps = [gap for row in rows for gap in gaps(loaded.model, row)]
         threads = sum(len(transcript.threads) for transcript in answers)
         why = [f"; {transcript.why}" for transcript in answers if transcript.why]
-        counts = f"{len(asked)} answers, {threads} threads, {len(rows)} completions"
-        yield f"{kind}: {counts}: {summary(found)}{''.join(why)}"
+        counts = f"{len(questions)} answers, {threads} threads, {len(rows)} completions"
+        yield f"{kind}: {counts}: {summary(all_gaps)}{''.join(why)}"
 
 
 @contextmanager
 def used(llm: LLM, loaded: loading.Loaded, admitted: TokenSet | None) -> Iterator[list[ForwardPass]]:
-    """What each completion was asked, and what was used of it, in ids of the model's tokenizer: what is asked in text
-    is read anew each time, and need not be the tokens that were once said. admitted: the ids that were not forbidden.
+    """Records the prompt of each completion and the tokens that were used of it, in ids of the model's tokenizer.
+
+    Prompts sent as text are tokenized anew for each completion, so their ids may differ from those received before.
+
+    llm: over the server.
+    loaded: the tokenizer.
+    admitted: ids that were allowed (None: all).
     """
     engine = llm.driver.engine
     assert isinstance(engine, OpenAIEngine)
@@ -138,14 +146,14 @@ def used(llm: LLM, loaded: loading.Loaded, admitted: TokenSet | None) -> Iterato
             return [tokenizer.eos_token_id]
         return list(tokenizer(wire.prompt([token]), add_special_tokens=False)["input_ids"])
 
-    def asking(response: Any, thread: Any) -> dict[str, Any]:
-        asked = body(response, thread)
-        row = list(asked["prompt"] if isinstance(wire, Ids) else tokenizer(asked["prompt"])["input_ids"])
+    def recorded_body(response: Any, thread: Any) -> dict[str, Any]:
+        fields = body(response, thread)
+        row = list(fields["prompt"] if isinstance(wire, Ids) else tokenizer(fields["prompt"])["input_ids"])
         rows.append(ForwardPass(row, []))
         now[response.request.id, thread.path] = rows[-1]
-        return asked
+        return fields
 
-    def applied(request_id: str, event: Event) -> None:
+    def recorded_apply(request_id: str, event: Event) -> None:
         apply(request_id, event)
         row = now.get((request_id, event.path))
         if row is None:
@@ -157,7 +165,7 @@ def used(llm: LLM, loaded: loading.Loaded, admitted: TokenSet | None) -> Iterato
                 row.ids.append(token)
         row.ids.extend(token for piece in event.forced for token in ids(piece))
 
-    engine._body, engine.apply = asking, applied  # type: ignore[method-assign]
+    engine._body, engine.apply = recorded_body, recorded_apply  # type: ignore[method-assign]
     try:
         yield rows
     finally:
@@ -165,17 +173,17 @@ def used(llm: LLM, loaded: loading.Loaded, admitted: TokenSet | None) -> Iterato
 
 
 def ratios(rows: Sequence[Timed]) -> dict[str, list[float]]:
-    """Of each prompt, the medians over its rounds against each other."""
-    found: dict[str, list[float]] = {"theoretical": [], "realized": [], "a character": []}
+    """Speedups of each prompt, from medians over rounds."""
+    speedups: dict[str, list[float]] = {"theoretical": [], "realized": [], "a character": []}
     for identity in dict.fromkeys(row.id for row in rows):
         own = {kind: [r for r in rows if r.id == identity and r.kind == kind] for kind in KINDS}
         fast, slow = own["asynchronous"], own["sequential"]
         seconds = [float(np.median([r.seconds for r in each])) for each in (fast, slow)]
         characters = [float(np.median([max(1, r.characters) for r in each])) for each in (fast, slow)]
-        found["theoretical"].append(slow[0].tokens / fast[0].critical_path)
-        found["realized"].append(seconds[1] / seconds[0])
-        found["a character"].append(seconds[1] / characters[1] / (seconds[0] / characters[0]))
-    return found
+        speedups["theoretical"].append(slow[0].tokens / fast[0].critical_path)
+        speedups["realized"].append(seconds[1] / seconds[0])
+        speedups["a character"].append(seconds[1] / characters[1] / (seconds[0] / characters[0]))
+    return speedups
 
 
 def report(rows: Sequence[Timed]) -> str:
@@ -183,13 +191,13 @@ def report(rows: Sequence[Timed]) -> str:
     lines = ["| prompts | number | theoretical | realized | a character |", "| --- | --- | --- | --- | --- |"]
     for name, some in (("all", list(rows)), ("those that fork", [r for r in rows if r.id in forking])):
         if some:
-            means = [f"{np.exp(np.mean(np.log(values))):.2f}" for values in ratios(some).values()]
-            lines.append(f"| {name} | {len({r.id for r in some})} | {' | '.join(means)} |")
+            cells = [f"{np.exp(np.mean(np.log(values))):.2f}" for values in ratios(some).values()]
+            lines.append(f"| {name} | {len({r.id for r in some})} | {' | '.join(cells)} |")
     lines += ["", "| decoding | completions an answer | prefix cache | dropped |", "| --- | --- | --- | --- |"]
     for kind in KINDS:
         own = [r for r in rows if r.kind == kind]
         queries, tokens = sum(r.queries for r in own), sum(r.tokens for r in own)
-        rate = f"{sum(r.hits for r in own) / queries:.0%}" if queries else "not told"
+        rate = f"{sum(r.hits for r in own) / queries:.0%}" if queries else "not reported"
         dropped = sum(r.dropped for r in own) / max(1, tokens)
         lines.append(f"| {kind} | {np.mean([r.completions for r in own]):.1f} | {rate} | {dropped:.0%} |")
     ended = {reason: sum(r.finish_reason == reason for r in rows) for reason in ("stop", "length", "abort")}
@@ -210,24 +218,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=File, help="one answer a line, JSONL")
     parser.add_argument("--check", action="store_true", help="replay the answers through transformers")
-    chosen = parser.parse_args()
-    chosen.metrics = chosen.metrics or chosen.url.rstrip("/").removesuffix("/v1") + "/metrics"
-    llm = LLM.remote(
-        chosen.url, chosen.model, tokenizer=chosen.tokenizer, prompted=chosen.prompted, shares=chosen.shares
-    )
+    args = parser.parse_args()
+    args.metrics = args.metrics or args.url.rstrip("/").removesuffix("/v1") + "/metrics"
+    llm = LLM.remote(args.url, args.model, tokenizer=args.tokenizer, prompted=args.prompted, shares=args.shares)
     print(llm.driver.engine.capabilities, flush=True)
-    asked = prompts.read(chosen.prompts, chosen.limit)
-    if chosen.check:
-        for line in check(llm, chosen.tokenizer, asked, chosen.max_tokens):
+    questions = prompts.read(args.prompts, args.limit)
+    if args.check:
+        for line in check(llm, args.tokenizer, questions, args.max_tokens):
             print(line, flush=True)
         return
     rows: list[Timed] = []
-    for number, prompt in enumerate(asked):
-        for turn in range(chosen.rounds):
+    for number, prompt in enumerate(questions):
+        for turn in range(args.rounds):
             for kind in list(KINDS)[:: 1 if (number + turn) % 2 == 0 else -1]:
-                rows.append(timed(llm, prompt.id, prompt.text, kind, turn, chosen))
-                if chosen.out:
-                    with chosen.out.open("a") as file:
+                rows.append(timed(llm, prompt.id, prompt.text, kind, turn, args))
+                if args.out:
+                    with args.out.open("a") as file:
                         file.write(json.dumps(asdict(rows[-1])) + "\n")
     print(report(rows))
 

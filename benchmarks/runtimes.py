@@ -199,12 +199,12 @@ def _steps(
     graph: Graph, feeds: dict[int, list[torch.Tensor]], infer: Callable[[list[Any]], Any]
 ) -> tuple[list[float], str]:
     """Milliseconds by q, and how far the logits of the last are off; infer: arrays in, outputs out."""
-    row, said = [], ""
+    row, agreement = [], ""
     for q in TOKENS:
         arrays = [x.numpy() for x in feeds[q]]
         row.append(timed(infer, arrays))
-        said = _agreement(graph, feeds[q], infer(arrays)[0])
-    return row, said
+        agreement = _agreement(graph, feeds[q], infer(arrays)[0])
+    return row, agreement
 
 
 def _run_session(session: Any, arrays: list[Any]) -> Any:
@@ -310,20 +310,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--only", choices=["linears", "openvino", "onnx", "gguf"])
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     looks: dict[str, Callable[[], Iterator[Row]]] = {
         "linears": linears,
-        "gguf": lambda: gguf(chosen.gguf),
+        "gguf": lambda: gguf(args.gguf),
         "openvino": openvino,
         "onnx": onnx,
     }
     print("| ms a step of | " + " | ".join(f"{q}" for q in TOKENS) + " | |")
     print("| --- |" + " --- |" * (len(TOKENS) + 1))
     for name, look in looks.items():
-        if chosen.only in (None, name):
-            for label, row, said in look():
+        if args.only in (None, name):
+            for label, row, note in look():
                 cells = [f"{x:.1f}" for x in row]
-                print(f"| {label} | {' | '.join(cells)} | {said} |", flush=True)
+                print(f"| {label} | {' | '.join(cells)} | {note} |", flush=True)
 
 
 if __name__ == "__main__":

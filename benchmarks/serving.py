@@ -3,20 +3,19 @@
     pasta serve --max-num-seqs 64 --max-queue 128 --max-model-len 1024
     OPENAI_API_KEY=none python benchmarks/serving.py PROMPTS.jsonl --clients 64 --requests 512
 
-Each client asks, reads its stream to the end and asks again; all requests are the same in each kind, greedy, and the
-kinds take turns. `lowered` leaves it to the server how much answers fork. First text is when the reader sees the
-first character, latency when the answer ends, both from when it was asked. Characters are the reader's, so that tags
-count for nothing; tokens are all that was decoded, by the server's own count. Answers are of mixed lengths. Of the
-requests one in ten leaves somewhere in the middle, one in twenty is malformed and one in twenty over a limit; `lost`
-counts the others that got no whole answer, and the rude ones that were not refused. Figures are medians over rounds, of
-characters/s with the smallest and the largest.
+Each client sends a request, reads its stream to the end, and sends the next. Every kind gets the same requests, greedy,
+and the kinds take turns. With `lowered` the server decides how much answers fork. First text is the time until the
+reader sees the first character, latency the time until the answer ends. Characters are those that the reader sees,
+without tags; tokens are all decoded tokens, as the server counts them. Answers have mixed lengths. One request in ten
+disconnects in the middle, one in twenty is malformed, and one in twenty is over a limit. `lost` counts the others
+without a whole answer, and invalid requests that were accepted. Figures are medians over rounds; characters/s also with
+minimum and maximum.
 
     pasta serve --max-num-seqs 64 --max-queue 128 --max-model-len 1024 --dtype float32
     OPENAI_API_KEY=none python benchmarks/serving.py PROMPTS.jsonl --check
 
-asks once, asynchronously and sequentially, with the events in the streams, and replays every answer through plain
-transformers in float32: a token that is another request's, or that the company changed, would lie far from the largest
-logit.
+sends each request once in both kinds, with events in the streams, and replays every answer through plain transformers
+in float32. A token of another request, or one that other requests changed, would be far below the largest logit.
 """
 
 from __future__ import annotations
@@ -48,14 +47,20 @@ from pastalm.records.traces import from_json
 
 KINDS: dict[str, float | None] = {"asynchronous": 1.0, "lowered": None, "sequential": 0.0}
 LENGTHS = (32, 96, 192, 384)
-"""Most tokens of an answer, evenly mixed."""
+"""Token limits of answers, evenly mixed."""
 SHARES = {"whole": 0.8, "leaves": 0.1, "malformed": 0.05, "over": 0.05}
 BUSY = ("pasta_unfinished_answers", "pasta_running_answers", "pasta_live_threads")
 
 
 @dataclass(frozen=True)
 class Request:
-    """manner: of SHARES. leaves: after so many chunks."""
+    """A request.
+
+    prompt: its text.
+    max_tokens: limit of the answer.
+    manner: one of SHARES.
+    leaves: number of chunks after which it disconnects, if its manner is `leaves`.
+    """
 
     prompt: str
     max_tokens: int
@@ -65,8 +70,11 @@ class Request:
 
 @dataclass
 class Timed:
-    """What came of a request. first, seconds: from asking to the first text and to the end; lost: why no whole answer
-    came, or why a rude request got one."""
+    """The result of a request.
+
+    first, seconds: from sending it to the first text, and to the end.
+    lost: why there is no whole answer, or how an invalid request was accepted.
+    """
 
     request: Request
     first: float = 0.0
@@ -78,9 +86,10 @@ class Timed:
     lost: str = ""
 
 
-def planned(prompts: Sequence[str], many: int, seed: int) -> list[Request]:
+def planned(prompts: Sequence[str], count: int, seed: int) -> list[Request]:
+    """Random requests of mixed lengths and manners."""
     rng = random.Random(seed)
-    manners = rng.choices(list(SHARES), list(SHARES.values()), k=many)
+    manners = rng.choices(list(SHARES), list(SHARES.values()), k=count)
     return [
         Request(prompts[i % len(prompts)], rng.choice(LENGTHS), manner, rng.randint(1, 60))
         for i, manner in enumerate(manners)
@@ -89,7 +98,12 @@ def planned(prompts: Sequence[str], many: int, seed: int) -> list[Request]:
 
 @dataclass
 class Clients:
-    """All that ask one server."""
+    """The clients of one server.
+
+    url: of the API.
+    model: its name on the server.
+    events: request events in the streams.
+    """
 
     url: str
     model: str
@@ -99,19 +113,19 @@ class Clients:
         self.openai = OpenAI(base_url=self.url, timeout=3600, max_retries=50)
         self.http = httpx2.Client(headers={"Authorization": f"Bearer {self.openai.api_key}"}, timeout=600)
 
-    def ask(self, request: Request, parallelism: float | None) -> Timed:
-        found = Timed(request)
+    def send(self, request: Request, parallelism: float | None) -> Timed:
+        timed = Timed(request)
         try:
             if request.manner in ("whole", "leaves"):
-                self._stream(found, parallelism)
+                self._stream(timed, parallelism)
             else:
-                found.lost = self._refused(request)
+                timed.lost = self._refused(request)
         except OpenAIError as error:
-            found.lost = f"{type(error).__name__}: {error}"
-        return found
+            timed.lost = f"{type(error).__name__}: {error}"
+        return timed
 
-    def _stream(self, found: Timed, parallelism: float | None) -> None:
-        request, begun = found.request, time.perf_counter()
+    def _stream(self, timed: Timed, parallelism: float | None) -> None:
+        request, begun = timed.request, time.perf_counter()
         pasta: dict[str, Any] = {} if parallelism is None else {"parallelism": parallelism}
         with self.openai.chat.completions.create(
             model=self.model,
@@ -127,27 +141,27 @@ class Clients:
                 if request.manner == "leaves" and number > request.leaves:
                     return
                 piece = chunk.choices[0].delta.content if chunk.choices else None
-                if piece and not found.text:
-                    found.first = time.perf_counter() - begun
-                found.text += piece or ""
-                told = (chunk.model_extra or {}).get("pasta", {}).get("events", [])
-                found.events += [from_json(json.dumps(event)) for event in told]
+                if piece and not timed.text:
+                    timed.first = time.perf_counter() - begun
+                timed.text += piece or ""
+                events = (chunk.model_extra or {}).get("pasta", {}).get("events", [])
+                timed.events += [from_json(json.dumps(event)) for event in events]
                 ended = ended or bool(chunk.choices and chunk.choices[0].finish_reason)
                 if chunk.usage is not None:
-                    found.tokens = chunk.usage.completion_tokens
-                    found.threads = chunk.usage.pasta["choices"][0]["threads"]  # type: ignore[attr-defined]
-        found.seconds = time.perf_counter() - begun
-        found.first = found.first or found.seconds
-        if request.manner == "whole" and not (ended and found.tokens):
-            found.lost = "the stream ended without an end"
+                    timed.tokens = chunk.usage.completion_tokens
+                    timed.threads = chunk.usage.pasta["choices"][0]["threads"]  # type: ignore[attr-defined]
+        timed.seconds = time.perf_counter() - begun
+        timed.first = timed.first or timed.seconds
+        if request.manner == "whole" and not (ended and timed.tokens):
+            timed.lost = "the stream ended without a finish_reason"
 
     def _refused(self, request: Request) -> str:
         body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": request.prompt}]}
         wrong = {"malformed": ["{", {**body, "tools": [1]}, {**body, "messages": "x"}]}
         wrong["over"] = [{**body, "max_tokens": 10**6}, {**body, "max_tokens": 1, "stop": "x" * (1 << 20)}]
         kinds = wrong[request.manner]
-        sent = kinds[request.leaves % len(kinds)]
-        content = sent if isinstance(sent, str) else json.dumps(sent)
+        invalid = kinds[request.leaves % len(kinds)]
+        content = invalid if isinstance(invalid, str) else json.dumps(invalid)
         headers = {"Content-Type": "application/json"}
         while True:
             reply = self.http.post(f"{self.url}/chat/completions", content=content, headers=headers)
@@ -162,10 +176,10 @@ class Clients:
 
 
 def load(clients: Clients, many: int, requests: Sequence[Request], kind: str) -> tuple[dict[str, float], list[Timed]]:
-    """All requests of one kind, from so many clients."""
+    """Sends all requests of one kind, from so many clients at once. Returns the figures and the results."""
     before, begun = clients.metrics(), time.perf_counter()
     with ThreadPoolExecutor(many) as threads:
-        each = list(threads.map(lambda r: clients.ask(r, KINDS[kind]), requests))
+        each = list(threads.map(lambda r: clients.send(r, KINDS[kind]), requests))
     seconds = time.perf_counter() - begun
     after = clients.metrics()
     while any(after[name] for name in BUSY) and time.perf_counter() < begun + seconds + 10:
@@ -190,7 +204,7 @@ def load(clients: Clients, many: int, requests: Sequence[Request], kind: str) ->
 
 
 def check(each: Sequence[Timed], reference: LLM, kind: str) -> str:
-    """Every token of every whole answer, replayed; and its text against its events."""
+    """Replays every token of every whole answer, and compares its text with its events."""
     gaps: list[float] = []
     many = crossed = 0
     params = SamplingParams(parallelism=KINDS[kind] or 0.0)
@@ -201,7 +215,7 @@ def check(each: Sequence[Timed], reference: LLM, kind: str) -> str:
         prompt = reference.encode([{"role": "user", "content": one.request.prompt}], params)
         crossed += Transcript(one.events).text != one.text
         gaps += replay(reference.loaded.model, prompt, one.events)
-    return f"{many} answers, {crossed} of another text than their events; {summary(gaps)}"
+    return f"{many} answers, {crossed} whose text differs from their events; {summary(gaps)}"
 
 
 def main() -> None:
@@ -217,37 +231,37 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--pid", type=int, help="the server's, for its memory")
     parser.add_argument("--check", action="store_true", help="replay the answers through transformers")
-    chosen = parser.parse_args()
-    every = [prompt.text for prompt in read(chosen.prompts) if len(prompt.text) < 1000]
-    random.Random(chosen.seed).shuffle(every)
-    requests = planned(every, chosen.requests, chosen.seed)
-    kinds = [kind for kind in chosen.kinds if not chosen.check or KINDS[kind] is not None]
-    process = psutil.Process(chosen.pid) if chosen.pid else None
-    clients = Clients(chosen.url, chosen.model, events=chosen.check)
-    clients.ask(Request(every[0], 16), 1.0)
-    options = {"engine": "transformers", "adapter": chosen.adapter, "dtype": "float32", "max_num_seqs": 1}
-    reference = LLM(chosen.model, **options) if chosen.check else None
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-    said = Counter[str]()
-    for turn in range(1 if chosen.check else chosen.rounds):
-        for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:
-            figures, each = load(clients, chosen.clients, requests, kind)
-            found[kind].append(figures)
+    args = parser.parse_args()
+    every = [prompt.text for prompt in read(args.prompts) if len(prompt.text) < 1000]
+    random.Random(args.seed).shuffle(every)
+    requests = planned(every, args.requests, args.seed)
+    kinds = [kind for kind in args.kinds if not args.check or KINDS[kind] is not None]
+    process = psutil.Process(args.pid) if args.pid else None
+    clients = Clients(args.url, args.model, events=args.check)
+    clients.send(Request(every[0], 16), 1.0)
+    options = {"engine": "transformers", "adapter": args.adapter, "dtype": "float32", "max_num_seqs": 1}
+    reference = LLM(args.model, **options) if args.check else None
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    lost = Counter[str]()
+    for turn in range(1 if args.check else args.rounds):
+        for kind in list(results)[:: 1 if turn % 2 == 0 else -1]:
+            figures, each = load(clients, args.clients, requests, kind)
+            results[kind].append(figures)
             if process is not None:
                 figures["resident MiB"] = process.memory_info().rss / 2**20
-            said.update(t.lost for t in each if t.lost)
+            lost.update(t.lost for t in each if t.lost)
             if reference is not None:
                 print(f"{kind}: {check(each, reference, kind)}", flush=True)
-    names = list(next(iter(found.values()))[0])
+    names = list(next(iter(results.values()))[0])
     print(f"| decoding | characters/s (range) | {' | '.join(names[1:])} |")
     print("| --- | --- |" + " --- |" * len(names[1:]))
-    for kind, rounds in found.items():
+    for kind, rounds in results.items():
         speeds = sorted(r["characters/s"] for r in rounds)
         medians = [f"{np.median([r[name] for r in rounds]):.4g}" for name in names[1:]]
         middle = f"{np.median(speeds):.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f})"
         print(f"| {kind} | {middle} | {' | '.join(medians)} |", flush=True)
-    for why, many in said.items():
-        print(f"{many} lost: {why}")
+    for why, count in lost.items():
+        print(f"{count} lost: {why}")
 
 
 if __name__ == "__main__":

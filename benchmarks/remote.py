@@ -6,8 +6,8 @@
 One request at a time, greedy. For each prompt both kinds alternate, over several rounds; its prompt is in the server's
 cache before it is timed. `realized` is seconds sequential / asynchronous; `a character` is the same for each character
 of the reader's text, so that a shorter answer is not a speedup; `theoretical` is tokens sequential / critical path.
-vLLM and llama.cpp's server (with --metrics) report how many prompt tokens were in the prefix cache. `dropped` is the share of
-received tokens that were not used, since a completion runs ahead of the interpreter.
+vLLM and llama.cpp's server (with --metrics) report how many prompt tokens were in the prefix cache. `dropped` is the
+share of received tokens that were not used, since a completion runs ahead of the interpreter.
 
     python benchmarks/remote.py PROMPTS.jsonl --url … --model … --tokenizer FOLDER --check
 

@@ -1,7 +1,7 @@
 """The attention that runs inside a transformers model: packed queries over the rows of the pool.
 
-transformers finds it by the name `ATTENTION`. The tokens of all requests are one sequence, without padding, in the
-linear layers; only here are they laid out by row. What a token sees is in the mask.
+transformers finds it by the name `ATTENTION`. In the linear layers, the tokens of all
+requests are one sequence without padding; only here are they arranged by row. The mask says what each token sees.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Scoring:
 
     scaling: factor of query times key; None: 1 / sqrt(head_dim).
     softcap: bounds the scores by a tanh (Gemma 2).
-    sinks: [heads], the score of a place that takes weight and has no value (gpt-oss).
+    sinks: [heads], the score of a position that takes weight but has no value (gpt-oss).
     """
 
     scaling: float | None

@@ -1,4 +1,4 @@
-"""What the tokens of a step see of the pool: which rows one attention call reads, and their masks as booleans.
+"""What the tokens of a step see of the pool: the rows that an attention call reads, and their masks as booleans.
 
 NumPy only; the engine moves the results to the device.
 """
@@ -19,7 +19,7 @@ CALL_COST = 512
 
 @dataclass(frozen=True, slots=True)
 class RowQueries:
-    """The tokens of one request in a step, and what they see of its row.
+    """The tokens of one request in a step, and what they see of its row in the pool.
 
     row: of the pool.
     visible: [queries, width], the slots that each token sees.
@@ -39,7 +39,7 @@ class RowQueries:
         return self.visible.shape[1]
 
     def padded(self, queries: int) -> RowQueries:
-        """The same with so many queries; those that belong to no token see the first slot."""
+        """The same with more queries. The added ones belong to no token and see the first slot."""
         missing = queries - len(self.tokens)
         sees_first = np.arange(self.width) == 0
         return replace(

@@ -1,13 +1,12 @@
-"""Linear layers laid out once for the few rows of a decoding step, on CPUs.
+"""Linear layers whose weights are packed once for the few rows of a decoding step, on CPUs.
 
-A step multiplies k rows (one a thread) with every weight of the model. The plain kernels read a
-float32 weight twice as slowly for 2 to 8 rows as for one, so that threads would cost what they spare,
-and lay a bfloat16 weight out anew in each step; oneDNN reads a weight that it has laid out beforehand
-as fast for 4 rows as for one. This is how
-torch's own compiler treats frozen weights (torch.ops.mkldnn), here without compiling anything.
+A step multiplies k rows (one for each thread) with every weight of the model. The plain kernels take twice as long for
+2 to 8 rows as for one with float32 weights, which would cancel the gain of threads, and they repack bfloat16 weights in
+every step. oneDNN is as fast for 4 rows as for one if the weight was packed before. torch's compiler does the same with
+frozen weights (torch.ops.mkldnn); here nothing is compiled.
 
-Layers that a model gives the same input (queries, keys and values; gate and up) become one product,
-computed when the first of them is called: fewer and larger reads.
+Layers with the same input (queries, keys and values; gate and up) become one product, which is computed when the first
+of them is called: fewer and larger reads.
 """
 
 from __future__ import annotations
@@ -18,13 +17,16 @@ import torch
 from torch import Tensor
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers that one module calls with one input."""
+"""Names of layers that a module calls with the same input."""
 ROWS = 4
-"""The number of rows that weights are laid out for: fastest for 1 to 16 of them where measured."""
+"""The number of rows that weights are packed for: the fastest for 1 to 16 rows in measurements."""
 
 
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]
-    """What `linear` computes, for inference: [..., inputs] -> [..., outputs]."""
+    """Computes the same as a linear layer, for inference: [..., inputs] -> [..., outputs].
+
+    linear: the layer.
+    """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:
-        """[outputs, inputs], laid out as usual anew: for models that multiply with a router's weights themselves."""
+        """The weight unpacked, [outputs, inputs], for models that multiply with a router's weights themselves."""
         whole: Tensor = self.packed.to_dense()
         return whole
 
@@ -44,8 +46,8 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]
 
 
 class _Product:
-    """Several linear layers of one input as one packed layer; keeps the outputs for the input it last
-    saw until each layer has asked for its own."""
+    """Several linear layers with the same input as one packed layer. It keeps its outputs for the last input until each
+    layer has taken its own."""
 
     def __init__(self, linears: Sequence[torch.nn.Linear]) -> None:
         whole = torch.nn.Linear(1, 1, bias=False)
@@ -60,7 +62,7 @@ class _Product:
         self._outputs: dict[int, Tensor] = {}
 
     def weight(self, index: int) -> Tensor:
-        """That of one layer."""
+        """The weight of one layer."""
         return self._packed.weight.split(self.sizes)[index]
 
     def __call__(self, x: Tensor, index: int) -> Tensor:
@@ -74,7 +76,7 @@ class _Product:
 
 
 class PackedPart(torch.nn.Module):  # type: ignore[misc]
-    """One layer's share of a product: what `linear` computes, for inference."""
+    """One layer of a product; computes the same as `linear`, for inference."""
 
     def __init__(self, linear: torch.nn.Linear, product: _Product, index: int) -> None:
         super().__init__()
@@ -91,7 +93,8 @@ class PackedPart(torch.nn.Module):  # type: ignore[misc]
 
 
 def can_pack(model: torch.nn.Module) -> bool:
-    """Whether the model computes in float32, or in bfloat16 that the CPU has, and torch offers the layout."""
+    """Whether a model can be packed: it is on the CPU in float32, or in bfloat16 if the CPU supports it, and torch has
+    the packed layout."""
     weights = {(p.device.type, p.dtype) for p in model.parameters()}
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, f) for f in needed):
@@ -102,8 +105,10 @@ def can_pack(model: torch.nn.Module) -> bool:
 
 
 def pack(model: torch.nn.Module) -> int:
-    """Replaces every plain linear layer of a model by a packed one; how many. The model can then
-    only infer: its weights cannot be trained or saved any more."""
+    """Replaces every plain linear layer of a model by a packed one. Returns their number.
+
+    The model can then only be used for inference: its weights cannot be trained or saved.
+    """
     plain = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
     for names in _siblings(plain):
         product = _Product([plain[name] for name in names])
@@ -116,7 +121,7 @@ def pack(model: torch.nn.Module) -> int:
 
 
 def _siblings(plain: dict[str, torch.nn.Linear]) -> list[list[str]]:
-    """Names of the layers that can be one product."""
+    """Groups of names of layers that can be one product."""
     parents = dict.fromkeys(name.rpartition(".")[0] for name in plain)
     groups = [[f"{p}.{n}" if p else n for n in names] for p in parents for names in SIBLINGS]
     whole = [group for group in groups if all(name in plain for name in group)]

@@ -15,13 +15,13 @@ from pastalm.cli import app
 
 TARGET = Path(__file__).with_name("cli.md")
 WIDTH = 100
-HELD = """\
-The answer goes to stdout, everything else to stderr; an error is one line. Exit codes: 0; 1 for a failure; 2 for what
-was given and cannot be used; 130 for Ctrl-C. An option that would do nothing beside the others is refused.
+HEAD = """\
+The answer goes to stdout, everything else to stderr. An error is one line. Exit codes: 0 for success, 1 for a failure, 2
+for invalid input, 130 for Ctrl-C. An option that would have no effect with the other options is an error.
 
-Files, and what `-` reads, are UTF-8 whatever the locale says. What a stdout of another encoding (a redirect on
-Windows, `PYTHONIOENCODING`) cannot write is written as Python's escapes, `\\u6f22`, and in JSON as JSON's own;
-`PYTHONUTF8=1` makes stdout UTF-8. The live view is drawn only on a terminal that takes UTF-8.
+Files and stdin (`-`) are UTF-8, whatever the locale. If stdout has another encoding (a redirect on Windows,
+`PYTHONIOENCODING`), characters that it lacks are written as Python's escapes, `\\u6f22`, and in JSON as JSON's;
+`PYTHONUTF8=1` makes stdout UTF-8. The live view needs a terminal with UTF-8.
 """
 
 
@@ -37,9 +37,9 @@ def verbs() -> Iterator[list[str]]:
 
 
 def page() -> str:
-    """The page, whole."""
-    told = "Written by `python docs/make_cli.py` from the command's own help; a test compares."
-    parts = ["# The command `pasta`", "", told, "", *HELD.splitlines()]
+    """The whole page."""
+    origin = "Written by `python docs/make_cli.py` from the command's own help. A test compares them."
+    parts = ["# The command `pasta`", "", origin, "", *HEAD.splitlines()]
     shown = {"prog_name": "pasta", "env": {"COLUMNS": str(WIDTH)}, "terminal_width": WIDTH}
     for words in verbs():
         lines = CliRunner().invoke(app, [*words, "--help"], **shown).stdout.strip().splitlines()

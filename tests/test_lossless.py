@@ -209,7 +209,7 @@ def word_ends() -> Any:
 
 @pytest.mark.parametrize("made", [word_pieces, word_ends])
 def test_a_tokenizer_that_loses_text_is_refused(made: Callable[[], Any]) -> None:
-    with pytest.raises(ModelError, match="does not give a text back") as caught:
+    with pytest.raises(ModelError, match="does not reproduce a text") as caught:
         lossless.vocabulary_of(made(), eos=[2])
     assert "\n" not in str(caught.value)
 

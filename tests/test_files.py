@@ -282,7 +282,7 @@ def test_no_other_output_takes_the_place_of_what_is_not_its_own(work: Path, tiny
     mine = work / "notes.txt"
     mine.write_text("my notes")
     asked = ("generate", "hello", "--model", tiny, "--max-tokens", "4")
-    complains(pasta(*asked, "--trace", mine), 2, "notes.txt is there already, and is no trace")
+    complains(pasta(*asked, "--trace", mine), 2, "notes.txt exists and is not a trace")
     complains(pasta("export", mine, "--model", tiny), 2, "notes.txt exists and is not a GGUF file")
     page = work / "site" / "index.html"
     page.parent.mkdir()

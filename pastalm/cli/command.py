@@ -24,7 +24,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class _Group(TyperGroup):
-    """The verbs. A bad command line is one line too, and no character is lost on stdout."""
+    """The verbs. An invalid command line is a one-line error, too. Characters that stdout lacks are escaped."""
 
     def main(
         self,
@@ -42,7 +42,7 @@ class _Group(TyperGroup):
         except _UsageError as error:
             message: str = error.format_message()  # type: ignore[attr-defined]
             context: typer.Context = error.ctx  # type: ignore[attr-defined]
-            if "\n" in message:  # the help, where no verb was given
+            if "\n" in message:  # the help, if no verb was given
                 print(message, file=sys.stderr)
             else:
                 print_error(f"{message} Try {context.command_path} --help" if context else message)
@@ -63,8 +63,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from pastalm import __version__
 
         print(f"pastalm {__version__}")
@@ -85,11 +85,11 @@ def _options(
 
 @dataclass(frozen=True, slots=True)
 class NoEffect:
-    """Options that are refused where they have no effect.
+    """Options that are an error if they have no effect.
 
     names: of the options.
-    when: whether they have none, from all arguments of the verb.
-    reason: `when` in words, behind "--option does nothing".
+    when: whether they have no effect, given all arguments of the verb.
+    reason: `when` in words; completes the message "--option does nothing".
     """
 
     names: tuple[str, ...]
@@ -100,24 +100,25 @@ class NoEffect:
 def verb(
     group: typer.Typer, name: str | None = None, *, no_effect: Sequence[NoEffect] = ()
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Makes a function a verb, whose errors are one line with the right exit code.
+    """Turns a function into a verb: its errors become one line with the right exit code.
 
-    A parameter that is a dataclass, or that has an `OptionGroup` in its annotation, stands for its options.
+    A parameter that is a dataclass, or that has an `OptionGroup` in its annotation, becomes several options.
 
     group: the application, or the group of verbs.
     name: of the verb, if it is not the function's.
-    no_effect: which options are refused beside which others.
+    no_effect: options that are an error with certain others.
     """
 
     def decorated(function: Callable[..., R]) -> Callable[..., R]:
         signature = inspect.signature(function, eval_str=True)
-        groups = {p.name: made for p in signature.parameters.values() if (made := _group(p.annotation)) is not None}
+        option_groups = ((p.name, _group(p.annotation)) for p in signature.parameters.values())
+        groups = {name: options for name, options in option_groups if options is not None}
 
         @functools.wraps(function)
         def guarded(context: typer.Context, **arguments: Any) -> R:
             try:
                 _check_arguments(context, arguments, no_effect)
-                built = {name: made.build(arguments) for name, made in groups.items()}
+                built = {name: options.build(arguments) for name, options in groups.items()}
                 plain = {name: arguments[name] for name in signature.parameters if name not in groups}
                 result = function(**plain, **built)
                 sys.stdout.flush()
@@ -142,7 +143,7 @@ def verb(
 
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Why a write fails where neither the user nor the program made a mistake."""
+"""Errors of writing that are the fault of neither the user nor the program."""
 
 
 def _fail_with(error: BaseException) -> NoReturn:
@@ -168,8 +169,7 @@ def _fail_with(error: BaseException) -> NoReturn:
 
 
 def _check_arguments(context: typer.Context, arguments: Mapping[str, Any], no_effect: Sequence[NoEffect]) -> None:
-    """Raises RequestError for an argument that is not text (names of files need not be), and for an option that has no
-    effect beside the others."""
+    """Raises RequestError for an argument that is not valid text (except file names), and for an option without effect."""
     shown = {p.name or "": p.opts[0] if p.opts[0].startswith("-") else f"the {p.name}" for p in context.command.params}
     for name, value in arguments.items():
         for text in value if isinstance(value, list) else [value]:
@@ -187,10 +187,10 @@ def _check_arguments(context: typer.Context, arguments: Mapping[str, Any], no_ef
 
 @runtime_checkable
 class OptionGroup(Protocol):
-    """Options that a verb takes as one value."""
+    """Options that together give one argument of a verb."""
 
     def options(self) -> list[inspect.Parameter]:
-        """The options, as parameters of a function that typer reads."""
+        """The options, as parameters of a function for typer."""
 
     def build(self, arguments: Mapping[str, Any]) -> Any:
         """The value, from all arguments of the verb. Raises RequestError."""
@@ -198,7 +198,7 @@ class OptionGroup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The fields of a dataclass, each an option."""
+    """A group with one option for each field of a dataclass."""
 
     kind: type[Any]
 
@@ -211,7 +211,7 @@ class _Fields:
 
 
 def _group(annotation: Any) -> OptionGroup | None:
-    """The group of options that a parameter stands for, if it does."""
+    """The group of options for a parameter; None if it is a single option."""
     for extra in getattr(annotation, "__metadata__", ()):
         if isinstance(extra, OptionGroup):
             return extra

@@ -186,7 +186,7 @@ def demo(
 
 
 def _comparison(asynchronous: Transcript, sequential: Transcript) -> str:
-    """How the times of two answers compare, in one line."""
+    """Compares the times of two answers, in one line."""
     times = [t.seconds for t in (asynchronous, sequential)]
     per_token = sequential.seconds / sequential.tokens / (times[0] / asynchronous.tokens)
     return (
@@ -208,13 +208,13 @@ def _open_output(
     stops: Iterable[str] = (),
     cut: int | None = None,
 ) -> Output:
-    """Where events are shown.
+    """The output that shows events.
 
     stack: closes the live view.
     as_json: nothing is shown until the end.
     live: the live view, under `title`; else plain text.
     stops: stop strings; text that may begin one is held back.
-    cut: characters of the text that a trace says are shown (None: all).
+    cut: number of characters of the text that are shown, by a trace (None: all).
     """
     from rich.console import Console
 
@@ -228,7 +228,12 @@ def _open_output(
 
 
 def _decode(response: Response, output: Output, trace: TextIO | None = None) -> bool:
-    """Shows a response to its end; whether Ctrl-C ended it early."""
+    """Shows a response to its end. Returns whether Ctrl-C ended it early.
+
+    response: the response.
+    output: shows the events.
+    trace: a file for the events.
+    """
     from pastalm.records.traces import to_json
 
     try:
@@ -247,10 +252,13 @@ def _decode(response: Response, output: Output, trace: TextIO | None = None) -> 
 def _conclude(
     transcript: Transcript, *, as_json: bool, live: bool, interrupted: bool = False, last: bool = True
 ) -> None:
-    """What follows an answer: JSON on stdout or figures on stderr, then the exit code.
+    """Prints what follows an answer, JSON on stdout or figures on stderr, and ends with the exit code.
 
-    interrupted: whether Ctrl-C ended it.
-    last: whether the command ends with it, and so with its exit code.
+    transcript: of the answer.
+    as_json: print JSON.
+    live: the live view has shown the figures.
+    interrupted: Ctrl-C ended the answer.
+    last: the command ends with this answer, and so with its exit code.
 
     Raises typer.Exit.
     """
@@ -274,14 +282,14 @@ def _conclude(
 
 
 def _open_trace(path: Path | None) -> TextIO | None:
-    """A new trace; another trace is replaced, any other file is not. Raises DataError."""
+    """Opens a new trace. It replaces an existing trace, but no other file. Raises DataError."""
     if path is None:
         return None
     if path.is_file() and path.stat().st_size:
         try:
             _read_trace(str(path))
         except DataError:
-            raise DataError(f"{path} is there already, and is no trace: give another file") from None
+            raise DataError(f"{path} exists and is not a trace: give another file") from None
     try:
         return path.open("w", encoding="utf-8")
     except OSError as error:
@@ -313,7 +321,7 @@ def _read_trace(source: str) -> list[Event]:
         except DataError as error:
             raise DataError(f"{source}, line {number}: {error}") from None
         except KeyError:
-            raise DataError(f"{source}, line {number}: an event of a thread that never began") from None
+            raise DataError(f"{source}, line {number}: an event of a thread that was never forked") from None
     if not events:
-        raise DataError(f"{source} holds no events")
+        raise DataError(f"{source} has no events")
     return events

@@ -22,14 +22,14 @@ def read_text(source: str) -> str:
 
 
 def check_target(target: Path, *sources: Path | None) -> None:
-    """Raises DataError where results would overwrite a file that they are made from."""
+    """Raises DataError if the results would overwrite a file that is read."""
     for source in sources:
         if source is not None and source.exists() and target.exists() and target.samefile(source):
-            raise DataError(f"{target} is what is read: give another file for the result")
+            raise DataError(f"{target} is an input of this command: give another file for the result")
 
 
 def bad_row_handler(skip_bad: bool) -> Callable[[PastaError], None] | None:
-    """What to do with the error of a bad row: print it and go on, or None to stop at the first."""
+    """The handler for errors of bad rows: prints them and continues; None: stop at the first."""
     return print_left_out if skip_bad else None
 
 

@@ -1,4 +1,4 @@
-"""Models and servers that verbs load, and what the header of a file of results says of them."""
+"""Loads models and connects to servers for verbs, and describes them for the headers of files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def load_llm(
     """Loads a model, or connects to the server that runs it.
 
     model: as `LLM` takes it; at a server, the model's name there.
-    threads, remote: None where the verb has no such options.
+    run: engine, adapter, dtype, device.
+    threads, remote: None if the verb has no such options.
     max_num_seqs: answers decoded at once.
     max_model_len: tokens of a prompt and its answer together (None: the model's, 4096 at most).
 
@@ -82,7 +83,7 @@ def _connect(model: str, run: RunOptions, remote: RemoteOptions, *, max_num_seqs
         raise RequestError("the server has its weights: leave out --adapter, --dtype, --device and --engine")
     if max_num_seqs > 1:
         options["max_num_seqs"] = max_num_seqs
-    with busy(f"asking {remote.base_url}"):
+    with busy(f"connecting to {remote.base_url}"):
         return LLM.remote(
             remote.base_url or "",
             None if model == EMBEDDED else model,
@@ -93,7 +94,7 @@ def _connect(model: str, run: RunOptions, remote: RemoteOptions, *, max_num_seqs
 
 
 def adapter_of(adapter: str) -> str | None:
-    """What --adapter names, as `LLM` takes it: `none` is None."""
+    """The value of --adapter for `LLM`: `none` becomes None."""
     return None if adapter == "none" else adapter
 
 
@@ -124,14 +125,14 @@ def token_counter(model: str) -> Callable[[str], int]:
 
 
 def tokenizer_header(model: str) -> dict[str, Any]:
-    """For the header of a file: whose tokens are counted, by the tokenizer's contents."""
+    """Name and hash of the tokenizer that counts tokens, for the header of a file."""
     from pastalm.models import contents
 
     return {"tokenizer": contents.of_file(fetch(model) / "tokenizer.json") | {"name": Path(model).name}}
 
 
 def model_header(model: str, adapter: str) -> dict[str, Any]:
-    """For the header of a file: which model and adapter answer or score, by their contents."""
+    """Name and hash of a model and its adapter, for the header of a file."""
     from pastalm.models import contents
 
     fetch(model)

@@ -1,4 +1,4 @@
-"""Options that several verbs share, each written once, and groups of those that go together."""
+"""Options and groups of options that several verbs share."""
 
 from __future__ import annotations
 

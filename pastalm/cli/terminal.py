@@ -1,4 +1,4 @@
-"""What the terminal shows: messages and errors on stderr, results on stdout; and Ctrl-C."""
+"""The terminal: messages and errors on stderr, results on stdout, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def say(line: str) -> None:
 
 
 def print_error(message: str) -> None:
-    """An error, on one line whatever the message is."""
+    """Prints an error in one line."""
     print("pasta: " + " ".join(message.split()), file=sys.stderr)
 
 
@@ -35,12 +35,12 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def drop_stdout() -> None:
-    """Sends what Python still holds for stdout nowhere: where stdout takes no more, flushing it at exit would raise."""
+    """Redirects stdout to nowhere. If it is closed or full, flushing Python's buffer at exit would raise an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def print_json(value: Any) -> None:
-    """Prints one line of JSON, in JSON's escapes where stdout does not take every character."""
+    """Prints one line of JSON, with escapes if stdout is not UTF-8."""
     print(json.dumps(value, ensure_ascii=not takes_utf8()))
 
 
@@ -58,7 +58,7 @@ def can_draw() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Turns off the libraries' warnings, progress bars and telemetry (TRL's trainers report what they train)."""
+    """Turns off warnings, progress bars and telemetry of libraries (TRL's trainers report usage)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""How a terminal shows a response. It reads events only, and knows no model or engine.
+"""Shows a response in a terminal. It only reads events, and knows no model or engine.
 
 `View` makes a picture of the events so far: the answer in document order, each chunk in its thread's colour, and below
 it one row for each thread on a common axis of steps, so that threads decoded at the same time stand side by side. A
@@ -45,8 +45,12 @@ class Output(Protocol):
 
 @dataclass(slots=True)
 class _Course:
-    """steps: one for each token that a thread decoded. waits: first and last step of each wait (None: it still waits).
-    queued: whether it waits for a place among the running threads."""
+    """A thread's steps.
+
+    steps: one for each decoded token.
+    waits: first and last step of each wait (None: it still waits).
+    queued: it waits for a place among the running threads.
+    """
 
     steps: list[int] = field(default_factory=list)
     waits: list[tuple[int, int | None]] = field(default_factory=list)

@@ -1,10 +1,10 @@
-"""Whether copied drafts change what a real model says: every token replayed in one forward pass (SPEC "equal").
+"""Checks that copied drafts do not change a real model's answers: replays every token (SPEC "equal").
 
     python runs/lossless.py PROMPTS.jsonl --limit 50
 
-Each token must lie within the tolerance of the largest logit that the reference pass gives where it was said: 1e-3 in
-float32, 0.5 in bfloat16. Prints the worst gap, how many answers equal the engine's own token for token, and what the
-copying saved.
+In one forward pass over an answer, the logit of each token must be within a tolerance of the largest one: 1e-3 in
+float32, 0.5 in bfloat16. Prints the largest gap, the number of answers that are identical to the engine's own, and the
+forward passes that copying saved.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""What each position policy costs: adapters teacher-forced through annotated answers that they were not trained on.
+"""The cost of each position policy: teacher-forces adapters through annotated answers that they were not trained on.
 
     python runs/positions.py HELD.jsonl NAME=ADAPTER:POLICY…     # POLICY: of layout.py; off: without tags
 
-A line a system: loss on the answer's text and on decisions (tags, and what follows a promise), nats a token; of the
-promises that stand there, at how many places a promise is the likeliest token (recall), of the places where it is, at
-how many one stands (precision); the share of answers whose promises are so found, all of them and no other (exact); and
-the share of chunks whose end is the likeliest token where it stands. Losses and exact: means over answers with 95 %
-bootstrap intervals.
+Prints a line for each system: the loss on the answer's text and on decisions (tags, and what follows a promise), in nats
+a token; recall and precision of promises, where a promise counts as predicted if it is the most likely token; the share
+of answers with exactly the right promises (exact); and the share of chunks whose end is the most likely token in its
+place. Losses and exact are means over answers with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations

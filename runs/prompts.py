@@ -1,9 +1,9 @@
-"""Prompts of the project's own making, under its licence: frames and subjects, combined at random.
+"""Makes prompts under the project's own licence: frames and subjects, combined at random.
 
     python runs/prompts.py 1800 > prompts.jsonl      # {id, prompt, source, licence} a line
 
-A little more than half ask for something with parts (tips, aspects, comparisons, sections); the rest for what has none
-(a fact, a story, a poem, a sum, a rewriting, a function), so that a model also sees where not to fork.
+A little more than half ask for something with parts (tips, aspects, comparisons, sections). The others ask for something
+without parts (a fact, a story, a poem, a sum, a rewriting, a function), so that a model also learns when not to fork.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files of prompts for the runs: {id, prompt, source, licence} a line.
 
-python runs/rows.py ANSWERS.jsonl --licensed Apache-2.0    # those of rows under that licence
-python runs/rows.py PROMPTS.jsonl --draw 300 --seed 7      # that many of them, at random
+python runs/rows.py ANSWERS.jsonl --licensed Apache-2.0    # prompts of rows under that licence
+python runs/rows.py PROMPTS.jsonl --draw 300 --seed 7      # so many prompts, at random
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from pastalm.records import prompts
 
 LONGEST = 900
-"""Characters of a prompt; longer ones leave no room for an answer in a small model's context."""
+"""Maximum number of characters of a prompt; longer ones leave too little of a small model's context for an answer."""
 
 
 def main() -> None:

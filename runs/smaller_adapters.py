@@ -1,13 +1,13 @@
-"""Makes an adapter smaller, and measures what that changes.
+"""Makes an adapter smaller, and measures the effect.
 
     python runs/smaller_adapters.py make ORIGINAL:SMALLER… --megabytes 2.9
     python runs/smaller_adapters.py measure PROMPTS.jsonl NAME=ORIGINAL:SMALLER…
 
-What is made is plain PEFT: LoRA with a rank for each layer (`rank_pattern`), its factors in float8_e4m3fn, which PEFT
-reads as float32. A layer keeps those directions of its change dW that matter most to the loss. With x its inputs
-and g the loss's gradients at its outputs, both seen on `own.jsonl.xz`, these are the largest singular values of
-E[gg']^1/2 dW E[xx']^1/2 (Kronecker-factored Fisher information: Martens and Grosse, ICML 2015). The bytes go to the
-directions, of any layer, that are worth the most for a byte.
+The result is plain PEFT: LoRA with a rank for each layer (`rank_pattern`), its factors in float8_e4m3fn, which PEFT reads
+as float32. A layer keeps the directions of its change dW that matter most for the loss. With x the layer's inputs and g
+the loss's gradients at its outputs, both measured on `own.jsonl.xz`, these are the largest singular values of
+E[gg']^1/2 dW E[xx']^1/2 (Kronecker-factored Fisher information: Martens and Grosse, ICML 2015). The bytes are given to
+the directions, of any layer, with the largest gain for each byte.
 """
 
 from __future__ import annotations

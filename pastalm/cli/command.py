@@ -169,7 +169,7 @@ def _fail_with(error: BaseException) -> NoReturn:
 
 
 def _check_arguments(context: typer.Context, arguments: Mapping[str, Any], no_effect: Sequence[NoEffect]) -> None:
-    """Raises RequestError for an argument that is not valid text (except file names), and for an option without effect."""
+    """Raises RequestError for an argument that is not valid text (except file names), or an option without effect."""
     shown = {p.name or "": p.opts[0] if p.opts[0].startswith("-") else f"the {p.name}" for p in context.command.params}
     for name, value in arguments.items():
         for text in value if isinstance(value, list) else [value]:

@@ -3,11 +3,11 @@
     python runs/annotator.py ANSWERS.jsonl            # {id, prompt, response} a line
     python runs/annotator.py ANSWERS.jsonl --show     # and every chunk that is wrong
 
-`marks/train_100.jsonl` has the marks of 100 random answers (`random.Random(100).sample` of the sorted ids): {id, first 16
-digits of the answer's sha256, chunks: [start, end] offsets}. A part is marked if someone could write it who sees the text
-before its group and the names of its siblings, but not their text. Parts of parts are marked, too. A chunk is right if it
-is a marked part, ignoring white space at its ends. Recall counts characters: the share of the outermost marked parts
-that is in right chunks.
+`marks/train_100.jsonl` has the marks of 100 random answers (`random.Random(100).sample` of the sorted ids): {id, first
+16 digits of the answer's sha256, chunks: [start, end] offsets}. A part is marked if someone could write it who sees the
+text before its group and the names of its siblings, but not their text. Parts of parts are marked, too. A chunk is
+right if it is a marked part, ignoring white space at its ends. Recall counts characters: the share of the outermost
+marked parts that is in right chunks.
 
 For topics it prints the number of words, not counting the number of an item; the cosine of the sentence embeddings of a
 topic and its chunk, both without that number; and the share of topics that are closer to their own chunk than to any

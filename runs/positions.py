@@ -2,10 +2,10 @@
 
     python runs/positions.py HELD.jsonl NAME=ADAPTER:POLICY…     # POLICY: of layout.py; off: without tags
 
-Prints a line for each system: the loss on the answer's text and on decisions (tags, and what follows a promise), in nats
-a token; recall and precision of promises, where a promise counts as predicted if it is the most likely token; the share
-of answers with exactly the right promises (exact); and the share of chunks whose end is the most likely token in its
-place. Losses and exact are means over answers with 95 % bootstrap intervals.
+Prints a line for each system: the loss on the answer's text and on decisions (tags, and what follows a promise), in
+nats a token; recall and precision of promises, where a promise counts as predicted if it is the most likely token; the
+share of answers with exactly the right promises (exact); and the share of chunks whose end is the most likely token in
+its place. Losses and exact are means over answers with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python runs/smaller_adapters.py make ORIGINAL:SMALLER… --megabytes 2.9
     python runs/smaller_adapters.py measure PROMPTS.jsonl NAME=ORIGINAL:SMALLER…
 
-The result is plain PEFT: LoRA with a rank for each layer (`rank_pattern`), its factors in float8_e4m3fn, which PEFT reads
-as float32. A layer keeps the directions of its change dW that matter most for the loss. With x the layer's inputs and g
-the loss's gradients at its outputs, both measured on `own.jsonl.xz`, these are the largest singular values of
+The result is plain PEFT: LoRA with a rank for each layer (`rank_pattern`), its factors in float8_e4m3fn, which PEFT
+reads as float32. A layer keeps the directions of its change dW that matter most for the loss. With x the layer's inputs
+and g the loss's gradients at its outputs, both measured on `own.jsonl.xz`, these are the largest singular values of
 E[gg']^1/2 dW E[xx']^1/2 (Kronecker-factored Fisher information: Martens and Grosse, ICML 2015). The bytes are given to
 the directions, of any layer, with the largest gain for each byte.
 """

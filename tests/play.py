@@ -23,6 +23,7 @@ from pastalm.core.layout import Layout, Policy
 from pastalm.core.params import SamplingParams
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.scripted import byte_vocabulary
+from pastalm.records.xml import Scanner
 
 PIECES = (
     '<promise topic="', '" tokens="', "10", "20", "30", '"/>', '"/>\n', "/><", '"/></', "<async>", "</async>",
@@ -42,7 +43,7 @@ def piece_vocabulary() -> Vocabulary:
             rest = rest[len(raw[ids[-1]]) :]
         return ids
 
-    return Vocabulary(len(raw), frozenset({256}), encode, raw.__getitem__)
+    return Vocabulary(len(raw), frozenset({256}), encode, raw.__getitem__, Scanner)
 
 
 PREPARED = byte_vocabulary()

@@ -8,8 +8,9 @@ import pytest
 
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, SampledToken
 from pastalm.core.interpreter import CHUNK_SLACK, Limits
-from pastalm.core.language import LENGTHS, TAG_LIMIT, topic_key
+from pastalm.core.language import LENGTHS, topic_key
 from pastalm.errors import RequestError
+from pastalm.records.xml import TAG_LIMIT
 from tests.play import PREPARED, XML_BYTES, XML_PIECES, Player
 
 assert PREPARED.tags is not None

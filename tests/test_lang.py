@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from pastalm.core.language import (
     LENGTHS,
     MAX_TOPIC_WORDS,
-    TAG_LIMIT,
     AsyncClose,
     AsyncOpen,
     Mark,
     Promise,
-    Scanner,
     Sync,
     Text,
     clip_topic,
@@ -23,6 +21,7 @@ from pastalm.core.language import (
 )
 from pastalm.errors import LanguageError
 from pastalm.records.documents import Async, Document, linearize, nest, normalize, parse, render, strip
+from pastalm.records.xml import TAG_LIMIT, Scanner
 from tests.strategies import LOOK_ALIKES, documents, texts, topics
 
 nearly_tags = st.lists(st.sampled_from(LOOK_ALIKES), max_size=12).map("".join)

@@ -1,10 +1,10 @@
 """Events: the one thing that crosses layers. A list of them is the trace of a response.
 
-The interpreter makes them, engines apply them, and transcripts, views and trace files consume them.
-Each can say what the next tokens of its thread are: `forced` ids, which the engine feeds in that order
-without sampling, and `allowed`, the ids it may sample next (None: any). This is how grammar, budgets and
-forced tokens reach an engine, which knows nothing about the language. A token of a thread
-stands either as the `token` of one `Decoded` or in the `forced` of one event, never in both.
+The interpreter makes them, engines apply them, and transcripts, views and trace files consume them. Each can say what
+the next tokens of its thread are: `forced` ids, which the engine feeds in that order without sampling, and `allowed`,
+the ids it may sample next (None: any). This is how grammar, budgets and forced tokens reach an engine, which knows
+nothing about the language. A token of a thread stands either as the `token` of one `Decoded` or in the `forced` of one
+event, never in both.
 
 The driver stamps `step` (forward passes done so far) and `time` (seconds since the request began).
 """

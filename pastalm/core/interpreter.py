@@ -37,9 +37,9 @@ from pastalm.core.events import (
     SampledToken,
     TokenSet,
 )
-from pastalm.core.language import AsyncClose, Promise, Scanner, Sync, Text, clip_topic, render_mark, topic_key
+from pastalm.core.language import AsyncClose, MarkScanner, Promise, Sync, Text, clip_topic, render_mark, topic_key
 from pastalm.core.params import SamplingParams
-from pastalm.core.vocabulary import NO_TAGS, Vocabulary
+from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.errors import RequestError
 
 State: TypeAlias = Literal["live", "queued", "blocked", "finished"]
@@ -100,6 +100,7 @@ class Thread:
     positions: float
     room: tuple[float, float]
     origin: int
+    scanner: MarkScanner
     state: State = "live"
     mode: Literal["text", "topic", "number"] = "text"
     tag: list[int] = field(default_factory=list)
@@ -111,7 +112,6 @@ class Thread:
     resume: tuple[int, ...] = ()
     carry: str = ""
     last: str = "\n"
-    scanner: Scanner = field(default_factory=Scanner)
     characters: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8("replace"))
 
     @property
@@ -169,7 +169,7 @@ class Interpreter:
         self._forking = params.parallelism > 0
         self._min_tokens = params.min_tokens
         self._prepared = vocabulary.tags is not None
-        self._tags = tags = vocabulary.tags or NO_TAGS
+        self._tags = tags = vocabulary.tags or Tags(*range(-6, 0))  # no token has these ids
         self._open = (tags.async_open,) if self._prepared else tuple(vocabulary.encode("<async>"))
         self._close = (tags.async_close,) if self._prepared else tuple(vocabulary.encode("</async>"))
         self._newline = tuple(vocabulary.encode("\n"))
@@ -184,7 +184,8 @@ class Interpreter:
         digits = max(map(len, vocabulary.numbers)) if self._prepared else 0
         self._promise_tokens = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + digits if self._prepared else 0
         positions = math.inf if limits.max_position is None else limits.max_position - prompt_length
-        main = Thread((), params.max_tokens, positions, self._room(0, language.LENGTH_STEP), params.max_tokens)
+        room, scanner = self._room(0, language.LENGTH_STEP), vocabulary.scanner()
+        main = Thread((), params.max_tokens, positions, room, params.max_tokens, scanner)
         self.threads: dict[Path, Thread] = {(): main}
         self.stopped: list[Path] = []
         self._queue: deque[Thread] = deque()
@@ -334,7 +335,7 @@ class Interpreter:
         if thread.mode == "topic":
             return TokenSet(frozenset(self._banned_in_topic(thread)), inverted=True)
         promises, chunk = self._may_promise(thread), bool(thread.path)
-        key = (promises, not thread.group, chunk, early)
+        key = (promises, bool(thread.group), chunk, early)
         if key not in self._masks:
             ends = {tags.async_close} if chunk else self._answer_ends
             banned = {tags.tokens, tags.promise_end, tags.async_open} | (self._chunk_ends - ends)
@@ -451,6 +452,7 @@ class Interpreter:
             positions=parent.positions - 1 - self._chunk_end,
             room=self._room(len(path), language.LENGTH_STEP),
             origin=parent.written + grant,
+            scanner=self._vocabulary.scanner(),
             state="queued",
             key=topic_key(promise.topic),
             last=parent.last,
@@ -465,13 +467,13 @@ class Interpreter:
         parent.group[path] = child.key
         parent.last = "\n"  # as every chunk ends in white space
         parent.room = self._room(len(parent.path), promise.tokens)
+        forked = partial(Forked, path=path, topic=promise.topic, promised=promise.tokens)
         if self._live < self._limits.max_threads:
             self._become(child, "live")
-            begin, allowed = self._open, self._allowed(child)
-            return [Forked(path=path, topic=promise.topic, promised=promise.tokens, forced=begin, allowed=allowed)]
+            return [forked(forced=self._open, allowed=self._allowed(child))]
         child.resume = self._open
         self._queue.append(child)
-        return [Forked(path=path, topic=promise.topic, promised=promise.tokens), Blocked(path=path, on="thread")]
+        return [forked(), Blocked(path=path, on="thread")]
 
     def _sync(self, thread: Thread, token: int) -> Iterator[Event]:
         """A thread waits for its children; `token` is fed when it goes on."""

@@ -1,4 +1,4 @@
-"""PASTA-LANG: its values, their text form, and a scanner for text that arrives in pieces.
+"""PASTA-LANG: its values and their text form.
 
 An answer in linear form is a sequence of marks, in which each `Promise` stands directly before the chunk that keeps it.
 Its text form is the paper's XML (arXiv 2502.11517, section 3):
@@ -8,18 +8,18 @@ Its text form is the paper's XML (arXiv 2502.11517, section 3):
 Escaping, one rule: where ordinary text holds `<`, any number of backslashes, and then `promise`, `async`, `/async` or
 `sync`, one backslash more is written after the `<`. A reader takes one away again.
 
-Whole documents, with chunks nested in one another, are in `records/documents.py`: decoding needs none.
+What reads the text form is in `records/xml.py`, whole documents, with chunks nested in one another, in
+`records/documents.py`.
 """
 
 from __future__ import annotations
 
-import codecs
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeAlias
-from xml.sax.saxutils import escape, unescape
+from typing import Protocol, TypeAlias
+from xml.sax.saxutils import escape
 
 from pastalm.errors import LanguageError
 
@@ -117,15 +117,8 @@ def merged(marks: Iterable[Mark]) -> Iterator[Mark]:
 
 # ------------------------------------------------------------------------------ text form
 
-_WORDS = r"promise|/?async|sync"
-HEAD = re.compile(rf"<(\\*)({_WORDS})?")
-"""A `<`, backslashes after it, and the word of a tag, if there is one."""
-_LOOKS_LIKE_A_TAG = re.compile(rf"<(?=\\*(?:{_WORDS}))")
-_ATTRIBUTES = r'[ \t]+topic="(?P<topic>[^"<>\n]*)"[ \t]+tokens="(?P<tokens>\d{1,6})"[ \t]*'
-_SWAPPED = r'[ \t]+tokens="(?P<tokens2>\d{1,6})"[ \t]+topic="(?P<topic2>[^"<>\n]*)"[ \t]*'
-TAG = re.compile(
-    rf"<promise(?:{_ATTRIBUTES}|{_SWAPPED})/>|(?P<open><async[ \t]*>)|(?P<close></async[ \t]*>)|(?P<sync><sync[ \t]*/>)"
-)
+TAG_WORDS = r"promise|/?async|sync"
+_LOOKS_LIKE_A_TAG = re.compile(rf"<(?=\\*(?:{TAG_WORDS}))")
 
 
 def render_mark(mark: Mark) -> str:
@@ -140,63 +133,16 @@ def render_mark(mark: Mark) -> str:
     return "</async>" if isinstance(mark, AsyncClose) else "<sync/>"
 
 
-def unescaped(head: re.Match[str]) -> str:
-    """The text that a match of HEAD stands for, if it begins no tag."""
-    return head[0].replace("\\", "", 1) if head[2] else head[0]
-
-
-def tag_mark(tag: re.Match[str], promise: Callable[[str, int], Promise]) -> Mark:
-    """The mark that a match of TAG stands for. promise: makes a promise of its topic and length."""
-    if tag["open"]:
-        return AsyncOpen()
-    if tag["close"]:
-        return AsyncClose()
-    if tag["sync"]:
-        return Sync()
-    topic, tokens = (tag["topic"], tag["tokens"]) if tag["tokens"] else (tag["topic2"], tag["tokens2"])
-    return promise(unescape(topic, {"&quot;": '"'}), int(tokens))
-
-
-# ------------------------------------------------------------------------------ scanning pieces
-
-TAG_LIMIT = 200
-"""Characters after which a tag that is still open is ordinary text."""
-_BEGUN = "|".join(word[:length] for word in ("promise", "async", "/async", "sync") for length in range(len(word)))
-_UNDECIDED = re.compile(rf"<(?:\\*(?:{_BEGUN})|(?!.{{{TAG_LIMIT - 1}}})(?:{_WORDS})[^<>\n]*)\Z", re.DOTALL)
-"""At the end of a text: what more text may make a tag, or an escaped one."""
-
-
-class Scanner:
-    """Finds tags in bytes that arrive in pieces, wherever the pieces end.
-
-    For models that write the XML themselves, so it is lenient: a malformed tag is ordinary text, a promise outside its
-    bounds is clipped. The result does not depend on where the pieces end (adjacent `Text` merged). Bytes that are not
-    UTF-8 become U+FFFD.
+class MarkScanner(Protocol):
+    """Finds marks in bytes that arrive in pieces, for models that write them as text (`records/xml.py`).
 
     held: text that may still become a tag.
     """
 
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held = ""
+    held: str
 
     def feed(self, piece: bytes) -> list[Mark]:
         """The marks that are certain once `piece` has arrived."""
-        return list(self._scan(self.held + self._decoder.decode(piece)))
 
     def flush(self) -> list[Mark]:
-        """The marks in what is still held, at the end of the text. The scanner can be used again afterwards."""
-        return list(self._scan(self.held + self._decoder.decode(b"", final=True), final=True))
-
-    def _scan(self, text: str, *, final: bool = False) -> Iterator[Mark]:
-        at = 0
-        while (head := HEAD.search(text, at)) and (final or not _UNDECIDED.match(text, head.start())):
-            if head.start() > at:
-                yield Text(text[at : head.start()])
-            tag = TAG.match(text, head.start(), head.start() + TAG_LIMIT)
-            yield tag_mark(tag, Promise.clip) if tag else Text(unescaped(head))
-            at = (tag or head).end()
-        end = head.start() if head else len(text)
-        if end > at:
-            yield Text(text[at:end])
-        self.held = text[end:]
+        """The marks in what is still held, at the end of the text."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from pastalm.core.language import LENGTHS
+from pastalm.core.language import LENGTHS, MarkScanner
 
 TAG_TOKENS = {
     "promise": "<|promise|>",
@@ -40,10 +40,6 @@ class Tags(NamedTuple):
         return tuple(self)
 
 
-NO_TAGS = Tags(-1, -2, -3, -4, -5, -6)
-"""For models that have none: no token has these ids."""
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer.
@@ -52,6 +48,7 @@ class Vocabulary:
     eos: ids that end a response.
     encode: the ids of a text, never a special token.
     piece: the bytes that a token adds to the text (none for special tokens).
+    scanner: makes what finds tags in the text of a model without tags of its own.
     tags: the ids of the tags (None: the model writes XML).
     ends: how the tokens of eos are spelled, for servers whose replies contain them.
     """
@@ -60,6 +57,7 @@ class Vocabulary:
     eos: frozenset[int]
     encode: Callable[[str], Sequence[int]]
     piece: Callable[[int], bytes]
+    scanner: Callable[[], MarkScanner]
     tags: Tags | None = None
     ends: frozenset[str] = frozenset()
 

@@ -25,6 +25,7 @@ from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.base import Capabilities, Schedule
 from pastalm.errors import CapabilityError, RequestError
 from pastalm.records.documents import Async, Document, encode, normalize, parse, strip
+from pastalm.records.xml import Scanner
 
 Script: TypeAlias = "str | Document"
 """PASTA-LANG, as text or as values."""
@@ -39,6 +40,7 @@ def byte_vocabulary(prepared: bool = True) -> Vocabulary:
         eos=frozenset({EOS}),
         encode=lambda text: list(text.encode()),
         piece=lambda token: bytes([token]) if token < 256 else b"",
+        scanner=Scanner,
         tags=Tags(*range(257, 263)) if prepared else None,
     )
 

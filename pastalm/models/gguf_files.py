@@ -23,6 +23,7 @@ from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import CapabilityError, ModelError, RequestError
 from pastalm.models import lossless
 from pastalm.models.loading import Loaded
+from pastalm.records.xml import Scanner
 
 MARKER_KEY = "pastalm.sequential_marker"
 WHOLE = ("F32", "F16", "BF16")
@@ -174,6 +175,7 @@ def load(path: str | Path, *, gpu_layers: int = 0) -> Loaded:
         eos=frozenset(filter(tokenizer.is_end, range(model.vocabulary_size))),
         encode=tokenizer.text_ids,
         piece=tokenizer.piece,
+        scanner=Scanner,
         tags=tags,
     )
     return Loaded(

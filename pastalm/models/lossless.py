@@ -15,6 +15,7 @@ from typing import Any
 
 from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import ModelError
+from pastalm.records.xml import Scanner
 
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
@@ -51,7 +52,8 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
     eos = frozenset(eos)
     ends = frozenset(text for text in map(tokenizer.convert_ids_to_tokens, eos) if text)
     encode = encoder(backend, piece)
-    return Vocabulary(size=size or len(tokenizer), eos=eos, encode=encode, piece=piece, tags=tags, ends=ends)
+    size = size or len(tokenizer)
+    return Vocabulary(size=size, eos=eos, encode=encode, piece=piece, scanner=Scanner, tags=tags, ends=ends)
 
 
 def encoder(backend: Any, piece: Callable[[int], bytes]) -> Callable[[str], list[int]]:

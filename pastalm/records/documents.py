@@ -11,22 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from pastalm.core.language import (
-    HEAD,
-    TAG,
-    AsyncClose,
-    AsyncOpen,
-    Mark,
-    Promise,
-    Sync,
-    Text,
-    merged,
-    render_mark,
-    tag_mark,
-    unescaped,
-)
+from pastalm.core.language import AsyncClose, AsyncOpen, Mark, Promise, Sync, Text, merged, render_mark
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import LanguageError
+from pastalm.records.xml import HEAD, TAG, tag_mark, unescaped
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from pastalm.core.vocabulary import Tags, Vocabulary
+from pastalm.records.xml import Scanner
 
 EOS = 256
 TAGS = Tags(257, 258, 259, 260, 261, 262)
@@ -92,5 +93,6 @@ def tiny_vocabulary(*, tags: bool = True) -> Vocabulary:
         eos=frozenset({EOS}),
         encode=lambda text: list(text.encode()),
         piece=lambda token: bytes([token]) if token < 256 else b"",
+        scanner=Scanner,
         tags=TAGS if tags else None,
     )

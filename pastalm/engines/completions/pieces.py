@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
+from pastalm.records.xml import Scanner
 
 
 class Pieces:
@@ -34,6 +35,7 @@ class Pieces:
             eos=frozenset({self.EOS}),
             encode=self.encode,
             piece=self.piece,
+            scanner=Scanner,
             tags=tags,
         )
 

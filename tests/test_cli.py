@@ -169,7 +169,6 @@ def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
         ("annotate", "a", "b", "--max-tokens", "9"),
         ("sample", "a", "b", "--top-p", "0.5"),
         ("score", "a", "b", "--baseline", "c", "--concurrency", "2"),
-        ("score", "a", "b", "--baseline", "c", "--references", "d"),
         ("score", "a", "b", "--baseline", "c", "--scorer", "judge", "--adapter", "e"),
         ("eval", "m=none", "--prompts", "a", "--baseline", "none", "--out", "b", "--judge", "x"),
         ("eval", "m=none", "--prompts", "a", "--baseline", "none", "--out", "b", "--timed", "3"),

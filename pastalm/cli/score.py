@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     no_effect=[
         NoEffect(LARGE_MODEL, lambda a: a["scorer"] != "judge", "without --scorer judge"),
         NoEffect(("adapter", "device"), lambda a: a["scorer"] != "pmi", "without --scorer pmi"),
-        NoEffect(("references",), lambda a: a["scorer"] != "reference", "without --scorer reference"),
     ],
 )
 def score(
@@ -48,7 +47,10 @@ def score(
     ] = EMBEDDED,
     adapter: Annotated[str, typer.Option(help="pmi: that of the model finetuned without tags, or none.")] = "none",
     references: Annotated[
-        Path | None, typer.Option(help="JSON or JSONL: {id, reference or response or output} each.")
+        Path | None,
+        typer.Option(
+            help="JSON or JSONL: {id, reference or response or output} each; say which prompts ask for a list."
+        ),
     ] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Unit of differences, of the stage-1 samples (default: of these answers).")

@@ -4,8 +4,9 @@
   confidence comes from the probabilities of the two letters, as in AlpacaEval and the paper. It detects what the judge
   detects; judges prefer long answers. Only this scorer gives a win rate.
 - `PmiScorer` needs no judge. It computes log p(answer | prompt) - log p(answer | neutral prompt) under a frozen model,
-  minus penalties for repetition, for chunks that say the same, and for a length far from the baseline's. It detects
-  whether an answer fits its prompt and is coherent, but not whether it is true.
+  minus penalties for repetition, for chunks that say the same, for forking where the sequential answer is not made of
+  parts, and for a length far from the baseline's. It detects whether an answer fits its prompt and is coherent, but
+  not whether it is true.
 - `ReferenceScorer` computes the similarity to a reference answer: the cosine of sentence embeddings of the first 256
   word pieces. It detects whether the answer is about the same things, but not order, detail or errors.
 
@@ -29,13 +30,17 @@ from pastalm.models.chat_template import chat_prompt
 from pastalm.models.checkpoints import quiet
 from pastalm.models.loading import Loaded
 from pastalm.records.chat_client import ChatClient, Completion, Messages
-from pastalm.records.repetition import repetition, sameness
+from pastalm.records.parts import in_parts
+from pastalm.records.repetition import repetition, retold, sameness
 
 NEUTRAL = "Write something."
 """The neutral prompt."""
 REPETITION, SAMENESS, LENGTH = 100.0, 50.0, 20.0
 """Penalties in nats: for an answer that only repeats itself; for two identical chunks; for each factor of 2, after
 the first, by which the length differs from the baseline's."""
+RETOLD, FORM = 30.0, 30.0
+"""Penalties in nats: for an answer whose chunks all say again what a sibling said; for one that forks where the
+sequential answer is not made of parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +245,20 @@ def preference(reply: Completion) -> float | str:
     return float(letter == "M") if letter in shares else f"not a verdict: {reply.text[:20]!r}"
 
 
+def asked_for_parts(candidate: Candidate) -> bool | None:
+    """Whether the prompt asks for an answer made of parts, as far as a sequential answer tells: the reference, or else
+    the baseline's. None if there is neither. Asked for the sentiment of a text, neither lists three of them."""
+    sequential = candidate.baseline if candidate.reference is None else candidate.reference
+    return None if sequential is None else in_parts(sequential)
+
+
 def penalty(candidate: Candidate) -> float:
-    """The penalty of an answer in nats, for repetition, similar chunks, and length. Likelihood alone rewards these."""
+    """The penalty of an answer in nats, for repetition, similar chunks, lists that the prompt did not ask for, and
+    length. Likelihood alone rewards these, or does not see them."""
     nats = REPETITION * repetition(candidate.text) + SAMENESS * sameness(candidate.chunks)
+    nats += RETOLD * retold(candidate.chunks)
+    if len(candidate.chunks) > 1 and asked_for_parts(candidate) is False:
+        nats += FORM
     if candidate.baseline is not None:
         ratio = (1 + len(candidate.text)) / (1 + len(candidate.baseline))
         nats += LENGTH * max(0.0, abs(math.log2(ratio)) - 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pastalm.errors import DataError
-from pastalm.eval.quality import Candidate, Scorer, Verdict
+from pastalm.eval.quality import Candidate, Scorer, Verdict, asked_for_parts
 from pastalm.records import answers, jsonl, prompts, scores
 from pastalm.records.answers import Answer
 from pastalm.records.jsonl import Bad
@@ -203,4 +203,5 @@ def _scored(
         token_ids=row.token_ids,
         forced=row.forced,
         against=_against(candidate),
+        asked=asked_for_parts(candidate),
     )

@@ -7,11 +7,13 @@ from itertools import combinations
 
 N = 4
 """Words in an n-gram."""
+SHARED = 6
+"""Words in a row that two parts of an answer do not share by chance."""
 
 
-def _ngrams(text: str) -> list[tuple[str, ...]]:
+def _ngrams(text: str, n: int = N) -> list[tuple[str, ...]]:
     words = text.casefold().split()
-    return [tuple(words[i : i + N]) for i in range(len(words) - N + 1)]
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def repetition(text: str) -> float:
@@ -24,3 +26,13 @@ def sameness(chunks: Sequence[str]) -> float:
     """The similarity of the two most similar chunks: Jaccard index of their word 4-grams, 0 to 1."""
     sets = [ngrams for chunk in chunks if (ngrams := set(_ngrams(chunk)))]
     return max((len(a & b) / len(a | b) for a, b in combinations(sets, 2)), default=0.0)
+
+
+def retold(parts: Sequence[str]) -> float:
+    """The share of the parts that say again 6 words in a row of an earlier one, 0 to 1."""
+    seen, again = set[tuple[str, ...]](), 0
+    for part in parts:
+        ngrams = set(_ngrams(part, SHARED))
+        again += not seen.isdisjoint(ngrams)
+        seen |= ngrams
+    return again / len(parts) if parts else 0.0

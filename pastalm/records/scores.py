@@ -1,22 +1,25 @@
 """Scored answers: written by `pasta score`, used to choose preference pairs in stage 2 (PASTA section 5.3).
 
-score = speedup + lambda * quality; with lambda = inf it is the quality alone. Quality is the probability of winning
-against the baseline's answer: a judge's, or sigmoid(difference / sigma) for other scorers, where sigma is the standard
-deviation of the differences over all samples (our choice).
+score = speedup + lambda * quality; with lambda = inf it is the quality alone. A fork that nothing asked for is no
+speed: where the sequential answer is not made of parts, a forked one scores the speedup that its text has on one
+thread. Quality is the probability of winning against the baseline's answer: a judge's, or sigmoid(difference / sigma)
+for other scorers, where sigma is the standard deviation of the differences over all samples (our choice).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from pastalm.core.language import Promise
 from pastalm.errors import DataError, RequestError
 from pastalm.records import jsonl
+from pastalm.records.documents import parse
 from pastalm.records.jsonl import Bad
 
 Length = Literal["theoretical", "matched", "smaller", "parallelism"]
@@ -37,6 +40,8 @@ class Scored:
     win: a judge's probability that the answer beats the baseline's; None for other scorers.
     repetition: share of repeated 4-grams, 0 to 1.
     against: hash of the baseline's answer and the reference that it was compared with.
+    asked: whether the sequential answer (the reference, else the baseline's) is made of parts, so that the prompt may
+        be taken to ask for them; None if not known.
     """
 
     id: str
@@ -57,6 +62,7 @@ class Scored:
     token_ids: tuple[int, ...] = ()
     forced: tuple[int, ...] = ()
     against: str = ""
+    asked: bool | None = None
 
     def speedup(self, length: Length = "theoretical") -> float:
         """The theoretical speedup; 1 is sequential decoding of the baseline's answer."""
@@ -84,7 +90,16 @@ class Scored:
         quality = self.quality(sigma)
         if quality is None:
             return None
-        return quality if math.isinf(lambda_) else self.speedup(length) + lambda_ * quality
+        return quality if math.isinf(lambda_) else self._earned(length) + lambda_ * quality
+
+    def _earned(self, length: Length) -> float:
+        """The speedup that counts in the score: one thread's, if the answer forks and nothing asked for that."""
+        if self.asked is not False or self.text_tokens <= self.critical_path or not self._forks():
+            return self.speedup(length)
+        return replace(self, critical_path=self.text_tokens).speedup(length)
+
+    def _forks(self) -> bool:
+        return any(isinstance(node, Promise) for node in parse(self.annotated))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

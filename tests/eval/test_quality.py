@@ -13,17 +13,20 @@ from hypothesis import strategies as st
 
 from pastalm.errors import RemoteError, RequestError
 from pastalm.eval.quality import (
+    FORM,
     Candidate,
     Judge,
     PmiScorer,
     ReferenceScorer,
+    asked_for_parts,
     log_likelihoods,
     penalty,
     preference,
 )
 from pastalm.models import loading
 from pastalm.records.chat_client import ChatClient, Completion
-from pastalm.records.repetition import repetition, sameness
+from pastalm.records.parts import MIN_PARTS, PART_CHARACTERS, in_parts, parts
+from pastalm.records.repetition import SHARED, repetition, retold, sameness
 from tests.laws.architectures import build
 from tests.laws.tiny import ARCHITECTURES, tiny_model
 from tests.served import Reply, completion, free_port, replaying
@@ -89,7 +92,7 @@ def test_what_an_answer_is_scored_beside_does_not_hang_on_what_was_known() -> No
 
 
 def test_penalties_are_for_repetition_for_likeness_and_for_length() -> None:
-    plain = Candidate("p", "one two three four five six seven eight", ("a b c d e", "f g h i j"), "x" * 39)
+    plain = Candidate("p", "one two three four five six seven eight", ("a b c d e", "f g h i j"), "x" * 39, LIST)
     assert penalty(plain) == 0
     assert repetition("say it once more " * 9) > 0.8 > 0 == repetition("each word here comes only once")
     assert sameness(["a b c d e", "a b c d e", "v w x y z"]) == 1
@@ -196,3 +199,62 @@ def test_a_judge_that_is_down_is_one_clear_error() -> None:
     judge = Judge(ChatClient(f"http://127.0.0.1:{free_port()}/v1", "m", retries=0))
     with pytest.raises(RemoteError, match="cannot reach"):
         judge.compare([Candidate("p", "a", baseline="b")])
+
+
+words = st.lists(st.sampled_from("abcdefgh"), max_size=12)
+
+
+@given(st.lists(words, max_size=4))
+def test_a_part_is_retold_that_has_six_words_of_an_earlier_one(texts: list[list[str]]) -> None:
+    def runs(text: list[str]) -> set[tuple[str, ...]]:
+        return {tuple(text[i : i + SHARED]) for i in range(len(text) - SHARED + 1)}
+
+    again = [any(runs(text) & runs(earlier) for earlier in texts[:i]) for i, text in enumerate(texts)]
+    share = retold([" ".join(text).upper() if i else " ".join(text) for i, text in enumerate(texts)])
+    assert share == (sum(again) / len(texts) if texts else 0)
+
+
+LINE = "is worth some time, since it changes what you can do with an afternoon in town"
+LIST = "".join(f"{n}. Walking route {n} {LINE}.\n" for n in range(1, 4))
+SECTIONS = "".join(f"## Part {n}\n\nWalking route {n} {LINE}.\n\n" for n in range(1, 4))
+
+
+@pytest.mark.parametrize("text", [LIST, LIST.replace(". W", ") W"), LIST.replace("\n", "\n\n"), SECTIONS])
+@pytest.mark.parametrize("after", ["", "\nOverall, walk more."])
+def test_items_and_sections_are_the_parts_of_a_text(text: str, after: str) -> None:
+    found = parts(f"Some ideas:\n\n{text}{after}")
+    assert len(found) == 3
+    assert all(f"route {n} {LINE}." in part and "Overall" not in part for n, part in enumerate(found, 1))
+    assert in_parts(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Yes.", f"It {LINE}.\n\nIt {LINE}.\n\nIt {LINE}.", "- red\n- blue\n- green\n", LIST.split("3.")[0]]
+)
+def test_a_text_without_three_parts_of_a_sentence_is_not_made_of_parts(text: str) -> None:
+    assert not in_parts(text)
+
+
+@given(st.text(alphabet="1.-* \n#ab"))
+def test_parts_are_taken_from_the_text_in_order(text: str) -> None:
+    at = 0
+    for part in parts(text):
+        at = text.index(part, at) + len(part)
+    assert not in_parts(text) or len(text) >= MIN_PARTS * PART_CHARACTERS
+
+
+def test_a_fork_where_the_sequential_answer_is_one_text_costs_an_answer_points() -> None:
+    forked = Candidate("p", "aa bb", ("aa", "bb"), "a sentence")
+    listed = Candidate("p", "aa bb", ("aa", "bb"), LIST)
+    assert penalty(forked) - penalty(Candidate("p", "aa bb", (), "a sentence")) == pytest.approx(FORM)
+    assert penalty(listed) == penalty(Candidate("p", "aa bb", (), LIST))
+    assert asked_for_parts(listed) is True and asked_for_parts(forked) is False
+    assert asked_for_parts(Candidate("p", "x", (), LIST, "one sentence")) is False, "the reference knows better"
+    assert asked_for_parts(Candidate("p", "x")) is None
+    assert penalty(Candidate("p", "aa bb", ("aa", "bb"))) == penalty(Candidate("p", "aa bb"))
+
+
+def test_chunks_that_say_again_what_a_sibling_said_cost_points() -> None:
+    again = ("stay well by walking to work each day", "move: stay well by walking to work each day, always")
+    apart = ("stay well by walking to work each day", "eat what grows in the garden behind the old house")
+    assert penalty(Candidate("p", "t", again)) > penalty(Candidate("p", "t", apart)) == penalty(Candidate("p", "t"))

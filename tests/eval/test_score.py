@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("openai")
 
 from pastalm.errors import DataError, RemoteError
-from pastalm.eval.quality import Judge
+from pastalm.eval.quality import Candidate, Judge, Verdict
 from pastalm.eval.score import score
 from pastalm.records import scores
 from pastalm.records.answers import Answer
@@ -91,3 +91,23 @@ def test_a_baseline_that_lacks_a_prompt_is_said(files: tuple[Path, Path, Path], 
     short = answers(tmp_path / "short.jsonl", "iron", of=10)
     with pytest.raises(DataError, match="has no answer to prompt '10'"):
         score(samples, short, target, Judge(ChatClient("http://127.0.0.1:1/v1", "m")), words)
+
+
+class Even:
+    """Everything is as good as the baseline."""
+
+    name = "pmi"
+
+    def compare(self, candidates: list[Candidate]) -> list[Verdict]:
+        return [Verdict(difference=0.0) for _ in candidates]
+
+
+def test_a_score_knows_whether_the_sequential_answer_is_made_of_parts(tmp_path: Path) -> None:
+    listed = "".join(f"- Number {n} needs a sentence or two of its own, as do all those that stand here.\n" for n in range(3))
+    samples, baseline = answers(tmp_path / "a.jsonl", "gold", of=2), answers(tmp_path / "b.jsonl", listed, of=2)
+    score(samples, baseline, tmp_path / "by_baseline.jsonl", Even(), words)
+    assert [row.asked for row in scores.read(tmp_path / "by_baseline.jsonl")] == [True, True]
+    references = tmp_path / "references.jsonl"
+    references.write_text(json.dumps({"id": "0", "reference": "One thing."}) + "\n")
+    score(samples, baseline, tmp_path / "by_reference.jsonl", Even(), words, references=references)
+    assert {row.id: row.asked for row in scores.read(tmp_path / "by_reference.jsonl")} == {"0": False, "1": True}

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from pastalm.models import chat_template, checkpoints, loading
 from pastalm.records import answers, scores
 from pastalm.records.answers import Answer
 from pastalm.records.documents import Async, Document
-from pastalm.records.scores import Scored
+from pastalm.records.scores import Length, Scored
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate, pack_sampled
 from pastalm.train.loss import bonbon, log_probs, token_log_probs
@@ -256,10 +256,23 @@ scored_answers = st.lists(
         critical_path=st.integers(1, 60),
         difference=st.none() | st.floats(-50, 50),
         finish_reason=st.sampled_from(["stop", "stop", "length"]),
+        asked=st.sampled_from([None, True, False]),
     ),
     max_size=20,
     unique_by=lambda r: (r.id, r.choice),
 )
+
+
+@given(st.integers(1, 60), st.sampled_from(get_args(Length)), st.sampled_from([0.0, 1.0, 8.0]))
+def test_forks_that_nothing_asked_for_are_no_speed(critical_path: int, length: Any, lambda_: float) -> None:
+    """Whatever lambda is: then the same text without its tags scores as much, and a fork asked for scores its speed."""
+    forked = answer(choice=1, critical_path=critical_path)
+    one_thread = replace(forked, annotated="plain", critical_path=max(critical_path, forked.text_tokens))
+    scores = {asked: replace(forked, asked=asked).score(lambda_, 1.0, length) for asked in (None, True, False)}
+    assert scores[False] == one_thread.score(lambda_, 1.0, length)
+    assert scores[None] == scores[True] == forked.speedup(length) + lambda_ / 2
+    plain = replace(one_thread, critical_path=critical_path)
+    assert replace(plain, asked=False).score(lambda_, 1.0, length) == plain.score(lambda_, 1.0, length)
 
 
 @given(scored_answers, st.sampled_from([0.0, 1.0, 8.0, math.inf]), st.sampled_from(["theoretical", "smaller"]))

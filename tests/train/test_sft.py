@@ -347,7 +347,7 @@ def test_a_list_for_one_thread_teaches_when_not_to_fork(config: SftConfig) -> No
     preparing.prepare(small_model(len(tokenizer)), tokenizer)
     vocabulary = lossless.vocabulary_of(tokenizer, eos=[1])
     plain = next(row for row in read_annotated(config.data) if not row.chunks)
-    missed = "".join(f"{n}. Finally, it is number {n} of many that matter to me. " + 40 * "word " + "\n" for n in range(1, 4))
+    missed = "".join(f"{n}. Finally, it is number {n} of many. {40 * 'word '}\n" for n in range(1, 4))
     rows = [
         replace(plain, id="recipe", prompt="Give me a recipe", document=(Text(RECIPE + 60 * "."),)),
         replace(plain, id="missed", prompt="Why?", document=(Text(missed),)),

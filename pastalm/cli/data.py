@@ -105,7 +105,12 @@ def annotate(
 
 
 def _annotator(name: str, remote: ChatClient[PlainAnswer] | None, count_tokens: Callable[[str], int]) -> Annotator:
-    """The annotator of that name. remote: the server that openai's asks."""
+    """The annotator of that name.
+
+    name: of the annotator.
+    remote: the client of the large model's server, for `openai`.
+    count_tokens: counts the tokens of a text.
+    """
     from pastalm.train.annotate import Structural
 
     if name == "apar":

@@ -207,7 +207,11 @@ class Evaluation:
             )
 
     def report(self, count_tokens: Callable[[str], int], unscored: Mapping[str, Mapping[str, int]]) -> None:
-        """Prints the table and writes the page. unscored: as `score` returns it. Raises DataError, ModelError."""
+        """Prints the table and writes the page. Raises DataError, ModelError.
+
+        count_tokens: counts the tokens of a text.
+        unscored: from `score`.
+        """
         from pastalm.eval import report
         from pastalm.eval.compare import markdown
         from pastalm.eval.evaluate import BASELINE, compare_all, win_rates

@@ -1,7 +1,8 @@
 """Labels that say, for each prompt, whether a good answer forks: JSONL, `{id, label}` a line.
 
-one: one thread is right (a fact, a choice, one coherent text, steps that build on each other, a list of bare names).
-may: it can be answered either way. should: the answer is made of independent parts of a sentence or more.
+one: the answer needs one thread (a fact, a choice, one coherent text, steps that build on each other, a list of names).
+may: it can be answered either way.
+should: the answer has independent parts of a sentence or more.
 """
 
 from __future__ import annotations

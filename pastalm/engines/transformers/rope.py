@@ -14,13 +14,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Fixed rotary frequencies, where transformers would choose them anew by the length of each forward pass.
+    """Fixed rotary frequencies of a module. transformers would choose them by the length of each forward pass.
 
-    module: that rotates.
+    module: the rotary embedding.
     kind: its layer type, if it has frequencies for several.
     buffer: where the module keeps them.
     frequencies: [head_dim / 2].
-    limit: positions that they are right for.
+    limit: number of positions for which they are valid.
     """
 
     module: torch.nn.Module
@@ -31,10 +31,11 @@ class Rope:
 
 
 def ropes_of(model: torch.nn.Module, length: int) -> list[Rope]:
-    """Fixed frequencies of the `dynamic` and `longrope` modules of a model, for texts of up to `length` positions.
+    """Fixed frequencies of a model's `dynamic` and `longrope` modules, for texts of up to `length` positions.
 
-    dynamic: the plain ones, which hold up to max_position_embeddings; the engine takes no more. longrope: the short
-    factors up to original_max_position_embeddings, else the long ones for every position, as vLLM does.
+    `dynamic` modules get their plain frequencies, which are valid up to max_position_embeddings, the engine's limit.
+    `longrope` modules get the short factors up to original_max_position_embeddings, else the long ones for every
+    position, as vLLM does.
     """
     ropes = []
     for module in model.modules():

@@ -94,7 +94,12 @@ def verify(
 def decode(
     model: Any, prompt: Sequence[int], propose: Propose, *, max_tokens: int, ends: frozenset[int], never: Sequence[int]
 ) -> DraftedAnswer:
-    """`verify` with a transformers model. never: ids that must not be sampled; other arguments as `verify`."""
+    """`verify` with a transformers model.
+
+    model: of transformers.
+    prompt, propose, max_tokens, ends: as in `verify`.
+    never: ids that must not be sampled.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache()

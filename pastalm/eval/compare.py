@@ -7,16 +7,20 @@ a mean, with a 95 % interval, over the prompts that both the system and the base
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from pastalm.core.language import Promise
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import DataError
-from pastalm.eval.intervals import Mean, mean
+from pastalm.eval.intervals import Mean, mean, rank_correlation
 from pastalm.eval.labels import LABELS, Label
 from pastalm.records.answers import Answer
-from pastalm.records.repetition import repetition
+from pastalm.records.documents import Async, Document, strip
+from pastalm.records.parts import parts
+from pastalm.records.repetition import repetition, retold
 from pastalm.records.scores import Length, Scored
 
 CountTokens = Callable[[str], int]
@@ -33,6 +37,7 @@ class Pair:
     text_tokens: tokens of the answer's text, with its end token.
     baseline_text_tokens: the same of the baseline's answer.
     scored: scores of the answer, by scorer.
+    lengths: (promised, decoded) tokens of each of the answer's chunks.
     """
 
     answer: Answer
@@ -40,6 +45,7 @@ class Pair:
     text_tokens: int
     baseline_text_tokens: int
     scored: Mapping[str, Scored] = field(default_factory=dict)
+    lengths: Sequence[tuple[int, int]] = ()
 
     @property
     def chunks(self) -> int:
@@ -48,6 +54,11 @@ class Pair:
     @property
     def forks(self) -> bool:
         return self.chunks >= 2
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """The chunks, or, of an answer that does not fork, the parts of its text."""
+        return self.answer.chunks if self.forks else parts(self.answer.text)
 
     @property
     def speedups(self) -> dict[str, float]:
@@ -99,6 +110,7 @@ def pairs(
             _text_tokens(answer, count_tokens),
             _text_tokens(base[answer.id], count_tokens),
             {name: rows[answer.id] for name, rows in scores_by_scorer.items() if answer.id in rows},
+            list(_lengths(answer.document, count_tokens)),
         )
         for answer in sorted(answers, key=lambda a: _place(a.id))
         if answer.id in base and answer.critical_path
@@ -115,6 +127,13 @@ def _place(identity: str) -> tuple[int, int, str]:
 
 def _text_tokens(answer: Answer, count_tokens: CountTokens) -> int:
     return max(1, count_tokens(answer.text) + (answer.finish_reason == "stop"))
+
+
+def _lengths(document: Document, count_tokens: CountTokens) -> Iterator[tuple[int, int]]:
+    for promise, chunk in pairwise(document):
+        if isinstance(promise, Promise) and isinstance(chunk, Async):
+            yield promise.tokens, count_tokens(strip(chunk.body))
+            yield from _lengths(chunk.body, count_tokens)
 
 
 def figures(
@@ -162,6 +181,9 @@ def figures(
             scores = [s for row in rows if (s := row.score(lambda_, sigma, length)) is not None]
             if scores:
                 table[f"score, {name}, lambda {lambda_:g}"] = mean(scores)
+    if any(pair.lengths for pair in pairs):
+        table["promised lengths, rank correlation"] = rank_correlation([pair.lengths for pair in pairs])
+    table["a part retold"] = mean([retold(pair.parts) > 0 for pair in pairs])
     table["repetition"] = mean([repetition(a.text) for a in own])
     table["cut off"] = mean([a.finish_reason == "length" for a in own])
     table["malformed"] = mean([any(tag in a.text for tag in TAG_TOKENS.values()) for a in own])
@@ -237,7 +259,7 @@ def markdown(
     """
     shown = [name for name in COLUMNS if any(name in row.figures for row in rows)]
     shown += [n for n in dict.fromkeys(n for r in rows for n in r.figures) if n.startswith("quality")]
-    shown += ["repetition", "cut off", "malformed", "tokens"]
+    shown += ["a part retold", "repetition", "cut off", "malformed", "tokens"]
     lines = [f"| system | prompts | {' | '.join(shown)} |", "| --- " * (len(shown) + 2) + "|"]
     for row in rows:
         cells = [str(row.figures[name]) if name in row.figures else "" for name in shown]

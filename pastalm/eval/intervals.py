@@ -54,3 +54,29 @@ def mean(values: Sequence[float], kind: Kind = "arithmetic") -> Mean:
     interval = bootstrap((inner,), np.mean, method="percentile", rng=rng).confidence_interval
     low, high = sorted((float(back(interval.low)), float(back(interval.high))))
     return Mean(middle, low, high, len(inner))
+
+
+RESAMPLES = 999
+"""Bootstrap samples of a rank correlation."""
+
+
+def rank_correlation(groups: Sequence[Sequence[tuple[float, float]]]) -> Mean:
+    """Spearman's rank correlation of some pairs of numbers; 0 where all firsts or all seconds are equal.
+
+    groups: the pairs, those of one prompt together, one pair at least. The bootstrap draws groups.
+    """
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups if len(group)]
+    rng = np.random.default_rng(0)
+    drawn = [_spearman([arrays[i] for i in rng.integers(len(arrays), size=len(arrays))]) for _ in range(RESAMPLES)]
+    middle = _spearman(arrays)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Mean(middle, min(float(low), middle), max(float(high), middle), sum(map(len, arrays)))
+
+
+def _spearman(arrays: Sequence[Any]) -> float:
+    from scipy.stats import rankdata
+
+    first, second = (rankdata(column) for column in np.concatenate(arrays).T)
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(np.corrcoef(first, second)[0, 1])

@@ -18,7 +18,7 @@ from pastalm.core.layout import Policy
 from pastalm.errors import DataError, RequestError
 from pastalm.eval import compare, evaluate, measure, report
 from pastalm.eval.compare import Pair
-from pastalm.eval.intervals import mean
+from pastalm.eval.intervals import Mean, mean
 from pastalm.eval.quality import Candidate, Verdict
 from pastalm.eval.systems import Decoding
 from pastalm.models import checkpoints
@@ -111,6 +111,43 @@ def test_figures_are_means_over_prompts() -> None:
     }
     with pytest.raises(DataError, match="no prompt was answered by both"):
         compare.pairs([ANSWER], [replace(PLAIN, id="9")], len)
+
+
+def test_promised_lengths_are_held_against_those_of_the_chunks() -> None:
+    def promised(identity: str, *lengths: tuple[int, int]) -> Answer:
+        chunks = (
+            f'<promise topic="t{i}" tokens="{n}"/><async>{"x" * real}</async>' for i, (n, real) in enumerate(lengths)
+        )
+        return replace(ANSWER, id=identity, annotated="".join(chunks))
+
+    def told(*own: Answer) -> dict[str, Mean]:
+        return compare.figures(compare.pairs(own, [replace(PLAIN, id=a.id) for a in own], len), {})
+
+    name = "promised lengths, rank correlation"
+    rising = [promised(str(i), (20 * i, 7 * i), (20 * i + 10, 7 * i + 3)) for i in range(1, 9)]
+    assert told(*rising)[name].mean == pytest.approx(1) and told(*rising)[name].n == 16
+    assert told(*(promised(str(i), (10 * i, 90 - i)) for i in range(1, 9)))[name].mean == pytest.approx(-1)
+    mixed = told(promised("1", (10, 5), (20, 50), (30, 20)), promised("2", (10, 20), (20, 9), (40, 80)))[name]
+    assert mixed.low <= mixed.mean <= mixed.high and -1 < mixed.mean < 1
+    assert told(promised("1", (40, 5), (40, 9)), promised("2", (40, 8)))[name].mean == 0, (
+        "always the same tells nothing"
+    )
+    assert name not in told(PLAIN)
+
+
+def test_parts_that_say_again_what_another_said_are_counted_with_chunks_or_without() -> None:
+    item, other = (
+        "walk to work every single day of the year in any weather",
+        "eat what grows in the garden behind the house",
+    )
+    forked = "".join(f'<promise topic="t{i}" tokens="10"/><async>{i}. {item}\n</async>' for i in range(2))
+    texts = {"forked": forked, "list": f"1. {item}\n2. {item}\n", "apart": f"1. {item}\n2. {other}\n", "none": item}
+    told = {name: replace(ANSWER, id=name, annotated=text) for name, text in texts.items()}
+    again = {
+        name: compare.figures(compare.pairs([own], [replace(PLAIN, id=name)], len), {})["a part retold"].mean
+        for name, own in told.items()
+    }
+    assert again == {"forked": 1, "list": 1, "apart": 0, "none": 0}
 
 
 def test_prompts_that_are_numbers_stand_in_order() -> None:

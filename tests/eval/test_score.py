@@ -103,7 +103,8 @@ class Even:
 
 
 def test_a_score_knows_whether_the_sequential_answer_is_made_of_parts(tmp_path: Path) -> None:
-    listed = "".join(f"- Number {n} needs a sentence or two of its own, as do all those that stand here.\n" for n in range(3))
+    item = "needs a sentence or two of its own, as do all those that stand in this list"
+    listed = "".join(f"- Number {n} {item}.\n" for n in range(3))
     samples, baseline = answers(tmp_path / "a.jsonl", "gold", of=2), answers(tmp_path / "b.jsonl", listed, of=2)
     score(samples, baseline, tmp_path / "by_baseline.jsonl", Even(), words)
     assert [row.asked for row in scores.read(tmp_path / "by_baseline.jsonl")] == [True, True]

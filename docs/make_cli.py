@@ -16,8 +16,8 @@ from pastalm.cli import app
 TARGET = Path(__file__).with_name("cli.md")
 WIDTH = 100
 HEAD = """\
-The answer goes to stdout, everything else to stderr. An error is one line. Exit codes: 0 for success, 1 for a failure, 2
-for invalid input, 130 for Ctrl-C. An option that would have no effect with the other options is an error.
+The answer goes to stdout, everything else to stderr. An error is one line. Exit codes: 0 for success, 1 for a failure,
+2 for invalid input, 130 for Ctrl-C. An option that would have no effect with the other options is an error.
 
 Files and stdin (`-`) are UTF-8, whatever the locale. If stdout has another encoding (a redirect on Windows,
 `PYTHONIOENCODING`), characters that it lacks are written as Python's escapes, `\\u6f22`, and in JSON as JSON's;

@@ -27,8 +27,8 @@ TARGET = Path(__file__).with_name("models.md")
 HEAD = """\
 # Models
 
-Written by `python docs/make_models.py`, which builds a tiny random model of every architecture. A test compares the list
-with the code.
+Written by `python docs/make_models.py`, which builds a tiny random model of every architecture. A test compares the
+list with the code.
 
 A model is a hub name, a folder saved by transformers, or a GGUF file. From the hub only the files that are needed are
 downloaded: configuration, tokenizer, chat template and safetensors (`pytorch_model*.bin` if there are none), not the
@@ -37,8 +37,8 @@ duplicates in `original/`, `onnx/` or `consolidated*`.
 - **Multimodal** checkpoints (Gemma 3, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA, InternVL, SmolVLM and others)
   are loaded as the causal language model of their text part; only that is trained and saved. If transformers has no
   language model for the text part, an error says so.
-- **Quantised** weights (`quantization_config`: bitsandbytes, GPTQ, AWQ, FP8, …) need their library; an error names it if
-  it is missing. They keep their type: `--dtype` is an error, and an adapter is not merged into them.
+- **Quantised** weights (`quantization_config`: bitsandbytes, GPTQ, AWQ, FP8, …) need their library; an error names it
+  if it is missing. They keep their type: `--dtype` is an error, and an adapter is not merged into them.
 - **Code that comes with a model** runs only with `--trust-remote-code` (`LLM(trust_remote_code=True)`). There is never
   a question on the terminal.
 - **A checkpoint with missing weights** is an error: transformers would initialise them at random.

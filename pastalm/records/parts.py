@@ -18,16 +18,16 @@ _BEGINS = re.compile(r"(?:\(?\d{1,2}[.)]|[-*\u2022]|#{1,6})\s+\S|\*\*[^*\n]{2,80
 def parts(text: str) -> list[str]:
     """The parts of a text in order, without what stands before, between and after its lists and sections. An item ends
     at a blank line after which no item follows; a titled section holds one paragraph at least."""
-    found: list[str] = []
+    ended: list[str] = []
     current: list[str] = []
     for line in text.split("\n"):
         begins = _BEGINS.match(line) is not None
         if current and (begins or (line.strip() and not line[0].isspace() and _ended(current))):
-            found.append("\n".join(current).strip())
+            ended.append("\n".join(current).strip())
             current = []
         if begins or current:
             current.append(line)
-    return [part for part in (*found, "\n".join(current).strip()) if part]
+    return [part for part in (*ended, "\n".join(current).strip()) if part]
 
 
 def _ended(lines: list[str]) -> bool:

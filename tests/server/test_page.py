@@ -517,7 +517,8 @@ def test_the_axis_is_steps_or_seconds(opened: Any) -> None:
     opened.get_by_label("seconds").check(force=True)
     expect(opened.locator("#axis")).to_contain_text("1 s")
     expect(opened.locator("#place")).to_have_text(f"{WHOLE.seconds:.2f} s")
-    assert ends() == pytest.approx([(t.end_time or 0) / WHOLE.seconds * 100 for t in WHOLE.threads.values()], abs=0.1)
+    ended = {event.path: event.time for event in EVENTS if event.kind == "finished"}
+    assert ends() == pytest.approx([ended[path] / WHOLE.seconds * 100 for path in WHOLE.threads], abs=0.1)
 
 
 def test_timeline_and_answer_point_at_each_other(opened: Any) -> None:

@@ -139,6 +139,7 @@ class Driver:
         choice: int = 0,
         seed: int | None = None,
         positions: Policy = "promised",
+        owner: str = "",
         keep_events: bool = True,
     ) -> Response:
         """Starts a response, which decodes from the next step on.
@@ -148,6 +149,7 @@ class Driver:
         choice: number of the answer among those to one prompt; each has noise of its own.
         seed: seed of the noise (None: that of `params`, else a new one).
         positions: position policy, see `layout`.
+        owner: on whose behalf, see `Request`.
         keep_events: False if the events are not read. The transcript is complete either way.
 
         Raises RequestError if the prompt is empty or too long, CapabilityError if the engine cannot do it.
@@ -162,6 +164,8 @@ class Driver:
                 choice=choice,
                 logit_bias=self._bias(params),
                 positions=positions,
+                reference_token_ids=tuple(tuple(self.vocabulary.encode(text)) for text in params.references or ()),
+                owner=owner,
             )
             interpreter = Interpreter(self.vocabulary, params, len(request.prompt_token_ids), self.limits)
             self.engine.add(request)

@@ -23,6 +23,7 @@ Source: PASTA (arXiv 2502.11517), section 4 (interpreter, positions "Pred-10X").
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -59,6 +60,12 @@ class Placed:
     capacity: int
     forced: bool = False
 
+    def same_as(self, guess: Placed) -> bool:
+        """Whether a guess was fed for just this token."""
+        return (self.token, self.place, self.position) == (guess.token, guess.place, guess.position) and (
+            self.sees == guess.sees
+        )
+
     @property
     def row(self) -> Visible:
         """[capacity] bool: the places that it sees, itself included."""
@@ -87,6 +94,11 @@ class Layout:
         self._next: dict[Path, int] = {(): prompt_length}
         self._open: dict[Path, int] = {}
         """Of each thread whose run is not full, the first free place of that run."""
+        self._kept: dict[Path, deque[int]] = {}
+        """Of each thread with guesses, the places that its next tokens take."""
+        self.runs: dict[Path, list[int]] = {(): list(range(-(-prompt_length // page)))}
+        """The runs that each thread has begun, in order: what lies where depends on its own tokens alone, as long as
+        there are fresh ones."""
         self._idle: dict[Path, int] = {}
         """How little a thread would miss its run: 2 one that is finished, 1 one that waits."""
         self._leave_open((), prompt_length)
@@ -106,6 +118,22 @@ class Layout:
         sees = self._sees[path] = self._sees[path] | 1 << place
         self._next[path] = position + 1
         return Placed(path, token, place, position, sees, self.capacity, forced)
+
+    def guess(self, path: Path, tokens: Sequence[int]) -> list[Placed]:
+        """Where the next tokens of thread `path` lie if they are these; fewer where no place is free.
+
+        The thread does not have them yet and nobody sees them. Their places are kept for its next tokens, whatever
+        those are, so that a guess that comes true lies where it was fed.
+        """
+        kept = self._kept.setdefault(path, deque())
+        while len(kept) < len(tokens) and (place := self._fresh(path)) is not None:
+            kept.append(place)
+        placed, sees = list[Placed](), self._sees[path]
+        for position, (token, place) in enumerate(zip(tokens, kept, strict=False), self._next[path]):
+            self.positions[place] = position
+            sees |= 1 << place
+            placed.append(Placed(path, token, place, position, sees, self.capacity))
+        return placed
 
     def join(self, path: Path, children: Sequence[Path]) -> None:
         """From now on thread `path` sees what each of `children` sees."""
@@ -132,19 +160,46 @@ class Layout:
             placed.append(self.decode(path, token, forced=True))
         return placed
 
+    def sees(self, path: Path) -> int:
+        """The places that thread `path` sees now, as bits."""
+        return self._sees[path]
+
+    def next_position(self, path: Path) -> int:
+        """The position of the next token of thread `path`."""
+        return self._next[path]
+
     def visible(self, path: Path) -> Visible:
         """[capacity] bool: the places that thread `path` sees now."""
         return seen_row(self._sees[path], self.capacity)
 
     def _take(self, path: Path) -> int:
-        """A free place: in the thread's own run, in a fresh one, in the rest of another thread's."""
+        """The place of the next token of thread `path`: one kept for it, a fresh one, one that another thread has."""
+        if kept := self._kept.get(path):
+            return kept.popleft()
+        place = self._fresh(path)
+        return self._taken_over(path) if place is None else place
+
+    def _fresh(self, path: Path) -> int | None:
+        """The next place of the thread's own run, or the first of a fresh run. None where there is none left."""
         place = self._open.pop(path, None)
         if place is None:
             place = -(-self.used // self.page) * self.page
-        if place >= self.capacity:
-            if not self._open:
-                raise IndexError(f"all {self.capacity} places are taken")
-            place = self._open.pop(max(self._open, key=lambda other: self._idle.get(other, 0)))
+            if place >= self.capacity:
+                return None
+            self.runs.setdefault(path, []).append(place // self.page)
+        self._leave_open(path, place + 1)
+        self.used = max(self.used, place + 1)
+        return place
+
+    def _taken_over(self, path: Path) -> int:
+        """A place from the thread that would miss it least: the rest of its run, else the last one kept for it."""
+        others = [other for other in self._open.keys() | self._kept.keys() if other in self._open or self._kept[other]]
+        if not others:
+            raise IndexError(f"all {self.capacity} places are taken")
+        other = max(sorted(others), key=lambda other: self._idle.get(other, 0))
+        if other not in self._open:
+            return self._kept[other].pop()
+        place = self._open.pop(other)
         self._leave_open(path, place + 1)
         self.used = max(self.used, place + 1)
         return place

@@ -16,6 +16,11 @@ from typing import Annotated, Any, get_type_hints
 from pastalm.core.layout import Policy
 from pastalm.errors import RequestError, check_text, complaint
 
+DRAFTERS = ("lookup", "siblings", "references", "answers", "jacobi")
+"""Names of the drafters, see `engines/drafts`."""
+AUTOMATIC = ("lookup", "siblings", "references", "answers")
+"""Those of `drafts="auto"`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
@@ -98,6 +103,12 @@ class SamplingParams:
         None
     )
     parallelism: Annotated[float, Parameter(help="Multiplies the odds of forking; 0 turns it off.", ge=0)] = 1.0
+    drafts: Annotated[
+        str, Parameter(help=f"Guesses tokens ahead: auto, off, or some of {','.join(DRAFTERS)}. Never changes the answer.")
+    ] = "auto"
+    references: Annotated[
+        tuple[str, ...] | list[str] | None, Parameter(help="Texts from which the answer may copy; drafts are taken there.")
+    ] = None
 
     def __post_init__(self) -> None:
         bounds = (row.problem(getattr(self, row.name)) for row in parameters().values())
@@ -114,11 +125,19 @@ class SamplingParams:
             yield row.kind is not float or math.isfinite(getattr(self, row.name)), f"{row.name} must be finite"
         yield all(isinstance(stop, str) for stop in self.stop_strings), "stop must be one text or several"
         yield all(self.stop_strings), "a stop string must not be empty"
+        known = self.drafts in ("auto", "off") or set(self.drafts.split(",")) <= set(DRAFTERS)
+        yield known, f"drafts must be auto, off, or some of {','.join(DRAFTERS)}, not {self.drafts!r}"
         yield all(map(math.isfinite, (self.logit_bias or {}).values())), "the values of logit_bias must be finite"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names of the drafters that guess, without those that have nothing to guess from."""
+        names = AUTOMATIC if self.drafts == "auto" else () if self.drafts == "off" else tuple(self.drafts.split(","))
+        return tuple(name for name in names if name != "references" or self.references)
 
     @property
     def greedy(self) -> bool:
@@ -147,6 +166,8 @@ class Request:
     seed and choice with the thread's path and token index give every token its own noise.
     logit_bias: the request's, tags' biases included, added before anything else.
     positions: the policy of layout.py.
+    reference_token_ids: of each text that the answer may copy from.
+    owner: on whose behalf it is; earlier answers serve as drafts for the same owner only.
     """
 
     id: str
@@ -156,3 +177,5 @@ class Request:
     choice: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     positions: Policy = "promised"
+    reference_token_ids: tuple[tuple[int, ...], ...] = ()
+    owner: str = ""

@@ -7,6 +7,7 @@ here knows the language, nor how a cache is laid out.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joine
 from pastalm.core.layout import Layout, Placed
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.base import Capabilities, Schedule
+from pastalm.engines.drafts.budget import Candidate, StepCosts
+from pastalm.engines.drafts.drafting import Drafting
+from pastalm.engines.drafts.response import ResponseDrafts
 from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key
 from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint
@@ -33,6 +37,20 @@ Rows: TypeAlias = Any
 
 
 @dataclass(slots=True, eq=False)
+class FedGuess:
+    """A guess that the last forward pass fed behind a thread's last token.
+
+    placed: where it lies and what it sees.
+    drafter: who guessed it.
+    logits: [vocabulary] of the token behind it, in memory of the last pass.
+    """
+
+    placed: Placed
+    drafter: str
+    logits: Any = None
+
+
+@dataclass(slots=True, eq=False)
 class Thread:
     """A thread as the engine knows it.
 
@@ -40,6 +58,9 @@ class Thread:
     last: place of its last token (-1: none yet).
     count: its tokens so far.
     logits: [vocabulary] of its next token, fed in an earlier step and not sampled yet.
+    guesses: what was fed ahead and may still come true.
+    drafter: who guessed the last token, if the last pass had fed it ahead, so that `logits` are there; else "".
+    drafted: drafters of the guesses that were fed behind its last token.
     seen: [vocabulary] bool, which ids stand in the prompt or in the reader's text that it sees: those that a repetition
     penalty counts. None without a penalty. It is kept up to date, so that a token costs the same at any length.
     """
@@ -51,7 +72,13 @@ class Thread:
     last: int = -1
     count: int = 0
     logits: Any = None
+    guesses: list[FedGuess] = field(default_factory=list)
+    drafter: str = ""
+    drafted: tuple[str, ...] = ()
     seen: Bools | None = None
+
+    def may_sample(self, token: int) -> bool:
+        return self.allowed is None or token in self.allowed
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +91,7 @@ class RequestState:
     pending: tokens that have a place and were not fed yet, in order.
     slot: what the engine gave it.
     cached: how many of the prompt's tokens are in the cache.
+    drafts: guesses at its next tokens (None: it wants none).
     """
 
     request: Request
@@ -77,6 +105,7 @@ class RequestState:
     pending: list[Placed] = field(default_factory=list)
     slot: int = -1
     cached: int = 0
+    drafts: ResponseDrafts | None = None
 
     @property
     def prompt(self) -> Ints:
@@ -121,6 +150,8 @@ class RequestState:
 
 Batch = list[tuple[RequestState, list[Placed]]]
 Fed = tuple[Rows, list[Thread]]
+Chosen = dict[str, set[Path]] | None
+"""The threads that decode in a step, by request (None: all that live)."""
 
 
 def _path(thread: Thread) -> Path:
@@ -134,6 +165,8 @@ def common_prefix(a: Ints, b: Ints) -> int:
     return int(differs[0]) if len(differs) else n
 
 
+COST_PROMPT, COST_ROWS = 256, 32
+"""Tokens of the prompt behind which the cost of passes is measured, and the most rows of one."""
 PREFILL_CHUNK = 512
 """Tokens of a prompt in one pass, where nothing decodes."""
 PREFILL_BUDGET = 64
@@ -162,6 +195,8 @@ class BatchingEngine(ABC):
 
     _page = 1
     """Places that a thread takes at once."""
+    _drafts = True
+    """Whether guesses can be fed: a token whose place nobody sees leaves no trace."""
 
     def __init__(
         self,
@@ -184,6 +219,7 @@ class BatchingEngine(ABC):
         self._chunk, self._budget = prefill_chunk, min(prefill_budget, prefill_chunk)
         self._block = min(prefill_block, prefill_chunk)
         self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
+        self._drafting = Drafting()
         self._waiting: dict[str, RequestState] = {}
         self._running: dict[str, RequestState] = {}
 
@@ -227,12 +263,15 @@ class BatchingEngine(ABC):
     def add(self, request: Request) -> None:
         """Takes a request; it waits while there is no room. Raises RequestError if it can never fit."""
         self._check(request)
+        if self._drafts and request.params.drafters and self._drafting.costs is None and not self._running:
+            self._drafting.costs = self._step_costs()
         n, places = len(request.prompt_token_ids), self._room(request)
         tokens = np.zeros(places, dtype=np.int64)
         tokens[:n] = request.prompt_token_ids
         layout = Layout(n, places, request.positions, page=self._page)
         bias = Bias.of(request.logit_bias)
-        self._waiting[request.id] = RequestState(request, layout, tokens, bias, n)
+        drafts = self._drafting.of(request) if self._drafts else None
+        self._waiting[request.id] = RequestState(request, layout, tokens, bias, n, drafts=drafts)
 
     def apply(self, request_id: str, event: Event) -> None:
         """Updates the request by an event. Raises RequestError if the event cannot follow those before it."""
@@ -258,12 +297,17 @@ class BatchingEngine(ABC):
 
     def step(self) -> list[SampledToken]:
         """Admits the requests that fit, then makes one forward pass over all pending tokens. Raises EngineError if it
-        fails; the tokens stay pending then."""
+        fails; the tokens stay pending then.
+
+        Where guesses came true, their threads sample from the logits that are there, and there is no pass."""
         try:
-            self._admit()
-            self._read()
+            ahead = self._ahead()
+            if not ahead:
+                self._drop_guesses()
+                self._admit()
+                self._read()
             chosen = self._chosen()
-            fed = self._feed(chosen)
+            fed = None if ahead else self._feed(chosen)
         except PastaError:
             raise
         except Exception as error:
@@ -280,7 +324,7 @@ class BatchingEngine(ABC):
         first, *rest = token_ids
         if not rest:
             return []
-        params = SamplingParams(temperature=0, max_tokens=len(rest), logprobs=logprobs, parallelism=0)
+        params = SamplingParams(temperature=0, max_tokens=len(rest), logprobs=logprobs, parallelism=0, drafts="off")
         request = Request(id="score", prompt_token_ids=(first,), params=params)
         self.add(request)
         self.apply(request.id, Forked(path=()))
@@ -315,6 +359,8 @@ class BatchingEngine(ABC):
         state = self._running.pop(request_id, None)
         if state is not None:
             self._leave(state)
+            if state.drafts is not None:
+                state.drafts.close()
 
     # ------------------------------------------------------------------ requests and events
 
@@ -349,6 +395,8 @@ class BatchingEngine(ABC):
             threads[path] = Thread(path, seen=self._seen_at_fork(state, path))
             state.unfinished += 1
             state.wake(threads[path])
+            if state.drafts is not None:
+                state.drafts.begin(path)
         return threads[path]
 
     def _lay(self, state: RequestState, thread: Thread, event: Event) -> None:
@@ -368,10 +416,25 @@ class BatchingEngine(ABC):
         state.count += len(placed)
         for each in placed:
             state.tokens[each.place] = each.token
-        state.pending += placed
+        state.pending += placed[self._confirm(state, thread, placed) :]
         thread.count += len(placed)
         thread.last = placed[-1].place
-        thread.logits = None
+
+    def _confirm(self, state: RequestState, thread: Thread, placed: list[Placed]) -> int:
+        """How many of a thread's new tokens have been fed as guesses. If all, its next logits are there already."""
+        guesses, thread.guesses, thread.logits, thread.drafter = thread.guesses, [], None, ""
+        right = 0
+        while right < min(len(guesses), len(placed)) and placed[right].same_as(guesses[right].placed):
+            right += 1
+        if state.drafts is not None:
+            for each in placed:
+                state.drafts.write(each)
+            if (wrong := guesses[right:]) and right == len(placed) - 1:
+                state.drafts.rejected(thread.path, [self._sampler.likeliest(guess.logits) for guess in wrong])
+        if right == len(placed):
+            last, thread.guesses = guesses[right - 1], guesses[right:]
+            thread.logits, thread.drafter = last.logits, last.drafter
+        return right
 
     def _seen_at_fork(self, state: RequestState, path: Path) -> Bools | None:
         """`Thread.seen` of a thread that begins: what its parent sees now; the main thread's is the prompt."""
@@ -435,7 +498,7 @@ class BatchingEngine(ABC):
         blocks."""
         return min(common_prefix(held, prompt), len(prompt) - 1) // self._block * self._block
 
-    def _chosen(self) -> dict[str, set[Path]] | None:
+    def _chosen(self) -> Chosen:
         """The threads that decode in this step (None: all that live)."""
         if self._schedule is None:
             return None
@@ -449,34 +512,135 @@ class BatchingEngine(ABC):
         """The requests whose prompt is in the cache."""
         return (state for state in self._running.values() if state.prefilled)
 
-    def _feed(self, chosen: dict[str, set[Path]] | None) -> Fed | None:
-        """One forward pass over all due tokens, if there are any. Returns the logits and the threads they belong to:
-        those with no pending token left."""
-        batch = []
+    def _feed(self, chosen: Chosen) -> Fed | None:
+        """One forward pass over all due tokens, if there are any, and guesses behind them. Returns the logits and the
+        threads they belong to: those with no pending token left."""
+        due_of = []
         for state in self._decoding():
             due = state.due(None if chosen is None else chosen.get(state.request.id, set()))
             if fed := self._feedable(state, due):
-                batch.append((state, fed))
-        if not batch:
+                due_of.append((state, fed))
+        if not due_of:
             return None
+        ready = [
+            [state.threads[token.path] for token in due if state.threads[token.path].last == token.place]
+            for state, due in due_of
+        ]
+        guesses = self._guesses(due_of, ready)
+        batch: Batch = []
         keep: list[int] = []
-        ready: list[Thread] = []
+        owners: list[Thread | FedGuess] = []
         n = 0
-        for state, due in batch:
-            for token in due:
-                thread = state.threads[token.path]
-                if thread.last == token.place and not thread.finished:
-                    keep.append(n)
-                    ready.append(thread)
-                n += 1
+        for (state, due), threads in zip(due_of, ready, strict=True):
+            last = {thread.last: thread for thread in threads if not thread.finished}
+            guessed = [guess for thread in last.values() for guess in guesses.get(thread, ())]
+            for i, token in enumerate(due, n):
+                if (thread := last.get(token.place)) is not None:
+                    keep.append(i)
+                    owners.append(thread)
+            keep += range(n + len(due), n + len(due) + len(guessed))
+            owners += guessed
+            batch.append((state, [*due, *(guess.placed for guess in guessed)]))
+            n += len(due) + len(guessed)
         logits = self._forward(batch, keep)
-        for state, due in batch:
+        for state, due in due_of:
             state.fed(due)
-        return logits, ready
+        return self._dealt(logits, owners, guesses)
+
+    def _dealt(self, logits: Rows, owners: list[Thread | FedGuess], guesses: dict[Thread, list[FedGuess]]) -> Fed:
+        """The logits of threads; those behind guesses are left with the guesses."""
+        threads = [owner for owner in owners if isinstance(owner, Thread)]
+        if not guesses:
+            return logits, threads
+        rows = []
+        for owner, row in zip(owners, logits, strict=True):
+            if isinstance(owner, Thread):
+                rows.append(row)
+            else:
+                owner.logits = row
+        for thread, fed in guesses.items():
+            thread.guesses, thread.drafted = fed, tuple(guess.drafter for guess in fed)
+        return self._sampler.stack(rows), threads
+
+    # ------------------------------------------------------------------ drafts
+
+    def _guesses(self, due_of: Batch, ready: list[list[Thread]]) -> dict[Thread, list[FedGuess]]:
+        """What is fed ahead in a pass: the guesses that are worth their rows, in places kept for them."""
+        owners: list[tuple[RequestState, Thread]] = []
+        candidates: list[Candidate] = []
+        for (state, _), threads in zip(due_of, ready, strict=True):
+            if state.drafts is None:
+                continue
+            for thread in threads:
+                if thread.live and (most := self._most_guesses(state, thread)) > 0:
+                    context = state.drafts.context(thread.path, state.layout.sees(thread.path))
+                    owners.append((state, thread))
+                    candidates.append(Candidate(state.drafts, context, most, thread.may_sample))
+        if candidates:
+            self._drafting.choose(candidates, sum(len(due) for _, due in due_of))
+        guesses: dict[Thread, list[FedGuess]] = {}
+        for (state, thread), candidate in zip(owners, candidates, strict=True):
+            placed = state.layout.guess(thread.path, [guess.token for guess in candidate.guesses])
+            if placed:
+                guesses[thread] = [
+                    FedGuess(at, guess.drafter) for at, guess in zip(placed, candidate.guesses, strict=False)
+                ]
+        return guesses
+
+    def _most_guesses(self, state: RequestState, thread: Thread) -> int:
+        """How many guesses a thread can take: what is left of the model's positions, and of the request's tokens."""
+        positions = self.capabilities.max_position or 2**31
+        return min(self._capacity - state.count, positions - state.layout.next_position(thread.path)) - 1
+
+    def _ahead(self) -> bool:
+        """Whether a live thread has logits behind a guess that came true, and may decode now."""
+        if self._schedule is not None:
+            return False
+        return any(thread.drafter for state in self._running.values() for thread in state.live)
+
+    def _drop_guesses(self) -> None:
+        """Forgets guesses before the memory of their logits is written anew; logits that a thread has stay."""
+        for state in self._running.values():
+            if state.drafts is None:
+                continue
+            for thread in state.threads.values():
+                thread.guesses = []
+                if thread.drafter and thread.logits is not None:
+                    thread.logits = self._sampler.copy(thread.logits)
+
+    def _step_costs(self) -> StepCosts:
+        """Measures what passes cost by their rows, on a request of its own."""
+        n = min(COST_PROMPT, self._capacity - 1)
+        params = SamplingParams(temperature=0, drafts="off", max_tokens=self._capacity - n)
+        request = Request(
+            id="costs", prompt_token_ids=(0,) * n, params=params, positions=self.capabilities.positions[-1]
+        )
+        self.add(request)
+        self.apply(request.id, Forked(path=()))
+        state = self._waiting.pop(request.id)
+        if not self._place(state):
+            raise EngineError("no free place to measure costs in: make a request when none runs")
+        try:
+            while not state.prefilled:
+                stop = min(n, (state.cached // self._block + 1) * self._block) if self._block > 1 else n
+                self._prefill(state, stop, False)
+                state.cached = stop
+            most = min(self._capacity - n, COST_ROWS)
+            self._lay(state, state.main, Joined(path=(), forced=(0,) * most))
+            due = state.pending
+
+            def step(rows: int) -> float:
+                begun = time.perf_counter()
+                self._forward([(state, due[:rows])], list(range(rows)))
+                return time.perf_counter() - begun
+
+            return StepCosts.measure(step, most)
+        finally:
+            self._leave(state)
 
     # ------------------------------------------------------------------ sampling
 
-    def _sample(self, chosen: dict[str, set[Path]] | None, fed: Fed | None) -> list[SampledToken]:
+    def _sample(self, chosen: Chosen, fed: Fed | None) -> list[SampledToken]:
         """Samples every live, chosen thread."""
         owners, threads = self._deciding(chosen)
         logits, ready = fed if fed is not None else ((), [])
@@ -497,7 +661,7 @@ class BatchingEngine(ABC):
                     thread.logits = self._sampler.copy(thread.logits)
         return sampled
 
-    def _deciding(self, chosen: dict[str, set[Path]] | None) -> tuple[list[RequestState], list[Thread]]:
+    def _deciding(self, chosen: Chosen) -> tuple[list[RequestState], list[Thread]]:
         """The live, chosen threads by request, then by path, each with the state of its request."""
         owners: list[RequestState] = []
         threads: list[Thread] = []
@@ -516,7 +680,10 @@ class BatchingEngine(ABC):
         if self.on_logits is not None:
             for state, thread, row in zip(owners, threads, logits, strict=True):
                 self.on_logits(state.request.id, thread.path, row)
-        return [_token(r, t, s) for r, t, s in zip(owners, threads, sampled, strict=True)]
+        tokens = [_token(r, t, s) for r, t, s in zip(owners, threads, sampled, strict=True)]
+        for thread in threads:
+            thread.drafter, thread.drafted = "", ()
+        return tokens
 
     @staticmethod
     def _check_waiting(owners: list[RequestState], threads: list[Thread]) -> None:
@@ -544,4 +711,6 @@ def _token(state: RequestState, thread: Thread, sampled: Sampled) -> SampledToke
         token=sampled.token,
         logprob=sampled.logprob,
         top_logprobs=sampled.top_logprobs,
+        drafter=thread.drafter,
+        drafted=thread.drafted,
     )

@@ -43,7 +43,8 @@ class HashingEngine(BatchingEngine):
         self.pieces: list[int] = []
         self._page = page
         self._places = places
-        self._logits = np.zeros((64, SIZE), dtype=np.float32)
+        self._logits = np.zeros((256, SIZE), dtype=np.float32)
+        self._cells: dict[str, NDArray[np.int64]] = {}
         self.forwards = 0
 
     def _room(self, request: Request) -> int:
@@ -51,11 +52,13 @@ class HashingEngine(BatchingEngine):
 
     def _place(self, state: RequestState) -> bool:
         self._logits[:] = np.nan
+        self._cells[state.request.id] = np.full(len(state.tokens), -1)
         return len(self._running) < self.capabilities.max_num_seqs
 
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
         assert state.cached < stop <= len(state.prompt)
         self.pieces.append(stop - state.cached)
+        self._cells[state.request.id][:stop] = state.prompt[:stop]
         return hashed(state.prompt.tolist()) if logits else None
 
     def _leave(self, state: RequestState) -> None:
@@ -64,10 +67,12 @@ class HashingEngine(BatchingEngine):
     def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
         self._logits[:] = np.nan
         self.forwards += 1
-        fed = [(state, token) for state, due in batch for token in due]
+        fed = [(self._cells[state.request.id], token) for state, due in batch for token in due]
+        for cells, token in fed:
+            cells[token.place] = token.token
         for row, i in enumerate(keep):
-            state, token = fed[i]
-            self._logits[row] = hashed(state.tokens[token.row].tolist())
+            cells, token = fed[i]
+            self._logits[row] = hashed(cells[token.row].tolist())
         return self._logits[: len(keep)]
 
     def forget(self) -> None:
@@ -96,7 +101,7 @@ def test_each_thread_is_sampled_from_the_logits_of_what_it_sees(schedule: str, p
 
 
 def request(name: str, *, prompt: int = 5, most: int = 20, penalty: float = 1.0) -> Request:
-    params = SamplingParams(temperature=0, max_tokens=most, repetition_penalty=penalty)
+    params = SamplingParams(temperature=0, max_tokens=most, repetition_penalty=penalty, drafts="off")
     return Request(id=name, prompt_token_ids=tuple(range(1, 1 + prompt)), params=params)
 
 

@@ -141,14 +141,18 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_cache_in_bfloat16_is_near(engine: Callable[..., NativeEngine], kernels: None) -> None:
-    (script,) = random_scripts(3, "promised", 1)
-    play(engine(cache_type="BF16"), [script])
-    assert CLOSE < error(reference("llama"), script) < 0.1
+    """The largest difference of any logit of a response; of five responses that in the middle."""
+    differences = []
+    for seed in range(3, 8):
+        (script,) = random_scripts(seed, "promised", 1)
+        play(engine(cache_type="BF16"), [script])
+        differences.append(error(reference("llama"), script))
+    assert CLOSE < sorted(differences)[2] < 0.1
 
 
 # ------------------------------------------------------------------------------ requests, prompts and the pool
 
-PARAMS = SamplingParams(temperature=0, max_tokens=24)
+PARAMS = SamplingParams(temperature=0, max_tokens=24, drafts="off")
 RANDOM = random.Random(7)
 PROMPT = tuple(RANDOM.randrange(256) for _ in range(70))
 
@@ -258,3 +262,30 @@ def test_what_cannot_be_is_one_line(engine: Callable[..., NativeEngine]) -> None
         running.add(Request(id="a", prompt_token_ids=(1,), params=PARAMS, positions="serial"))
     with pytest.raises(CapabilityError, match="cache_type"):
         engine(cache_type="Q8_0")
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_a_pass_has(
+    kind: WeightType, kernels: None, engine: Callable[..., NativeEngine]
+) -> None:
+    """So neither drafts nor other requests change what is rounded."""
+    running = engine(kind=kind, max_model_len=512, cache_type="F32" if kind == "F32" else "BF16")
+    tokens = np.random.default_rng(3).integers(1, running._size, 400 + 40).tolist()
+
+    def logits(rows: int) -> np.ndarray:
+        params = SamplingParams(temperature=0, max_tokens=50, drafts="off")
+        running.add(Request(id="one", prompt_token_ids=tuple(tokens[:400]), params=params))
+        running.apply("one", Forked(path=()))
+        while not running.step():
+            pass
+        state = running._running["one"]
+        running.apply("one", Decoded(path=(), token=tokens[400], forced=tuple(tokens[401:])))
+        due = state.pending
+        parts = [due[i : i + rows] for i in range(0, len(due), rows)]
+        out = [running._forward([(state, part)], list(range(len(part)))).copy() for part in parts]
+        running.cancel("one")
+        return np.concatenate(out)
+
+    alone = logits(1)
+    for rows in (2, 3, 5, 8, 13, 40):
+        assert np.array_equal(logits(rows), alone), rows

@@ -112,7 +112,7 @@ std::string spoil(Caller &by, Plan &plan, Call &call, const Model &model, const 
   const int tokens = int(plan.ids.size()), token = random.below(tokens), group = random.below(int(plan.groups.size()));
   const int low = random.of({-1, -2, INT_MIN}), huge = random.of({INT_MAX, INT_MAX - 15, 1 << 30});
   pastalm_group &g = plan.groups[size_t(group)];
-  switch (random.below(26)) {
+  switch (random.below(28)) {
     case 0: plan.ids[size_t(token)] = random.once_in(2) ? low : model.weights.config.vocabulary; return "a token's id";
     case 1: plan.positions[size_t(token)] = low; return "a negative position";
     case 2: plan.slots[size_t(token)] = random.once_in(2) ? low : pool.slots; return "a slot outside of the pool";
@@ -146,6 +146,19 @@ std::string spoil(Caller &by, Plan &plan, Call &call, const Model &model, const 
     case 24:
       if (plan.keep.empty()) return call.pool = nullptr, "no pool";
       return call.keep = nullptr, "no kept tokens' array";
+    case 25:
+      plan.order[size_t(group)] = std::vector<int32_t>(size_t(g.pages), random.of({0, -1, huge}));
+      plan.share[size_t(group)] = std::vector<int32_t>(size_t(g.pages), 0);
+      if (g.pages == 1) plan.order[size_t(group)][0] = huge;
+      g.order = plan.order[size_t(group)].data(), g.share = plan.share[size_t(group)].data();
+      return "pages twice or none in the order";
+    case 26:
+      plan.order[size_t(group)].clear();
+      for (int p = 0; p < g.pages; p++) plan.order[size_t(group)].push_back(p);
+      plan.share[size_t(group)] = std::vector<int32_t>(size_t(g.pages), random.of({-1, 1, huge}));
+      g.order = plan.order[size_t(group)].data();
+      g.share = random.once_in(3) ? nullptr : plan.share[size_t(group)].data();
+      return "shares that do not ascend from 0";
     default: g.base = pool.slots; return "a base outside of the pool";
   }
 }

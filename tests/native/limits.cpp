@@ -52,7 +52,7 @@ int main() {
   for (int i = 0; i < tokens; i++) numbers[size_t(i)] = i;
   const int pages = 1;
   std::vector<uint16_t> visible(size_t(tokens * pages), 1);
-  const pastalm_group group{0, tokens, 0, pages, visible.data()};
+  const pastalm_group group{0, tokens, 0, pages, visible.data(), nullptr, nullptr};
   std::vector<float> logits(size_t(weights.config.vocabulary));
   auto step = [&] {
     return pastalm_step(model, pool, tokens, zeros.data(), numbers.data(), numbers.data(), 1, &group, 1, zeros.data(),

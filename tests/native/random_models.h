@@ -157,6 +157,7 @@ struct Weights {
 struct Plan {
   std::vector<int32_t> ids, positions, slots, keep;
   std::vector<std::vector<uint16_t>> visible;
+  std::vector<std::vector<int32_t>> order, share; /* of each group; empty: as the pages lie */
   std::vector<pastalm_group> groups;
 
   Plan(Random &random, const pastalm_config &config, int slots_of_pool, int most) {
@@ -177,7 +178,13 @@ struct Plan {
       const int count = int(ids.size()) - first;
       if (!count) continue;
       visible.push_back(rows(random, count, base, pages, first));
-      groups.push_back({first, count, base * PASTALM_PAGE, pages, nullptr});
+      groups.push_back({first, count, base * PASTALM_PAGE, pages, nullptr, nullptr, nullptr});
+      order.emplace_back(), share.emplace_back();
+      if (random.once_in(3)) continue;
+      for (int p = 0; p < pages; p++) {
+        order.back().push_back(p), share.back().push_back(p ? share.back()[size_t(p) - 1] + random.once_in(3) : 0);
+        std::swap(order.back().back(), order.back()[size_t(random.below(p + 1))]);
+      }
     }
     if (groups.empty()) *this = Plan(random, config, slots_of_pool, most);
     const bool all = random.once_in(3);
@@ -188,7 +195,7 @@ struct Plan {
   Plan(const Plan &other) { *this = other; }
   Plan &operator=(const Plan &other) {
     ids = other.ids, positions = other.positions, slots = other.slots, keep = other.keep;
-    visible = other.visible, groups = other.groups;
+    visible = other.visible, groups = other.groups, order = other.order, share = other.share;
     point();
     return *this;
   }
@@ -200,7 +207,11 @@ struct Plan {
 
  private:
   void point() {
-    for (size_t g = 0; g < groups.size(); g++) groups[g].visible = visible[g].data();
+    for (size_t g = 0; g < groups.size(); g++) {
+      groups[g].visible = visible[g].data();
+      groups[g].order = order[g].empty() ? nullptr : order[g].data();
+      groups[g].share = share[g].empty() ? nullptr : share[g].data();
+    }
   }
 
   /* Rows that share most of what they see; each sees its own slot. */

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +43,14 @@ CAPABILITIES = Capabilities(
 BLOCK = 64
 """Prompt tokens that are read, and remembered, together: as fast as passes of 512, by measurement. With keys and values
 in float32 rounding is too small to decide, and every token that is shared is used again."""
+SHARE = 16
+"""Pages that attention sums up as one task."""
 SPARE = 8
 """Slots of a range that are there for runs not filled, as a share of its tokens: 1 in so many."""
+
+
+Order: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32]]
+"""Pages in the order of summing, and the share to which each belongs."""
 
 
 def unavailable() -> str:
@@ -99,6 +105,7 @@ class NativeEngine(BatchingEngine):
         self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
         self._next: list[NDArray[np.float32] | None] = [None] * max_num_seqs
         self._free = set(range(max_num_seqs))
+        self._orders: dict[str, Order] = {}
 
     def close(self) -> None:
         """Frees the pool and the model; the engine cannot be used any more."""
@@ -152,6 +159,7 @@ class NativeEngine(BatchingEngine):
         if used > kept:
             self._pool.clear(base + kept, used - kept)
         self._free.add(own)
+        self._orders.pop(state.request.id, None)
 
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
         prompt, own = state.prompt, state.slot
@@ -177,20 +185,38 @@ class NativeEngine(BatchingEngine):
             np.array([token.token for token in placed], dtype=np.int32),
             np.array([token.position for token in placed], dtype=np.int32),
             (base + [token.place for token in placed]).astype(np.int32),
-            self._groups([(state.slot, _words(state, due)) for state, due in batch]),
+            self._groups(
+                [(state.slot, _words(state, due)) for state, due in batch], [self._order(state) for state, _ in batch]
+            ),
             np.array(keep, dtype=np.int32),
         )
 
-    def _groups(self, seen: Sequence[tuple[int, NDArray[np.uint8]]]) -> Any:
-        """The requests of a pass for the library, an array of its `Group`: ranges, and what each token sees, as words
-        [tokens, bytes], which it keeps alive."""
+    def _order(self, state: RequestState) -> Order:
+        """The pages of a request in the order in which attention sums over them: thread by thread, a few pages of one
+        thread at a time. So a sum does not depend on when its pages were begun, nor on what other threads do."""
+        name, runs = state.request.id, state.layout.runs
+        order = self._orders.get(name)
+        if order is None or len(order[0]) != sum(map(len, runs.values())):
+            own = [np.array(runs[path], dtype=np.int32) for path in sorted(runs)]
+            begins = np.concatenate([np.arange(len(pages)) % SHARE == 0 for pages in own])
+            order = np.concatenate(own), np.cumsum(begins, dtype=np.int32) - np.int32(1)
+            self._orders[name] = order
+        return order
+
+    def _groups(self, seen: Sequence[tuple[int, NDArray[np.uint8]]], orders: Sequence[Order] = ()) -> Any:
+        """The requests of a pass for the library, an array of its `Group`, which keeps its arrays alive.
+
+        seen: of each request its range, and what each of its tokens sees, as words [tokens, bytes].
+        orders: of each request; none: as the pages lie.
+        """
         groups: Any = (lib.Group * len(seen))()
         first = 0
         for i, (own, words) in enumerate(seen):
             count, size = words.shape
-            groups[i] = lib.Group(first, count, own * self._range, size // 2, words.ctypes.data)
+            addresses = (array.ctypes.data for array in orders[i]) if orders else (None, None)
+            groups[i] = lib.Group(first, count, own * self._range, size // 2, words.ctypes.data, *addresses)
             first += count
-        groups.kept = [words for _, words in seen]
+        groups.kept = seen, orders
         return groups
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pastalm.errors import CapabilityError
 
-ABI = 1
+ABI = 2
 """The version of the interface that this module declares (PASTALM_ABI)."""
 PAGE = 16
 WEIGHT_TYPES = {"Q4_0": 0, "Q8_0": 1, "BF16": 2, "F32": 3, "F16": 4}
@@ -99,7 +99,7 @@ class Config(ctypes.Structure):
 
 
 class Group(ctypes.Structure):
-    """Tokens of one request in a step. `visible` is an address."""
+    """Tokens of one request in a step. `visible`, `order` and `share` are addresses."""
 
     _fields_ = [
         ("first", c_int32),
@@ -107,6 +107,8 @@ class Group(ctypes.Structure):
         ("base", c_int32),
         ("pages", c_int32),
         ("visible", c_void_p),
+        ("order", c_void_p),
+        ("share", c_void_p),
     ]
 
 

@@ -1,6 +1,6 @@
-"""Samples logits that are torch tensors, on the device where they lie: the rules of `sampling.py`.
+"""Samples logits that are torch tensors, on their device, by the rules of `engines/sampling.py`.
 
-On a CPU the rows are handed to `ArraySampler` as they lie. bfloat16 and float16 become float32 first.
+On a CPU the rows are passed to `ArraySampler` without a copy. bfloat16 and float16 become float32 first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pastalm.engines.sampling import ArraySampler, Draw, Sampled
 from pastalm.errors import EngineError
 
 CANDIDATES = 1024
-"""Ids looked at first where rows are truncated: nearly always enough, and sorts far fewer."""
+"""Number of largest logits that are considered first in truncated rows: nearly always enough, and much less to sort."""
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIXERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -27,7 +27,7 @@ _MIXERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     """Gumbel noise, float64 [rows, ids], of keys [rows] and ids [1 or rows, ids], both int64.
 
-    As `sampling.gumbel`; torch's integers are signed, so a logical shift needs a mask.
+    The same as `sampling.gumbel`. torch's integers are signed, so a logical shift needs a mask.
     """
     x = keys[:, None] + (ids + 1) * _GOLDEN
     for shift, mixer in zip((30, 27), _MIXERS, strict=True):
@@ -41,7 +41,7 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 class TensorSampler:
-    """Samples rows of logits over `vocabulary_size` ids, on the device where they lie."""
+    """Samples rows of logits over `vocabulary_size` ids, on their device."""
 
     def __init__(self, vocabulary_size: int) -> None:
         self._size = vocabulary_size
@@ -53,6 +53,9 @@ class TensorSampler:
 
     def copy(self, row: Tensor) -> Tensor:
         return row.clone()
+
+    def likeliest(self, row: Tensor) -> int:
+        return int(row.argmax())
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         raw = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
@@ -70,12 +73,12 @@ class TensorSampler:
         rest = [i for i, d in enumerate(draws) if not d.params.greedy or not _allows(d, tokens[i])]
         if rest:
             rows = shaped[torch.tensor(rest, device=raw.device)]
-            for i, token in zip(rest, self._chosen(rows, [draws[i] for i in rest]), strict=True):
+            for i, token in zip(rest, self._sampled(rows, [draws[i] for i in rest]), strict=True):
                 tokens[i] = token
         return _collected(raw, tokens, draws)
 
-    def _chosen(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-        """A token for each row, within what it is allowed."""
+    def _sampled(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """A token for each row, from its allowed ids."""
         logits = self._masked(logits, draws)
         tokens: list[int] = logits.argmax(-1).tolist()
         hot = [i for i, draw in enumerate(draws) if not draw.params.greedy]
@@ -165,7 +168,7 @@ def _among_all(scaled: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _among_few(scaled: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The few largest suffice nearly always; the rows for which they do not are sorted whole."""
+    """Considers the few largest logits, which nearly always suffice; sorts the other rows whole."""
     tokens, complete = _among_largest(scaled, draws, min(CANDIDATES, scaled.shape[-1]))
     rest = [i for i, whole in enumerate(complete.tolist()) if not whole]
     if rest:
@@ -175,8 +178,8 @@ def _among_few(scaled: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _among_largest(scaled: Tensor, draws: Sequence[Draw], width: int) -> tuple[Tensor, Tensor]:
-    """A token for each row of what top-k, top-p and min-p leave of its `width` largest logits; and whether all that
-    they leave is among those."""
+    """A token for each row, from what top-k, top-p and min-p leave of its `width` largest logits; and whether these
+    include everything that they leave."""
     size = scaled.shape[-1]
     values, ids = _descending(scaled, width)
     likelihood = (values.double() - values[:, :1]).exp()
@@ -193,7 +196,7 @@ def _among_largest(scaled: Tensor, draws: Sequence[Draw], width: int) -> tuple[T
     keep &= (before < share * total) | (share == 1)
     floor = total.new_tensor([d.params.min_p for d in draws]).log()[:, None]
     keep &= values.double() >= values[:, :1].double() + floor
-    # of logits as large as the last, others may have been left out
+    # further logits may be as large as the last one
     complete = ~(keep & (values == values[:, -1:])).any(-1) & ((top <= width) | (top == size))[:, 0]
     scores = (values.double() + gumbel(_keys(draws, scaled), ids)).masked_fill(~keep, -torch.inf)
     return ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0], complete
@@ -202,11 +205,11 @@ def _among_largest(scaled: Tensor, draws: Sequence[Draw], width: int) -> tuple[T
 def _descending(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Each row's largest values and their ids, the largest first; of equal values the smaller id first."""
     if width == values.shape[-1]:
-        found = values.sort(dim=-1, descending=True, stable=True)
-        return found.values, found.indices
+        ordered = values.sort(dim=-1, descending=True, stable=True)
+        return ordered.values, ordered.indices
     ids = values.topk(width, sorted=False).indices.sort(-1).values
-    found = values.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    return found.values, ids.gather(1, found.indices)
+    ordered = values.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return ordered.values, ids.gather(1, ordered.indices)
 
 
 def _keys(draws: Sequence[Draw], beside: Tensor) -> Tensor:
@@ -214,17 +217,17 @@ def _keys(draws: Sequence[Draw], beside: Tensor) -> Tensor:
 
 
 def _collected(raw: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[Sampled]:
-    """The sampled tokens with the log-probabilities that were asked for."""
+    """The sampled tokens, with log-probabilities for the rows that request them."""
     sampled = [Sampled(token) for token in tokens]
-    asked = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
-    if not asked:
+    requested = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
+    if not requested:
         return sampled
-    rows = torch.tensor(asked, device=raw.device)
+    rows = torch.tensor(requested, device=raw.device)
     logprobs = raw[rows].log_softmax(-1)
-    own_ids = torch.tensor([tokens[i] for i in asked], device=raw.device)
+    own_ids = torch.tensor([tokens[i] for i in requested], device=raw.device)
     own = logprobs.gather(1, own_ids[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(max(draws[i].params.logprobs or 0 for i in asked))
-    for i, logprob, top_ids, top in zip(asked, own, ids.tolist(), values.tolist(), strict=True):
+    values, ids = logprobs.topk(max(draws[i].params.logprobs or 0 for i in requested))
+    for i, logprob, top_ids, top in zip(requested, own, ids.tolist(), values.tolist(), strict=True):
         n = draws[i].params.logprobs
         pairs = tuple(zip(top_ids[:n], top[:n], strict=True))
         sampled[i] = Sampled(sampled[i].token, logprob, pairs)

@@ -454,7 +454,9 @@ void merge(const float *partials, int64_t splits, int64_t apart, int64_t head_di
   for (int64_t d = 0; d < head_dim; d += LANES) store(out + d, all(0));
   if (top == -INFINITY) return;
   for (int64_t i = 0; i < splits; i++) {
-    const float *own = partials + i * apart, weight = std::exp(own[0] - top);
+    const float *own = partials + i * apart;
+    if (own[0] == -INFINITY) continue; /* sees nothing of that share: its sums were not written */
+    const float weight = std::exp(own[0] - top);
     total += weight * own[1];
     for (int64_t d = 0; d < head_dim; d += LANES) store(out + d, load(out + d) + load(own + 2 + d) * all(weight));
   }

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define PASTALM_ABI 1
+#define PASTALM_ABI 2
 #define PASTALM_PAGE 16 /* slots whose visibility is one 16-bit word, and that attention reads together */
 
 /* Weight types. Matrices are packed in blocks of 16 outputs, one block after the other, each aligned to 64 bytes.
@@ -81,6 +81,8 @@ typedef struct pastalm_pool pastalm_pool;
 typedef struct {
   int32_t first, count, base, pages; /* base: a multiple of 16 */
   const uint16_t *visible;           /* [count][pages]; bit s of word p: slot base + 16 * p + s */
+  const int32_t *order;              /* [pages] each page once; NULL: as they lie, in shares of 16 */
+  const int32_t *share;              /* [pages] of each in that order, ascending from 0: pages of a share are summed first */
 } pastalm_group;
 
 int32_t pastalm_abi(void);

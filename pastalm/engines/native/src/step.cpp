@@ -116,18 +116,23 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 64; /* rows of gate and up between product and activation */
 
-/* The page at which a share of the pages begins: shares of 16 pages, of 128 where there are very many. They depend on
- * nothing else, so that sums are made in the same order, to the last bit, whatever other rows a pass has. */
-constexpr int64_t SMALL_SHARE = 16, SMALL_SHARES = 64, LARGE_SHARE = 128;
-inline int64_t split_begin(int64_t split) {
-  const int64_t small = std::min(split, SMALL_SHARES);
-  return small * SMALL_SHARE + (split - small) * LARGE_SHARE;
-}
+/* The order in which attention sums over the pages of a request: share by share, then over the shares. It depends on
+ * nothing but the caller's: so a row is the same, to the last bit, whatever other rows a pass has. */
+struct Order {
+  std::vector<int32_t> pages, share;
+
+  explicit Order(const pastalm_group &g) : pages(g.pages), share(g.pages) {
+    for (int32_t i = 0; i < g.pages; i++) {
+      pages[i] = g.order ? g.order[i] : i;
+      share[i] = g.order ? g.share[i] : i / 16;
+    }
+  }
+};
 
 /* What attention computes as one task: query rows (token, head of its group) first .. last - 1 of one request. */
 struct Part {
   int32_t group, first, last;
-  std::vector<int32_t> pages; /* that any of them sees, ascending; for layers without a window, and with each */
+  std::vector<int32_t> pages, share; /* that any of them sees, in order; for layers without a window, and with each */
 };
 
 struct Sight { /* what tokens see in layers of one window */
@@ -166,7 +171,8 @@ struct Step final : Job {
   std::vector<Sight> sights;
   std::vector<int32_t> sight_of; /* of each layer */
   std::vector<Phase> phases = std::vector<Phase>(PHASES * ((size_t)config.layers + 1));
-  int32_t splits = 1;
+  std::vector<Order> orders; /* of each group */
+  int32_t splits = 1;        /* shares of the request that has most */
 
   /* ---------------------------------------------------------- what is seen */
 
@@ -210,12 +216,13 @@ struct Step final : Job {
   void divide(Sight &sight, int32_t g) {
     const int32_t rows = group[g].count * heads_each;
     for (int32_t first = 0; first < rows; first += MOST_ROWS) {
-      Part part{g, first, std::min(first + MOST_ROWS, rows), {}};
+      Part part{g, first, std::min(first + MOST_ROWS, rows), {}, {}};
       const int32_t from = group[g].first + first / heads_each, to = group[g].first + (part.last - 1) / heads_each;
-      for (int32_t p = 0; p < group[g].pages; p++) {
+      for (int32_t i = 0; i < group[g].pages; i++) {
+        const int32_t page = orders[g].pages[i];
         uint16_t any = 0;
-        for (int32_t t = from; t <= to; t++) any |= sight.visible[t][p];
-        if (any) part.pages.push_back(p);
+        for (int32_t t = from; t <= to; t++) any |= sight.visible[t][page];
+        if (any) part.pages.push_back(page), part.share.push_back(orders[g].share[i]);
       }
       sight.parts.push_back(std::move(part));
     }
@@ -285,8 +292,8 @@ struct Step final : Job {
   /* One tile, one key head, one share of the pages. */
   void attend(int32_t layer, const Sight &sight, const Part &part, int32_t head, int64_t split, float *scratch) {
     const pastalm_group &g = group[part.group];
-    const auto from = std::lower_bound(part.pages.begin(), part.pages.end(), split_begin(split));
-    const int64_t count = std::lower_bound(from, part.pages.end(), split_begin(split + 1)) - from;
+    const auto [from, to] = std::equal_range(part.share.begin(), part.share.end(), (int32_t)split);
+    const int64_t count = to - from;
     Tile tile;
     tile.rows = part.last - part.first;
     for (int32_t r = 0; r < tile.rows; r++) {
@@ -297,14 +304,11 @@ struct Step final : Job {
       tile.partials[r] = partial(token, query_head, split);
     }
     if (!count) {
-      for (int32_t r = 0; r < tile.rows; r++) {
-        tile.partials[r][0] = -INFINITY;
-        memset(tile.partials[r] + 1, 0, (1 + head_dim) * sizeof(float));
-      }
+      for (int32_t r = 0; r < tile.rows; r++) tile.partials[r][0] = -INFINITY;
       return;
     }
     const Cache cache{pool.at(layer, 0, head, g.base / PAGE), pool.at(layer, 1, head, g.base / PAGE), head_dim};
-    kernels.attend(pool.type, cache, tile, &*from, count, config.attention_softcap, scratch);
+    kernels.attend(pool.type, cache, tile, part.pages.data() + (from - part.share.begin()), count, config.attention_softcap, scratch);
   }
 
   void run(int thread) override {
@@ -400,11 +404,17 @@ struct Step final : Job {
   void prepare() {
     const size_t n = tokens;
     for (int32_t t = 0; t < tokens; t++) pool.positions[slots[t]] = positions[t];
+    for (int32_t g = 0; g < groups; g++) orders.emplace_back(group[g]);
     sights.reserve(model.layers.size());
     for (const pastalm_layer &layer : model.layers) sight_of.push_back((int32_t)(&seen_within(layer.window) - &sights[0]));
-    int32_t pages = 1;
-    for (int32_t g = 0; g < groups; g++) pages = std::max(pages, group[g].pages);
-    for (splits = 1; split_begin(splits) < pages;) splits++;
+    int64_t most_pages = 1; /* of a share */
+    for (const Order &order : orders) {
+      splits = std::max(splits, order.share.back() + 1);
+      for (auto from = order.share.begin(), to = from; from != order.share.end(); from = to) {
+        to = std::upper_bound(from, order.share.end(), *from);
+        most_pages = std::max<int64_t>(most_pages, to - from);
+      }
+    }
     hidden = model.hidden.of(n, config.hidden);
     attended = model.attended.of(n, queries);
     mlp = model.mlp.of(n, config.intermediate);
@@ -416,7 +426,7 @@ struct Step final : Job {
     for (size_t r = 0; r < model.ropes.size(); r++)
       model.cosines[r].of(n * 2 * model.ropes[r].inverse_frequencies.count);
     for (Buffer<float> &own : model.scratch)
-      own.of(std::max<size_t>(ROWS_AT_ONCE * 2 * GROUP, scratch_of(split_begin(splits) - split_begin(splits - 1), head_dim)));
+      own.of(std::max<size_t>(ROWS_AT_ONCE * 2 * GROUP, scratch_of(most_pages, head_dim)));
   }
 };
 
@@ -471,6 +481,18 @@ bool check_config(const pastalm_config &c) {
          check_matrix("head", c.head, c.vocabulary, c.hidden) && check_vector("norm", c.norm, c.hidden, true);
 }
 
+bool check_order(const pastalm_group &g) {
+  if (!g.order) return true;
+  if (!g.share) return false;
+  std::vector<bool> listed(g.pages);
+  for (int32_t i = 0; i < g.pages; i++) {
+    if (g.order[i] < 0 || g.order[i] >= g.pages || listed[g.order[i]]) return false;
+    listed[g.order[i]] = true;
+    if (g.share[i] < (i ? g.share[i - 1] : 0) || g.share[i] > i) return false;
+  }
+  return true;
+}
+
 bool check_step(const pastalm_model *model, const pastalm_pool *pool, const Step &s) {
   const pastalm_config &c = model->config;
   if (pool->layers != c.layers || pool->kv_heads != c.kv_heads || pool->head_dim != c.head_dim)
@@ -493,6 +515,7 @@ bool check_step(const pastalm_model *model, const pastalm_pool *pool, const Step
     if (own.base < 0 || own.base % PAGE || own.pages < 1 || own.pages > (pool->slots - own.base) / PAGE)
       return fail("group %d reads %d pages from slot %d", g, own.pages, own.base);
     if (!own.visible) return fail("group %d sees nothing", g);
+    if (!check_order(own)) return fail("group %d: order is each page once, and shares ascend from 0", g);
     next += own.count;
   }
   if (next != s.tokens) return fail("the groups have %d of %d tokens", next, s.tokens);

@@ -1,0 +1,72 @@
+"""Earlier answers: what followed the same n-gram in answers that the engine gave before, to the same owner.
+
+Source: as REST (He et al., arXiv 2311.08252), which drafts from a datastore; here the store is what the model itself
+has said lately, so it needs no building, and holds the model's own phrases.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter
+from pastalm.engines.drafts.ngrams import NGrams, vote
+
+OWNERS = 16
+"""Owners whose answers are kept: those seen last."""
+MOST = 150_000
+"""Contexts of one generation of a store, some 40,000 tokens. Two are kept: about 60 MB at most."""
+
+
+class Store:
+    """The n-grams of the last answers to one owner, in two generations: when the newer is full, the older is dropped."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._newer, self._older = NGrams(), NGrams()
+
+    def add(self, context: tuple[int, ...], token: int) -> None:
+        self._newer.add(context, token)
+        if len(self._newer) >= self._most:
+            self._newer, self._older = NGrams(), self._newer
+
+    def guess(self, tail: tuple[int, ...]) -> tuple[int, Evidence] | None:
+        longest = max(
+            (next(ngrams.matches(tail), (0, [])) for ngrams in (self._older, self._newer)), key=lambda match: match[0]
+        )
+        length, known = longest
+        return vote(length, [token for token, _ in known]) if known else None
+
+
+class Stores:
+    """The stores of an engine, by owner."""
+
+    def __init__(self) -> None:
+        self._stores: OrderedDict[str, Store] = OrderedDict()
+
+    def of(self, owner: str) -> Store:
+        store = self._stores.setdefault(owner, Store())
+        self._stores.move_to_end(owner)
+        if len(self._stores) > OWNERS:
+            self._stores.popitem(last=False)
+        return store
+
+
+class Answers(SilentDrafter):
+    """Guesses from the store, and writes the answer into it once it has ended."""
+
+    name = "answers"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._written: list[tuple[tuple[int, ...], int]] = []
+
+    def write(self, context: Context, token: int, place: int) -> None:
+        self._written.append((context.tail, token))
+
+    def guess(self, context: Context) -> tuple[int, Evidence] | None:
+        return self._store.guess(context.tail)
+
+    def close(self) -> None:
+        for tail, token in self._written:
+            self._store.add(tail, token)
+        self._written = []

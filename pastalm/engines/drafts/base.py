@@ -1,0 +1,75 @@
+"""What a drafter is, and what it knows of a response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from pastalm.core.events import Path
+
+Evidence: TypeAlias = tuple[int, int]
+"""How well a guess is founded: the length of the context that matched, and how many continuations of it agree. Guesses
+of one drafter with equal evidence share a hit rate."""
+
+LONGEST = 6
+"""Tokens of the longest context that is matched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Where a guess stands.
+
+    path: the thread.
+    tail: the last tokens that it sees, earlier guesses included, at most `LONGEST`.
+    index: number of tokens of the thread before the guess.
+    sees: bit p says whether the thread sees place p.
+    """
+
+    path: Path
+    tail: tuple[int, ...]
+    index: int
+    sees: int
+
+    def then(self, token: int) -> Context:
+        """Where the next guess stands if this one is `token`."""
+        return Context(self.path, (*self.tail, token)[-LONGEST:], self.index + 1, self.sees)
+
+
+class Drafter(Protocol):
+    """Guesses for one response."""
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self, path: Path) -> None:
+        """A thread begins."""
+
+    def write(self, context: Context, token: int, place: int) -> None:
+        """A thread has a further token, in this place."""
+
+    def rejected(self, context: Context, tokens: Sequence[int]) -> None:
+        """What the model would have sampled at the contexts behind a guess that was wrong: the token at `context`, and
+        those behind it."""
+
+    def guess(self, context: Context) -> tuple[int, Evidence] | None:
+        """The next token of a thread and how well that is founded; None without an idea."""
+
+    def close(self) -> None:
+        """The response has ended."""
+
+
+class SilentDrafter:
+    """A drafter that takes notice of nothing: what others are made of."""
+
+    def begin(self, path: Path) -> None:
+        pass
+
+    def write(self, context: Context, token: int, place: int) -> None:
+        pass
+
+    def rejected(self, context: Context, tokens: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

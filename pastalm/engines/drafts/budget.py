@@ -1,0 +1,101 @@
+"""How many guesses are fed: as many as raise the expected tokens per second.
+
+A guess is worth the probability that it and those before it in its thread come true; a row costs what a pass of one row
+more takes longer, as measured. Guesses of all threads of all requests compete. (Sequoia, arXiv 2402.12374, chooses by
+measured step times likewise; vLLM's adaptive speculation by an acceptance rate.)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from pastalm.engines.drafts.base import Context
+from pastalm.engines.drafts.response import Guess, ResponseDrafts
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Rows of a pass whose cost is measured."""
+ROUNDS = 3
+LEAST = 0.1
+"""Guesses that come true more rarely are not looked at."""
+DEEPEST = 16
+"""Guesses of one thread in a pass."""
+
+
+class StepCosts:
+    """Seconds of a pass by its number of rows: measured ones, interpolated, and never less for more rows."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self._rows = np.array(sorted(seconds), dtype=np.float64)
+        self._seconds = np.maximum.accumulate([seconds[rows] for rows in sorted(seconds)])
+
+    @classmethod
+    def measure(cls, step: Callable[[int], float], most: int = ROWS[-1]) -> StepCosts:
+        """step: makes a pass of so many rows and returns its seconds. Each count is tried a few times, in turn, and the
+        least is taken: what another program took away is left out."""
+        tried = [rows for rows in ROWS if rows <= most]
+        seconds = [[step(rows) for rows in tried] for _ in range(ROUNDS)]
+        return cls(dict(zip(tried, map(min, zip(*seconds, strict=True)), strict=True)))
+
+    @property
+    def most(self) -> int:
+        """Rows of the longest pass that was measured: nothing is known of longer ones."""
+        return int(self._rows[-1])
+
+    def of(self, rows: Sequence[int]) -> np.ndarray:
+        return np.asarray(np.interp(rows, self._rows, self._seconds))
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A thread that may be given guesses.
+
+    drafts: of its response.
+    context: where its next token stands.
+    most: guesses that it can take at most.
+    first: whether a token may be its next one.
+    guesses: those chosen.
+    """
+
+    drafts: ResponseDrafts
+    context: Context
+    most: int
+    first: Callable[[int], bool]
+    guesses: list[Guess] = field(default_factory=list)
+
+
+def choose(candidates: Sequence[Candidate], rows: int, costs: StepCosts) -> None:
+    """Gives the candidates the guesses that are worth their rows in a pass that has `rows` already."""
+    ordered = _by_worth(candidates, costs.most - rows)
+    if not ordered:
+        return
+    expected = len(candidates) + np.cumsum([0.0, *(worth for worth, _, _ in ordered)])
+    rates = expected / costs.of(range(rows, rows + len(ordered) + 1))
+    for _, candidate, guess in ordered[: int(rates.argmax())]:
+        candidate.guesses.append(guess)
+
+
+def _by_worth(candidates: Sequence[Candidate], most: int) -> list[tuple[float, Candidate, Guess]]:
+    """Guesses of all threads, the likeliest first, each behind those it depends on."""
+    order = count()
+    heap: list[tuple[float, int, Candidate, Context, Guess, int]] = []
+
+    def look(candidate: Candidate, context: Context, worth: float, depth: int) -> None:
+        guess = candidate.drafts.best(context) if depth < min(candidate.most, DEEPEST) else None
+        if guess is None or (depth == 0 and not candidate.first(guess.token)):
+            return
+        if (worth := worth * guess.probability) >= LEAST:
+            heapq.heappush(heap, (-worth, next(order), candidate, context, guess, depth))
+
+    for candidate in candidates:
+        look(candidate, candidate.context, 1.0, 0)
+    ordered: list[tuple[float, Candidate, Guess]] = []
+    while heap and len(ordered) < most:
+        negative, _, candidate, context, guess, depth = heapq.heappop(heap)
+        ordered.append((-negative, candidate, guess))
+        look(candidate, context.then(guess.token), -negative, depth + 1)
+    return ordered

@@ -1,0 +1,52 @@
+"""What an engine keeps for drafts: hit rates, earlier answers, and what its passes cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pastalm.core.params import Request
+from pastalm.engines.drafts.answers import Answers, Stores
+from pastalm.engines.drafts.base import Drafter
+from pastalm.engines.drafts.budget import Candidate, StepCosts, choose
+from pastalm.engines.drafts.jacobi import Jacobi
+from pastalm.engines.drafts.lookup import Lookup
+from pastalm.engines.drafts.ngrams import NGrams
+from pastalm.engines.drafts.references import References
+from pastalm.engines.drafts.response import Rates, ResponseDrafts
+from pastalm.engines.drafts.siblings import Siblings
+
+Make = Callable[[Request, NGrams, Stores], Drafter]
+MAKERS: dict[str, Make] = {
+    "lookup": lambda request, written, stores: Lookup(written),
+    "siblings": lambda request, written, stores: Siblings(written),
+    "references": lambda request, written, stores: References(request.reference_token_ids),
+    "answers": lambda request, written, stores: Answers(stores.of(request.owner)),
+    "jacobi": lambda request, written, stores: Jacobi(),
+}
+"""How the drafter of each name is made (`core.params.DRAFTERS`)."""
+
+
+class Drafting:
+    """Makes the drafts of an engine's responses and chooses what is fed.
+
+    costs: seconds of a pass by rows; None until they are measured.
+    """
+
+    def __init__(self) -> None:
+        self.costs: StepCosts | None = None
+        self._rates = Rates()
+        self._stores = Stores()
+
+    def of(self, request: Request) -> ResponseDrafts | None:
+        """The drafts of a response; None where it wants none."""
+        names = request.params.drafters
+        if not names:
+            return None
+        written = NGrams()
+        drafters = [MAKERS[name](request, written, self._stores) for name in names]
+        return ResponseDrafts(request.prompt_token_ids, written, drafters, self._rates)
+
+    def choose(self, candidates: Sequence[Candidate], rows: int) -> None:
+        """Gives each candidate its guesses for a pass that has `rows` without them."""
+        if self.costs is not None:
+            choose(candidates, rows, self.costs)

@@ -1,0 +1,27 @@
+"""References: what followed the same n-gram in texts that the user gives along, from which the answer copies.
+
+Source: LLMA, "Inference with Reference" (Yang et al., arXiv 2304.04487).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter
+from pastalm.engines.drafts.ngrams import NGrams, vote
+
+
+class References(SilentDrafter):
+    """references: token ids of each text."""
+
+    name = "references"
+
+    def __init__(self, references: Sequence[Sequence[int]]) -> None:
+        self._ngrams = NGrams()
+        for tokens in references:
+            self._ngrams.add_all(tokens)
+
+    def guess(self, context: Context) -> tuple[int, Evidence] | None:
+        for length, known in self._ngrams.matches(context.tail):
+            return vote(length, [token for token, _ in known])
+        return None

@@ -1,0 +1,124 @@
+"""The drafters of one response together: the best guess among them, and how often each kind of guess comes true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from pastalm.core.events import Path
+from pastalm.core.layout import Placed
+from pastalm.engines.drafts.base import LONGEST, Context, Drafter, Evidence
+from pastalm.engines.drafts.ngrams import NGrams
+
+PRIOR = 8
+"""Guesses of one kind after which a response's own hit rate weighs as much as the engine's."""
+FADED = 4096
+"""Guesses after which older ones count half."""
+
+
+@dataclass(slots=True)
+class Rates:
+    """Hits and guesses of each kind: of a drafter with some evidence."""
+
+    counts: dict[tuple[str, Evidence], list[float]] = field(default_factory=dict)
+
+    def note(self, drafter: str, evidence: Evidence, hit: bool) -> None:
+        count = self.counts.setdefault((drafter, evidence), [0.0, 0.0])
+        count[0] += hit
+        count[1] += 1
+        if count[1] > FADED:
+            count[0], count[1] = count[0] / 2, count[1] / 2
+
+    def rate(self, drafter: str, evidence: Evidence) -> float:
+        """The hit rate so far, as if a few guesses before had come true as often as one would expect of the length
+        that matched."""
+        hits, guesses = self.counts.get((drafter, evidence), (0.0, 0.0))
+        expected = min(0.1 + 0.1 * evidence[0], 0.6)
+        return (hits + PRIOR * expected) / (guesses + PRIOR)
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A guessed token. probability: that it comes true if those before it do."""
+
+    token: int
+    drafter: str
+    probability: float
+
+
+@dataclass(slots=True)
+class _Shadow:
+    """The first guess of each drafter for the next token of a thread: fed or not, they tell the hit rates."""
+
+    context: Context
+    guesses: list[tuple[str, int, Evidence]]
+
+
+class ResponseDrafts:
+    """The drafters of one response.
+
+    written: n-grams of prompt and answer, as the drafters that copy from them share them.
+    rates: those of the engine; the response's own come on top.
+    """
+
+    def __init__(self, prompt: Sequence[int], written: NGrams, drafters: Sequence[Drafter], rates: Rates) -> None:
+        self._drafters = tuple(drafters)
+        self._written = written
+        self._rates, self._own = rates, Rates()
+        self._contexts = {(): Context((), tuple(prompt[-LONGEST:]), 0, 0)}
+        self._shadows: dict[Path, _Shadow] = {}
+        for i in range(1, len(prompt)):
+            written.add(prompt[max(0, i - LONGEST) : i], prompt[i], i)
+
+    def begin(self, path: Path) -> None:
+        """A thread begins with what its parent has written so far."""
+        if path:
+            self._contexts[path] = replace(self._contexts[path[:-1]], path=path, index=0)
+        for drafter in self._drafters:
+            drafter.begin(path)
+
+    def write(self, placed: Placed) -> None:
+        """A thread has a further token."""
+        context = self._contexts[placed.path]
+        if not placed.forced:
+            self._score(placed.path, placed.token)
+        self._shadows.pop(placed.path, None)
+        self._written.add(context.tail, placed.token, placed.place)
+        for drafter in self._drafters:
+            drafter.write(context, placed.token, placed.place)
+        self._contexts[placed.path] = context.then(placed.token)
+
+    def _score(self, path: Path, token: int) -> None:
+        if (shadow := self._shadows.get(path)) is not None:
+            for drafter, guessed, evidence in shadow.guesses:
+                self._rates.note(drafter, evidence, guessed == token)
+                self._own.note(drafter, evidence, guessed == token)
+
+    def rejected(self, path: Path, tokens: Sequence[int]) -> None:
+        """What the model would have sampled behind a wrong guess for the thread's last token, in order."""
+        for drafter in self._drafters:
+            drafter.rejected(self._contexts[path], tokens)
+
+    def context(self, path: Path, sees: int) -> Context:
+        """Where the next token of a thread stands."""
+        return replace(self._contexts[path], sees=sees)
+
+    def best(self, context: Context) -> Guess | None:
+        """The likeliest guess for the token at a context."""
+        guesses = [(d.name, *guess) for d in self._drafters if (guess := d.guess(context)) is not None]
+        if context.index == self._contexts[context.path].index:
+            self._shadows[context.path] = _Shadow(context, guesses)
+        if not guesses:
+            return None
+        rated = [(self._rate(name, evidence), name, token) for name, token, evidence in guesses]
+        probability, name, token = max(rated, key=lambda guess: guess[0])
+        return Guess(token, name, probability)
+
+    def _rate(self, drafter: str, evidence: Evidence) -> float:
+        hits, guesses = self._own.counts.get((drafter, evidence), (0.0, 0.0))
+        return (hits + PRIOR * self._rates.rate(drafter, evidence)) / (guesses + PRIOR)
+
+    def close(self) -> None:
+        """The response has ended."""
+        for drafter in self._drafters:
+            drafter.close()

@@ -334,7 +334,7 @@ class OpenAIEngine:
     # ------------------------------------------------------------------ failures
 
     def _failed(self, response: _Response, thread: _Thread, end: CompletionEnd) -> SampledToken | None:
-        """Handles a failed completion: it is requested again, now or when the thread is alone, or the thread is lost."""
+        """Handles a failed completion: requests it again, now or when the thread is alone, or loses the thread."""
         if end.fatal:
             raise RemoteError(end.why)
         thread.failures += 1

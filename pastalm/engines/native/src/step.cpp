@@ -323,8 +323,12 @@ struct Step final : Job {
       const pastalm_layer &layer = model.layers[l];
       const Sight &sight = sights[sight_of[l]];
       multiply(phase++, layer.qkv, hidden, n, qkv, qkv_width, false, &layer.qkv_bias);
-      each_one(phase++, n * config.kv_heads,
-               [&](int64_t i) { place(l, i / config.kv_heads, (int32_t)(i % config.kv_heads)); });
+      /* Tokens of one thread lie side by side in a page: one worker writes them, so that no cache line goes to and fro. */
+      const int64_t parts = (n + PAGE - 1) / PAGE;
+      each_one(phase++, config.kv_heads * parts, [&](int64_t i) {
+        const int64_t first = i % parts * PAGE, end = std::min<int64_t>(first + PAGE, n);
+        for (int64_t t = first; t < end; t++) place(l, t, (int32_t)(i / parts));
+      });
       each_one(phase++, (int64_t)sight.parts.size() * config.kv_heads * splits, [&](int64_t i) {
         const int64_t part = i / (config.kv_heads * splits), rest = i % (config.kv_heads * splits);
         attend(l, sight, sight.parts[part], (int32_t)(rest / splits), rest % splits, model.scratch[thread].data);

@@ -75,7 +75,7 @@ def annotations(model: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ["gemma-7b-it", "claude-2", "alpaca-7b", "vicuna-7b-v1.5"])
 def test_published_win_rates_are_reproduced(name: str, published: dict[str, Any], gamed: Path) -> None:
     model = published["models"][name]
-    found = alpaca.win_rate(annotations(model), asked=805, gamed=gamed)
+    found = alpaca.win_rate(annotations(model), pairs=805, gamed=gamed)
     assert found.form == "length_controlled_v1"
     assert (found.n, found.missing) == (805, 0)
     assert found.win_rate == pytest.approx(model["published_win_rate"], abs=0.001)
@@ -89,7 +89,7 @@ def test_a_subset_is_controlled_without_difficulties_and_says_so(published: dict
     liked = 1 + 1 / (1 + np.exp(2 * np.tanh(deltas / deltas.std())))
     rows = annotations({"preference": liked.tolist(), "len_baseline_minus_model": (deltas - 0).tolist()})
     longer = [row for row, delta in zip(rows, deltas, strict=True) if delta < 300]
-    found = alpaca.win_rate(longer, asked=200)
+    found = alpaca.win_rate(longer, pairs=200)
     assert found.form == "length_controlled_minimal"
     assert found.missing == 200 - len(longer) > 0
     assert found.win_rate > 55
@@ -98,10 +98,10 @@ def test_a_subset_is_controlled_without_difficulties_and_says_so(published: dict
 
 def test_equal_lengths_need_no_control_and_no_verdict_is_an_error() -> None:
     rows = annotations({"preference": [2.0, 1.0, 2.0, 2.0], "len_baseline_minus_model": [5] * 4})
-    found = alpaca.win_rate(rows, asked=4)
+    found = alpaca.win_rate(rows, pairs=4)
     assert (found.win_rate, found.length_controlled) == (75, None)
     with pytest.raises(DataError, match="no verdict of a judge"):
-        alpaca.win_rate([], asked=3)
+        alpaca.win_rate([], pairs=3)
 
 
 def test_outputs_have_the_benchmarks_form(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_equal_lengths_need_no_control_and_no_verdict_is_an_error() -> None:
     rows = annotations({"preference": [2.0, 1.0, 2.0, 2.0], "len_baseline_minus_model": [5] * 4})
     found = alpaca.win_rate(rows, pairs=4)
     assert (found.win_rate, found.length_controlled) == (75, None)
-    with pytest.raises(DataError, match="no verdict of a judge"):
+    with pytest.raises(DataError, match="no verdicts of a judge"):
         alpaca.win_rate([], pairs=3)
 
 

@@ -16,10 +16,8 @@ from typing import Annotated, Any, get_type_hints
 from pastalm.core.layout import Policy
 from pastalm.errors import RequestError, check_text, complaint
 
-DRAFTERS = ("lookup", "siblings", "references", "answers", "jacobi")
+DRAFTERS = ("lookup", "siblings", "references", "answers")
 """Names of the drafters, see `engines/drafts`."""
-AUTOMATIC = ("lookup", "siblings", "references", "answers")
-"""Those of `drafts="auto"`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +102,12 @@ class SamplingParams:
     )
     parallelism: Annotated[float, Parameter(help="Multiplies the odds of forking; 0 turns it off.", ge=0)] = 1.0
     drafts: Annotated[
-        str, Parameter(help=f"Guesses tokens ahead: auto, off, or some of {','.join(DRAFTERS)}. Never changes the answer.")
+        str,
+        Parameter(help=f"Guesses tokens ahead: auto, off, or some of {','.join(DRAFTERS)}. Never changes the answer."),
     ] = "auto"
     references: Annotated[
-        tuple[str, ...] | list[str] | None, Parameter(help="Texts from which the answer may copy; drafts are taken there.")
+        tuple[str, ...] | list[str] | None,
+        Parameter(help="Texts from which the answer may copy; drafts are taken there."),
     ] = None
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class SamplingParams:
     @property
     def drafters(self) -> tuple[str, ...]:
         """Names of the drafters that guess, without those that have nothing to guess from."""
-        names = AUTOMATIC if self.drafts == "auto" else () if self.drafts == "off" else tuple(self.drafts.split(","))
+        names = DRAFTERS if self.drafts == "auto" else () if self.drafts == "off" else tuple(self.drafts.split(","))
         return tuple(name for name in names if name != "references" or self.references)
 
     @property

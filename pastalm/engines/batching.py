@@ -429,8 +429,6 @@ class BatchingEngine(ABC):
         if state.drafts is not None:
             for each in placed:
                 state.drafts.write(each)
-            if (wrong := guesses[right:]) and right == len(placed) - 1:
-                state.drafts.rejected(thread.path, [self._sampler.likeliest(guess.logits) for guess in wrong])
         if right == len(placed):
             last, thread.guesses = guesses[right - 1], guesses[right:]
             thread.logits, thread.drafter = last.logits, last.drafter

@@ -105,9 +105,6 @@ class Sampler(Protocol):
     def copy(self, row: Any) -> Any:
         """A row that stays as it is when its memory is written anew."""
 
-    def likeliest(self, row: Any) -> int:
-        """The id with the largest logit."""
-
 
 def noise_key(seed: int, choice: int, path: Path, index: int) -> int:
     """A stable signed 64-bit key for token `index` of thread `path`."""
@@ -148,9 +145,6 @@ class ArraySampler:
 
     def copy(self, row: LogitRow) -> LogitRow:
         return row.copy()
-
-    def likeliest(self, row: LogitRow) -> int:
-        return int(row.argmax())
 
     def __call__(self, logits: Sequence[LogitRow], draws: Sequence[Draw]) -> list[Sampled]:
         tokens = [-1] * len(draws)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -12,7 +11,7 @@ Evidence: TypeAlias = tuple[int, int]
 """How well a guess is founded: the length of the context that matched, and how many continuations of it agree. Guesses
 of one drafter with equal evidence share a hit rate."""
 
-LONGEST = 6
+LONGEST = 4
 """Tokens of the longest context that is matched."""
 
 
@@ -48,10 +47,6 @@ class Drafter(Protocol):
     def write(self, context: Context, token: int, place: int) -> None:
         """A thread has a further token, in this place."""
 
-    def rejected(self, context: Context, tokens: Sequence[int]) -> None:
-        """What the model would have sampled at the contexts behind a guess that was wrong: the token at `context`, and
-        those behind it."""
-
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
         """The next token of a thread and how well that is founded; None without an idea."""
 
@@ -66,9 +61,6 @@ class SilentDrafter:
         pass
 
     def write(self, context: Context, token: int, place: int) -> None:
-        pass
-
-    def rejected(self, context: Context, tokens: Sequence[int]) -> None:
         pass
 
     def close(self) -> None:

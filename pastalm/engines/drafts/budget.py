@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from statistics import median
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from pastalm.engines.drafts.response import Guess, ResponseDrafts
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a pass whose cost is measured."""
 ROUNDS = 3
+DEAR = 3
+"""Passes that take so many times as long as one row's are long enough: longer ones are not measured, nor made."""
 LEAST = 0.1
 """Guesses that come true more rarely are not looked at."""
 DEEPEST = 16
@@ -35,11 +38,18 @@ class StepCosts:
 
     @classmethod
     def measure(cls, step: Callable[[int], float], most: int = ROWS[-1]) -> StepCosts:
-        """step: makes a pass of so many rows and returns its seconds. Each count is tried a few times, in turn, and the
-        least is taken: what another program took away is left out."""
-        tried = [rows for rows in ROWS if rows <= most]
-        seconds = [[step(rows) for rows in tried] for _ in range(ROUNDS)]
-        return cls(dict(zip(tried, map(min, zip(*seconds, strict=True)), strict=True)))
+        """step: makes a pass of so many rows and returns its seconds. Each number of rows is tried a few times, in
+        turn, so that what else the processor does meets all alike; the median counts."""
+        step(1)
+        tried: dict[int, list[float]] = {}
+        for rows in (rows for rows in ROWS if rows <= most):
+            tried[rows] = [step(rows)]
+            if tried[rows][0] > DEAR * tried[1][0]:
+                break
+        for _ in range(ROUNDS - 1):
+            for rows, seconds in tried.items():
+                seconds.append(step(rows))
+        return cls({rows: median(seconds) for rows, seconds in tried.items()})
 
     @property
     def most(self) -> int:

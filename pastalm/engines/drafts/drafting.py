@@ -8,7 +8,6 @@ from pastalm.core.params import Request
 from pastalm.engines.drafts.answers import Answers, Stores
 from pastalm.engines.drafts.base import Drafter
 from pastalm.engines.drafts.budget import Candidate, StepCosts, choose
-from pastalm.engines.drafts.jacobi import Jacobi
 from pastalm.engines.drafts.lookup import Lookup
 from pastalm.engines.drafts.ngrams import NGrams
 from pastalm.engines.drafts.references import References
@@ -21,7 +20,6 @@ MAKERS: dict[str, Make] = {
     "siblings": lambda request, written, stores: Siblings(written),
     "references": lambda request, written, stores: References(request.reference_token_ids),
     "answers": lambda request, written, stores: Answers(stores.of(request.owner)),
-    "jacobi": lambda request, written, stores: Jacobi(),
 }
 """How the drafter of each name is made (`core.params.DRAFTERS`)."""
 

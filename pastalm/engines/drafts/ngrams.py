@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from pastalm.engines.drafts.base import LONGEST, Evidence
 
-SHORTEST = 2
+SHORTEST = 1
 """Tokens of the shortest context that is matched."""
 RECENT = 4
 """Continuations that are kept of each context: the last."""
@@ -33,7 +33,7 @@ class NGrams:
 
     def add_all(self, tokens: Sequence[int]) -> None:
         """Notes a whole sequence."""
-        for i in range(SHORTEST, len(tokens)):
+        for i in range(1, len(tokens)):
             self.add(tokens[max(0, i - LONGEST) : i], tokens[i])
 
     def matches(self, tail: tuple[int, ...]) -> Iterator[tuple[int, list[tuple[int, int]]]]:

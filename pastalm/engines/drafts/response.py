@@ -65,7 +65,7 @@ class ResponseDrafts:
         self._drafters = tuple(drafters)
         self._written = written
         self._rates, self._own = rates, Rates()
-        self._contexts = {(): Context((), tuple(prompt[-LONGEST:]), 0, 0)}
+        self._contexts: dict[Path, Context] = {(): Context((), tuple(prompt[-LONGEST:]), 0, 0)}
         self._shadows: dict[Path, _Shadow] = {}
         for i in range(1, len(prompt)):
             written.add(prompt[max(0, i - LONGEST) : i], prompt[i], i)
@@ -93,11 +93,6 @@ class ResponseDrafts:
             for drafter, guessed, evidence in shadow.guesses:
                 self._rates.note(drafter, evidence, guessed == token)
                 self._own.note(drafter, evidence, guessed == token)
-
-    def rejected(self, path: Path, tokens: Sequence[int]) -> None:
-        """What the model would have sampled behind a wrong guess for the thread's last token, in order."""
-        for drafter in self._drafters:
-            drafter.rejected(self._contexts[path], tokens)
 
     def context(self, path: Path, sees: int) -> Context:
         """Where the next token of a thread stands."""

@@ -54,9 +54,6 @@ class TensorSampler:
     def copy(self, row: Tensor) -> Tensor:
         return row.clone()
 
-    def likeliest(self, row: Tensor) -> int:
-        return int(row.argmax())
-
     def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         raw = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         if raw.device.type == "cpu":

@@ -6,7 +6,8 @@ the ids it may sample next (None: any). This is how grammar, budgets and forced 
 nothing about the language. A token of a thread stands either as the `token` of one `Decoded` or in the `forced` of one
 event, never in both.
 
-The driver stamps `step` (forward passes done so far) and `time` (seconds since the request began).
+The driver stamps `step` (rounds of sampling so far; each needs a forward pass, but where guesses came true) and `time`
+(seconds since the request began).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -49,6 +50,8 @@ class Transcript:
     """One response, built up from its events. Never raises on the events of one interpreter.
 
     threads: by path, in the order in which they began. critical_path, tokens, steps, seconds: so far.
+    passes: forward passes that the sampled tokens needed. drafted, accepted: guessed tokens by drafter, those that were
+    fed and those that came true and saved their thread a pass.
     cut: the answer ends before this character, where a stop string begins (None: no stop string cuts it).
     """
 
@@ -57,6 +60,10 @@ class Transcript:
         self.critical_path = 0
         self.tokens = 0
         self.steps = 0
+        self.passes = 0
+        self.drafted: Counter[str] = Counter()
+        self.accepted: Counter[str] = Counter()
+        self._last_pass = 0
         self.seconds = 0.0
         self.cut: int | None = None
         self._unfinished = 0
@@ -73,6 +80,12 @@ class Transcript:
         count = len(event.forced)
         if isinstance(event, Decoded):
             count += 1
+            if event.drafter:
+                self.accepted[event.drafter] += 1
+            elif event.step != self._last_pass:
+                self.passes, self._last_pass = self.passes + 1, event.step
+            if event.drafted:
+                self.drafted.update(event.drafted)
         elif isinstance(event, Blocked):
             thread.state = "waiting"
         elif isinstance(event, Joined):

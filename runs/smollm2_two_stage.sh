@@ -5,17 +5,20 @@
 #     runs/smollm2_two_stage.sh ANSWERS.jsonl EVAL.jsonl
 #
 # ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
-# On a GPU: DEVICE=cuda SEQS=96 BATCH_TOKENS=4096, and larger budgets.
+# On a GPU: DEVICE=cuda SEQS=96 BATCH_TOKENS=4096, and larger budgets. On a CPU the native engine samples, with the weights and
+# positions that ship, so that stage 2 learns with what they do to an answer. LABELS: {id, label} a line, for pasta eval.
 set -euo pipefail
 answers=$(realpath "$1") eval=$(realpath "$2")
 here=$(realpath "$(dirname "$0")")
 pasta=$(realpath "${PASTA:-$here/../.venv/bin/pasta}")
 python=$(dirname "$pasta")/python
-device=${DEVICE:-cpu} seqs=${SEQS:-64} batch_tokens=${BATCH_TOKENS:-2048} length=${LENGTH:-matched}
+device=${DEVICE:-cpu} seqs=${SEQS:-64} batch_tokens=${BATCH_TOKENS:-2048} length=${LENGTH:-smaller}
+if [ "$device" = cpu ]; then engine=${ENGINE:-native}; else engine=${ENGINE:-transformers}; fi
+plain=${PLAIN:-0.45} cut=${CUT:-0} end_weight=${END_WEIGHT:-1}
 arm_tokens=${ARM_TOKENS:-200000}
 stage1_tokens=${STAGE1_TOKENS:-600000} unlearn_tokens=${UNLEARN_TOKENS:-100000}
 own_prompts=${OWN_PROMPTS:-1800} own_epochs=${OWN_EPOCHS:-2} n=${N:-10} round_prompts=${ROUND_PROMPTS:-300}
-after_n=${AFTER_N:-2} lambdas=${LAMBDAS:-"1 2 4 8 inf"} rounds=${ROUNDS:-1}
+after_n=${AFTER_N:-2} lambdas=${LAMBDAS:-"1 2 4 inf"} rounds=${ROUNDS:-2}
 mkdir -p "${OUT:-$here/out/two_stage}" && cd "${OUT:-$here/out/two_stage}"
 
 whole() { # whole FILE COMMAND...: a file that is there only once it is whole
@@ -26,7 +29,7 @@ train() { # train KIND OUT ARGUMENTS...
   local kind=$1 out=$2; shift 2
   [ -s "$out/adapter/README.md" ] || "$pasta" train "$kind" "$@" --out "$out" --device "$device"
 }
-sample() { "$pasta" sample "$@" --engine transformers --max-num-seqs "$seqs" --device "$device"; }
+sample() { "$pasta" sample "$@" --engine "$engine" --max-num-seqs "$seqs" --device "$device"; }
 
 # 1. prompts: of our own making, and those of rows under Apache-2.0; the model's own answers to them
 whole prompts_own.jsonl "$python" "$here/prompts.py" "$own_prompts"
@@ -70,38 +73,39 @@ finetune() { # finetune NAME DATA PROMPTS FORKING ARGUMENTS...
   train sft "${name}_first" "$data" --token-budget "$stage1_tokens" --batch-tokens "$batch_tokens" --seed 5 "$@"
   unlearn "$name" "$data" "$prompts" "$forking" "${name}_first" "$@"
 }
-finetune baseline given.jsonl prompts_loops.jsonl no --untagged
-finetune stage1 given.jsonl prompts_loops.jsonl yes
+finetune baseline given.jsonl prompts_loops.jsonl no --plain "$plain" --untagged
+finetune stage1 given.jsonl prompts_loops.jsonl yes --plain "$plain" --cut "$cut" --end-weight "$end_weight"
 finetune stage1_own own.jsonl prompts_loops_own.jsonl yes --epochs "$own_epochs"
 unlearn pasta_small arms.jsonl prompts_loops.jsonl no arm_given
 unlearn apar_small apar.jsonl prompts_loops.jsonl no arm_apar
 
-# 4. stage 2, round after round: sample N answers to each prompt, score, prefer best to worst
-whole prompts_round.jsonl "$python" "$here/rows.py" "$answers" --draw "$round_prompts" --seed 9
-sample prompts_round.jsonl baseline_round.jsonl --adapter baseline/adapter --sequential --max-tokens 512
+# 4. stage 2, round after round: sample N answers to each of some new prompts, score, prefer best to worst. The given
+# answers say which prompts ask for a list
+whole prompts_rounds.jsonl "$python" "$here/rows.py" "$answers" --draw "$((rounds * round_prompts))" --seed 9
+draw() { # draw ADAPTER N SEED SAMPLES: answers to the round's prompts, scored
+  sample "prompts_round$round.jsonl" "$4.jsonl" --adapter "$1/adapter" --n "$2" --temperature 0.8 --top-p 0.95 \
+    --max-tokens 512 --seed "$3"
+  "$pasta" score "$4.jsonl" "$4.pmi.jsonl" --baseline "baseline_round$round.jsonl" --references "$answers" \
+    --adapter baseline/adapter --device "$device" ${sigma:+--sigma "$sigma"} > "$4.pmi.json"
+}
 sigma=
 for ((round = 1; round <= rounds; round++)); do
+  whole "prompts_round$round.jsonl" sed -n "$(((round - 1) * round_prompts + 1)),$((round * round_prompts))p" prompts_rounds.jsonl
+  sample "prompts_round$round.jsonl" "baseline_round$round.jsonl" --adapter baseline/adapter --sequential --max-tokens 512
   for lambda in $lambdas; do
     start=stage1
     [ "$round" = 1 ] || start="lambda${lambda}_round$((round - 1))"
-    drawn="samples_$start"
-    sample prompts_round.jsonl "$drawn.jsonl" --adapter "$start/adapter" --n "$n" --temperature 0.8 --top-p 0.95 \
-      --max-tokens 512 --seed 3
-    "$pasta" score "$drawn.jsonl" "$drawn.pmi.jsonl" --baseline baseline_round.jsonl \
-      --adapter baseline/adapter --device "$device" ${sigma:+--sigma "$sigma"} > "$drawn.pmi.json"
-    sigma=${sigma:-$("$python" -c 'import json,sys; print(json.load(open(sys.argv[1]))["sigma"])' "$drawn.pmi.json")}
-    train prefer "lambda${lambda}_round$round" "$drawn.pmi.jsonl" --start "$start/adapter" \
+    draw "$start" "$n" 3 "samples_$start"
+    sigma=${sigma:-$("$python" -c 'import json,sys; print(json.load(open(sys.argv[1]))["sigma"])' "samples_$start.pmi.json")}
+    train prefer "lambda${lambda}_round$round" "samples_$start.pmi.jsonl" --start "$start/adapter" \
       --lambda "$lambda" --length "$length" --sigma "$sigma"
   done
 done
 
 # ... and what the last round's adapters answer to the same prompts
+round=$rounds
 for lambda in $lambdas; do
-  last="lambda${lambda}_round$rounds"
-  sample prompts_round.jsonl "samples_$last.jsonl" --adapter "$last/adapter" --n "$after_n" --temperature 0.8 --top-p 0.95 \
-    --max-tokens 512 --seed 4
-  "$pasta" score "samples_$last.jsonl" "samples_$last.pmi.jsonl" --baseline baseline_round.jsonl \
-    --adapter baseline/adapter --device "$device" --sigma "$sigma" > "samples_$last.pmi.json"
+  draw "lambda${lambda}_round$rounds" "$after_n" 4 "samples_lambda${lambda}_round$rounds"
 done
 
 # 5. the table: greedy answers to the evaluation's prompts
@@ -112,4 +116,5 @@ done
 # `serial` wants a server; but for what follows a sync, `overlap` is the same
 systems+=("arm_overlap=arm_overlap/adapter:overlap" "arm_serial=arm_serial/adapter:overlap")
 "$pasta" eval "${systems[@]}" --prompts "$eval" --baseline baseline/adapter --scorer pmi --scorer reference \
-  --sigma "pmi=$sigma" --against stage1 --requests "$seqs" --no-matched --max-tokens 768 --public --device "$device" --out eval
+  --sigma "pmi=$sigma" --against stage1 --requests "$seqs" --no-matched --max-tokens 768 --public --device "$device" \
+  --length "$length" ${LABELS:+--labels "$LABELS"} --out eval

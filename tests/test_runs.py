@@ -112,6 +112,10 @@ def test_a_whole_run_makes_every_adapter_and_the_table(whole: Path) -> None:
     assert "--start lambdainf_round1/adapter" in found["lambdainf_round2/adapter/README.md"]
     assert "--sigma 7.5" in found["lambda1_round2/adapter/README.md"]
     assert "--untagged" in found["baseline/adapter/README.md"]
+    first, second = ({json.loads(row)["id"] for row in found[f"prompts_round{n}.jsonl"].splitlines()} for n in (1, 2))
+    assert len(first) == len(second) == 4 and not first & second, "each round has prompts of its own"
+    assert "--references" in found["samples_stage1.pmi.jsonl"]
+    assert "--sigma 7.5" in found["samples_lambda1_round1.pmi.jsonl"]
     table = found["eval/table.md"]
     assert all(f"{name}={name}/adapter" in table for name in rounds | {"stage1", "stage1_own"})
     trained = (whole / "calls").read_text().count("train")

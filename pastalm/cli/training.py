@@ -71,6 +71,10 @@ class MixOptions:
     ] = True
     syncs: Annotated[bool, typer.Option("--syncs/--no-syncs", help="Ablation: chunks are never read.")] = True
 
+    cut: Annotated[float, typer.Option(help="Share of chunks that end at one of their sentences, drawn at random.")] = (
+        0.0
+    )
+
     def mix(self, seed: int) -> Mix:
         """Raises RequestError."""
         from pastalm.train.dataset import Mix, check_lengths
@@ -85,6 +89,7 @@ class MixOptions:
             lengths=check_lengths(self.lengths),
             topics=self.topics,
             syncs=self.syncs,
+            cut=self.cut,
             seed=seed,
         )
 
@@ -103,6 +108,7 @@ def sft(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 2048,
     tag_weight: Annotated[float, typer.Option(help="Loss weight of decisions.")] = 2.0,
+    end_weight: Annotated[float, typer.Option(help="Loss weight of what follows the end of a sentence.")] = 1.0,
     lora_rank: int = 16,
 ) -> None:
     """Stage 1: finetune a model (LoRA and six tag tokens) on annotated answers."""
@@ -124,6 +130,7 @@ def sft(
         repeats=repeats,
         batch_tokens=batch_tokens,
         tag_weight=tag_weight,
+        end_weight=end_weight,
         lora_rank=lora_rank,
         **vars(options),
     )

@@ -21,7 +21,7 @@ import torch
 
 from pastalm.core.events import Event
 from pastalm.core.events import Path as ThreadPath
-from pastalm.core.language import Promise, Sync, Text
+from pastalm.core.language import Promise, Sync, Text, round_length
 from pastalm.core.layout import Policy
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
@@ -45,6 +45,8 @@ class Mix:
     under the marker. positions: weight of each policy for rows with chunks. untagged: the same rows, all
     without tags and marker (Baseline-SFT). lengths, topics, syncs: the paper's ablations (section 6): what a
     promise says of its chunk's length, whether it says what the chunk is about, whether chunks are ever read.
+    cut: share of chunks of several sentences that end at one of these, drawn at random, so that nothing but the promise
+    tells where a chunk ends. The numbers of their promises are not in the loss.
     """
 
     token_budget: int = 800_000
@@ -57,6 +59,7 @@ class Mix:
     lengths: Lengths = "tens"
     topics: bool = True
     syncs: bool = True
+    cut: float = 0.0
     seed: int = 0
 
 
@@ -84,6 +87,46 @@ def ablated(document: Document, mix: Mix) -> Document:
         if mix.syncs or not isinstance(node, Sync):
             nodes.append(node)
     return normalize(nodes)
+
+
+SHORTEST_CUT = 20
+"""Characters that are left of a chunk at least: more than the marker of its item."""
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"(*])")
+
+
+def cut(
+    document: Document, share: float, rng: random.Random, count_tokens: CountTokens
+) -> tuple[Document, frozenset[int]]:
+    """The document with some chunks cut at the end of a sentence, and the indices of these among its promises.
+
+    A chunk that was cut keeps the white space at its end, and its promise says its new length. Chunks with chunks of
+    their own are left as they are.
+
+    share: of the chunks that have more than one sentence.
+    count_tokens: counts the tokens of a text.
+    """
+    nodes: list[Node] = []
+    cut_ones: set[int] = set()
+    index = -1
+    for node in document:
+        index += isinstance(node, Promise)
+        if isinstance(node, Async) and isinstance(promise := nodes[-1], Promise):
+            text = _cut_text(node, rng) if rng.random() < share else None
+            if text is not None:
+                nodes[-1] = Promise(promise.topic, round_length(count_tokens(text)))
+                node = Async((Text(text),))
+                cut_ones.add(index)
+        nodes.append(node)
+    return tuple(nodes), frozenset(cut_ones)
+
+
+def _cut_text(chunk: Async, rng: random.Random) -> str | None:
+    """The text of a chunk up to one of its sentences; None if it has one only, or chunks of its own."""
+    if len(chunk.body) != 1 or not isinstance(body := chunk.body[0], Text):
+        return None
+    text = body.text.rstrip()
+    ends = [m.start() for m in _BETWEEN_SENTENCES.finditer(text) if m.start() >= SHORTEST_CUT]
+    return text[: rng.choice(ends)] + body.text[len(text) :] if ends else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +250,31 @@ def _example(
     policy: Policy = "promised"  # without chunks all policies are the same
     if kind == "tagged":
         policy = rng.choices(list(mix.positions), list(mix.positions.values()))[0]
+    cut_chunks: frozenset[int] = frozenset()
+    if kind == "tagged" and mix.cut and mix.lengths == "tens" and policy != "serial":
+        document, cut_chunks = cut(document, mix.cut, rng, lambda text: len(vocabulary.encode(text)))
     if policy == "serial":
         packed = pack_serial(prompt, document, vocabulary, eos=eos)
     else:
         packed = [pack(prompt, document, vocabulary, policy, eos=eos, oracle=mix.lengths == "oracle")]
     for one in packed:
+        _forget_numbers(one, cut_chunks, vocabulary)
         yield Example(one, row.id, row.prompt, kind, row.source, row.licence)
+
+
+def _forget_numbers(packed: Packed, promises: frozenset[int], vocabulary: Vocabulary) -> None:
+    """Takes the numbers of some of the main thread's promises out of the loss. promises: their indices."""
+    if not promises or vocabulary.tags is None:
+        return
+    index, inside = -1, False
+    for i, token in enumerate(packed.input_ids.tolist()):
+        if packed.paths[i]:
+            continue
+        index += token == vocabulary.tags.promise
+        inside = inside and token != vocabulary.tags.promise_end
+        if inside and index in promises:
+            packed.labels[i] = IGNORED
+        inside = inside or token == vocabulary.tags.tokens
 
 
 def _untagged(row: Source, tokenizer: Any, vocabulary: Vocabulary, eos: int) -> Example:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pastalm.core.vocabulary import Tags
+from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.models import logits
 from pastalm.train.packing import IGNORED
 
@@ -75,6 +75,9 @@ def weighted_loss(
     tags: Tags,
     tag_weight: float,
     average: Callable[[Tensor], Tensor] = lambda own: own,
+    *,
+    ends: Tensor | None = None,
+    end_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted mean loss over labelled tokens, the loss of each [m], and whether each is a decision token [m].
 
@@ -86,12 +89,28 @@ def weighted_loss(
     tag_weight: weight of decision tokens: tags, and what follows a promise.
     average: averages a number over the processes that share a batch, so that the mean of their losses is the loss of
         the whole batch.
+    ends: ids of the tokens that end a sentence.
+    end_weight: weight of the tokens that follow one of `ends`; of two weights the larger one counts.
     """
     each, rows = token_log_probs(model, inputs)
     losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -each)
     decision = decisions(inputs, tags)
     weights = torch.where(decision, tag_weight, 1.0)
+    if ends is not None:
+        weights = torch.where(_follows(inputs, ends), weights.clamp_min(end_weight), weights)
     return (losses * weights).sum() / average(weights.sum()), losses.detach(), decision
+
+
+def sentence_ends(vocabulary: Vocabulary) -> Tensor:
+    """The ids of the tokens that end a sentence. What follows one decides whether a chunk goes on."""
+    marks = (b".", b"!", b"?")
+    return torch.tensor([i for i in range(vocabulary.size) if vocabulary.piece(i)[-1:] in marks])
+
+
+def _follows(inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Whether each labelled token [m] stands right after one of some ids."""
+    labelled = inputs["labels"][:, 1:] != IGNORED
+    return torch.isin(inputs["input_ids"][:, :-1][labelled], ids.to(labelled.device))
 
 
 def decisions(inputs: Mapping[str, Tensor], tags: Tags) -> Tensor:

@@ -40,19 +40,21 @@ from pastalm.train.dataset import (
     read_annotated,
     read_repeats,
 )
-from pastalm.train.loss import weighted_loss
+from pastalm.train.loss import sentence_ends, weighted_loss
 from pastalm.train.packing import IGNORED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig(run.RunConfig):
     """One training run. repeats: the model's own answers (`pasta sample`), whose repetitions are unlearned,
-    beside the data. tag_weight: loss weight of the decision tokens. validation_rows: prompts whose answers are held
+    beside the data. tag_weight: loss weight of the decision tokens. end_weight: of what follows the end of a sentence,
+    where it is decided how long a chunk gets. validation_rows: prompts whose answers are held
     out."""
 
     mix: Mix = field(default_factory=Mix)
     repeats: Path | None = None
     tag_weight: float = 2.0
+    end_weight: float = 1.0
     validation_rows: int = 16
 
 
@@ -61,6 +63,7 @@ class _Trainer(run.Shared, SFTTrainer):  # type: ignore[misc]
 
     settings: SftConfig
     tags: Tags
+    ends: Tensor | None = None
 
     def compute_loss(
         self,
@@ -70,8 +73,10 @@ class _Trainer(run.Shared, SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         with run.autocast(self.settings):
-            weight = self.settings.tag_weight
-            loss, _, _ = weighted_loss(model, inputs, self.tags, weight, self.average)
+            weight, end_weight = self.settings.tag_weight, self.settings.end_weight
+            loss, _, _ = weighted_loss(
+                model, inputs, self.tags, weight, self.average, ends=self.ends, end_weight=end_weight
+            )
         return (loss, None) if return_outputs else loss
 
 
@@ -130,6 +135,8 @@ def _trainer(config: SftConfig, base: run.Base, training: list[Example], plan: l
         processing_class=base.tokenizer,
     )
     trainer.settings, trainer.tags = config, base.tags
+    if config.end_weight != 1:
+        trainer.ends = sentence_ends(base.vocabulary)
     return trainer
 
 

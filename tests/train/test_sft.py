@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pastalm.core.language import AsyncOpen, Promise, Sync, Text
+from pastalm.core.language import AsyncOpen, Promise, Sync, Text, round_length
 from pastalm.errors import DataError, RequestError
 from pastalm.models import adapters, chat_template, checkpoints, loading, lossless, preparing
-from pastalm.records.documents import Async, Document, linearize, parse, render, strip
+from pastalm.records.documents import Async, Document, Node, linearize, parse, render, strip
 from pastalm.train import run, sft
 from pastalm.train.dataset import (
     REPEAT,
@@ -31,13 +32,14 @@ from pastalm.train.dataset import (
     batches,
     check_lengths,
     collate,
+    cut,
     examples,
     held_out,
     read_annotated,
     read_repeats,
     repeated,
 )
-from pastalm.train.loss import token_log_probs, unlikelihood, weighted_loss
+from pastalm.train.loss import sentence_ends, token_log_probs, unlikelihood, weighted_loss
 from pastalm.train.packing import IGNORED, pack, pack_serial
 from pastalm.train.sft import SftConfig, train
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
@@ -356,6 +358,78 @@ def test_a_list_for_one_thread_teaches_when_not_to_fork(config: SftConfig) -> No
     assert {e.id for e in examples(rows, tokenizer, vocabulary, mix, eos=1)} == {"recipe"}
 
 
+sentences = st.lists(
+    st.lists(st.sampled_from(["walk", "Eats", "3.57", "well"]), min_size=5, max_size=9).map(" ".join), min_size=1
+).map(lambda found: ". ".join(f"It {one}" for one in found) + ".")
+chunk_texts = st.builds(
+    lambda number, text, end: f"{number}. {text}{end}", st.integers(1, 9), sentences, st.sampled_from("\n ")
+)
+
+
+@given(st.lists(chunk_texts, min_size=2, max_size=5), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 9))
+def test_a_cut_chunk_ends_at_one_of_its_sentences_and_its_promise_says_so(
+    texts: list[str], share: float, seed: int
+) -> None:
+    document: list[Node] = [Text("Some tips.\n")]
+    for number, text in enumerate(texts):
+        document += [Promise(f"t{number}", round_length(len(text))), Async((Text(text),))]
+    document += [Sync(), Text("That is all. Good luck.")]
+    done, chunks_cut = cut(tuple(document), share, random.Random(seed), len)
+    assert [type(node) for node in done] == [type(node) for node in document]
+    for number, text in enumerate(texts):
+        promise, chunk = done[1 + 2 * number : 3 + 2 * number]
+        assert isinstance(promise, Promise) and isinstance(chunk, Async)
+        found = strip(chunk.body)
+        assert promise == Promise(f"t{number}", round_length(len(found)))
+        assert (found != text) == (number in chunks_cut)
+        assert text.startswith(found[:-1]) and found[-1] == text[-1] and found[:-1].endswith(".")
+        assert share < 1 or text.count(". It") < 2 or number in chunks_cut, "whatever can be cut is"
+    assert done[0] == document[0] and done[-2:] == tuple(document[-2:])
+    assert share or not chunks_cut
+
+
+def test_numbers_of_cut_chunks_are_not_learnt(config: SftConfig) -> None:
+    tokenizer = copy.deepcopy(BYTE_LEVEL)
+    preparing.prepare(small_model(len(tokenizer)), tokenizer)
+    vocabulary = lossless.vocabulary_of(tokenizer, eos=[1])
+    document = (
+        *(Promise("sleep", 60), Async((Text("1. Sleep eight hours at least. Keep the room dark and cool.\n"),))),
+        *(Promise("food", 20), Async((Text("2. Eat what grows.\n"),))),
+    )
+    row = replace(next(row for row in read_annotated(config.data) if row.chunks), document=document, tokens=80)
+    mix = Mix(token_budget=2000, plain=0.0, sequential=0.0, positions={"promised": 1.0}, cut=1.0)
+    (example,) = examples([row], tokenizer, vocabulary, mix, eos=1)
+    ids, labels = example.packed.input_ids.tolist(), example.packed.labels.tolist()
+    tags = vocabulary.tags
+    assert tags is not None
+    prompt = len(chat_template.encode_chat(tokenizer, vocabulary, [{"role": "user", "content": row.prompt}]))
+    numbers = [
+        (vocabulary.text(ids[start + 1 : end]), {label != IGNORED for label in labels[start + 1 : end]})
+        for start, end in zip(
+            [i for i, token in enumerate(ids) if token == tags.tokens],
+            [i for i, token in enumerate(ids) if token == tags.promise_end],
+            strict=True,
+        )
+    ]
+    assert numbers == [("30", {False}), ("20", {True})]
+    assert sum(label == IGNORED for label in labels) == prompt + 2 + 2, "the forced tokens and one number"
+
+
+@pytest.mark.parametrize("end_weight", [1.0, 3.0])
+def test_what_follows_the_end_of_a_sentence_weighs_as_much_as_it_is_told(end_weight: float) -> None:
+    packed = pack(PROMPT, DOCUMENT, VOCABULARY, eos=EOS)
+    ends = sentence_ends(VOCABULARY)
+    assert ends.tolist() == sorted(i for i in range(VOCABULARY.size) if VOCABULARY.piece(i)[-1:] in (b".", b"!", b"?"))
+    model = tiny_model("llama")
+    loss, each, decision = weighted_loss(model, collate([packed]), TAGS, 2.0, ends=ends, end_weight=end_weight)
+    labelled = packed.labels[1:] != IGNORED
+    after = [VOCABULARY.piece(int(i))[-1:] in (b".", b"!", b"?") for i in packed.input_ids[:-1][labelled]]
+    assert any(after)
+    weights = [max(2.0 if d else 1.0, end_weight if a else 1.0) for d, a in zip(decision.tolist(), after, strict=True)]
+    wanted = sum(w * float(one) for w, one in zip(weights, each, strict=True)) / sum(weights)
+    assert float(loss) == pytest.approx(wanted)
+
+
 @given(
     st.lists(st.tuples(st.sampled_from("abcdefg"), st.sampled_from(["", " ", "\n"]), st.integers(0, 9)), max_size=40),
     st.integers(0, 5),
@@ -445,9 +519,9 @@ def test_products_are_in_bfloat16_where_that_is_faster(
 ) -> None:
     seen: list[bool] = []
 
-    def spying(*arguments: Any) -> Any:
+    def spying(*arguments: Any, **more: Any) -> Any:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return weighted_loss(*arguments)
+        return weighted_loss(*arguments, **more)
 
     monkeypatch.setattr("pastalm.models.dtypes.throughput_dtype", lambda _: dtype)
     monkeypatch.setattr("pastalm.train.sft.weighted_loss", spying)

@@ -93,7 +93,7 @@ class Ours:
     def run(self, plan: Plan, threads: int) -> Timing:
         engine, name = self.engine, "plan"
         positions = engine.capabilities.positions[0]
-        params = SamplingParams(temperature=0, max_tokens=threads * plan.branch + plan.after + 64)
+        params = SamplingParams(temperature=0, max_tokens=threads * plan.branch + plan.after + 64, drafts="off")
         engine.add(Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions))
         engine.apply(name, Forked(path=()))
         engine.step()
@@ -127,7 +127,7 @@ class Ours:
         """Seconds to decode as many tokens one by one after the prefix."""
         engine, name = self.engine, "in turn"
         positions = engine.capabilities.positions[0]
-        params = SamplingParams(temperature=0, max_tokens=tokens + 8)
+        params = SamplingParams(temperature=0, max_tokens=tokens + 8, drafts="off")
         engine.add(Request(id=name, prompt_token_ids=tuple(plan.prompt()), params=params, positions=positions))
         engine.apply(name, Forked(path=()))
         engine.step()

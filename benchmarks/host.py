@@ -10,7 +10,7 @@ text. Timed are steps once each answer has so many tokens, so that a cost that g
 after the other. Cold: the forward pass reads 64 MB, as a model reads its weights, so that the rest finds its own data
 out of the caches. `stop`: with a stop string that never comes. `stream`: with the deltas that a server makes for each
 client. `logprobs`: the same with two log-probabilities a token. `penalty`: with a repetition penalty. `drawn`: at
-temperature 1, the others greedy. Figures are medians over rounds with the smallest and the largest.
+temperature 1, the others greedy. `drafts`: with guesses looked for, and none fed. Figures are medians over rounds with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pastalm.core.events import Path
 from pastalm.core.language import MAX_LENGTH, Promise, Sync
 from pastalm.engines.base import Capabilities
 from pastalm.engines.batching import Batch, BatchingEngine, RequestState
+from pastalm.engines.drafts.budget import StepCosts
 from pastalm.engines.scripted import byte_vocabulary
 from pastalm.records.documents import encode
 from pastalm.server.answers import ServedAnswer
@@ -57,13 +58,13 @@ class Free(BatchingEngine):
 
     def __init__(self, rows: int, places: int) -> None:
         capabilities = Capabilities(
-            name="free", weights="none", positions=("promised",), max_model_len=places, max_num_seqs=rows
+            name="free", weights="none", positions=("promised",), drafts=True, max_model_len=places, max_num_seqs=rows
         )
         super().__init__(capabilities, vocabulary_size=VOCABULARY.size)
         self.cold = False
         self.seconds = 0.0
         self.promises: dict[str, list[int]] = {}
-        self._logits: NDArray[np.float32] = np.zeros((rows, VOCABULARY.size), dtype=np.float32)
+        self._logits: NDArray[np.float32] = np.zeros((rows + 32, VOCABULARY.size), dtype=np.float32)
 
     def live(self) -> list[Path]:
         return [thread.path for state in self._running.values() for thread in state.live]
@@ -118,6 +119,8 @@ class Load:
         places = 2 * written + 16384
         self.engine = Free(threads + len(shares), places)  # main threads decode beside their children at first
         self.driver = Driver(self.engine, VOCABULARY, limits=Limits(max_promises=MOST, max_threads=MOST + 1))
+        # a further row costs nearly as much as those before: guesses are looked for and never fed
+        self.engine._drafting.costs = StepCosts({rows: rows**0.9999 for rows in range(1, 600)})
         self.answers: dict[str, ServedAnswer] | None = {} if extra in ("stream", "logprobs") else None
         params = SamplingParams(
             max_tokens=places - 64,
@@ -125,6 +128,7 @@ class Load:
             repetition_penalty=1.1 if extra == "penalty" else 1.0,
             stop="\0" if extra == "stop" else None,
             temperature=float(extra == "drawn"),
+            drafts="auto" if extra == "drafts" else "off",
             seed=0,
         )
         begun = [self._begin(params, count, written - CHUNK) for count in shares]

@@ -18,7 +18,7 @@ MOST = 150_000
 
 
 class Store:
-    """The n-grams of the last answers to one owner, in two generations: when the newer is full, the older is dropped."""
+    """The n-grams of the last answers to one owner, in two generations: the older goes when the newer is full."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -30,10 +30,10 @@ class Store:
             self._newer, self._older = NGrams(), self._newer
 
     def guess(self, tail: tuple[int, ...]) -> tuple[int, Evidence] | None:
-        longest = max(
-            (next(ngrams.matches(tail), (0, [])) for ngrams in (self._older, self._newer)), key=lambda match: match[0]
-        )
-        length, known = longest
+        length, known = self._newer.longest(tail)
+        if length < len(tail):
+            older = self._older.longest(tail)
+            length, known = older if older[0] > length else (length, known)
         return vote(length, [token for token, _ in known]) if known else None
 
 

@@ -15,7 +15,7 @@ LONGEST = 4
 """Tokens of the longest context that is matched."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Context:
     """Where a guess stands.
 

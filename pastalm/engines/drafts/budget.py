@@ -8,6 +8,7 @@ measured step times likewise; vLLM's adaptive speculation by an acceptance rate.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -24,7 +25,9 @@ ROUNDS = 3
 DEAR = 3
 """Passes that take so many times as long as one row's are long enough: longer ones are not measured, nor made."""
 LEAST = 0.1
-"""Guesses that come true more rarely are not looked at."""
+"""A guess that comes true more rarely is never fed."""
+MOST = 32
+"""Guesses of a pass."""
 DEEPEST = 16
 """Guesses of one thread in a pass."""
 
@@ -33,8 +36,11 @@ class StepCosts:
     """Seconds of a pass by its number of rows: measured ones, interpolated, and never less for more rows."""
 
     def __init__(self, seconds: dict[int, float]) -> None:
-        self._rows = np.array(sorted(seconds), dtype=np.float64)
-        self._seconds = np.maximum.accumulate([seconds[rows] for rows in sorted(seconds)])
+        """seconds: by rows, 1 among them."""
+        measured = sorted(seconds)
+        rising = np.maximum.accumulate([seconds[rows] for rows in measured])
+        self._seconds: list[float] = np.interp(range(measured[-1] + 1), measured, rising).tolist()
+        self._least: dict[tuple[int, int], float] = {}
 
     @classmethod
     def measure(cls, step: Callable[[int], float], most: int = ROWS[-1]) -> StepCosts:
@@ -54,10 +60,21 @@ class StepCosts:
     @property
     def most(self) -> int:
         """Rows of the longest pass that was measured: nothing is known of longer ones."""
-        return int(self._rows[-1])
+        return len(self._seconds) - 1
 
-    def of(self, rows: Sequence[int]) -> np.ndarray:
-        return np.asarray(np.interp(rows, self._rows, self._seconds))
+    def of(self, rows: int) -> float:
+        return self._seconds[rows]
+
+    def least(self, rows: int, tokens: int) -> float:
+        """How likely further guesses must be on the average, at least, to be worth their rows in a pass of so many rows
+        that gives so many tokens."""
+        known = self._least.get((rows, tokens))
+        if known is None:
+            base = self._seconds[rows]
+            further = range(1, len(self._seconds) - rows)
+            known = min(((self._seconds[rows + n] / base - 1) * tokens / n for n in further), default=math.inf)
+            self._least[rows, tokens] = known
+        return known
 
 
 @dataclass(slots=True)
@@ -80,17 +97,20 @@ class Candidate:
 
 def choose(candidates: Sequence[Candidate], rows: int, costs: StepCosts) -> None:
     """Gives the candidates the guesses that are worth their rows in a pass that has `rows` already."""
-    ordered = _by_worth(candidates, costs.most - rows)
-    if not ordered:
+    if rows >= costs.most or (least := costs.least(rows, len(candidates))) >= 1:
         return
-    expected = len(candidates) + np.cumsum([0.0, *(worth for worth, _, _ in ordered)])
-    rates = expected / costs.of(range(rows, rows + len(ordered) + 1))
-    for _, candidate, guess in ordered[: int(rates.argmax())]:
+    ordered = _by_worth(candidates, min(costs.most - rows, MOST), max(least, LEAST))
+    expected, best, chosen = float(len(candidates)), len(candidates) / costs.of(rows), 0
+    for n, (worth, _, _) in enumerate(ordered, 1):
+        expected += worth
+        if expected / costs.of(rows + n) > best:
+            best, chosen = expected / costs.of(rows + n), n
+    for _, candidate, guess in ordered[:chosen]:
         candidate.guesses.append(guess)
 
 
-def _by_worth(candidates: Sequence[Candidate], most: int) -> list[tuple[float, Candidate, Guess]]:
-    """Guesses of all threads, the likeliest first, each behind those it depends on."""
+def _by_worth(candidates: Sequence[Candidate], most: int, least: float) -> list[tuple[float, Candidate, Guess]]:
+    """Guesses of all threads that are worth at least so much, the likeliest first, each behind those it depends on."""
     order = count()
     heap: list[tuple[float, int, Candidate, Context, Guess, int]] = []
 
@@ -98,7 +118,7 @@ def _by_worth(candidates: Sequence[Candidate], most: int) -> list[tuple[float, C
         guess = candidate.drafts.best(context) if depth < min(candidate.most, DEEPEST) else None
         if guess is None or (depth == 0 and not candidate.first(guess.token)):
             return
-        if (worth := worth * guess.probability) >= LEAST:
+        if (worth := worth * guess.probability) >= least:
             heapq.heappush(heap, (-worth, next(order), candidate, context, guess, depth))
 
     for candidate in candidates:

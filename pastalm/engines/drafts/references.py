@@ -22,6 +22,5 @@ class References(SilentDrafter):
             self._ngrams.add_all(tokens)
 
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
-        for length, known in self._ngrams.matches(context.tail):
-            return vote(length, [token for token, _ in known])
-        return None
+        length, known = self._ngrams.longest(context.tail)
+        return vote(length, [token for token, _ in known]) if known else None

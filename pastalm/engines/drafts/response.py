@@ -67,8 +67,7 @@ class ResponseDrafts:
         self._rates, self._own = rates, Rates()
         self._contexts: dict[Path, Context] = {(): Context((), tuple(prompt[-LONGEST:]), 0, 0)}
         self._shadows: dict[Path, _Shadow] = {}
-        for i in range(1, len(prompt)):
-            written.add(prompt[max(0, i - LONGEST) : i], prompt[i], i)
+        written.add_all(prompt)
 
     def begin(self, path: Path) -> None:
         """A thread begins with what its parent has written so far."""

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 TRACE = Path(__file__).parent / "data" / "trace.jsonl"
 KEYS = {
-    "text", "annotated", "tokens", "steps", "critical_path", "parallelism", "seconds",
+    "text", "annotated", "tokens", "steps", "passes", "drafted", "accepted", "critical_path", "parallelism", "seconds",
     "finish_reason", "threads",
 }  # fmt: skip
 THREAD_KEYS = {
@@ -162,6 +162,11 @@ def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
         ("generate", "hi", "--temperature", "0", "--top-k", "9"),
         ("generate", "hi", "--min-p", "0.1"),
         ("chat", "--sequential", "--parallelism", "2"),
+        ("generate", "hi", "--drafts", "off", "--reference", TRACE),
+        ("generate", "hi", "--drafts", "lookup,answers", "--reference", TRACE),
+        ("generate", "hi", "--drafts", "references"),
+        ("chat", "--drafts", "off", "--reference", TRACE),
+        ("sample", "a", "b", "--drafts", "references"),
         ("replay", TRACE, "--json", "--speed", "2"),
         ("serve", "--base-url", "http://127.0.0.1:9/v1", "--max-model-len", "99"),
         ("annotate", "a", "b", "--base-url", "http://127.0.0.1:9/v1"),
@@ -237,6 +242,47 @@ def test_a_chat_goes_on_until_its_input_ends(tiny: Path) -> None:
     result = pasta(*asked, stdin="one\ntwo\n")
     assert result.exit_code == 0
     assert result.stderr.count("tokens/s") == 2
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("generate", "hi"),
+        ("chat",),
+        ("demo",),
+        ("serve",),
+        ("sample", "a", "b"),
+    ],
+    ids=lambda asked: asked[0],
+)
+@pytest.mark.parametrize("names", ["jacobi", "lookup,", "lookup lookup", "auto,off", ""])
+def test_names_of_no_drafter_are_one_line_everywhere(asked: tuple[str, ...], names: str) -> None:
+    complains(pasta(*asked, "--drafts", names), 2, "drafts must be auto, off, or some of")
+
+
+@pytest.mark.parametrize("asked", [("generate", "hi"), ("chat",), ("sample", "a", "b")], ids=lambda asked: asked[0])
+def test_references_that_cannot_be_read_are_one_line(asked: tuple[str, ...], tmp_path: Path) -> None:
+    complains(pasta(*asked, "--reference", tmp_path / "nowhere"), 2, f"cannot read {tmp_path / 'nowhere'}")
+    (tmp_path / "bytes").write_bytes(b"caf\xe9")
+    complains(pasta(*asked, "--reference", tmp_path / "bytes"), 2, "is not UTF-8")
+    complains(pasta(*asked, "--references", tmp_path / "bytes"), 2, "--references", "--help")
+
+
+def test_drafts_change_no_answer_and_are_counted(tiny: Path, tmp_path: Path) -> None:
+    """What was said before is given as a reference, so that all of it could be copied."""
+    asked = ("generate", "Five tips", "--model", tiny, "--dtype", "float32", "--max-tokens", "60", "--sequential")
+    off = json.loads(pasta(*asked, "--drafts", "off", "--json").stdout)
+    assert (off["drafted"], off["accepted"], off["passes"]) == ({}, {}, off["steps"])
+    (tmp_path / "said").write_text(off["text"])
+    trace = tmp_path / "trace"
+    given = ("--reference", tmp_path / "said", "--drafts", "references,lookup", "--trace", trace)
+    result = pasta(*asked, *given, "--json")
+    on = json.loads(result.stdout)
+    assert on["text"] == off["text"] and on["tokens"] == off["tokens"]
+    assert set(on["drafted"]) <= {"references", "lookup"} and set(on["accepted"]) <= set(on["drafted"])
+    assert on["passes"] == on["steps"] - sum(on["accepted"].values())
+    drafted = [json.loads(line).get("drafted", []) for line in trace.read_text().splitlines()]
+    assert sum(map(len, drafted)) == sum(on["drafted"].values())
 
 
 def process(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pastalm.core.params import Parameter, SamplingParams, parameters
 from pastalm.errors import RequestError
 
+DRAFTS = "drafts must be auto, off, or some of lookup,siblings,references,answers"
 BOUNDED = [row for row in parameters().values() if (row.ge, row.gt, row.le) != (None, None, None)]
 
 
@@ -61,6 +62,15 @@ def test_numbers_that_are_not_finite_are_refused_by_name(row: Parameter, value: 
         ({"stop_token_ids": [-1]}, "stop_token_ids must be token ids"),
         ({"stop": ""}, "a stop string must not be empty"),
         ({"logit_bias": {1: float("nan")}}, "the values of logit_bias must be finite"),
+        ({"drafts": "jacobi"}, f"{DRAFTS}, not 'jacobi'"),
+        ({"drafts": "lookup,lookup"}, f"{DRAFTS}, not 'lookup,lookup'"),
+        ({"drafts": "auto,lookup"}, f"{DRAFTS}, not 'auto,lookup'"),
+        ({"drafts": ""}, f"{DRAFTS}, not ''"),
+        ({"drafts": None}, f"{DRAFTS}, not None"),
+        ({"drafts": ["lookup"]}, f"{DRAFTS}, not ['lookup']"),
+        ({"references": "a text"}, "references must be texts"),
+        ({"references": [b"bytes"]}, "references must be texts"),
+        ({"references": ["caf\udce9"]}, "a reference is not UTF-8: byte 0xe9 at character 3; give valid UTF-8"),
     ],
 )
 def test_messages_are_plain(arguments: dict[str, Any], message: str) -> None:
@@ -80,7 +90,9 @@ def test_a_row_is_an_option_of_the_command_and_a_field_of_a_request() -> None:
     options = {param.name: param for param in get_command(app).commands["generate"].params}  # type: ignore[attr-defined]
     schema = CompletionRequest.model_json_schema()["properties"]
     for row in parameters().values():
-        assert row.name in LIBRARY_ONLY or options[row.name].help.startswith(row.help)
+        option = "reference" if row.name == "references" else row.name  # of each text a file
+        assert row.name in LIBRARY_ONLY or options[option].help.startswith(row.help)
+        assert option == row.name or row.name not in options
         assert row.name in OTHER_FORM or schema[row.name]["description"] == row.help
 
 

@@ -12,6 +12,7 @@ from pastalm.cli.command import NoEffect, app, verb
 from pastalm.cli.files import bad_row_handler, check_target, print_left_out
 from pastalm.cli.loading import large_model, load_llm, model_header, token_counter, tokenizer_header
 from pastalm.cli.options import (
+    DRAFTS,
     GREEDY,
     LARGE_MODEL,
     LargeModelOptions,
@@ -140,7 +141,7 @@ def _annotate_summary(counts: AnnotationCounts) -> str:
     )
 
 
-@verb(app, no_effect=[GREEDY])
+@verb(app, no_effect=[GREEDY, *DRAFTS])
 def sample(
     source: Annotated[
         Path,
@@ -153,7 +154,8 @@ def sample(
     params: Annotated[
         SamplingParams,
         SamplingOptions(
-            ("n", "temperature", "top_p", "repetition_penalty", "seed", "max_tokens"), defaults={"seed": 0}
+            ("n", "temperature", "top_p", "repetition_penalty", "seed", "max_tokens", "drafts", "references"),
+            defaults={"seed": 0},
         ),
     ],
     run: RunOptions,

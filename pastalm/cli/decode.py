@@ -14,9 +14,11 @@ from pastalm.cli.command import NoEffect, app, verb
 from pastalm.cli.files import read_text
 from pastalm.cli.loading import fetch, load_llm
 from pastalm.cli.options import (
+    DRAFTS,
     GREEDY,
     NOT_FORKING,
     AsJson,
+    Drafts,
     MaxTokens,
     Model,
     NoLive,
@@ -52,7 +54,12 @@ DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanat
 
 @verb(
     app,
-    no_effect=(*NOT_FORKING, GREEDY, NoEffect(("system",), lambda a: a["raw"], "with --raw, which has no messages")),
+    no_effect=(
+        *NOT_FORKING,
+        *DRAFTS,
+        GREEDY,
+        NoEffect(("system",), lambda a: a["raw"], "with --raw, which has no messages"),
+    ),
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
@@ -120,9 +127,12 @@ def replay(
     _conclude(whole.transcript, as_json=as_json, live=live)
 
 
-@verb(app, no_effect=NOT_FORKING)
+@verb(app, no_effect=(*NOT_FORKING, *DRAFTS))
 def chat(
-    params: Annotated[SamplingParams, SamplingOptions(("temperature", "seed", "max_tokens", "parallelism"))],
+    params: Annotated[
+        SamplingParams,
+        SamplingOptions(("temperature", "seed", "max_tokens", "parallelism", "drafts", "references")),
+    ],
     threads: ThreadOptions,
     run: RunOptions,
     remote: RemoteOptions,
@@ -163,10 +173,11 @@ def demo(
     model: Model = EMBEDDED,
     prompt: Annotated[str, typer.Option(help="What to answer.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 1024,
+    drafts: Drafts = "auto",
     no_live: NoLive = False,
 ) -> None:
     """Answer one prompt asynchronously, then sequentially, and compare the times."""
-    params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p) for p in (1, 0)]
+    params = [SamplingParams(max_tokens=max_tokens, temperature=0, parallelism=p, drafts=drafts) for p in (1, 0)]
     quiet_libraries()
     fetch(model)
     llm = load_llm(model, run)

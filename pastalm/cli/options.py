@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pastalm import text_options
 from pastalm.cli.command import NoEffect
-from pastalm.core.params import SamplingParams, parameters
+from pastalm.cli.files import read_text
+from pastalm.core.params import DRAFTERS, SamplingParams, parameters
 
 Model = Annotated[str, typer.Option(help="The embedded model, a hub name, a folder, or a GGUF file.")]
 Adapter = Annotated[str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")]
@@ -24,6 +26,7 @@ MaxModelLen = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help=parameters()["max_tokens"].help)]
 Seed = Annotated[int | None, typer.Option(help=parameters()["seed"].help)]
+Drafts = Annotated[str, typer.Option(help=parameters()["drafts"].help)]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 NoLive = Annotated[bool, typer.Option("--no-live", help="Print plain text on a terminal too.")]
@@ -114,6 +117,7 @@ class ResultOptions:
 @dataclass(frozen=True)
 class SamplingOptions:
     """Options made from rows of the table in `core/params.py`, and `--sequential`; their value is SamplingParams.
+    References are given as files (`--reference`).
 
     names: of the rows.
     defaults: those of this verb, by name.
@@ -130,14 +134,21 @@ class SamplingOptions:
             kind: Any = list[str] | None if texts else row.kind
             default = defaults.get(row.name, row.default)
             help = f"{row.help} May be repeated." if texts else row.help
-            options.append(_option(row.name, Annotated[kind, typer.Option(help=help)], default))
+            if row.name == "references":
+                files = Annotated[list[Path] | None, typer.Option(help=help, metavar="FILE")]
+                options.append(_option(_REFERENCE, files, default))
+            else:
+                options.append(_option(row.name, Annotated[kind, typer.Option(help=help)], default))
         return [*options, _option("sequential", _Sequential, False)]
 
     def build(self, arguments: Mapping[str, Any]) -> SamplingParams:
-        values = {name: arguments[name] for name in self.names}
+        values = {name: arguments[name] for name in self.names if name != "references"}
+        if files := arguments.get(_REFERENCE):
+            values["references"] = [read_text(str(file)) for file in files]
         return SamplingParams(**values | ({"parallelism": 0.0} if arguments["sequential"] else {}))
 
 
+_REFERENCE = "reference"
 _Sequential = Annotated[bool, typer.Option("--sequential", help="The same model with forking off (--parallelism 0).")]
 
 
@@ -148,6 +159,15 @@ def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:
 # ------------------------------------------------------------------------------ options without effect
 
 
+def _leaves_references_out(arguments: Mapping[str, Any]) -> bool:
+    names = set(arguments["drafts"].split(","))
+    return "references" not in names and names <= {"off", *DRAFTERS}
+
+
+DRAFTS = (
+    NoEffect((_REFERENCE,), _leaves_references_out, "where --drafts leaves references out"),
+    NoEffect(("drafts",), lambda a: a["drafts"] == "references" and not a[_REFERENCE], "without --reference"),
+)
 GREEDY = NoEffect(("top_p", "top_k", "min_p"), lambda a: a["temperature"] == 0, "at --temperature 0, which is greedy")
 NOT_FORKING = (
     NoEffect(("parallelism",), lambda a: a["sequential"], "with --sequential"),

@@ -12,6 +12,7 @@ from pastalm.cli.command import NoEffect, app, verb
 from pastalm.cli.loading import fetch, load_llm
 from pastalm.cli.options import MaxModelLen, RemoteOptions, RunOptions, ThreadOptions
 from pastalm.cli.terminal import quiet_libraries, say
+from pastalm.core.params import parameters
 from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ServeOptions:
     parallelism: Annotated[
         float, typer.Option(help="For requests that give none: multiplies the odds of forking; 0 turns it off.")
     ] = 1.0
+    drafts: Annotated[str, typer.Option(help=f"For requests that give none. {parameters()['drafts'].help}")] = "auto"
     thread_target: Annotated[
         int, typer.Option(help="With more live threads than this, new requests do not fork (0: no limit).")
     ] = 32
@@ -59,6 +61,7 @@ class ServeOptions:
             name=self.name or Path(model).name,
             api_key=self.api_key,
             parallelism=self.parallelism,
+            drafts=self.drafts,
             thread_target=self.thread_target,
             max_queue=self.max_queue,
             max_tokens=self.max_tokens,

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 from pastalm.core.layout import Policy
+from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import RequestError, check_text, complaint
 
 DRAFTERS = ("lookup", "siblings", "references", "answers")
@@ -109,6 +110,10 @@ class SamplingParams:
         tuple[str, ...] | list[str] | None,
         Parameter(help="Texts from which the answer may copy; drafts are taken there."),
     ] = None
+    processors: Annotated[
+        tuple[Any, ...] | list[Any] | None,
+        Parameter(help="Logits processors: names, (name, settings), or Python objects (engines/processors)."),
+    ] = None
 
     def __post_init__(self) -> None:
         bounds = (row.problem(getattr(self, row.name)) for row in parameters().values())
@@ -116,6 +121,8 @@ class SamplingParams:
             raise RequestError(problem)
         for stop in self.stop_strings:
             check_text(stop, "a stop string")
+        for reference in self.references or ():
+            check_text(reference, "a reference")
 
     def _checks(self) -> Iterator[tuple[bool, str]]:
         """What no bound of one row can say."""
@@ -125,9 +132,16 @@ class SamplingParams:
             yield row.kind is not float or math.isfinite(getattr(self, row.name)), f"{row.name} must be finite"
         yield all(isinstance(stop, str) for stop in self.stop_strings), "stop must be one text or several"
         yield all(self.stop_strings), "a stop string must not be empty"
-        known = self.drafts in ("auto", "off") or set(self.drafts.split(",")) <= set(DRAFTERS)
+        named = self.drafts.split(",") if isinstance(self.drafts, str) else [""]
+        known = self.drafts in ("auto", "off") or set(named) <= set(DRAFTERS) and len(set(named)) == len(named)
         yield known, f"drafts must be auto, off, or some of {','.join(DRAFTERS)}, not {self.drafts!r}"
+        listed = isinstance(self.references or (), list | tuple)
+        yield listed and all(isinstance(text, str) for text in self.references or ()), "references must be texts"
         yield all(map(math.isfinite, (self.logit_bias or {}).values())), "the values of logit_bias must be finite"
+        listed = isinstance(self.processors or (), list | tuple)
+        yield listed, "processors must be a list"
+        message = "a logits processor is a name, (name, settings), a function, or an object with begin()"
+        yield not listed or all(map(_is_processor, self.processors or ())), message
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -142,6 +156,12 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _is_processor(given: Any) -> bool:
+    if isinstance(given, list | tuple):
+        return len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], Mapping)
+    return isinstance(given, str) or callable(given) or hasattr(given, "begin")
 
 
 @cache
@@ -168,6 +188,7 @@ class Request:
     positions: the policy of layout.py.
     reference_token_ids: of each text that the answer may copy from.
     owner: on whose behalf it is; earlier answers serve as drafts for the same owner only.
+    vocabulary: of the model, for logits processors that read tokens (None: unknown).
     """
 
     id: str
@@ -179,3 +200,4 @@ class Request:
     positions: Policy = "promised"
     reference_token_ids: tuple[tuple[int, ...], ...] = ()
     owner: str = ""
+    vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)

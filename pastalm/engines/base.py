@@ -40,6 +40,11 @@ class Capabilities:
     logprobs: bool = True
     prompt_logprobs: bool = False
     """Whether it scores given tokens (`score`)."""
+    drafts: bool = False
+    """Whether it feeds guesses ahead (engines/drafts). One that does not takes `drafts` and `references`, and answers
+    the same: they change no answer."""
+    processors: bool = False
+    """Whether it runs logits processors (engines/processors)."""
     exact: bool = False
     """Whether float64 laws hold on it."""
     max_model_len: int = 0
@@ -57,6 +62,7 @@ class Capabilities:
                 f"offers positions {' and '.join(self.positions)}, not {request.positions!r}",
             ),
             (self.logprobs or params.logprobs is None, "gives no log-probabilities"),
+            (self.processors or not params.processors, "has no logits to process: leave out processors"),
             (self.masks or params.min_tokens == 0, "cannot forbid the end: leave out min_tokens"),
             (
                 self.masks or self.untagged or params.parallelism > 0,
@@ -72,6 +78,7 @@ class Capabilities:
             (self.masks, "grammar masks"),
             (self.logprobs, "logprobs"),
             (self.prompt_logprobs, "logprobs of prompts"),
+            (self.drafts, "drafts"),
             (self.exact, "exact in float64"),
         )
         parts = [self.weights, f"positions {', '.join(self.positions)}"]

@@ -24,7 +24,9 @@ from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.drafts.budget import Candidate, StepCosts
 from pastalm.engines.drafts.drafting import Drafting
 from pastalm.engines.drafts.response import ResponseDrafts
-from pastalm.engines.sampling import ArraySampler, Bias, Draw, Sampled, Sampler, noise_key
+from pastalm.engines.processors import chain
+from pastalm.engines.processors.base import Visible
+from pastalm.engines.sampling import ArraySampler, Draw, Sampled, Sampler, noise_key
 from pastalm.engines.sampling import Ints as Ints
 from pastalm.errors import EngineError, PastaError, RequestError, complaint
 
@@ -61,8 +63,8 @@ class Thread:
     guesses: what was fed ahead and may still come true.
     drafter: who guessed the last token, if the last pass had fed it ahead, so that `logits` are there; else "".
     drafted: drafters of the guesses that were fed behind its last token.
-    seen: [vocabulary] bool, which ids stand in the prompt or in the reader's text that it sees: those that a repetition
-    penalty counts. None without a penalty. It is kept up to date, so that a token costs the same at any length.
+    processors: of its logits, in order.
+    visible: the ids that it sees, for processors that read them (None: there are none).
     """
 
     path: Path
@@ -75,7 +77,8 @@ class Thread:
     guesses: list[FedGuess] = field(default_factory=list)
     drafter: str = ""
     drafted: tuple[str, ...] = ()
-    seen: Bools | None = None
+    processors: chain.Chain = ()
+    visible: Visible | None = None
 
     def may_sample(self, token: int) -> bool:
         return self.allowed is None or token in self.allowed
@@ -89,6 +92,7 @@ class RequestState:
     count: how many tokens there are, the prompt's included.
     live: the live threads, by path.
     pending: tokens that have a place and were not fed yet, in order.
+    processors: of the main thread, when it begins.
     slot: what the engine gave it.
     cached: how many of the prompt's tokens are in the cache.
     drafts: guesses at its next tokens (None: it wants none).
@@ -97,8 +101,8 @@ class RequestState:
     request: Request
     layout: Layout
     tokens: Ints
-    bias: Bias | None
     count: int
+    processors: chain.Chain
     threads: dict[Path, Thread] = field(default_factory=dict)
     live: list[Thread] = field(default_factory=list)
     unfinished: int = 0
@@ -195,8 +199,6 @@ class BatchingEngine(ABC):
 
     _page = 1
     """Places that a thread takes at once."""
-    _drafts = True
-    """Whether guesses can be fed: a token whose place nobody sees leaves no trace."""
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class BatchingEngine(ABC):
     ) -> None:
         if min(prefill_chunk, prefill_budget) < 1:
             raise RequestError("prefill_chunk and prefill_budget must be 1 or more")
-        self.capabilities = replace(capabilities, prompt_logprobs=True)
+        self.capabilities = replace(capabilities, prompt_logprobs=True, processors=True)
         self.on_logits: Callable[[str, Path, Any], None] | None = None
         self._capacity = capabilities.max_model_len
         self._size = vocabulary_size
@@ -263,15 +265,15 @@ class BatchingEngine(ABC):
     def add(self, request: Request) -> None:
         """Takes a request; it waits while there is no room. Raises RequestError if it can never fit."""
         self._check(request)
-        if self._drafts and request.params.drafters and self._drafting.costs is None and not self._running:
+        processors = chain.begin(request)
+        if self.capabilities.drafts and request.params.drafters and self._drafting.costs is None and not self._running:
             self._drafting.costs = self._step_costs()
         n, places = len(request.prompt_token_ids), self._room(request)
         tokens = np.zeros(places, dtype=np.int64)
         tokens[:n] = request.prompt_token_ids
         layout = Layout(n, places, request.positions, page=self._page)
-        bias = Bias.of(request.logit_bias)
-        drafts = self._drafting.of(request) if self._drafts else None
-        self._waiting[request.id] = RequestState(request, layout, tokens, bias, n, drafts=drafts)
+        drafts = self._drafting.of(request) if self.capabilities.drafts else None
+        self._waiting[request.id] = RequestState(request, layout, tokens, n, processors, drafts=drafts)
 
     def apply(self, request_id: str, event: Event) -> None:
         """Updates the request by an event. Raises RequestError if the event cannot follow those before it."""
@@ -282,8 +284,9 @@ class BatchingEngine(ABC):
             raise RequestError(f"no unfinished request {request_id!r}: add it first")
         thread = self._addressed(state, event)
         self._lay(state, thread, event)
-        if thread.seen is not None:
-            self._note_seen(state, thread.seen, event)
+        if thread.processors:
+            joined = event.children if isinstance(event, Joined) else ()
+            chain.note(thread.processors, event, [state.threads[child].processors for child in joined])
         thread.allowed = event.allowed
         if isinstance(event, (Blocked, Finished)):
             state.rest(thread)
@@ -392,7 +395,7 @@ class BatchingEngine(ABC):
             name = type(event).__name__
             raise RequestError(f"{name} of thread {path} cannot follow in {state.request.id!r}")
         if forked:
-            threads[path] = Thread(path, seen=self._seen_at_fork(state, path))
+            threads[path] = self._begun(state, path)
             state.unfinished += 1
             state.wake(threads[path])
             if state.drafts is not None:
@@ -411,6 +414,8 @@ class BatchingEngine(ABC):
             placed = state.layout.apply(event)
         except IndexError:
             raise self._overlong(state) from None
+        if thread.visible is not None:
+            self._note_visible(state, thread.visible, event, placed)
         if not placed:
             return
         state.count += len(placed)
@@ -434,26 +439,24 @@ class BatchingEngine(ABC):
             thread.logits, thread.drafter = last.logits, last.drafter
         return right
 
-    def _seen_at_fork(self, state: RequestState, path: Path) -> Bools | None:
-        """`Thread.seen` of a thread that begins: what its parent sees now; the main thread's is the prompt."""
-        if state.request.params.repetition_penalty == 1:
-            return None
-        parent = state.threads[path[:-1]].seen if path else None
-        if parent is not None:
-            return parent.copy()
-        seen = np.zeros(self._size, dtype=np.bool_)
-        seen[state.prompt] = True
-        return seen
+    @staticmethod
+    def _begun(state: RequestState, path: Path) -> Thread:
+        """A thread that begins: its processors come from its parent's, and it sees what that sees."""
+        if path:
+            parent = state.threads[path[:-1]]
+            visible = None if parent.visible is None else parent.visible.fork()
+            return Thread(path, processors=chain.fork(parent.processors, path), visible=visible)
+        visible = Visible(state.request.prompt_token_ids) if chain.reads_visible(state.processors) else None
+        return Thread(path, processors=state.processors, visible=visible)
 
     @staticmethod
-    def _note_seen(state: RequestState, seen: Bools, event: Event) -> None:
-        """Adds to `Thread.seen`: a token of text itself, a join what the children see."""
-        if isinstance(event, Decoded) and not event.tag:
-            seen[event.token] = True
-        elif isinstance(event, Joined):
-            for child in event.children:
-                if (by_child := state.threads[child].seen) is not None:
-                    seen |= by_child
+    def _note_visible(state: RequestState, visible: Visible, event: Event, placed: Sequence[Placed]) -> None:
+        """Adds what a thread comes to see by an event: joined chunks, then its own tokens."""
+        if isinstance(event, Joined):
+            joined = [state.threads[child].visible for child in event.children]
+            visible.join([each for each in joined if each is not None])
+        for token in placed:
+            visible.write(token.token, token.place)
 
     def _overlong(self, state: RequestState) -> RequestError:
         return RequestError(f"request {state.request.id!r} is past max_model_len ({self._capacity})")
@@ -698,8 +701,7 @@ class BatchingEngine(ABC):
         key = 0
         if not params.greedy:
             key = noise_key(request.seed, request.choice, thread.path, thread.count)
-        seen = None if thread.seen is None else np.flatnonzero(thread.seen)
-        return Draw(params, key, state.bias, thread.allowed, seen)
+        return Draw(params, key, thread.processors, thread.allowed, thread.visible or chain.NOTHING)
 
 
 def _token(state: RequestState, thread: Thread, sampled: Sampled) -> SampledToken:

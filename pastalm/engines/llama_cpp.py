@@ -40,6 +40,7 @@ from pastalm.engines.batching import (
 )
 from pastalm.errors import CapabilityError, EngineError, ModelError, RequestError
 
+# without drafts: each further row makes a step of llama.cpp half as slow again (benchmarks/README.md)
 CAPABILITIES = Capabilities(name="llama.cpp", weights="GGUF files, quantised too; CPU and GPU", positions=("overlap",))
 MAX_SEQUENCES = 256
 """Maximum number of sequences in llama.cpp."""
@@ -187,8 +188,6 @@ class LlamaCppEngine(BatchingEngine):
 
     Raises ModelError if the cache cannot be allocated.
     """
-
-    _drafts = False  # each further row makes a step of llama.cpp half as slow again (benchmarks/README.md)
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from pastalm.core.params import SamplingParams
 from pastalm.errors import RequestError, complaint
 
 _ORIGIN = re.compile("[a-z][a-z0-9+.-]*://[^/?#]+")
@@ -18,6 +19,7 @@ class Settings:
     name: the model's name for clients.
     api_key: key that clients must send (None: no key is needed).
     parallelism: of requests that give none.
+    drafts: of requests that give none, as in SamplingParams.
     thread_target: with more live threads than this, a new request without `parallelism` does not fork (0: no limit).
     max_queue: answers that may wait while others decode.
     max_tokens: limit of a chat request that gives none.
@@ -35,6 +37,7 @@ class Settings:
     name: str
     api_key: str | None = None
     parallelism: float = 1.0
+    drafts: str = "auto"
     thread_target: int = 32
     max_queue: int = 64
     max_tokens: int = 1024
@@ -46,6 +49,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        SamplingParams(drafts=self.drafts)  # says what is wrong with it
         checks = (
             (self.api_key != "", "the API key is empty: give one, or leave it out"),
             (0 <= self.parallelism < math.inf, "parallelism must be 0 or more, and finite"),

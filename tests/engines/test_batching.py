@@ -16,6 +16,7 @@ from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joine
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.batching import Batch, BatchingEngine, RequestState, Thread
+from pastalm.engines.processors.penalty import RepetitionPenalty
 from pastalm.engines.sampling import Draw
 from pastalm.errors import RequestError
 from tests.laws.oracle import Linear
@@ -24,7 +25,7 @@ from tests.laws.test_exactness import SCHEDULES
 from tests.laws.tiny import SIZE
 
 CAPABILITIES = Capabilities(
-    name="hashing", weights="none", positions=("promised", "overlap"), max_model_len=256, max_num_seqs=2
+    name="hashing", weights="none", positions=("promised", "overlap"), drafts=True, max_model_len=256, max_num_seqs=2
 )
 
 
@@ -205,9 +206,16 @@ def test_seeing_by_place_is_for_places_that_are_used() -> None:
     apply(engine, "a", Decoded(path=(), token=60, forced=(70,)), Decoded(path=(0,), token=61, tag=True))
     apply(engine, "a", Decoded(path=(0,), token=62))
     state = engine._running["a"]
-    assert np.flatnonzero(state.threads[()].seen).tolist() == [1, 2, 3, 60]
-    assert np.flatnonzero(state.threads[(0,)].seen).tolist() == [1, 2, 3, 62]
+    assert counted(state.threads[()]) == [1, 2, 3, 60]
+    assert counted(state.threads[(0,)]) == [1, 2, 3, 62]
     assert state.layout.used > state.count == 8
+
+
+def counted(thread: Thread) -> list[int]:
+    """The ids to which a thread's repetition penalty applies."""
+    (penalty,) = thread.processors
+    assert isinstance(penalty, RepetitionPenalty)
+    return sorted(penalty.ids.tolist())
 
 
 class PenalisedEngine(HashingEngine):
@@ -229,8 +237,7 @@ class PenalisedEngine(HashingEngine):
 
     def _draw(self, state: RequestState, thread: Thread) -> Draw:
         draw = super()._draw(state, thread)
-        assert draw.seen is not None
-        self.seen[state.request.id, thread.path, thread.count - 1] = draw.seen.tolist()
+        self.seen[state.request.id, thread.path, thread.count - 1] = counted(thread)
         return draw
 
 
@@ -245,19 +252,19 @@ def test_a_repetition_penalty_counts_the_text_that_a_thread_sees(page: int) -> N
     for (name, path, index), seen in engine.seen.items():
         linear = linears[name]
         row = linear.visible[linear.place[path, index]]
-        counted = [
+        expected = [
             fed.token
             for (thread, i, fed), visible in zip(linear.entries, row, strict=True)
             if visible and (i < 0 or (name, thread, i) in engine.text)
         ]
-        assert seen == sorted(set(counted))
+        assert seen == sorted(set(expected))
 
 
 def test_without_a_penalty_nothing_is_counted() -> None:
     engine = HashingEngine()
     engine.add(request("a"))
     apply(engine, "a", Forked(path=()), Forked(path=(0,), promised=10), Decoded(path=(0,), token=7))
-    assert all(thread.seen is None for thread in engine._waiting["a"].threads.values())
+    assert not any(thread.processors or thread.visible for thread in engine._waiting["a"].threads.values())
 
 
 def test_engines_that_need_no_torch_import_none() -> None:

@@ -39,6 +39,7 @@ CAPABILITIES = Capabilities(
     name="native",
     weights="Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma 2 and 3, adapters; GGUF files; CPU",
     positions=("promised", "overlap"),
+    drafts=True,
 )
 BLOCK = 64
 """Prompt tokens that are read, and remembered, together: as fast as passes of 512, by measurement. With keys and values

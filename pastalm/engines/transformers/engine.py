@@ -48,6 +48,7 @@ CAPABILITIES = Capabilities(
     name="transformers",
     weights="any RoPE decoder of transformers, adapters; CPU and GPU",
     positions=("promised", "overlap"),
+    drafts=True,
     exact=True,
 )
 BLOCK = 128

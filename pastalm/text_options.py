@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pastalm.core.params import Parameter, parameters
 
-LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids")
+LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids", "processors")
 """Parameters that are not offered."""
 DEFAULTS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 1024}
 """Defaults that differ from those of the table."""

@@ -166,6 +166,7 @@ class Driver:
                 positions=positions,
                 reference_token_ids=tuple(tuple(self.vocabulary.encode(text)) for text in params.references or ()),
                 owner=owner,
+                vocabulary=self.vocabulary,
             )
             interpreter = Interpreter(self.vocabulary, params, len(request.prompt_token_ids), self.limits)
             self.engine.add(request)

@@ -1,7 +1,7 @@
 """From logits to tokens for a whole step at once, by NumPy, in float32 (float64 for float64 logits).
 
-Order: raw log-probabilities, `logit_bias`, repetition penalty, `allowed`, temperature, top-k, top-p,
-min-p, then the Gumbel-max draw. The noise of a token id is a hash of (key, id), with the key a hash
+Order: raw log-probabilities, the logits processors (`processors/`: bias, repetition penalty, a request's own), `allowed`,
+temperature, top-k, top-p, min-p, then the Gumbel-max draw. The noise of a token id is a hash of (key, id), with the key a hash
 of (seed, choice, path, index of the token in its thread): it does not depend on other requests, nor on
 the device. Greedy rows take the largest logit after `allowed`; so do rows whose
 temperature is so near 0 that scaled logits are not finite. Of equal logits the smaller id comes first.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count
@@ -25,6 +25,10 @@ from numpy.typing import NDArray
 
 from pastalm.core.events import Path, TokenSet
 from pastalm.core.params import SamplingParams
+from pastalm.engines.processors.base import Ints as Ints
+from pastalm.engines.processors.base import LogitRow as LogitRow
+from pastalm.engines.processors.base import Visible
+from pastalm.engines.processors.chain import NOTHING, Chain, processed
 from pastalm.errors import EngineError
 
 CANDIDATES = 256
@@ -38,9 +42,6 @@ MOST_NOISE = 36.737
 MASKS = 64
 """Sets of allowed ids kept as arrays: those seen last."""
 
-Ints: TypeAlias = NDArray[np.int64]
-LogitRow: TypeAlias = NDArray[Any]
-"""Logits [vocabulary], float32 or float64."""
 Winners: TypeAlias = Callable[[Sequence[LogitRow], Sequence[float], Sequence[int]], list[int]]
 """Of rows, their temperatures and their keys: the id with the largest logit by temperature + noise in each."""
 
@@ -53,34 +54,18 @@ _to_infinity = np.errstate(over="ignore", divide="ignore", invalid="ignore")
 
 
 @dataclass(frozen=True, slots=True)
-class Bias:
-    """What is added to some logits. ids: int64; added: float64, one for each."""
-
-    ids: Ints
-    added: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, logit_bias: Mapping[int, float]) -> Bias | None:
-        """None if nothing is added."""
-        if not logit_bias:
-            return None
-        ids = np.fromiter(logit_bias.keys(), np.int64, len(logit_bias))
-        return cls(ids, np.fromiter(logit_bias.values(), np.float64, len(logit_bias)))
-
-
-@dataclass(frozen=True, slots=True)
 class Draw:
     """How one row of logits is sampled.
 
     key: key of the noise, from `noise_key`.
-    seen: the distinct ids to which the repetition penalty applies (None: no penalty).
+    processors: those of its thread, in order. visible: what they are told that it sees.
     """
 
     params: SamplingParams
     key: int = 0
-    bias: Bias | None = None
+    processors: Chain = ()
     allowed: TokenSet | None = None
-    seen: Ints | None = None
+    visible: Visible = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,19 +202,8 @@ def admitted(token: int, allowed: TokenSet | None) -> int:
 
 
 def shaped(row: LogitRow, draw: Draw) -> LogitRow:
-    """The row with bias and repetition penalty; itself if there are none. Seen ids' logits are divided (if
-    positive) or multiplied by the penalty."""
-    penalty, seen = row.dtype.type(draw.params.repetition_penalty), draw.seen
-    penalised = seen is not None and penalty != 1
-    if draw.bias is None and not penalised:
-        return row
-    row = row.copy()
-    if draw.bias is not None:
-        row[draw.bias.ids] += draw.bias.added.astype(row.dtype)
-    if penalised:
-        before = row[seen]
-        row[seen] = np.where(before > 0, before / penalty, before * penalty)
-    return row
+    """The row as the processors leave it; itself if there are none."""
+    return processed(draw.processors, draw.visible, row.copy()) if draw.processors else row
 
 
 def winners(rows: Sequence[LogitRow], temperatures: Sequence[float], keys: Sequence[int]) -> list[int]:

@@ -106,7 +106,7 @@ _NEUTRAL: dict[str, Sequence[Any]] = {
     "typical_p": [1],
     "mirostat": [0],
 }
-OTHER_FORM = ("stop", "max_tokens", "logprobs", "logit_bias", "stop_token_ids", "parallelism")
+OTHER_FORM = ("stop", "max_tokens", "logprobs", "logit_bias", "stop_token_ids", "parallelism", "processors")
 """Sampling parameters with another form or place in a request than in `SamplingParams`; their fields are below."""
 _SAME_FORM = {name: row for name, row in parameters().items() if name not in OTHER_FORM}
 """The other sampling parameters. Their fields are made from the table in core/params.py."""

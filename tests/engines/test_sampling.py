@@ -19,9 +19,12 @@ from pastalm.core.params import SamplingParams
 from pastalm.engines import sampling
 from pastalm.engines.native import draw as native_draw
 from pastalm.engines.native import library
+from pastalm.engines.processors.base import Visible
+from pastalm.engines.processors.bias import Bias
+from pastalm.engines.processors.chain import Function
+from pastalm.engines.processors.penalty import RepetitionPenalty
 from pastalm.engines.sampling import (
     ArraySampler,
-    Bias,
     Draw,
     Sampled,
     Sampler,
@@ -107,12 +110,16 @@ def expected(row: Rows, draw: Draw) -> int:
     """The token of one row, step by step."""
     params, row = draw.params, row.copy()
     kind = row.dtype.type
-    if draw.bias is not None:
-        for i, added in zip(draw.bias.ids, draw.bias.added, strict=True):
-            row[i] += kind(added)
-    for i in draw.seen if draw.seen is not None else ():
-        penalty = kind(params.repetition_penalty)
-        row[i] = row[i] / penalty if row[i] > 0 else row[i] * penalty
+    for each in draw.processors:
+        if isinstance(each, Bias):
+            for i, added in zip(each.ids, each.added, strict=True):
+                row[i] += kind(added)
+        elif isinstance(each, RepetitionPenalty):
+            for i in each.ids:
+                penalty = kind(each.penalty)
+                row[i] = row[i] / penalty if row[i] > 0 else row[i] * penalty
+        else:
+            row = kind(3) * row[::-1]
     for i in range(len(row)):
         if draw.allowed is not None and i not in draw.allowed:
             row[i] = -np.inf
@@ -132,7 +139,17 @@ params = st.builds(
     top_k=st.sampled_from([0, 0, 1, 5, 100]),
     top_p=st.sampled_from([1.0, 1.0, 0.05, 0.5, 0.9]),
     min_p=st.sampled_from([0.0, 0.0, 0.1, 0.7]),
-    repetition_penalty=st.sampled_from([1.0, 1.0, 1.7]),
+)
+
+
+def turned(visible: Visible, row: Rows) -> Rows:
+    """A processor that returns a new array, whose values do not lie side by side."""
+    made: Rows = row[::-1] * row.dtype.type(3)
+    return made
+
+
+chains = st.lists(
+    st.sampled_from([Bias({0: 2.5, 7: -3.0}), RepetitionPenalty(1.7, [1, 5, 6]), Function(turned)]), max_size=4
 )
 allowing = st.sampled_from(
     [None, None, TokenSet.of(3, 9, 30, SIZE + 5), TokenSet.all_but(*range(4, 20)), TokenSet.all_but(3)]
@@ -145,9 +162,8 @@ def drawing(draw: st.DrawFn) -> Draw:
     return Draw(
         each,
         key=draw(st.integers(-(2**63), 2**63 - 1)),
-        bias=draw(st.sampled_from([None, None, Bias.of({0: 2.5, 7: -3.0})])),
+        processors=tuple(draw(chains)),
         allowed=draw(allowing),
-        seen=np.array([1, 5, 6]) if each.repetition_penalty != 1 else None,
     )
 
 
@@ -292,7 +308,7 @@ def test_rows_that_do_not_lie_in_one_piece() -> None:
     assert not rows[0].flags.c_contiguous
     keys = list(range(5))
     assert chosen(rows, [1.0] * 5, keys) == sampling.winners(rows, [1.0] * 5, keys)
-    with pytest.raises(ValueError, match="rows of 600"):
+    with pytest.raises(ValueError, match="rows must have 600"):
         chosen([rows[0], rows[1][:-1]], [1.0] * 2, [0, 1])
     with pytest.raises(ValueError, match="temperatures"):
         chosen(rows[:1], [0.0], [0])
@@ -419,11 +435,11 @@ def test_rows_that_lie_apart_are_sampled_together(make: Any) -> None:
     assert float(copied[1]) == float(logits(4)[0, 1])
 
 
-def greedy(make: Any, row: Sequence[float], *, penalty: float = 1.0, **fields: Any) -> int:
+def greedy(make: Any, row: Sequence[float], **fields: Any) -> int:
     """The greedy token, with a row that asks for nothing beside it."""
     draws = [
         Draw(SamplingParams(temperature=0)),
-        Draw(SamplingParams(temperature=0, repetition_penalty=penalty), **fields),
+        Draw(SamplingParams(temperature=0), **fields),
     ]
     rows = np.array([row, row])
     plain, sampled = make(len(row))(rows, draws)
@@ -435,28 +451,28 @@ def greedy(make: Any, row: Sequence[float], *, penalty: float = 1.0, **fields: A
 @every
 def test_logit_bias_is_added(make: Any) -> None:
     row = [1.0, 2.0, 3.0, 0.0]
-    assert greedy(make, row, bias=Bias.of({0: 2.1})) == 0
-    assert greedy(make, row, bias=Bias.of({0: 1.9})) == 2
-    assert greedy(make, row, bias=Bias.of({2: -5.0, 1: -5.0})) == 0
-    assert Bias.of({}) is None
+    assert greedy(make, row, processors=(Bias({0: 2.1}),)) == 0
+    assert greedy(make, row, processors=(Bias({0: 1.9}),)) == 2
+    assert greedy(make, row, processors=(Bias({2: -5.0, 1: -5.0}),)) == 0
 
 
 @every
 def test_repetition_penalty_shrinks_what_was_seen(make: Any) -> None:
     row = [3.0, 2.0, -1.0, -1.5]
-    assert greedy(make, row, penalty=1.4, seen=np.array([0])) == 0
-    assert greedy(make, row, penalty=1.6, seen=np.array([0])) == 1
-    assert greedy(make, [-1.0, -1.5], penalty=1.6, seen=np.array([0])) == 1
+    assert greedy(make, row, processors=(RepetitionPenalty(1.4, [0]),)) == 0
+    assert greedy(make, row, processors=(RepetitionPenalty(1.6, [0]),)) == 1
+    assert greedy(make, [-1.0, -1.5], processors=(RepetitionPenalty(1.6, [0]),)) == 1
 
 
 @every
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_logprobs_are_raw(make: Any, dtype: Any) -> None:
     rows = logits(3, dtype=dtype)
-    hot = SamplingParams(temperature=0.5, top_k=3, logprobs=4, repetition_penalty=2.0)
+    hot = SamplingParams(temperature=0.5, top_k=3, logprobs=4)
+    chain = (Bias({1: 9.0}), RepetitionPenalty(2.0, [2]), Function(turned))
     few = SamplingParams(temperature=0, logprobs=0)
     draws = [
-        Draw(hot, key=5, bias=Bias.of({1: 9.0}), allowed=TokenSet.all_but(0), seen=np.array([2])),
+        Draw(hot, key=5, processors=chain, allowed=TokenSet.all_but(0)),
         Draw(SamplingParams(temperature=0)),
         Draw(few),
     ]

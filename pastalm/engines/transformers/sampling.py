@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +15,17 @@ from torch import Tensor
 
 from pastalm.core.events import TokenSet
 from pastalm.engines import sampling
+from pastalm.engines.processors.base import ThreadProcessor
+from pastalm.engines.processors.bias import Bias
+from pastalm.engines.processors.chain import processed
+from pastalm.engines.processors.penalty import RepetitionPenalty
 from pastalm.engines.sampling import ArraySampler, Draw, Sampled
 from pastalm.errors import EngineError
 
 CANDIDATES = 1024
 """Number of largest logits that are considered first in truncated rows: nearly always enough, and much less to sort."""
+
+P = TypeVar("P", bound=ThreadProcessor)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIXERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -62,7 +69,7 @@ class TensorSampler:
 
     def on_device(self, raw: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         """A token for each row, computed by torch."""
-        shaped = _penalised(_biased(raw, draws), draws)
+        shaped = _shaped(raw, draws)
         tokens = [0] * len(draws)
         if any(draw.params.greedy for draw in draws):
             tokens = shaped.argmax(-1).tolist()
@@ -113,35 +120,50 @@ def _allows(draw: Draw, token: int) -> bool:
     return draw.allowed is None or token in draw.allowed
 
 
-def _biased(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    biased = [(i, draw.bias) for i, draw in enumerate(draws) if draw.bias is not None]
-    if not biased:
+def _shaped(raw: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The logits as the processors leave them. A bias and a penalty that come first are applied to all rows at once on
+    the device, the processors behind them row by row on the CPU."""
+    left = [list(draw.processors) for draw in draws]
+    logits = _biased(raw, _first(left, Bias))
+    logits = _penalised(logits, _first(left, RepetitionPenalty))
+    behind = [i for i, processors in enumerate(left) if processors]
+    if not behind:
         return logits
-    rows = np.repeat([i for i, _ in biased], [len(bias.ids) for _, bias in biased])
-    ids = np.concatenate([bias.ids for _, bias in biased])
-    added = np.concatenate([bias.added for _, bias in biased])
+    where = torch.tensor(behind, device=logits.device)
+    rows = logits[where].detach().cpu().numpy()
+    made = [processed(tuple(left[i]), draws[i].visible, row) for i, row in zip(behind, rows, strict=True)]
+    return logits.index_copy(0, where, torch.from_numpy(np.stack(made)).to(logits.device))
+
+
+def _first(left: list[list[ThreadProcessor]], kind: type[P]) -> list[tuple[int, P]]:
+    """Takes from each row the processor that is next, if it is of this kind; with the row's index."""
+    return [(i, next_) for i, row in enumerate(left) if row and isinstance(next_ := row[0], kind) and row.pop(0)]
+
+
+def _biased(logits: Tensor, biases: Sequence[tuple[int, Bias]]) -> Tensor:
+    """Logits with what the biases of some rows add."""
+    if not biases:
+        return logits
+    rows = np.repeat([i for i, _ in biases], [len(bias.ids) for _, bias in biases])
+    ids = np.concatenate([bias.ids for _, bias in biases])
+    added = np.concatenate([bias.added for _, bias in biases])
     where = torch.from_numpy(np.stack([rows, ids])).to(logits.device)
     return logits.index_put(
         (where[0], where[1]), torch.from_numpy(added).to(logits.device, logits.dtype), accumulate=True
     )
 
 
-def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Logits of seen ids divided (if positive) or multiplied by the row's repetition penalty."""
-    seen = [
-        (i, draw.seen, draw.params.repetition_penalty)
-        for i, draw in enumerate(draws)
-        if draw.seen is not None and draw.params.repetition_penalty != 1
-    ]
-    if not seen:
+def _penalised(logits: Tensor, penalties: Sequence[tuple[int, RepetitionPenalty]]) -> Tensor:
+    """Logits of seen ids divided (if positive) or multiplied by the penalty of their row."""
+    if not penalties:
         return logits
-    lengths = [len(ids) for _, ids, _ in seen]
-    ids = torch.from_numpy(np.concatenate([ids for _, ids, _ in seen])).to(logits.device)
-    owner = torch.from_numpy(np.repeat([i for i, _, _ in seen], lengths)).to(logits.device)
-    penalties = np.repeat([penalty for _, _, penalty in seen], lengths)
-    penalty = torch.from_numpy(penalties).to(logits.device, logits.dtype)
+    lengths = [len(penalty.ids) for _, penalty in penalties]
+    ids = torch.from_numpy(np.concatenate([penalty.ids for _, penalty in penalties])).to(logits.device)
+    owner = torch.from_numpy(np.repeat([i for i, _ in penalties], lengths)).to(logits.device)
+    factors = np.repeat([penalty.penalty for _, penalty in penalties], lengths)
+    factor = torch.from_numpy(factors).to(logits.device, logits.dtype)
     before = logits[owner, ids]
-    return logits.index_put((owner, ids), torch.where(before > 0, before / penalty, before * penalty))
+    return logits.index_put((owner, ids), torch.where(before > 0, before / factor, before * factor))
 
 
 def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -21,7 +21,7 @@ from pastalm.train.run import adapted
 from pastalm.train.sft import SftConfig
 
 ROOT = Path(__file__).parents[1]
-WHOLE = {"baseline", "own", "lambda2", "lambdainf"}
+WHOLE = {"lambda2"}
 """Stored as they were trained."""
 
 

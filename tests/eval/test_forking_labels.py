@@ -16,7 +16,7 @@ from pastalm.eval import compare, labels
 from pastalm.eval.labels import LABELS, Label
 from tests.eval.test_evaluate import ANSWER, PLAIN
 
-DEV = Path(__file__).parents[2] / "runs" / "marks" / "alpaca_eval_dev_forking.jsonl"
+MARKS = Path(__file__).parents[2] / "runs" / "marks"
 
 
 def written(folder: Path, rows: Sequence[object]) -> Path:
@@ -67,7 +67,9 @@ def test_a_column_for_each_label() -> None:
     assert "| forks | forks, one | chunks |" in compare.markdown([row])
 
 
-def test_the_dev_prompts_are_labelled_by_id_alone() -> None:
-    rows = [json.loads(line) for line in DEV.read_text().splitlines()]
+@pytest.mark.parametrize(("name", "prompts"), [("alpaca_eval_dev_forking", 200), ("vicuna_80_forking", 80)])
+def test_prompts_are_labelled_by_id_alone(name: str, prompts: int) -> None:
+    path = MARKS / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(set(row) == {"id", "label"} for row in rows)
-    assert len(labels.read(DEV, [row["id"] for row in rows])) == len(rows) == 200
+    assert len(labels.read(path, [row["id"] for row in rows])) == len(rows) == prompts

@@ -269,6 +269,7 @@ class LLM:
         *,
         choice: int = 0,
         seed: int | None = None,
+        owner: str = "",
         keep_events: bool = True,
     ) -> Response:
         """Submits one answer to the driver, whose `step` decodes all submitted answers together. For arguments and
@@ -279,6 +280,7 @@ class LLM:
             choice=choice,
             seed=seed,
             positions=self.positions,
+            owner=owner,
             keep_events=keep_events,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 
@@ -61,8 +62,7 @@ class Gate:
 
     def _has_key(self, header: bytes) -> bool:
         key = self._settings.api_key
-        scheme, _, sent_key = header.partition(b" ")
-        return key is None or scheme.lower() == b"bearer" and hmac.compare_digest(sent_key.strip(), key.encode())
+        return key is None or hmac.compare_digest(_sent_key(header), key.encode())
 
     def _accepts_host(self, scope: Scope, host: bytes) -> bool:
         """Whether the Host header is accepted. On loopback without a key only local names are: a web page can make its
@@ -94,6 +94,18 @@ class Gate:
             return message
 
         return bounded
+
+
+def owner(scope: Scope) -> str:
+    """On whose behalf a request is: a hash of the API key that it sends, "" without one."""
+    key = _sent_key(dict(scope["headers"]).get(b"authorization", b""))
+    return hashlib.sha256(key).hexdigest() if key else ""
+
+
+def _sent_key(header: bytes) -> bytes:
+    """The key in an Authorization header; empty if there is none."""
+    scheme, _, key = header.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _hostname(host: str) -> str:

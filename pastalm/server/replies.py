@@ -50,6 +50,9 @@ def usage(prompt_tokens: int, answers: Sequence[ServedAnswer], fork_odds: float)
                     "critical_path": t.critical_path,
                     "parallelism": round(t.parallelism, 4),
                     "steps": t.steps,
+                    "passes": t.passes,
+                    "drafted": dict(t.drafted),
+                    "accepted": dict(t.accepted),
                     "threads": len(t.threads),
                 }
                 for t in each

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from pastalm.core.params import Parameter, SamplingParams, parameters
+from pastalm.errors import RequestError
 from pastalm.models.chat_template import Rendering
 from pastalm.server.errors import BadValue
 from pastalm.server.messages import Checked, Message, Object, Text, Token, same
@@ -44,15 +45,34 @@ class StreamOptions(Checked):
     include_obfuscation: bool | None = None
 
 
+MOST_REFERENCES, MOST_CHARACTERS = 16, 100_000
+"""Most references of a request, and their characters together: the engine makes a table of all of them."""
+
+
 class PastaOptions(Checked):
     """Options that only this server has.
 
     parallelism: multiplies the odds of forking; 0 turns forking off. A value given here is not lowered under load.
+    drafts, references: as in SamplingParams. None: the server's, and no references.
     events: the chunks of a stream contain the events of the threads.
     """
 
     parallelism: float | None = Field(default=None, ge=parameters()["parallelism"].ge)
+    drafts: str | None = Field(default=None, description=parameters()["drafts"].help)
+    references: list[Text] | None = Field(default=None, description=parameters()["references"].help)
     events: bool = False
+
+    @model_validator(mode="after")
+    def _drafting(self) -> PastaOptions:
+        if self.drafts is not None:
+            try:
+                SamplingParams(drafts=self.drafts)
+            except RequestError as error:
+                raise BadValue("drafts", str(error)) from None
+        if len(self.references or ()) > MOST_REFERENCES or sum(map(len, self.references or ())) > MOST_CHARACTERS:
+            most = f"at most {MOST_REFERENCES} texts, of {MOST_CHARACTERS} characters together"
+            raise BadValue("references", f"references must be {most}")
+        return self
 
 
 class _WithoutEffect(Checked):
@@ -106,7 +126,17 @@ _NEUTRAL: dict[str, Sequence[Any]] = {
     "typical_p": [1],
     "mirostat": [0],
 }
-OTHER_FORM = ("stop", "max_tokens", "logprobs", "logit_bias", "stop_token_ids", "parallelism", "processors")
+OTHER_FORM = (
+    "stop",
+    "max_tokens",
+    "logprobs",
+    "logit_bias",
+    "stop_token_ids",
+    "parallelism",
+    "processors",
+    "drafts",
+    "references",
+)
 """Sampling parameters with another form or place in a request than in `SamplingParams`; their fields are below."""
 _SAME_FORM = {name: row for name, row in parameters().items() if name not in OTHER_FORM}
 """The other sampling parameters. Their fields are made from the table in core/params.py."""
@@ -171,7 +201,7 @@ class _SamplingRequest(_Sampling):
         """Options for the chat template. Raises RequestError."""
         return Rendering()
 
-    def params(self, *, max_tokens: int, logprobs: int | None, parallelism: float) -> SamplingParams:
+    def params(self, *, max_tokens: int, logprobs: int | None, parallelism: float, drafts: str) -> SamplingParams:
         """The sampling parameters. Raises RequestError."""
         return SamplingParams(
             **{name: getattr(self, name) for name in _SAME_FORM},
@@ -181,6 +211,8 @@ class _SamplingRequest(_Sampling):
             logprobs=logprobs,
             logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
             parallelism=parallelism,
+            drafts=drafts,
+            references=self.pasta.references,
         )
 
 

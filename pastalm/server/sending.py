@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from pastalm.errors import PastaError
 from pastalm.server.errors import client_error
+from pastalm.server.gate import owner
 from pastalm.server.replies import ChatReply, CompletionReply, events_key, to_line
 from pastalm.server.requests import ChatRequest, CompletionRequest
 from pastalm.server.service import RunningRequest, Service
@@ -44,7 +45,7 @@ class WholeReply(Reply):
     """A reply of one JSON object."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply_task = asyncio.ensure_future(self._whole())
+        reply_task = asyncio.ensure_future(self._whole(owner(scope)))
         disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((reply_task, disconnected), return_when=asyncio.FIRST_COMPLETED)
@@ -58,8 +59,8 @@ class WholeReply(Reply):
             disconnected.cancel()
             await asyncio.wait((reply_task, disconnected))
 
-    async def _whole(self) -> Response:
-        async with self._service.running(self._request) as running:
+    async def _whole(self, owner: str) -> Response:
+        async with self._service.running(self._request, owner) as running:
             async for _ in running.deltas():
                 pass
         reply = self._reply.whole(running.answers, running.usage())
@@ -80,7 +81,7 @@ class StreamedReply(Reply):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._service.settings
         # entered here, not in the generator: a generator that never started is never closed
-        async with self._service.running(self._request) as running:
+        async with self._service.running(self._request, owner(scope)) as running:
             stream = EventSourceResponse(
                 self._events(running),
                 sep="\n",

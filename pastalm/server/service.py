@@ -82,7 +82,7 @@ class Service:
         live = max(self.worker.live_threads, self.unfinished)
         return 0.0 if 0 < self.settings.thread_target < live else self.settings.parallelism
 
-    async def _job(self, request: ChatRequest | CompletionRequest) -> Job:
+    async def _job(self, request: ChatRequest | CompletionRequest, owner: str) -> Job:
         """The job for the engine's thread. Raises Refused, RequestError, ModelError."""
         parallelism = self._parallelism(request.pasta.parallelism)
         prompts = await self.encode(request, parallelism)
@@ -90,7 +90,12 @@ class Service:
         max_tokens = self._max_tokens(max(map(len, prompts), default=0), request.token_limit, request.about)
         if request.min_tokens > max_tokens:
             raise bad_value(f"min_tokens is above max_tokens, {max_tokens}: lower it", "min_tokens")
-        params = request.params(max_tokens=max(1, max_tokens), logprobs=request.logprob_count, parallelism=parallelism)
+        params = request.params(
+            max_tokens=max(1, max_tokens),
+            logprobs=request.logprob_count,
+            parallelism=parallelism,
+            drafts=self.settings.drafts if request.pasta.drafts is None else request.pasta.drafts,
+        )
         prompt_logprobs = request.logprob_count if request.echoes else None
         if prompt_logprobs is not None and not self._capabilities.prompt_logprobs:
             engine = self._capabilities.name
@@ -103,6 +108,7 @@ class Service:
             self._echoes(request, prompts) if request.echoes else [],
             prompt_logprobs,
             decodes=max_tokens > 0,
+            owner=owner,
         )
 
     def _echoes(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
@@ -192,8 +198,10 @@ class Service:
         raise Refused(message, code="context_length_exceeded", param="max_tokens" if prompt <= most else about)
 
     @asynccontextmanager
-    async def running(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[RunningRequest]:
+    async def running(self, request: ChatRequest | CompletionRequest, owner: str) -> AsyncIterator[RunningRequest]:
         """A request in the engine. At the end, for whatever reason, its places and its slots are freed.
+
+        owner: from `gate.owner`.
 
         Raises PastaError, TimeoutError.
         """
@@ -202,7 +210,7 @@ class Service:
         if not request.prompts:
             raise Refused("prompt is empty: give at least one", param="prompt")
         with self._places(len(request.prompts) * request.n):
-            job = await self._job(request)
+            job = await self._job(request, owner)
             operation = "chat" if isinstance(request, ChatRequest) else "text_completion"
             with tracing.span(operation, self.settings.name, job.params) as span:
                 self.worker.submit(job)

@@ -1,7 +1,8 @@
 """One OpenTelemetry span for each request.
 
-Attributes follow its conventions for generative AI (`gen_ai.*`); `pasta.parallelism`, `pasta.critical_path` and
-`pasta.threads` are added. Prompts and answers are not recorded. Spans cost nothing unless an SDK is configured:
+Attributes follow its conventions for generative AI (`gen_ai.*`); `pasta.parallelism`, `pasta.critical_path`,
+`pasta.passes`, `pasta.drafted`, `pasta.accepted` and `pasta.threads` are added. Prompts and answers are not recorded.
+Spans cost nothing unless an SDK is configured:
 
     opentelemetry-instrument pasta serve MODEL
 """
@@ -76,6 +77,9 @@ def answered(request_span: Span, model: str, prompt_tokens: int, answers: Sequen
             "gen_ai.usage.input_tokens": prompt_tokens,
             "gen_ai.usage.output_tokens": sum(t.tokens for t in each),
             "pasta.critical_path": max(t.critical_path for t in each),
+            "pasta.passes": sum(t.passes for t in each),
+            "pasta.drafted": sum(t.drafted.total() for t in each),
+            "pasta.accepted": sum(t.accepted.total() for t in each),
             "pasta.threads": sum(len(t.threads) for t in each),
         }
     )

@@ -41,6 +41,7 @@ class Job:
     prompt_logprobs: how many of the most likely tokens to report for each token of the prompts (None: do not score
         the prompts). Scores are in the echoes before the first update.
     decodes: False if the prompts are only echoed.
+    owner: on whose behalf, see `core.params.Request`.
     answers: by number, complete before the first update.
     updates: what happened, (number, delta of one step) or the error that ended the job.
     """
@@ -51,6 +52,7 @@ class Job:
     echoes: list[Echo] = field(default_factory=list)
     prompt_logprobs: int | None = None
     decodes: bool = True
+    owner: str = ""
     answers: list[ServedAnswer] = field(default_factory=list)
     updates: asyncio.Queue[Update | PastaError] = field(default_factory=asyncio.Queue)
 
@@ -203,7 +205,9 @@ class Worker:
             job.answers.append(ServedAnswer(Transcript(events), echo=echo))
             return job, (number, job.answers[number].take(events))
         seed, first_choice = job.noise[place]
-        response = self._llm.submit(job.prompts[place], job.params, choice=first_choice + choice, seed=seed)
+        response = self._llm.submit(
+            job.prompts[place], job.params, choice=first_choice + choice, seed=seed, owner=job.owner
+        )
         job.answers.append(ServedAnswer(response.transcript, job.params.stop_strings, echo))
         self._decoding[response.request.id] = (job, number, response)
         return self._update(response)

@@ -94,12 +94,14 @@ class Scored:
 
     def _earned(self, length: Length) -> float:
         """The speedup that counts in the score: one thread's, if the answer forks and nothing asked for that."""
-        if self.asked is not False or self.text_tokens <= self.critical_path or not self._forks():
+        if self.text_tokens <= self.critical_path or not self.unasked:
             return self.speedup(length)
         return replace(self, critical_path=self.text_tokens).speedup(length)
 
-    def _forks(self) -> bool:
-        return any(isinstance(node, Promise) for node in parse(self.annotated))
+    @property
+    def unasked(self) -> bool:
+        """Whether the answer forks although nothing asked for that."""
+        return self.asked is False and any(isinstance(node, Promise) for node in parse(self.annotated))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

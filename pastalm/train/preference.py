@@ -86,11 +86,12 @@ class Pair:
 def choose(
     rows: Sequence[Scored], lambda_: float, sigma: float, length: Length = "theoretical"
 ) -> Iterator[tuple[Scored, Scored, float]]:
-    """(best, worst, gap) of each prompt whose answers differ in score. The best must have ended by itself."""
+    """(best, worst, gap) of each prompt whose answers differ in score. The best must have ended by itself, and must not
+    fork where nothing asked for that."""
     ordered = sorted(rows, key=lambda r: (r.id, r.choice))
     for _, group in groupby(ordered, key=lambda r: r.id):
         scored_answers = [(s, r) for r in group if (s := r.score(lambda_, sigma, length)) is not None]
-        ended = [(s, r) for s, r in scored_answers if r.finish_reason == "stop"]
+        ended = [(s, r) for s, r in scored_answers if r.finish_reason == "stop" and not r.unasked]
         if not ended:
             continue
         high, best = max(ended, key=lambda f: f[0])

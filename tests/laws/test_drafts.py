@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,14 +26,24 @@ from pastalm.engines.drafts.budget import StepCosts
 from pastalm.engines.native import library
 from pastalm.engines.native.engine import NativeEngine
 from pastalm.engines.native.model import NativeModel
+from pastalm.engines.processors.base import LogitRow, ThreadProcessor, Visible
 from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.models import packed_models
 from tests.engines.test_batching import HashingEngine
 from tests.laws.tiny import SIZE, TAGS, tiny_model, tiny_vocabulary
 
 VOCABULARY = tiny_vocabulary()
-FREE = StepCosts({1: 1.0, 32: 1.0001})
-"""Rows that cost next to nothing: every guess is fed."""
+class FreeRows(StepCosts):
+    """Rows that cost next to nothing, whatever is measured: every guess is fed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._costs = [1 + rows * 1e-6 for rows in range(self.most + 1)]
+
+    def note(self, rows: int, seconds: float) -> None:
+        pass
+
+
 Threads = dict[Path, list[int]]
 Guessing = Callable[[Path, int], int | None]
 """A guess by thread and index of the token in it."""
@@ -146,7 +158,7 @@ def compare(
     record = {response.request.choice: tokens[response.request.id] for response in off}
     made = lambda request, *_: Scripted(DRAFTERS[drafter](record[request.choice]))  # noqa: E731
     monkeypatch.setitem(drafting.MAKERS, "lookup", made)
-    engine._drafting.costs = FREE
+    engine._drafting.costs = FreeRows()
     on, drafted = threads(
         engine, lambda: decode(engine, [replace(each, drafts="lookup") for each in every], policy, limits, drop)
     )
@@ -168,6 +180,30 @@ def compare(
     return accepted
 
 
+class ByHistory(ThreadProcessor):
+    """Adds to the logits by a hash of all that its thread sees, in order, and of all that it was told."""
+
+    def __init__(self, told: tuple[Any, ...] = ()) -> None:
+        self.told = told
+
+    def begin(self, request: Request) -> ByHistory:
+        return ByHistory()
+
+    def __call__(self, visible: Visible, logits: LogitRow) -> LogitRow:
+        added = np.random.default_rng(zlib.crc32(str((list(visible), self.told)).encode())).standard_normal(len(logits))
+        self.told += ("called",)
+        return logits + added.astype(logits.dtype)
+
+    def fork(self, path: Path) -> ByHistory:
+        return ByHistory((*self.told, path))
+
+    def write(self, token: int, *, tag: bool, forced: bool) -> None:
+        self.told += (token, tag, forced)
+
+    def join(self, children: Sequence[ByHistory]) -> None:
+        self.told += tuple(child.told for child in children)
+
+
 PARAMS = SamplingParams(max_tokens=60, logprobs=2, parallelism=60.0, ignore_eos=True)
 SAMPLED = st.builds(
     replace,
@@ -175,6 +211,7 @@ SAMPLED = st.builds(
     temperature=st.sampled_from([0.0, 1.0]),
     top_k=st.sampled_from([0, 5]),
     repetition_penalty=st.sampled_from([1.0, 1.3]),
+    processors=st.sampled_from([None, (ByHistory(),)]),
     logit_bias=st.just({TAGS.sync: 3.0, TAGS.tokens: 4.0, TAGS.promise_end: 4.0, TAGS.async_close: 3.0}),
 )
 

@@ -112,10 +112,10 @@ class ThreadProcessor(ABC):
         """The processor of a child that begins now, at `path`. The same one does where nothing is kept."""
         return self
 
-    def write(self, token: int, *, tag: bool, forced: bool) -> None:
+    def write(self, token: int, *, tag: bool, forced: bool) -> None:  # noqa: B027 - most keep nothing
         """The thread has a further token. tag: it belongs to a tag. forced: it was not sampled."""
 
-    def join(self, children: Sequence[Any]) -> None:
+    def join(self, children: Sequence[Any]) -> None:  # noqa: B027 - most keep nothing
         """From now on the thread sees what some children wrote. children: their processors of this kind, in order."""
 
 

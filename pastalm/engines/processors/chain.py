@@ -7,7 +7,7 @@ with the settings as keywords and returns a processor or a function of visible i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -24,6 +24,8 @@ GROUP = "pastalm.logits_processors"
 """The group of entry points."""
 OWN = {"caad": "caad:Caad", "decortl": "decortl:DecoRtl"}
 """The processors of this package, by name: module and class."""
+KEPT = 16
+"""Named processors that are kept for further requests with the same settings."""
 
 Chain: TypeAlias = tuple[ThreadProcessor, ...]
 NOTHING = Visible(())
@@ -56,20 +58,38 @@ def names() -> list[str]:
 
 
 def named(name: str, settings: Mapping[str, Any]) -> Any:
-    """What a named processor's maker returns for these settings. Raises RequestError."""
-    if name in OWN:
-        module, kind = OWN[name].split(":")
-        make = getattr(import_module(f"pastalm.engines.processors.{module}"), kind)
-    elif name in _installed():
-        make = _installed()[name].load()
-    else:
-        raise RequestError(f"there is no logits processor {name!r}: installed are {', '.join(names())}")
+    """What a named processor's maker returns for these settings; for equal settings it is made once, as long as it is
+    among the last. Raises RequestError."""
     try:
-        return make(**settings)
+        return _made_once(name, tuple(sorted(settings.items())))
+    except TypeError:  # settings that cannot be compared, such as arrays
+        return _made(name, settings)
+
+
+@lru_cache(maxsize=KEPT)
+def _made_once(name: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+    return _made(name, dict(settings))
+
+
+def _made(name: str, settings: Mapping[str, Any]) -> Any:
+    try:
+        return _maker(name)(**settings)
     except PastaError:
         raise
     except (TypeError, ValueError, OSError) as error:
         raise RequestError(f"the logits processor {name!r} does not take these settings: {error}") from error
+
+
+def _maker(name: str) -> Any:
+    if name in OWN:
+        module, kind = OWN[name].split(":")
+        return getattr(import_module(f"pastalm.engines.processors.{module}"), kind)
+    if name not in _installed():
+        raise RequestError(f"there is no logits processor {name!r}: installed are {', '.join(names())}")
+    try:
+        return _installed()[name].load()
+    except (ImportError, AttributeError) as error:
+        raise RequestError(f"the logits processor {name!r} cannot be loaded: {error}") from error
 
 
 def begin(request: Request) -> Chain:

@@ -25,7 +25,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has threads cannot be forked
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-CLOCK = ("seconds", "first_seconds", "matched_seconds")
+CLOCK = ("seconds", "first_seconds", "matched_seconds", "steps", "passes")
+"""Drafts are fed by what passes take on this clock, so steps and passes are measured too."""
 UNTIMED = ("config.json", "log.jsonl", "reference.jsonl", "loss.png")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "pasta.json")
 

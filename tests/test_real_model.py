@@ -16,10 +16,11 @@ import torch
 from pastalm import LLM, SamplingParams
 from pastalm.core.events import Event, Path, TokenSet
 from pastalm.core.vocabulary import TAG_TOKENS
-from pastalm.eval.baselines.copying import Copying
+from pastalm.engines.batching import BatchingEngine
+from pastalm.engines.drafts.budget import StepCosts
 from pastalm.eval.replay import ForwardPass, gaps, replay
 from pastalm.models import adapters, chat_template, downloads, loading
-from pastalm.records.prompts import Prompt
+from pastalm.records.transcripts import linear_tokens
 
 pytestmark = pytest.mark.skipif(
     not (adapters.SHIPPED / downloads.EMBEDDED / "adapter_config.json").is_file(),
@@ -159,15 +160,20 @@ def test_llama_cpp_decodes_what_the_reference_would(reference: torch.nn.Module, 
     there.model.close()
 
 
-@pytest.mark.parametrize("source", ["prompt", "references"])
-def test_copied_spans_change_no_token(on_transformers: LLM, source: str) -> None:
+@pytest.mark.parametrize("drafts", ["lookup", "references"])
+def test_copied_spans_change_no_token(on_transformers: LLM, drafts: str) -> None:
     """Prompt lookup and LLMA, by replay: each token is the reference's likeliest, within SPEC's tolerance."""
-    text = "Repeat this twice, word for word: the quick brown fox jumps over the lazy dog, and then it sleeps."
-    prompt = Prompt(id="1", text=text, references=("the quick brown fox jumps over the lazy dog, and then it sleeps",))
+    said = "the quick brown fox jumps over the lazy dog, and then it sleeps."
+    text = f"Repeat this twice, word for word: {said}"
+    params = SamplingParams(temperature=0, max_tokens=40, parallelism=0, drafts=drafts, references=(said,))
     llm = on_transformers
-    copying = Copying("copied", llm, source)  # type: ignore[arg-type]
-    found, asked = copying.decode(prompt, 40), copying.prompt_ids(prompt)
-    assert found.passes < len(found.tokens), "nothing was copied: the test sees nothing"
+    assert isinstance(llm.driver.engine, BatchingEngine)
+    llm.driver.engine._drafting.costs = StepCosts({1: 1.0, 32: 1.0001})  # rows are free: every guess is fed
+    stream = llm.stream([{"role": "user", "content": text}], params)
+    for _ in stream:
+        pass
+    tokens = [one.token for one in linear_tokens(stream.transcript)]
+    assert stream.transcript.passes < len(tokens), "nothing was copied: the test sees nothing"
     assert llm.loaded.vocabulary.tags is not None
     allowed = TokenSet.all_but(*llm.loaded.vocabulary.tags.ids)
-    assert max(gaps(llm.loaded.model, ForwardPass.plain(asked, found.tokens, allowed))) < 1e-3
+    assert max(gaps(llm.loaded.model, ForwardPass.plain(stream.prompt_token_ids, tokens, allowed))) < 1e-3

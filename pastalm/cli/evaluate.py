@@ -15,7 +15,7 @@ from pastalm.cli.files import bad_row_handler
 from pastalm.cli.loading import tokenizer_header
 from pastalm.cli.options import LARGE_MODEL, EngineOptions, LargeModelOptions, ResultOptions
 from pastalm.cli.scorers import SCORERS, ScorerOptions, scorer_header
-from pastalm.cli.terminal import quiet_libraries, say
+from pastalm.cli.terminal import quiet_libraries
 from pastalm.errors import RequestError
 
 
@@ -36,8 +36,8 @@ def evaluate(
     systems: Annotated[
         list[str],
         typer.Argument(
-            help="NAME=ADAPTER each (NAME=ADAPTER:off with its tags off; :promised or :overlap, those positions), or a"
-            " method: sot, sot-routed, lookup, llma."
+            help="NAME=ADAPTER each (NAME=ADAPTER:off with its tags off; :promised or :overlap, those positions; then"
+            " +drafts with all drafters, or some: +lookup,siblings), or a method: sot, sot-routed, lookup, llma."
         ),
     ],
     options: EvalOptions,
@@ -77,7 +77,7 @@ def _prepare(
     """Checks all options and files before a model is loaded. Raises DataError, RequestError, ModelError."""
     from pastalm.eval import alpaca
     from pastalm.eval import labels as forking
-    from pastalm.eval.evaluate import COPYING, check
+    from pastalm.eval.evaluate import check
     from pastalm.records import prompts
     from pastalm.records.scores import check_length
 
@@ -92,9 +92,6 @@ def _prepare(
     if options.against is not None and options.against not in names:
         raise RequestError(f"--against names one of the systems, got {options.against!r}")
     units = _units(options.sigma or [], options.scorer or [])
-    if engine.engine == "auto" and (copying := [name for name in names if name in COPYING]):
-        engine = replace(engine, engine="transformers")
-        say(f"{' and '.join(copying)} runs on transformers, so every system does")
     quiet_libraries()
     evaluation = Evaluation(
         systems=systems,

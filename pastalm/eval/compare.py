@@ -62,14 +62,17 @@ class Pair:
 
     @property
     def speedups(self) -> dict[str, float]:
-        """Speedups by name: theoretical and realized, relative to the baseline's answer, and length-matched, relative
-        to sequential decoding of the same text. Speedups that were not measured are left out."""
+        """Speedups by name: theoretical, in forward passes and realized, relative to the baseline's answer, and
+        length-matched, relative to sequential decoding of the same text. Those that were not measured are left out."""
         own, base = self.answer, self.baseline
         ratios = {
             "theoretical": base.tokens / own.critical_path,
             "theoretical, matched": self.text_tokens / own.critical_path,
             "theoretical, smaller": min(base.tokens, self.text_tokens) / own.critical_path,
         }
+        if own.passes:
+            ratios["in passes"] = base.tokens / own.passes
+            ratios["in passes, matched"] = self.text_tokens / own.passes
         if own.seconds and base.seconds:
             ratios["realized"] = base.seconds / own.seconds
         if own.seconds and own.matched_seconds:
@@ -165,6 +168,8 @@ def figures(
         ratios = [s["realized, matched"] / s["theoretical, matched"] for s in both]
         table["realized over theoretical, matched"] = mean(ratios, "geometric")
     table["parallelism"] = mean([a.tokens / a.critical_path for a in own], "geometric")
+    if all(a.passes for a in own):
+        table["tokens a pass"] = mean([a.tokens / a.passes for a in own if a.passes], "geometric")
     table["text against the baseline's"] = mean([p.text_tokens / p.baseline_text_tokens for p in pairs], "geometric")
     times = {"seconds": [a.seconds for a in own], "seconds to the first token": [a.first_seconds for a in own]}
     for name, measured in times.items():
@@ -237,6 +242,8 @@ COLUMNS = (
     "theoretical",
     "theoretical, matched",
     "theoretical, smaller",
+    "in passes",
+    "in passes, matched",
     "realized",
     "realized, matched",
     "realized over theoretical, matched",

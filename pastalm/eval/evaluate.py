@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pastalm.core.layout import POLICIES, Policy
+from pastalm.core.params import DRAFTERS
 from pastalm.errors import DataError, RequestError
 from pastalm.eval import alpaca, measure
-from pastalm.eval.baselines.copying import Copying
 from pastalm.eval.baselines.skeleton import SkeletonOfThought
 from pastalm.eval.compare import CountTokens, SystemFigures, figures, pairs
 from pastalm.eval.intervals import Mean, mean
@@ -35,12 +35,13 @@ BASELINE = "baseline"
 METHODS: dict[str, Callable[[str, LLM], System]] = {
     "sot": lambda name, llm: SkeletonOfThought(name, llm),
     "sot-routed": lambda name, llm: SkeletonOfThought(name, llm, routed=True),
-    "lookup": lambda name, llm: Copying(name, llm),
-    "llma": lambda name, llm: Copying(name, llm, "references"),
 }
 """Methods that run on the baseline's model."""
-COPYING = ("lookup", "llma")
-"""Methods that need the transformers engine. With them, all systems use it, so that times are comparable."""
+COPYING = {"lookup": "lookup", "llma": "references"}
+"""Methods that are the baseline with one drafter, by its name: prompt lookup decoding (Saxena, 2023) and LLMA (Yang et
+al., arXiv 2304.04487)."""
+EVERY = "drafts"
+"""In place of drafters' names: all of them, as `drafts="auto"`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +49,55 @@ class SystemSpec:
     """A system as named on the command line.
 
     name: of the system.
-    adapter: its folder; "" for a method that needs nspec.
+    adapter: its folder; "" for a method that needs none.
     policy: position policy. None: the engine's first.
     off: decode without forking.
+    drafts: as in SamplingParams.
     """
 
     name: str
     adapter: str = ""
     policy: Policy | None = None
     off: bool = False
+    drafts: str = "off"
+
+    @property
+    def method(self) -> str:
+        """How it answers, for the header of its file."""
+        if self.name in METHODS and not self.adapter:
+            return self.name
+        drafts = "" if self.drafts == "off" else f", drafts {self.drafts}"
+        return ("sequential" if self.off else "asynchronous") + drafts
 
 
 def parse_system(entry: str) -> SystemSpec:
     """Parses a system: a method, NAME=ADAPTER, NAME=ADAPTER:off (no forking) or NAME=ADAPTER:POLICY (position policy).
-    Raises RequestError if it is none of these."""
+    An adapter may end in +drafts (all drafters) or in names of drafters, as in +lookup,siblings. Raises RequestError if
+    it is none of these."""
     name, separator, adapter = entry.partition("=")
     if not separator:
+        if name in COPYING:
+            return SystemSpec(name, off=True, drafts=COPYING[name])
         if name not in METHODS:
-            raise RequestError(f"unknown system {entry!r}: use NAME=ADAPTER, {', '.join(METHODS)}")
+            raise RequestError(f"unknown system {entry!r}: use NAME=ADAPTER, {', '.join([*METHODS, *COPYING])}")
         return SystemSpec(name)
+    adapter, drafts = _drafts(adapter)
     folder, _, suffix = adapter.rpartition(":")
     policy = next((policy for policy in POLICIES if policy == suffix), None)
-    return SystemSpec(name, folder if policy or suffix == "off" else adapter, policy, suffix == "off")
+    return SystemSpec(name, folder if policy or suffix == "off" else adapter, policy, suffix == "off", drafts)
+
+
+def _drafts(adapter: str) -> tuple[str, str]:
+    """Splits what an adapter's entry says of drafts off its end. A plus sign before a slash is part of the folder's
+    name. Raises RequestError for an unknown drafter."""
+    entry, plus, names = adapter.rpartition("+")
+    if not plus or "/" in names:
+        return adapter, "off"
+    if names == EVERY:
+        return entry, "auto"
+    if not set(names.split(",")) <= set(DRAFTERS):
+        raise RequestError(f"unknown drafts {names!r} of {entry}: end in +{EVERY}, or in some of +{','.join(DRAFTERS)}")
+    return entry, names
 
 
 def check(entries: Sequence[str]) -> list[str]:
@@ -96,10 +124,13 @@ def build(entries: Sequence[str], baseline: Decoding, load: Callable[[str, Polic
     check(entries)
     yield baseline
     for spec in map(parse_system, entries):
-        if spec.adapter:
-            yield Decoding(spec.name, load(spec.adapter, spec.policy), parallelism=0.0 if spec.off else 1.0)
+        if spec.method in METHODS:
+            yield METHODS[spec.method](spec.name, baseline.llm)
+        elif spec.adapter:
+            parallelism = 0.0 if spec.off else 1.0
+            yield Decoding(spec.name, load(spec.adapter, spec.policy), parallelism=parallelism, drafts=spec.drafts)
         else:
-            yield METHODS[spec.name](spec.name, baseline.llm)
+            yield Decoding(spec.name, baseline.llm, parallelism=0, drafts=spec.drafts)
 
 
 def described(
@@ -121,15 +152,14 @@ def described(
     headers = {BASELINE: {"method": "sequential", **base}}
     for spec in map(parse_system, entries):
         if spec.adapter:
-            method = "sequential" if spec.off else "asynchronous"
             headers[spec.name] = {
                 **base,
-                "method": method,
+                "method": spec.method,
                 "adapter": adapter_of(spec.adapter),
                 "positions": spec.policy,
             }
         else:
-            headers[spec.name] = {**base, "method": spec.name}
+            headers[spec.name] = {**base, "method": spec.method}
     return headers
 
 

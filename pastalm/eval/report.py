@@ -104,7 +104,16 @@ def _plain(table: Mapping[str, Mapping[str, Mean]]) -> dict[str, dict[str, dict[
 
 def _prompt_figures(pair: Pair) -> dict[str, Any]:
     own = pair.answer
-    keys = ("tokens", "critical_path", "steps", "seconds", "first_seconds", "matched_seconds", "finish_reason")
+    keys = (
+        "tokens",
+        "critical_path",
+        "steps",
+        "passes",
+        "seconds",
+        "first_seconds",
+        "matched_seconds",
+        "finish_reason",
+    )
     table = {"id": own.id, "chunks": pair.chunks, **{key: getattr(own, key) for key in keys}}
     table |= {name: round(value, 4) for name, value in pair.speedups.items()}
     for name, scored in pair.scored.items():
@@ -139,12 +148,14 @@ def _drawn(draw: Callable[[Any], bool]) -> bytes:
         pyplot.close(figure)
 
 
-MEASURED, THEORETICAL = "realized, matched", "theoretical, matched"
+MEASURED, IN_PASSES, THEORETICAL = "realized, matched", "in passes, matched", "theoretical, matched"
+"""By the clock, by forward passes (threads and drafts), by the critical path (threads alone)."""
 
 
 def _measured(row: SystemFigures) -> str:
-    """The name of a system's main speedup: the measured one, if there is one."""
-    return next(name for name in (MEASURED, THEORETICAL) if name in row.figures)
+    """The name of a system's main speedup: the measured one if there is one, else what it would be if every pass took
+    equally long."""
+    return next(name for name in (MEASURED, IN_PASSES, THEORETICAL) if name in row.figures)
 
 
 QUALITIES = ("win rate, length", "win rate", "quality")
@@ -156,11 +167,49 @@ def frontier(rows: Sequence[SystemFigures]) -> bytes:
     return _frontier(rows, _measured)
 
 
+def frontier_passes(rows: Sequence[SystemFigures]) -> bytes:
+    """The same by forward passes, of all prompts, where the other is by the clock."""
+    if any(IN_PASSES not in row.figures for row in rows) or all(_measured(row) == IN_PASSES for row in rows):
+        return b""
+    return _frontier(rows, lambda _: IN_PASSES)
+
+
 def frontier_theoretical(rows: Sequence[SystemFigures]) -> bytes:
-    """The same by theory, of all prompts, where the other is by the clock."""
+    """The same by theory, which counts no drafts."""
     if all(_measured(row) == THEORETICAL for row in rows):
         return b""
     return _frontier(rows, lambda _: THEORETICAL)
+
+
+def speedups(rows: Sequence[SystemFigures]) -> bytes:
+    """Each system's speedups side by side: threads alone, threads and drafts, and what the clock says of both."""
+    names = {
+        THEORETICAL: "theoretical: text over critical path (threads)",
+        IN_PASSES: "in passes: text over forward passes (threads and drafts)",
+        MEASURED: "realized: by the clock",
+    }
+
+    def draw(axes: Any) -> bool:
+        shown = {name: label for name, label in names.items() if any(name in row.figures for row in rows)}
+        if len(shown) < 2:
+            return False
+        for i, (name, label) in enumerate(shown.items()):
+            bars = [(j, row.figures[name]) for j, row in enumerate(rows) if name in row.figures]
+            axes.bar(
+                [j + 0.8 / len(shown) * (i + 0.5) - 0.4 for j, _ in bars],
+                [value.mean for _, value in bars],
+                0.8 / len(shown),
+                yerr=[[_bars(value)[side][0] for _, value in bars] for side in (0, 1)],
+                capsize=2,
+                label=label,
+            )
+        axes.set_xticks(range(len(rows)), [f"{row.system}\nn={len(row.pairs)}" for row in rows], fontsize=8)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_ylabel("speedup, length-matched, geometric mean")
+        axes.legend(fontsize=8)
+        return True
+
+    return _drawn(draw)
 
 
 def _frontier(rows: Sequence[SystemFigures], speedup: Callable[[SystemFigures], str]) -> bytes:
@@ -223,9 +272,12 @@ def _bars(value: Mean) -> list[list[float]]:
 
 
 def _bar_groups(rows: Sequence[SystemFigures], key: Callable[[Pair], Any], label: str) -> bytes:
-    """What was measured, if it was for every prompt; else theory."""
-    whole = all((measured := row.figures.get(MEASURED)) and measured.n == len(row.pairs) for row in rows)
-    speedup = MEASURED if whole else THEORETICAL
+    """What was measured, if it was for every prompt; else passes, if they were counted; else theory."""
+
+    def whole(name: str) -> bool:
+        return all((value := row.figures.get(name)) is not None and value.n == len(row.pairs) for row in rows)
+
+    speedup = next(name for name in (MEASURED, IN_PASSES, THEORETICAL) if whole(name))
 
     def draw(axes: Any) -> bool:
         tables = {row.system: compare.groups(row.pairs, key) for row in rows}
@@ -316,7 +368,9 @@ def lengths(rows: Sequence[SystemFigures]) -> bytes:
 
 PICTURES: dict[str, Callable[[Sequence[SystemFigures]], bytes]] = {
     "frontier": frontier,
+    "frontier-passes": frontier_passes,
     "frontier-theoretical": frontier_theoretical,
+    "speedups": speedups,
     "by-category": by_category,
     "by-chunks": by_chunks,
     "realized-theoretical": realized_theoretical,
@@ -380,6 +434,7 @@ def _shown_answer(system: str, answer: Any, speedups: Mapping[str, float]) -> di
         "parts": _parts(answer.document),
         "tokens": answer.tokens,
         "path": answer.critical_path,
+        "passes": answer.passes,
         "seconds": answer.seconds,
         "reason": answer.finish_reason,
         "threads": [[t["topic"], t["start_step"], t["end_step"] or 0] for t in answer.threads],

@@ -1,6 +1,7 @@
 """The systems that are evaluated: they answer prompts greedily, one or many at a time, and measure the cost.
 
-`Decoding` is a PASTA model, with or without forking. Earlier methods are in baselines/.
+`Decoding` is a PASTA model, with or without forking, with or without drafts: prompt lookup decoding and LLMA are it
+without forking. Other methods are in baselines/.
 """
 
 from __future__ import annotations
@@ -43,19 +44,22 @@ class System(Protocol):
 
 @dataclass(slots=True)
 class Decoding:
-    """A model that decodes asynchronously or sequentially.
+    """A model that decodes asynchronously or sequentially, with or without drafts.
 
     name: of the system.
     llm: the model.
     parallelism: as in SamplingParams; 0 is sequential.
+    drafts: as in SamplingParams. The prompt's references are drafted from only where `references` is named, since they
+    may be answers that no user would have.
     """
 
     name: str
     llm: LLM
     parallelism: float = 1.0
+    drafts: str = "off"
 
     def answer(self, prompt: Prompt, max_tokens: int) -> Answer:
-        params = self._params(max_tokens)
+        params = self._params(prompt, max_tokens)
         cold(self.llm)
         response = self.llm.stream([{"role": "user", "content": prompt.text}], params)
         first = play(response)
@@ -68,10 +72,16 @@ class Decoding:
         )
 
     def task(self, prompt: Prompt, max_tokens: int) -> Task[Answer]:
-        return answering.answer(self.llm, prompt, self._params(max_tokens), threads=True)
+        return answering.answer(self.llm, prompt, self._params(prompt, max_tokens), threads=True)
 
-    def _params(self, max_tokens: int) -> SamplingParams:
-        return SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=self.parallelism)
+    def _params(self, prompt: Prompt, max_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            parallelism=self.parallelism,
+            drafts=self.drafts,
+            references=prompt.references if "references" in self.drafts.split(",") else None,
+        )
 
 
 def play(response: Response) -> float | None:
@@ -92,7 +102,7 @@ def cold(llm: LLM) -> None:
 
 def force(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> float:
     """Seconds to decode given tokens one by one after a prompt, prefill included."""
-    params = SamplingParams(temperature=0, max_tokens=len(tokens))
+    params = SamplingParams(temperature=0, max_tokens=len(tokens), drafts="off")
     positions = engine.capabilities.positions[0]
     request = Request(id="forced", prompt_token_ids=tuple(prompt), params=params, positions=positions)
     started = time.perf_counter()

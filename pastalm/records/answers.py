@@ -28,6 +28,7 @@ class Answer:
     tokens: decoded tokens, tags included.
     critical_path: tokens on the longest chain of dependent tokens (SPEC "Figures").
     steps: engine steps.
+    passes: forward passes; fewer than steps where drafts came true. None if not counted.
     finish_reason: "stop", "length", ...
     seconds: wall-clock time to the end; None if not measured, as the next two.
     first_seconds: time to the first character that a reader sees.
@@ -46,6 +47,7 @@ class Answer:
     tokens: int
     critical_path: int
     steps: int = 0
+    passes: int | None = None
     finish_reason: str
     seconds: float | None = None
     first_seconds: float | None = None
@@ -107,6 +109,7 @@ def figures(transcript: Transcript) -> dict[str, Any]:
         "tokens": transcript.tokens,
         "critical_path": transcript.critical_path,
         "steps": transcript.steps,
+        "passes": transcript.passes,
         "finish_reason": str(transcript.finish_reason),
         "seconds": round(transcript.seconds, 4),
     }

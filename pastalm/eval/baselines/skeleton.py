@@ -109,6 +109,7 @@ class SkeletonOfThought:
             tokens=spent.tokens,
             critical_path=spent.critical_path,
             steps=spent.steps,
+            passes=spent.passes,
             finish_reason=reason,
             first_seconds=round(first, 4),
             seconds=round(seconds, 4),
@@ -132,7 +133,7 @@ class SkeletonOfThought:
         spent: the costs are added to it.
         params: further sampling parameters.
         """
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, **params)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, parallelism=0, drafts="off", **params)
         running: list[Response] = []
         try:
             for question, start in questions:
@@ -155,11 +156,13 @@ class Spent:
     tokens: int = 0
     critical_path: int = 0
     steps: int = 0
+    passes: int = 0
 
     def add(self, phase: Sequence[Response]) -> None:
         self.tokens += sum(one.transcript.tokens for one in phase)
         self.critical_path += max(one.transcript.critical_path for one in phase)
         self.steps += max(one.transcript.steps for one in phase)
+        self.passes += max(one.transcript.passes for one in phase)
 
 
 def _expand(question: str, skeleton: str, number: int) -> str:

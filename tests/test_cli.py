@@ -544,9 +544,7 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     options = ("--prompts", prompts, "--baseline", "none", "--model", tiny, "--out", out, "--max-tokens", "16")
     result = pasta("eval", "own=none", "lookup", *options, "--scorer", "pmi", "--limit", "2")
     assert result.exit_code == 0, result.stderr
-    said = "lookup runs on transformers, so every system does\n"
-    assert result.stderr.startswith(f"{said}6 answers, 0 were there\n")
-    options += ("--engine", "transformers")
+    assert result.stderr.startswith("6 answers, 0 were there\n")
     assert [line.split(" | ")[0] for line in result.stdout.splitlines()[2:]] == ["| baseline", "| own", "| lookup"]
     result = pasta("eval", "own=none", "lookup", *options, "--scorer", "pmi", "--sigma", "pmi=20", "--public")
     assert result.exit_code == 0, result.stderr
@@ -556,6 +554,8 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1] == str(page) and "What of" not in page.read_text()
     assert json.loads((page.parent / "figures.json").read_text())["sigmas"] == {"pmi": 20}
     complains(pasta("eval", "mine", *options), 2, "unknown system 'mine'", "NAME=ADAPTER")
+    complains(pasta("eval", "mine=none+most", *options), 2, "unknown drafts 'most'", "+drafts", "+lookup")
+    complains(pasta("eval", "own=none+lookup", *options), 2, "drafts lookup", "--overwrite")
     complains(pasta("eval", "own=none", *options, "--scorer", "best"), 2, "unknown scorer")
     complains(pasta("eval", "own=none", *options, "--scorer", "judge"), 2, "--base-url", "--judge")
     complains(pasta("eval", "own=none", *options, "--sigma", "pmi=small"), 2, "SCORER=UNIT")
@@ -570,7 +570,6 @@ def test_systems_are_compared_in_a_page(tiny: Path, tmp_path: Path) -> None:
     assert "| forks, one | forks, should |" in told.stdout and told.exit_code == 0, told.stderr
     write(labels, {"id": 7, "label": "one"})
     complains(pasta("eval", "own=none", *options, "--labels", labels, "--from", "report"), 2, "labels none of")
-    complains(pasta("eval", "lookup", *options[:-1], "native"), 2, "transformers")
     options = ("--prompts", tmp_path / "none", *options[2:])
     complains(pasta("eval", "own=none", *options), 2, "cannot read")
 
@@ -581,13 +580,14 @@ def test_some_prompts_are_timed_alone_and_the_others_answered_together(tiny: Pat
     options = ("--prompts", prompts, "--baseline", "none", "--model", tiny, "--out", out, "--max-tokens", "8")
     options += ("--engine", "transformers")
     for written in (15, 0):
-        result = pasta("eval", "own=none:overlap", "lookup", *options, "--requests", "3", "--timed", "2")
+        result = pasta("eval", "own=none:overlap+drafts", "lookup", *options, "--requests", "3", "--timed", "2")
         assert result.exit_code == 0, result.stderr
         assert result.stderr.splitlines()[0] == f"{written} answers, {15 - written} were there"
     answers = out / "answers" / "lookup.jsonl"
     kept = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(kept[:5]))
-    result = pasta("eval", "own=none:overlap", "lookup", *options, "--requests", "3", "--timed", "2", "--from", "score")
+    more = ("--requests", "3", "--timed", "2", "--from", "score")
+    result = pasta("eval", "own=none:overlap+drafts", "lookup", *options, *more)
     assert result.exit_code == 0, result.stderr
     systems = json.loads((out / "report" / "figures.json").read_text())["systems"]
     counts = {name: found["figures"]["theoretical"]["n"] for name, found in systems.items()}

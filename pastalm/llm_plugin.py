@@ -88,7 +88,7 @@ class Pasta(llm.Model):
         response.set_usage(
             input=len(decoding.prompt_token_ids),
             output=transcript.tokens,
-            details={"critical_path": transcript.critical_path},
+            details={"critical_path": transcript.critical_path, "passes": transcript.passes},
         )
         response.response_json = {"annotated": transcript.annotated, "finish_reason": transcript.finish_reason}
 

@@ -41,6 +41,7 @@ def test_an_answer_streams_and_is_counted(folder: str) -> None:
     used = response.usage()
     assert used.input > 0 and 0 < used.output <= 20
     assert 0 < used.details["critical_path"] <= used.output
+    assert 0 < used.details["passes"] <= used.output
     assert response.response_json["finish_reason"] in ("stop", "length")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -132,6 +133,26 @@ def test_threads_alive_at_once_stand_side_by_side() -> None:
     both = [i for i in range(31, 70) if first[i] == second[i] == "━"]
     assert both, "no column in which both chunks decode"
     assert "·" in main, "the main thread waited"
+
+
+def test_guessed_tokens_are_thin_and_counted() -> None:
+    events = [
+        replace(event, drafter="lookup" if 9 <= event.step < 19 else "", drafted=("lookup",) * (event.step == 8) * 12)
+        if isinstance(event, Decoded)
+        else event
+        for event in played("thirty characters are written.", max_tokens=30)
+    ]
+    view = View()
+    for event in events:
+        view.apply(event)
+    last = view.transcript.steps
+    assert view.transcript.passes == last - 10
+    row, said = (lines(view.final(3 * WIDTH), 3 * WIDTH)[i] for i in (-3, -1))
+    bar = "".join(char for char in row if char in "━─╌·")
+    assert bar.strip("━") == "─" * bar.count("─") and 0.9 < bar.count("─") / len(bar) * (last + 1) / 10 < 1.15
+    assert f"{view.transcript.tokens / (last - 10):.2f} tokens/pass" in said
+    assert "10 of 12 guesses came true (─)" in said
+    assert "guesses" not in figures(Transcript(played("thirty")))
 
 
 def test_a_promise_is_an_outline_before_it_is_kept() -> None:

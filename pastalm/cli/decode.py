@@ -202,8 +202,10 @@ def _comparison(asynchronous: Transcript, sequential: Transcript) -> str:
     per_token = sequential.seconds / sequential.tokens / (times[0] / asynchronous.tokens)
     return (
         f"\nasynchronous {times[0]:.2f} s for {asynchronous.tokens} tokens in {asynchronous.steps} "
-        f"steps; sequential {times[1]:.2f} s for {sequential.tokens} tokens in {sequential.steps} "
-        f"steps: {times[1] / times[0]:.2f} times as fast, {per_token:.2f} times as fast a token"
+        f"steps, {asynchronous.tokens_per_pass:.2f} tokens a pass; "
+        f"sequential {times[1]:.2f} s for {sequential.tokens} tokens in {sequential.steps} "
+        f"steps, {sequential.tokens_per_pass:.2f} tokens a pass: "
+        f"{times[1] / times[0]:.2f} times as fast, {per_token:.2f} times as fast a token"
     )
 
 

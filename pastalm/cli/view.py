@@ -9,6 +9,7 @@ as it is certain.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -47,12 +48,12 @@ class Output(Protocol):
 class _Course:
     """A thread's steps.
 
-    steps: one for each decoded token.
+    steps: of each decoded token its step, and whether it was guessed and so needed no pass.
     waits: first and last step of each wait (None: it still waits).
     queued: it waits for a place among the running threads.
     """
 
-    steps: list[int] = field(default_factory=list)
+    steps: list[tuple[int, bool]] = field(default_factory=list)
     waits: list[tuple[int, int | None]] = field(default_factory=list)
     queued: bool = False
 
@@ -69,7 +70,9 @@ class View:
         """Takes one event into account."""
         self.transcript.apply(event)
         course = self._courses.setdefault(event.path, _Course())
-        course.steps += [event.step] * (isinstance(event, Decoded) + len(event.forced))
+        if isinstance(event, Decoded):
+            course.steps.append((event.step, bool(event.drafter)))
+        course.steps += [(event.step, False)] * bool(event.forced and not isinstance(event, Decoded))
         if isinstance(event, Blocked):
             course.waits.append((event.step, None))
             course.queued = event.on == "thread"
@@ -157,7 +160,7 @@ class View:
         return row
 
     def _bar(self, thread: ThreadRecord, width: int, colour: str) -> Text:
-        """The thread over the steps of the response: ━ decoded, ╌ promised, · waited."""
+        """The thread over the steps of the response: ━ decoded, ─ mostly guessed, ╌ promised, · waited."""
         scale = width / (self._horizon() + 1)
         cells = [(" ", "")] * width
         course = self._courses[thread.path]
@@ -170,8 +173,11 @@ class View:
             fill(thread.start_step, _due(thread), "╌", f"dim {colour}")
         for first, last in course.waits:
             fill(first, self.transcript.steps if last is None else last, "·", "dim")
-        for step in course.steps:
-            fill(step, step, "━", colour)
+        guessed: Counter[int] = Counter()  # by column, less those that were not
+        for step, guess in course.steps:
+            guessed[int(step * scale)] += 1 if guess else -1
+        for step, _ in course.steps:
+            fill(step, step, "─" if guessed[int(step * scale)] > 0 else "━", colour)
         bar = Text()
         for (char, style), run in groupby(cells):
             bar.append(char * len(list(run)), style)
@@ -222,9 +228,12 @@ def figures(transcript: Transcript) -> str:
         f"{transcript.steps} steps",
         f"critical path {transcript.critical_path}",
         f"parallelism {transcript.parallelism:.2f}",
+        f"{transcript.tokens_per_pass:.2f} tokens/pass",
         f"{transcript.seconds:.2f} s",
         f"{rate:.1f} tokens/s",
     ]
+    if guesses := transcript.drafted.total():
+        parts.append(f"{transcript.accepted.total()} of {guesses} guesses came true (─)")
     reason = transcript.finish_reason
     if reason == "length":
         parts.append("cut at the limit of tokens")

@@ -213,6 +213,11 @@ class Transcript:
         return self.tokens / self.critical_path if self.critical_path else 1.0
 
     @property
+    def tokens_per_pass(self) -> float:
+        """Tokens / forward passes: what threads and drafts save together."""
+        return self.tokens / self.passes if self.passes else 1.0
+
+    @property
     def finished(self) -> bool:
         return bool(self.threads) and not self._unfinished
 

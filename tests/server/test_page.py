@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from pastalm import Limits, SamplingParams
 from pastalm.core.driver import Driver
-from pastalm.core.events import Event, Forked, SampledToken
+from pastalm.core.events import Decoded, Event, Forked, SampledToken
 from pastalm.core.events import Path as ThreadPath
 from pastalm.core.language import Promise, Text
 from pastalm.core.transcript import Transcript
@@ -43,6 +44,7 @@ VOCABULARY = byte_vocabulary()
 LONG = "".join(f'<promise topic="tip {i}" tokens="80"/><async>{i}. {"word " * 14}\n</async>' for i in range(1, 4))
 FIGURES = """(transcript) => ({
   text: transcript.text, tokens: transcript.tokens, steps: transcript.steps, seconds: transcript.seconds,
+  passes: transcript.passes, drafted: transcript.drafted, accepted: transcript.accepted,
   critical_path: transcript.criticalPath, parallelism: transcript.parallelism, finish_reason: transcript.finishReason,
   threads: [...transcript.threads.values()].map((t) => ({ id: t.name, parent: t.parent, topic: t.topic,
     promised_tokens: t.promised, tokens: t.tokens.length, start_step: t.startStep, end_step: t.endStep })),
@@ -209,7 +211,7 @@ def trace_of(script: Document, stop: str, seed: int, limits: Limits, max_tokens:
 def test_any_trace_is_folded_and_shown_as_in_python(
     opened: Any, script: Document, stop: str, seed: int, limits: Limits, max_tokens: int, part: float
 ) -> None:
-    events = trace_of(script, stop, seed, limits, max_tokens)
+    events = drafted(trace_of(script, stop, seed, limits, max_tokens), seed)
     for shown in (events[: max(1, int(part * len(events)))], events):
         told = opened.evaluate(
             f"""(events) => {{
@@ -235,6 +237,40 @@ def test_no_slot_stands_after_the_cut(opened: Any, tmp_path: Path) -> None:
     expect(opened.locator(".row")).to_have_count(3)
     assert answer(opened) == TIPS_TEXT.partition("eight")[0]
     expect(opened.locator(".slot")).to_have_count(1)
+
+
+def drafted(events: Sequence[Event], seed: int = 0) -> list[Event]:
+    """The same trace as if some of its tokens had been guessed."""
+    rng = random.Random(seed)
+    return [
+        replace(event, drafter=rng.choice(("", "lookup", "siblings")), drafted=("lookup",) * rng.randrange(3))
+        if isinstance(event, Decoded)
+        else event
+        for event in events
+    ]
+
+
+def test_guessed_tokens_are_cells_of_their_own(opened: Any, tmp_path: Path) -> None:
+    events = drafted(EVENTS)
+    whole = Transcript(events)
+    assert opened.locator(".row .guess").count() == 0 and figure(opened, "guesses") == ""
+    assert figure(opened, "pass") == f"{WHOLE.tokens / WHOLE.passes:.2f}"
+    (tmp_path / "drafted").write_text("\n".join(map(to_json, events)))
+    opened.set_input_files("#file", tmp_path / "drafted")
+    expect(opened.locator("#model")).to_have_text("drafted")
+    told = opened.evaluate(f"({FIGURES})(state.run.whole)")
+    assert told == figures(whole) and told["accepted"] and told["passes"] < WHOLE.passes
+    assert figure(opened, "pass") == f"{whole.tokens_per_pass:.2f}"
+    assert figure(opened, "guesses") == f"{whole.accepted.total()} of {whole.drafted.total()} came true"
+    steps = {event.step for event in events if isinstance(event, Decoded) and event.drafter and not event.path}
+    cells = opened.evaluate(
+        """() => [...document.querySelectorAll('.row.main .guess')].map((cell) =>
+          [parseFloat(cell.style.left), parseFloat(cell.style.width)])"""
+    )
+    full = max(whole.steps, *(t.start_step + t.promised + 2 for t in whole.threads.values() if t.path))
+    ends = [(round(left * full / 100), round((left + width) * full / 100)) for left, width in cells]
+    assert {step for before, last in ends for step in range(before + 1, last + 1)} == steps
+    expect(opened.locator(".legend .guess")).to_have_count(1)
 
 
 # ------------------------------------------------------------------------------ live

@@ -3,8 +3,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const make = (tag, className, text = "") =>
-  Object.assign(document.createElement(tag), { className, textContent: text });
+const make = (tag, className, textContent = "") => Object.assign(document.createElement(tag), { className, textContent });
 const seconds = (s) => `${s.toFixed(2)} s`;
 const rows = new Map(), slots = new Map(); // by thread's name; kept, so that focus and pointer stay where they are
 const keep = (map, name, made) => map.get(name) ?? map.set(name, made()).get(name);
@@ -29,9 +28,9 @@ function drawRow(run, name, thread, full) {
   const add = (className, from, to) => spans.push({ className, from, to: to ?? run.shown.steps });
   if (now?.parent) add("promise", now.startStep, run.whole.due(now));
   for (const { from, to } of now?.waits ?? []) add("wait", from, to);
-  for (const { step } of now?.slices ?? [])
-    if (spans.at(-1)?.className === "run" && spans.at(-1).to === step - 1) spans.at(-1).to = step;
-    else add("run", step - 1, step);
+  for (const { step, drafter, cell = drafter ? "guess" : "run" } of now?.slices ?? [])
+    if (spans.at(-1)?.className === cell && spans.at(-1).to === step - 1) spans.at(-1).to = step;
+    else add(cell, step - 1, step);
   row.lane.replaceChildren(...spans.map(({ className, from, to }) => {
     const span = make("span", className), left = run.at(from) / full;
     Object.assign(span.style, { left: `${left * 100}%`, width: `${(run.at(to) / full - left) * 100}%` });
@@ -132,11 +131,13 @@ function drawAnswer(run) {
   $("answer").classList.toggle("open", main?.state === "live" && run.open(main));
 }
 
-const length = (transcript) => characters(transcript.text).length;
+const sum = (counts) => Object.values(counts).reduce((a, b) => a + b, 0), length = (t) => characters(t.text).length;
 const FIGURES = {
   tokens: (t) => t.tokens, chunks: (t) => Math.max(0, t.threads.size - 1), steps: (t) => t.steps, length,
   critical: (t) => t.criticalPath, parallelism: (t) => t.parallelism.toFixed(2), seconds: (t) => seconds(t.seconds),
   rate: (t) => (t.seconds ? (t.tokens / t.seconds).toFixed(1) : ""),
+  pass: (t) => (t.passes ? (t.tokens / t.passes).toFixed(2) : ""),
+  guesses: (t) => (sum(t.drafted) ? `${sum(t.accepted)} of ${sum(t.drafted)} came true` : ""),
   first: ({ firstToken: at }) => (at === null ? "" : seconds(at)), wall: (_, { wall }) => (wall ? seconds(wall) : ""),
   end: (t) => ({ stop: "by itself", length: "at the limit of tokens", abort: "stopped" })[t.finishReason] ?? "",
 };

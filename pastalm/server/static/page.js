@@ -81,8 +81,7 @@ function show(run, title) {
   later();
 }
 
-const complain = (said = "") =>
-  Object.assign($("error"), { textContent: said.replace(/\s+/g, " "), hidden: !said });
+const complain = (said = "") => Object.assign($("error"), { textContent: said.replace(/\s+/g, " "), hidden: !said });
 
 async function asked(path, options) {
   const headers = { "Content-Type": "application/json" };
@@ -194,5 +193,4 @@ on(window, "dragover dragleave drop", (event) => {
   document.body.classList.toggle("dropping", event.type === "dragover");
   if (event.type === "drop" && event.dataTransfer.files.length) load(event.dataTransfer.files[0]);
 });
-if (location.protocol === "file:") $("ask").hidden = $("status").hidden = true;
-else greet();
+if (location.protocol === "file:") $("ask").hidden = $("status").hidden = true; else greet();

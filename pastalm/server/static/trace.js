@@ -4,17 +4,18 @@
 
 const CHUNK_TAGS = 2; // what a chunk takes beside the tokens it was promised
 const KINDS = ["forked", "decoded", "blocked", "joined", "finished"];
-const DEFAULTS = { forced: [], children: [], text: "", topic: "", promised: 0, on: "sync", step: 0, time: 0 };
+const DEFAULTS = { forced: [], children: [], text: "", topic: "", drafted: [], promised: 0, on: "sync", step: 0, time: 0 };
+const tally = (counts, name) => { counts[name] = (counts[name] ?? 0) + 1; };
 const nameOf = (path) => path.join(".") || "main";
 const characters = (text) => [...text]; // as Python counts them, not in halves of an emoji
 
 class Transcript {
   constructor(events = []) {
     this.threads = new Map(); // by name, in the order in which they began
-    this.tokens = this.steps = this.criticalPath = this.seconds = 0;
+    this.tokens = this.steps = this.passes = this.lastPass = this.criticalPath = this.seconds = 0;
     this.firstToken = this.cut = null;
-    this.times = []; // by step: when it was over
-    this.joins = []; // { name, step, children }
+    [this.times, this.joins] = [[], []]; // by step: when it was over; { name, step, children }
+    [this.drafted, this.accepted] = [{}, {}]; // by drafter: guesses that were fed, and those that came true
     for (const event of events) this.apply(event);
   }
 
@@ -29,6 +30,8 @@ class Transcript {
     if (kind === "decoded") {
       this.firstToken ??= event.time;
       thread.slices.push({ ...event, tokens: 1 + event.forced.length });
+      if (event.drafter) tally(this.accepted, event.drafter); else this.passes += this.lastPass !== (this.lastPass = step);
+      for (const drafter of event.drafted) tally(this.drafted, drafter);
     } else if (kind === "blocked") {
       thread.state = event.on === "thread" ? "queued" : "waiting";
       thread.waits.push({ from: step, to: null, on: event.on });
@@ -39,8 +42,7 @@ class Transcript {
     thread.tokens.push(...Array(tokens).fill(step));
     this.tokens += tokens;
     this.criticalPath = Math.max(this.criticalPath, thread.depth += tokens);
-    if (event.text && typeof thread.parts.at(-1) === "string") thread.parts.push(thread.parts.pop() + event.text);
-    else if (event.text) thread.parts.push(event.text);
+    if (event.text) thread.parts.push((typeof thread.parts.at(-1) === "string" ? thread.parts.pop() : "") + event.text);
     if (kind !== "finished") return;
     this.cut = event.cut ?? this.cut;
     Object.assign(thread, { state: "done", reason: event.reason, endStep: step });
@@ -50,8 +52,7 @@ class Transcript {
     const thread = {
       name: nameOf(path), parent: path.length ? nameOf(path.slice(0, -1)) : null, topic, promised,
       startStep: step, endStep: null, state: "live", reason: null, depth: 0, slices: [], waits: [],
-      parts: [], // its own text, and { child } where a chunk stands
-      tokens: [], // the step of each
+      parts: [], tokens: [], // its own text, and { child } where a chunk stands; the step of each token
       after: new Map(), // by token: the token of another thread that it had to wait for
     };
     if (path.length) {

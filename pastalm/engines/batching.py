@@ -456,7 +456,7 @@ class BatchingEngine(ABC):
             joined = [state.threads[child].visible for child in event.children]
             visible.join([each for each in joined if each is not None])
         for token in placed:
-            visible.write(token.token, token.place)
+            visible.write(token.token)
 
     def _overlong(self, state: RequestState) -> RequestError:
         return RequestError(f"request {state.request.id!r} is past max_model_len ({self._capacity})")

@@ -117,9 +117,9 @@ class SeeingEngine(HashingEngine):
 
     def _draw(self, state: Any, thread: Any) -> Draw:
         draw = super()._draw(state, thread)
-        places = draw.visible._places
-        assert sorted(places) == np.flatnonzero(state.layout.visible(thread.path)).tolist()
-        assert draw.visible.ids.tolist() == list(draw.visible) == state.tokens[places].tolist()
+        places = np.flatnonzero(state.layout.visible(thread.path))
+        assert draw.visible.ids.tolist() == list(draw.visible)
+        assert sorted(draw.visible) == sorted(state.tokens[places].tolist())
         self.seen.setdefault((state.request.id, thread.path), []).append(list(draw.visible))
         return draw
 

@@ -22,15 +22,13 @@ class Visible(Sequence[int]):
     what its ancestors saw and wrote up to the fork, then its own tokens, and the chunks that it joins where it joins
     them. It only grows at its end.
 
-    A token costs two entries of lists. An array is made only when `ids` is read, and then of new ids only.
+    A token costs an entry of a list. An array is made only when `ids` is read, and then of new ids only.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._ids = list(prompt)
-        self._places = list(range(len(prompt)))
         self._array = np.empty(0, dtype=np.int64)
         self._filled = 0
-        self._parent: Visible | None = None
         self._inherited = 0
 
     def __len__(self) -> int:
@@ -61,27 +59,20 @@ class Visible(Sequence[int]):
         ids.flags.writeable = False
         return ids
 
-    def write(self, token: int, place: int) -> None:
-        """The thread has a further token, in this place."""
+    def write(self, token: int) -> None:
+        """The thread has a further token."""
         self._ids.append(token)
-        self._places.append(place)
 
     def fork(self) -> Visible:
         """What a child sees that begins now."""
-        child = Visible(())
-        child._ids, child._places = self._ids.copy(), self._places.copy()
-        child._parent, child._inherited = self, len(self)
+        child = Visible(self._ids)
+        child._inherited = len(self)
         return child
 
     def join(self, children: Sequence[Visible]) -> None:
-        """Adds what these see and the thread does not see yet."""
-        seen = set(self._places)
+        """Adds what these children of the thread have come to see since they began."""
         for child in children:
-            begin = child._inherited if child._parent is self else 0
-            for token, place in zip(child._ids[begin:], child._places[begin:], strict=True):
-                if place not in seen:
-                    seen.add(place)
-                    self.write(token, place)
+            self._ids += child._ids[child._inherited :]
 
 
 class ThreadProcessor(ABC):

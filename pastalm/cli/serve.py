@@ -49,6 +49,9 @@ class ServeOptions:
         float, typer.Option(help="For requests that give none: multiplies the odds of forking; 0 turns it off.")
     ] = 1.0
     drafts: Annotated[str, typer.Option(help=f"For requests that give none. {parameters()['drafts'].help}")] = "auto"
+    logits_processors: Annotated[
+        str, typer.Option(help="Names of logits processors that requests may use, joined by commas.")
+    ] = ""
     thread_target: Annotated[
         int, typer.Option(help="With more live threads than this, new requests do not fork (0: no limit).")
     ] = 32
@@ -62,6 +65,7 @@ class ServeOptions:
             api_key=self.api_key,
             parallelism=self.parallelism,
             drafts=self.drafts,
+            logits_processors=tuple(name for name in self.logits_processors.split(",") if name),
             thread_target=self.thread_target,
             max_queue=self.max_queue,
             max_tokens=self.max_tokens,

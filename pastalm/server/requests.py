@@ -54,12 +54,16 @@ class PastaOptions(Checked):
 
     parallelism: multiplies the odds of forking; 0 turns forking off. A value given here is not lowered under load.
     drafts, references: as in SamplingParams. None: the server's, and no references.
+    processors: names of logits processors, of those that the server allows.
     events: the chunks of a stream contain the events of the threads.
     """
 
     parallelism: float | None = Field(default=None, ge=parameters()["parallelism"].ge)
     drafts: str | None = Field(default=None, description=parameters()["drafts"].help)
     references: list[Text] | None = Field(default=None, description=parameters()["references"].help)
+    processors: list[str] | None = Field(
+        default=None, max_length=8, description="Logits processors, of those that the server allows."
+    )
     events: bool = False
 
     @model_validator(mode="after")
@@ -213,6 +217,7 @@ class _SamplingRequest(_Sampling):
             parallelism=parallelism,
             drafts=drafts,
             references=self.pasta.references,
+            processors=self.pasta.processors,
         )
 
 

@@ -87,6 +87,7 @@ class Service:
         parallelism = self._parallelism(request.pasta.parallelism)
         prompts = await self.encode(request, parallelism)
         self._check_ids(request, prompts)
+        self._check_processors(request.pasta.processors or ())
         max_tokens = self._max_tokens(max(map(len, prompts), default=0), request.token_limit, request.about)
         if request.min_tokens > max_tokens:
             raise bad_value(f"min_tokens is above max_tokens, {max_tokens}: lower it", "min_tokens")
@@ -169,6 +170,12 @@ class Service:
             self.check_ids(request.stop_token_ids, "stop_token_ids")
         if any(isinstance(prompt, list) and isinstance(prompt[0], int) for prompt in request.prompts if prompt):
             self.check_ids((i for prompt in prompts for i in prompt), "prompt")
+
+    def _check_processors(self, names: Iterable[str]) -> None:
+        allowed = self.settings.logits_processors
+        if (unknown := next((name for name in names if name not in allowed), None)) is not None:
+            offered = ", ".join(allowed) or "none: it was started without --logits-processors"
+            raise bad_value(f"this server allows no logits processor {unknown!r}, but {offered}", "pasta.processors")
 
     def check_model(self, model: str | None) -> None:
         """Raises Refused if the request names another model than the one served."""

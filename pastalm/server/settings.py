@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from pastalm.core.params import SamplingParams
+from pastalm.engines.processors.chain import named
 from pastalm.errors import RequestError, complaint
 
 _ORIGIN = re.compile("[a-z][a-z0-9+.-]*://[^/?#]+")
@@ -20,6 +21,7 @@ class Settings:
     api_key: key that clients must send (None: no key is needed).
     parallelism: of requests that give none.
     drafts: of requests that give none, as in SamplingParams.
+    logits_processors: names of those that requests may name. Each is made once at the start, without settings.
     thread_target: with more live threads than this, a new request without `parallelism` does not fork (0: no limit).
     max_queue: answers that may wait while others decode.
     max_tokens: limit of a chat request that gives none.
@@ -38,6 +40,7 @@ class Settings:
     api_key: str | None = None
     parallelism: float = 1.0
     drafts: str = "auto"
+    logits_processors: tuple[str, ...] = ()
     thread_target: int = 32
     max_queue: int = 64
     max_tokens: int = 1024
@@ -50,6 +53,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         SamplingParams(drafts=self.drafts)  # says what is wrong with it
+        for processor in self.logits_processors:
+            named(processor, {})
         checks = (
             (self.api_key != "", "the API key is empty: give one, or leave it out"),
             (0 <= self.parallelism < math.inf, "parallelism must be 0 or more, and finite"),

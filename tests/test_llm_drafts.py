@@ -1,0 +1,67 @@
+"""Drafts from Python: names and references go through every way of asking, and change no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from pastalm import LLM, SamplingParams
+from pastalm.core.transcript import Transcript
+from pastalm.engines.batching import BatchingEngine
+from pastalm.engines.drafts.budget import StepCosts
+from tests.server.serving import tiny
+
+GREEDY = SamplingParams(temperature=0, max_tokens=60, parallelism=0, drafts="off")
+MESSAGES = [{"role": "user", "content": "Five tips"}]
+
+
+def generated(llm: LLM, params: SamplingParams) -> Transcript:
+    return llm.generate("Five tips", params)[0].outputs[0].transcript
+
+
+def chatted(llm: LLM, params: SamplingParams) -> Transcript:
+    return llm.chat(MESSAGES, params)[0].outputs[0].transcript
+
+
+def streamed(llm: LLM, params: SamplingParams) -> Transcript:
+    response = llm.stream(MESSAGES, params)
+    events = list(response)
+    told = Transcript(events)
+    assert (told.passes, told.drafted, told.accepted) == (
+        response.transcript.passes,
+        response.transcript.drafted,
+        response.transcript.accepted,
+    )
+    return response.transcript
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """On an engine whose further rows cost next to nothing."""
+    with tiny() as here:
+        assert isinstance(here.driver.engine, BatchingEngine)
+        here.driver.engine._drafting.costs = StepCosts(lambda rows: 1 + rows * 1e-6)
+        yield here
+
+
+@pytest.mark.parametrize("ask", [generated, chatted, streamed])
+def test_references_are_drafted_from(llm: LLM, ask: Callable[[LLM, SamplingParams], Transcript]) -> None:
+    off = ask(llm, GREEDY)
+    assert off.passes == off.steps and not off.drafted and off.tokens_per_pass == off.tokens / off.steps
+    for texts in ([off.text], ("Not this.", off.text)):
+        on = ask(llm, replace(GREEDY, drafts="references", references=texts))
+        assert on.text == off.text and on.tokens == off.tokens
+        assert set(on.accepted) == {"references"} and on.accepted["references"] <= on.drafted["references"]
+        assert on.passes == on.steps - on.accepted.total() and on.tokens_per_pass > off.tokens_per_pass
+    assert not ask(llm, replace(GREEDY, references=[off.text])).drafted, "drafts are off"
+    assert "references" not in ask(llm, replace(GREEDY, drafts="auto")).drafted, "there are none"
+
+
+def test_an_engine_says_whether_it_has_drafts(llm: LLM) -> None:
+    from pastalm.engines import scripted
+    from pastalm.engines.transformers import engine
+
+    assert llm.driver.engine.capabilities.drafts and "; drafts" in str(engine.CAPABILITIES)
+    assert not scripted.CAPABILITIES.drafts and "drafts" not in str(scripted.CAPABILITIES)

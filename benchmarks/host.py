@@ -10,7 +10,8 @@ text. Timed are steps once each answer has so many tokens, so that a cost that g
 after the other. Cold: the forward pass reads 64 MB, as a model reads its weights, so that the rest finds its own data
 out of the caches. `stop`: with a stop string that never comes. `stream`: with the deltas that a server makes for each
 client. `logprobs`: the same with two log-probabilities a token. `penalty`: with a repetition penalty. `drawn`: at
-temperature 1, the others greedy. `drafts`: with guesses looked for, and none fed. Figures are medians over rounds with the smallest and the largest.
+temperature 1, the others greedy. `drafts`: with guesses looked for, and none fed. Figures are medians over rounds with
+the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ STEPS = 40
 WEIGHTS = np.ones(2**24, dtype=np.float32)
 NOISE = np.random.default_rng(0).standard_normal(VOCABULARY.size, dtype=np.float32)
 """Logits as a model's: hardly two are equal."""
+
+
+DEAR = StepCosts(lambda rows: max(rows, 1) ** 0.9999)
+"""A further row costs nearly as much as those before: guesses are looked for and never fed."""
 
 
 class Free(BatchingEngine):
@@ -119,8 +124,7 @@ class Load:
         places = 2 * written + 16384
         self.engine = Free(threads + len(shares), places)  # main threads decode beside their children at first
         self.driver = Driver(self.engine, VOCABULARY, limits=Limits(max_promises=MOST, max_threads=MOST + 1))
-        # a further row costs nearly as much as those before: guesses are looked for and never fed
-        self.engine._drafting.costs = StepCosts({rows: rows**0.9999 for rows in range(1, 600)})
+        self.engine._drafting.costs = DEAR
         self.answers: dict[str, ServedAnswer] | None = {} if extra in ("stream", "logprobs") else None
         params = SamplingParams(
             max_tokens=places - 64,

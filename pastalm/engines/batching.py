@@ -21,7 +21,7 @@ from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joine
 from pastalm.core.layout import Layout, Placed
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.base import Capabilities, Schedule
-from pastalm.engines.drafts.budget import Candidate, StepCosts
+from pastalm.engines.drafts.budget import Candidate
 from pastalm.engines.drafts.drafting import Drafting
 from pastalm.engines.drafts.response import ResponseDrafts
 from pastalm.engines.processors import chain
@@ -169,8 +169,6 @@ def common_prefix(a: Ints, b: Ints) -> int:
     return int(differs[0]) if len(differs) else n
 
 
-COST_PROMPT, COST_ROWS = 256, 32
-"""Tokens of the prompt behind which the cost of passes is measured, and the most rows of one."""
 PREFILL_CHUNK = 512
 """Tokens of a prompt in one pass, where nothing decodes."""
 PREFILL_BUDGET = 64
@@ -222,6 +220,7 @@ class BatchingEngine(ABC):
         self._block = min(prefill_block, prefill_chunk)
         self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
         self._drafting = Drafting()
+        self._rows = 0
         self._waiting: dict[str, RequestState] = {}
         self._running: dict[str, RequestState] = {}
 
@@ -266,8 +265,6 @@ class BatchingEngine(ABC):
         """Takes a request; it waits while there is no room. Raises RequestError if it can never fit."""
         self._check(request)
         processors = chain.begin(request)
-        if self.capabilities.drafts and request.params.drafters and self._drafting.costs is None and not self._running:
-            self._drafting.costs = self._step_costs()
         n, places = len(request.prompt_token_ids), self._room(request)
         tokens = np.zeros(places, dtype=np.int64)
         tokens[:n] = request.prompt_token_ids
@@ -310,6 +307,7 @@ class BatchingEngine(ABC):
                 self._admit()
                 self._read()
             chosen = self._chosen()
+            begun = time.perf_counter()
             fed = None if ahead else self._feed(chosen)
         except PastaError:
             raise
@@ -317,6 +315,8 @@ class BatchingEngine(ABC):
             reason = str(error).strip().splitlines() or [""]
             raise EngineError(f"the forward pass failed: {type(error).__name__}: {reason[0]}") from error
         sampled = self._sample(chosen, fed)
+        if fed:
+            self._drafting.costs.note(self._rows, time.perf_counter() - begun)
         if not (fed or sampled) and chosen is None and any(r.pending and r.prefilled for r in self._running.values()):
             raise EngineError("no thread finds a place in the cache: lower max_threads or max_num_seqs")
         return sampled
@@ -543,6 +543,7 @@ class BatchingEngine(ABC):
             owners += guessed
             batch.append((state, [*due, *(guess.placed for guess in guessed)]))
             n += len(due) + len(guessed)
+        self._rows = n
         logits = self._forward(batch, keep)
         for state, due in due_of:
             state.fed(due)
@@ -608,36 +609,6 @@ class BatchingEngine(ABC):
                 thread.guesses = []
                 if thread.drafter and thread.logits is not None:
                     thread.logits = self._sampler.copy(thread.logits)
-
-    def _step_costs(self) -> StepCosts:
-        """Measures what passes cost by their rows, on a request of its own."""
-        n = min(COST_PROMPT, self._capacity - 1)
-        params = SamplingParams(temperature=0, drafts="off", max_tokens=self._capacity - n)
-        request = Request(
-            id="costs", prompt_token_ids=(0,) * n, params=params, positions=self.capabilities.positions[-1]
-        )
-        self.add(request)
-        self.apply(request.id, Forked(path=()))
-        state = self._waiting.pop(request.id)
-        if not self._place(state):
-            raise EngineError("no free place to measure costs in: make a request when none runs")
-        try:
-            while not state.prefilled:
-                stop = min(n, (state.cached // self._block + 1) * self._block) if self._block > 1 else n
-                self._prefill(state, stop, False)
-                state.cached = stop
-            most = min(self._capacity - n, COST_ROWS)
-            self._lay(state, state.main, Joined(path=(), forced=(0,) * most))
-            due = state.pending
-
-            def step(rows: int) -> float:
-                begun = time.perf_counter()
-                self._forward([(state, due[:rows])], list(range(rows)))
-                return time.perf_counter() - begun
-
-            return StepCosts.measure(step, most)
-        finally:
-            self._leave(state)
 
     # ------------------------------------------------------------------ sampling
 

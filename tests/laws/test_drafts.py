@@ -33,17 +33,8 @@ from tests.engines.test_batching import HashingEngine
 from tests.laws.tiny import SIZE, TAGS, tiny_model, tiny_vocabulary
 
 VOCABULARY = tiny_vocabulary()
-class FreeRows(StepCosts):
-    """Rows that cost next to nothing, whatever is measured: every guess is fed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._costs = [1 + rows * 1e-6 for rows in range(self.most + 1)]
-
-    def note(self, rows: int, seconds: float) -> None:
-        pass
-
-
+FREE = StepCosts(lambda rows: 1 + rows * 1e-6)
+"""Rows that cost next to nothing: every guess is fed."""
 Threads = dict[Path, list[int]]
 Guessing = Callable[[Path, int], int | None]
 """A guess by thread and index of the token in it."""
@@ -158,7 +149,7 @@ def compare(
     record = {response.request.choice: tokens[response.request.id] for response in off}
     made = lambda request, *_: Scripted(DRAFTERS[drafter](record[request.choice]))  # noqa: E731
     monkeypatch.setitem(drafting.MAKERS, "lookup", made)
-    engine._drafting.costs = FreeRows()
+    engine._drafting.costs = FREE
     on, drafted = threads(
         engine, lambda: decode(engine, [replace(each, drafts="lookup") for each in every], policy, limits, drop)
     )

@@ -21,7 +21,7 @@ def drafting() -> Iterator[Served]:
     """A server whose further rows cost next to nothing, so that every guess is fed."""
     llm = tiny()
     assert isinstance(llm.driver.engine, BatchingEngine)
-    llm.driver.engine._drafting.costs = StepCosts({1: 1.0, 32: 1.0001})
+    llm.driver.engine._drafting.costs = StepCosts(lambda rows: 1 + rows * 1e-6)
     with serving(llm) as here:
         yield here
         assert here.becomes_idle()
@@ -77,7 +77,7 @@ def test_an_owner_is_a_hash_of_the_key_that_is_sent() -> None:
 def test_the_servers_default_is_for_requests_that_name_none() -> None:
     llm = tiny()
     assert isinstance(llm.driver.engine, BatchingEngine)
-    llm.driver.engine._drafting.costs = StepCosts({1: 1.0, 32: 1.0001})
+    llm.driver.engine._drafting.costs = StepCosts(lambda rows: 1 + rows * 1e-6)
     with serving(llm, drafts="off") as here:
         text, off = asked(here)
         assert off["drafted"] == {}

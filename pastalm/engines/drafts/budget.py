@@ -1,8 +1,8 @@
 """How many guesses are fed: as many as raise the expected tokens per second.
 
-A guess is worth the probability that it and those before it in its thread come true; a row costs what a pass of one row
-more takes longer, as measured. Guesses of all threads of all requests compete. (Sequoia, arXiv 2402.12374, chooses by
-measured step times likewise; vLLM's adaptive speculation by an acceptance rate.)
+A guess is worth the probability that it and those before it in its thread come true; a row costs what passes with more
+rows take longer, which is measured as they are made. Guesses of all threads of all requests compete. (Sequoia, arXiv
+2402.12374, chooses by measured step times likewise; vLLM's adaptive speculation by acceptance.)
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from statistics import median
 
 import numpy as np
 
 from pastalm.engines.drafts.base import Context
 from pastalm.engines.drafts.response import Guess, ResponseDrafts
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Rows of a pass whose cost is measured."""
-ROUNDS = 3
-DEAR = 3
-"""Passes that take so many times as long as one row's are long enough: longer ones are not measured, nor made."""
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Rows whose cost is kept; between them it is interpolated, and above no guesses are fed."""
+USUAL = 0.06
+"""What a further row costs of a pass with one, until passes have been measured."""
+PACE = 0.06
+"""Share of what a pass took that goes into what is kept."""
+STRANGE = 1.5
+"""A pass that takes so many times as long, or as short, as expected counts as this much: something else happened."""
+REFRESHED = 16
+"""Passes after which measurements come into use."""
 LEAST = 0.1
 """A guess that comes true more rarely is never fed."""
 MOST = 32
@@ -33,46 +37,61 @@ DEEPEST = 16
 
 
 class StepCosts:
-    """Seconds of a pass by its number of rows: measured ones, interpolated, and never less for more rows."""
+    """What a pass costs by its number of rows, relative to one row. Measured passes correct it as they come, so it
+    follows the machine, the load on it, and the length of answers.
 
-    def __init__(self, seconds: dict[int, float]) -> None:
-        """seconds: by rows, 1 among them."""
-        measured = sorted(seconds)
-        rising = np.maximum.accumulate([seconds[rows] for rows in measured])
-        self._seconds: list[float] = np.interp(range(measured[-1] + 1), measured, rising).tolist()
+    fixed: costs by rows that no measurement changes.
+    """
+
+    def __init__(self, fixed: Callable[[int], float] | None = None) -> None:
+        self._fixed = fixed
+        self._ratios = [1 + USUAL * (rows - 1) for rows in ROWS]
+        self._level = 0.0
+        self._passes = 0
+        self._refresh()
+
+    def note(self, rows: int, seconds: float) -> None:
+        """A pass was made."""
+        if rows > ROWS[-1] or self._fixed is not None:
+            return
+        ratio = float(np.interp(rows, ROWS, self._ratios))
+        expected = self._level * ratio or seconds
+        seconds = min(max(seconds, expected / STRANGE), expected * STRANGE)
+        self._level = self._level or seconds / ratio
+        error = seconds / self._level - ratio
+        after = next(i for i, known in enumerate(ROWS) if known >= rows)
+        share = 1.0 if ROWS[after] == rows else (rows - ROWS[after - 1]) / (ROWS[after] - ROWS[after - 1])
+        for i, part in ((after, share), (after - 1, 1 - share)):
+            if i > 0:
+                self._ratios[i] += PACE * part * error
+        self._level += PACE * (seconds / ratio - self._level)
+        self._passes += 1
+        if self._passes % REFRESHED == 0:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        rising = np.maximum.accumulate(self._ratios)
+        self._costs: list[float] = np.interp(range(ROWS[-1] + 1), ROWS, rising).tolist()
+        if self._fixed is not None:
+            self._costs = [self._fixed(rows) for rows in range(ROWS[-1] + 1)]
         self._least: dict[tuple[int, int], float] = {}
-
-    @classmethod
-    def measure(cls, step: Callable[[int], float], most: int = ROWS[-1]) -> StepCosts:
-        """step: makes a pass of so many rows and returns its seconds. Each number of rows is tried a few times, in
-        turn, so that what else the processor does meets all alike; the median counts."""
-        step(1)
-        tried: dict[int, list[float]] = {}
-        for rows in (rows for rows in ROWS if rows <= most):
-            tried[rows] = [step(rows)]
-            if tried[rows][0] > DEAR * tried[1][0]:
-                break
-        for _ in range(ROUNDS - 1):
-            for rows, seconds in tried.items():
-                seconds.append(step(rows))
-        return cls({rows: median(seconds) for rows, seconds in tried.items()})
 
     @property
     def most(self) -> int:
-        """Rows of the longest pass that was measured: nothing is known of longer ones."""
-        return len(self._seconds) - 1
+        """Rows of the longest pass whose cost is known."""
+        return len(self._costs) - 1
 
     def of(self, rows: int) -> float:
-        return self._seconds[rows]
+        return self._costs[rows]
 
     def least(self, rows: int, tokens: int) -> float:
         """How likely further guesses must be on the average, at least, to be worth their rows in a pass of so many rows
         that gives so many tokens."""
         known = self._least.get((rows, tokens))
         if known is None:
-            base = self._seconds[rows]
-            further = range(1, len(self._seconds) - rows)
-            known = min(((self._seconds[rows + n] / base - 1) * tokens / n for n in further), default=math.inf)
+            base = self._costs[rows]
+            further = range(1, len(self._costs) - rows)
+            known = min(((self._costs[rows + n] / base - 1) * tokens / n for n in further), default=math.inf)
             self._least[rows, tokens] = known
         return known
 

@@ -27,11 +27,11 @@ MAKERS: dict[str, Make] = {
 class Drafting:
     """Makes the drafts of an engine's responses and chooses what is fed.
 
-    costs: seconds of a pass by rows; None until they are measured.
+    costs: of a pass by its rows.
     """
 
     def __init__(self) -> None:
-        self.costs: StepCosts | None = None
+        self.costs = StepCosts()
         self._rates = Rates()
         self._stores = Stores()
 
@@ -46,5 +46,4 @@ class Drafting:
 
     def choose(self, candidates: Sequence[Candidate], rows: int) -> None:
         """Gives each candidate its guesses for a pass that has `rows` without them."""
-        if self.costs is not None:
-            choose(candidates, rows, self.costs)
+        choose(candidates, rows, self.costs)

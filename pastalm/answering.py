@@ -48,13 +48,19 @@ def file_header(params: SamplingParams, models: Mapping[str, Any]) -> dict[str, 
 
     params: of the answers. Those at their default are left out, except the ones that every file has.
     models: name and hash of each model used.
+
+    Raises RequestError if the parameters cannot be written down: logits processors that are Python objects.
     """
     settings = {
         name: getattr(params, name)
         for name, row in parameters().items()
         if name in _IN_EVERY_HEADER or name not in _NOT_IN_HEADER and getattr(params, name) != row.default
     }
-    as_read: dict[str, Any] = json.loads(json.dumps(settings))
+    try:
+        as_read: dict[str, Any] = json.loads(json.dumps(settings))
+    except TypeError:
+        message = "a file of answers records logits processors by name: give each a name and plain settings"
+        raise RequestError(message) from None
     return {**models, "seed": params.seed, **as_read}
 
 
@@ -88,7 +94,8 @@ def sample(
     progress: called after each written answer.
     refuse: called with the error for each prompt that is longer than the context.
 
-    Raises DataError if a file cannot be read or written, or its header differs from this run's.
+    Raises DataError if a file cannot be read or written, or its header differs from this run's, and RequestError if
+    `params` has logits processors without names.
     """
     results, existing = answers.results(
         target, answers.KIND, file_header(params, models or {}), prompts, overwrite=overwrite

@@ -10,7 +10,7 @@ import pytest
 
 from pastalm import LLM, SamplingParams
 from pastalm.answering import SampleCounts, sample
-from pastalm.errors import DataError
+from pastalm.errors import DataError, RequestError
 from pastalm.models import checkpoints, preparing
 from pastalm.records import answers as kept_answers
 from pastalm.records import jsonl
@@ -76,6 +76,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_answers(llm: LLM, tmp_pat
 OTHER_VALUES = {
     "stop": "x", "logit_bias": {3: 1.0}, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [5], "temperature": 0.5,
     "top_p": 0.5, "top_k": 3, "min_p": 0.5, "repetition_penalty": 2.0, "max_tokens": 9,
+    "processors": ["decortl"],
 }  # fmt: skip
 
 
@@ -87,6 +88,13 @@ def test_a_file_of_answers_continues_only_with_the_same_parameters(llm: LLM, tmp
     assert sample(llm, PROMPTS[:1], out, changed).skipped == 1
     with pytest.raises(DataError, match=f"other settings.*{name}"):
         sample(llm, PROMPTS[:1], out, replace(PARAMS, n=1))
+
+
+def test_processors_are_recorded_by_name_or_not_at_all(llm: LLM, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RequestError, match="logits processors by name"):
+        sample(llm, PROMPTS[:1], out, replace(PARAMS, processors=[lambda visible, logits: logits]))
+    assert not out.exists() and not llm.driver.running
 
 
 def test_files_that_cannot_be_used_are_one_clear_line(llm: LLM, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 
 from pastalm import SamplingParams
 from pastalm.core.driver import Driver
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined
+from pastalm.core.events import Path as ThreadPath
 from pastalm.core.params import Request
 from pastalm.engines.processors import chain
 from pastalm.engines.processors.base import LogitRow, ThreadProcessor, Visible
@@ -37,9 +40,9 @@ def unchanged(visible: Visible, logits: LogitRow) -> LogitRow:
 class Log(ThreadProcessor):
     """Keeps all that it is told. told: of each thread, by path."""
 
-    def __init__(self, path: Path = (), told: dict[Path, list[Any]] | None = None) -> None:
+    def __init__(self, path: ThreadPath = (), told: dict[ThreadPath, list[Any]] | None = None) -> None:
         self.path = path
-        self.told: dict[Path, list[Any]] = {} if told is None else told
+        self.told: dict[ThreadPath, list[Any]] = {} if told is None else told
         self.told[path] = []
 
     def begin(self, request: Request) -> Log:
@@ -50,7 +53,7 @@ class Log(ThreadProcessor):
         self.told[self.path].append(list(visible))
         return logits
 
-    def fork(self, path: Path) -> Log:
+    def fork(self, path: ThreadPath) -> Log:
         return Log(path, self.told)
 
     def write(self, token: int, *, tag: bool, forced: bool) -> None:
@@ -110,7 +113,7 @@ class SeeingEngine(HashingEngine):
 
     def __init__(self, **options: int) -> None:
         super().__init__(**options)
-        self.seen: dict[tuple[str, Path], list[list[int]]] = {}
+        self.seen: dict[tuple[str, ThreadPath], list[list[int]]] = {}
 
     def add(self, request: Request) -> None:
         super().add(replace(request, params=replace(request.params, processors=(unchanged,))))
@@ -179,6 +182,18 @@ def test_a_token_takes_the_same_work_at_any_length() -> None:
         sys.settrace(None)
         work.append(lines)
     assert max(work[-300:]) <= max(work[300:600])
+
+
+def test_the_pages_example_follows_its_thread() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "processors.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Sentences" in block)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    engine = begun(names["Sentences"](stop=60))
+    apply(engine, Decoded(path=(), token=61), Decoded(path=(), token=62), Forked(path=(0,), promised=10, forced=(50,)))
+    apply(engine, Decoded(path=(), token=60))
+    threads = engine._waiting["a"].threads
+    assert [threads[path].processors[0].length for path in ((), (0,))] == [0, 3]  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------ what is returned

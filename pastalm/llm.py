@@ -270,6 +270,7 @@ class LLM:
         choice: int = 0,
         seed: int | None = None,
         owner: str = "",
+        reference_token_ids: Sequence[Sequence[int]] | None = None,
         keep_events: bool = True,
     ) -> Response:
         """Submits one answer to the driver, whose `step` decodes all submitted answers together. For arguments and
@@ -281,6 +282,7 @@ class LLM:
             seed=seed,
             positions=self.positions,
             owner=owner,
+            reference_token_ids=reference_token_ids,
             keep_events=keep_events,
         )
 
@@ -342,6 +344,7 @@ class LLM:
 
     def _run(self, prompts: list[list[int]], params: SamplingParams, texts: list[Any]) -> list[RequestOutput]:
         submitted: list[list[Response]] = []
+        references = self.driver.encode_references(params)
         try:
             for ids in prompts:
                 seed = random.getrandbits(63) if params.seed is None else params.seed
@@ -349,7 +352,13 @@ class LLM:
                 for choice in range(params.n):
                     submitted[-1].append(
                         self.driver.submit(
-                            ids, params, choice=choice, seed=seed, positions=self.positions, keep_events=False
+                            ids,
+                            params,
+                            choice=choice,
+                            seed=seed,
+                            positions=self.positions,
+                            reference_token_ids=references,
+                            keep_events=False,
                         )
                     )
             self.driver.run([response for choices in submitted for response in choices])

@@ -140,6 +140,7 @@ class Driver:
         seed: int | None = None,
         positions: Policy = "promised",
         owner: str = "",
+        reference_token_ids: Sequence[Sequence[int]] | None = None,
         keep_events: bool = True,
     ) -> Response:
         """Starts a response, which decodes from the next step on.
@@ -150,11 +151,14 @@ class Driver:
         seed: seed of the noise (None: that of `params`, else a new one).
         positions: position policy, see `layout`.
         owner: on whose behalf, see `Request`.
+        reference_token_ids: of the references of `params` (None: they are encoded here).
         keep_events: False if the events are not read. The transcript is complete either way.
 
         Raises RequestError if the prompt is empty or too long, CapabilityError if the engine cannot do it.
         """
         chosen = params.seed if seed is None else seed
+        if reference_token_ids is None:
+            reference_token_ids = self.encode_references(params)
         with self._lock:
             request = Request(
                 id=str(next(self._ids)),
@@ -164,7 +168,7 @@ class Driver:
                 choice=choice,
                 logit_bias=self._bias(params),
                 positions=positions,
-                reference_token_ids=tuple(tuple(self.vocabulary.encode(text)) for text in params.references or ()),
+                reference_token_ids=tuple(map(tuple, reference_token_ids)),
                 owner=owner,
                 vocabulary=self.vocabulary,
             )
@@ -174,6 +178,12 @@ class Driver:
             self.running[request.id] = response
             self._take(response, interpreter.start())
             return response
+
+    def encode_references(self, params: SamplingParams) -> list[Sequence[int]]:
+        """Token ids of each reference; none where nothing would be drafted from them."""
+        if not self.engine.capabilities.drafts or "references" not in params.drafters:
+            return []
+        return [self.vocabulary.encode(text) for text in params.references or ()]
 
     def _bias(self, params: SamplingParams) -> dict[int, float]:
         """The request's logit bias, with what `parallelism` adds to the token that opens a promise."""

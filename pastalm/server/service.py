@@ -27,6 +27,9 @@ from pastalm.server.requests import ChatRequest, CompletionRequest, PromptReques
 from pastalm.server.settings import Settings
 from pastalm.server.worker import Job, Update, Worker
 
+MOST_REFERENCE_TOKENS = 32_768
+"""Of one request: the engine's thread makes a table of them, in some tenths of a second."""
+
 
 class Service:
     """What all requests share.
@@ -110,7 +113,17 @@ class Service:
             prompt_logprobs,
             decodes=max_tokens > 0,
             owner=owner,
+            references=await self._references(params),
         )
+
+    async def _references(self, params: SamplingParams) -> list[Sequence[int]]:
+        """Token ids of the references, encoded on the tokenizer's thread. Raises Refused."""
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(self._encoder, self.llm.driver.encode_references, params)
+        if (tokens := sum(map(len, ids))) > MOST_REFERENCE_TOKENS:
+            message = f"the references have {tokens} tokens, the most is {MOST_REFERENCE_TOKENS}: shorten them"
+            raise bad_value(message, "pasta.references")
+        return ids
 
     def _echoes(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
         """What the answers to each prompt start with."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -42,6 +42,7 @@ class Job:
         the prompts). Scores are in the echoes before the first update.
     decodes: False if the prompts are only echoed.
     owner: on whose behalf, see `core.params.Request`.
+    references: token ids of the references.
     answers: by number, complete before the first update.
     updates: what happened, (number, delta of one step) or the error that ended the job.
     """
@@ -53,6 +54,7 @@ class Job:
     prompt_logprobs: int | None = None
     decodes: bool = True
     owner: str = ""
+    references: list[Sequence[int]] = field(default_factory=list)
     answers: list[ServedAnswer] = field(default_factory=list)
     updates: asyncio.Queue[Update | PastaError] = field(default_factory=asyncio.Queue)
 
@@ -206,7 +208,12 @@ class Worker:
             return job, (number, job.answers[number].take(events))
         seed, first_choice = job.noise[place]
         response = self._llm.submit(
-            job.prompts[place], job.params, choice=first_choice + choice, seed=seed, owner=job.owner
+            job.prompts[place],
+            job.params,
+            choice=first_choice + choice,
+            seed=seed,
+            owner=job.owner,
+            reference_token_ids=job.references,
         )
         job.answers.append(ServedAnswer(response.transcript, job.params.stop_strings, echo))
         self._decoding[response.request.id] = (job, number, response)

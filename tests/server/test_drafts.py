@@ -10,6 +10,7 @@ import pytest
 from pastalm.core.params import DRAFTERS
 from pastalm.engines.batching import BatchingEngine
 from pastalm.engines.drafts.budget import StepCosts
+from pastalm.engines.drafts.ngrams import NGrams
 from pastalm.server.gate import owner
 from tests.server.serving import HELLO, Served, curl, playing, serving, tiny
 
@@ -113,3 +114,18 @@ def test_an_engine_without_drafts_takes_the_options_and_answers_the_same() -> No
             figures = body["usage"]["pasta"]["choices"][0]
             assert figures["drafted"] == {} and figures["passes"] == figures["steps"]
         assert texts[0] == texts[1]
+
+
+def test_references_of_too_many_tokens_are_refused_and_choices_share_a_table(drafting: Served) -> None:
+    """The tiny model's tokens are bytes."""
+    body = {**BODY, "n": 2, "temperature": 1, "pasta": {"references": ["x" * 40_000], "parallelism": 0}}
+    status, _, told = curl(f"{drafting.url}/v1/completions", body)
+    assert status == 400 and told["error"]["param"] == "pasta.references" and "40000 tokens" in told["error"]["message"]
+    made: list[int] = []
+    add_all = NGrams.add_all
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(NGrams, "add_all", lambda self, tokens: made.append(len(tokens)) or add_all(self, tokens))
+        body["pasta"] = {"references": ["y" * 300, "z" * 20], "parallelism": 0}
+        status, _, told = curl(f"{drafting.url}/v1/completions", body)
+    assert status == 200 and len(told["choices"]) == 2
+    assert made.count(300) == made.count(20) == 1, "one table for both choices"

@@ -10,6 +10,7 @@ import pytest
 
 from pastalm import LLM, SamplingParams
 from pastalm.answering import SampleCounts, sample
+from pastalm.engines.drafts.budget import StepCosts
 from pastalm.errors import DataError, RequestError
 from pastalm.models import checkpoints, preparing
 from pastalm.records import answers as kept_answers
@@ -88,6 +89,21 @@ def test_a_file_of_answers_continues_only_with_the_same_parameters(llm: LLM, tmp
     assert sample(llm, PROMPTS[:1], out, changed).skipped == 1
     with pytest.raises(DataError, match=f"other settings.*{name}"):
         sample(llm, PROMPTS[:1], out, replace(PARAMS, n=1))
+
+
+def test_drafts_leave_the_file_as_it_is(prepared: LLM, tmp_path: Path) -> None:
+    """How many guesses are fed depends on the clock: no row may depend on it, or a run could not be repeated."""
+    tags = prepared.loaded.vocabulary.tags
+    assert tags is not None
+    bias = {tags.promise: 6.0, tags.promise_end: 9.0, tags.tokens: 9.0, tags.async_close: 4.0}
+    params = replace(PARAMS, temperature=0, n=1, max_tokens=120, logit_bias=bias, ignore_eos=True)
+    prepared.driver.engine._drafting.costs = StepCosts(lambda rows: 1 + rows * 1e-6)  # type: ignore[attr-defined]
+    written = []
+    for drafts in ("off", "auto"):
+        target = tmp_path / f"{drafts}.jsonl"
+        sample(prepared, PROMPTS[:4], target, replace(params, drafts=drafts))
+        written.append(target.read_bytes())
+    assert written[0] == written[1] and b"<async>" in written[0]
 
 
 def test_processors_are_recorded_by_name_or_not_at_all(llm: LLM, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from pastalm.core.params import Parameter, parameters
+from pastalm.bounds import Parameter
+from pastalm.core.params import parameters
 
 LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids", "processors")
 """Parameters that are not offered."""

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastalm.core.params import Parameter, SamplingParams, parameters
+from pastalm.bounds import Parameter
+from pastalm.core.params import SamplingParams, parameters
 from pastalm.errors import RequestError
 
 DRAFTS = "drafts must be auto, off, or some of lookup,siblings,references,answers"

@@ -1,68 +1,25 @@
 """How a response is sampled: one table of parameters, which Python, the command line and the HTTP server all read.
 
-A row of the table is a field of `SamplingParams`: its name, type and default, and in `Parameter` its bounds and one
-line of help. The checks below, the options of `pasta generate` and the fields of an HTTP request are made from these
-rows, so a new parameter is one row here, and what it does in `engines/sampling.py`.
+A row of the table is a field of `SamplingParams`: its name, type and default, and in `Parameter` (`bounds.py`) one line
+of help and its bounds. The checks, the options of `pasta generate` and the fields of an HTTP request are made from
+these rows, so a new parameter is one row here, and what it does in `engines/sampling.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+from pastalm import bounds
+from pastalm.bounds import Parameter
 from pastalm.core.layout import Policy
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import RequestError, check_text, complaint
 
 DRAFTERS = ("lookup", "siblings", "references", "answers")
 """Names of the drafters, see `engines/drafts`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """A row of the table.
-
-    help: one line for users; names what turns the parameter off.
-    ge, gt, le: bounds of the value, as pydantic names them.
-    off: a value that turns the parameter off, named where a bound is explained.
-    served_ge, served_le: narrower bounds of the HTTP server (OpenAI's, or what clients can write).
-    name, kind, default: those of the field; `parameters` fills them in.
-    """
-
-    help: str
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    off: int | None = None
-    served_ge: float | None = None
-    served_le: float | None = None
-    name: str = ""
-    kind: Any = None
-    default: Any = None
-
-    def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, or None. None is always a good value: it means that nothing is set."""
-        if value is None or self._within(value):
-            return None
-        return f"{self.name} must be {self._range()}"
-
-    def _within(self, value: Any) -> bool:
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-        )
-
-    def _range(self) -> str:
-        if self.le is None:
-            lowest = self.ge if self.off is None else f"{self.off} (off)"
-            return f"above {self.gt}" if self.gt is not None else f"{lowest} or more"
-        if self.kind in (int, int | None):
-            return f"in {self.ge}..{self.le}"
-        return f"in {'[' if self.gt is None else '('}{self.ge if self.gt is None else self.gt}, {self.le}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,47 +34,38 @@ class SamplingParams:
     stop_token_ids: the token that ends the answer is not part of its text.
     """
 
-    n: Annotated[int, Parameter(help="Answers to each prompt.", ge=1, served_le=128)] = 1
-    temperature: Annotated[float, Parameter(help="0 is greedy.", ge=0, served_le=2)] = 1.0
-    top_p: Annotated[float, Parameter(help="Nucleus sampling; 1: off.", gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Parameter(help="0: off.", ge=-1, off=0, served_le=2**31)] = 0
-    min_p: Annotated[float, Parameter(help="Smallest share of the top probability; 0: off.", ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Parameter(help="Above 1: against loops; 1: off.", gt=0, served_le=10)] = 1.0
-    seed: Annotated[
-        int | None, Parameter(help="Makes sampling repeatable.", served_ge=-(2**63), served_le=2**63 - 1)
-    ] = None
-    stop: Annotated[tuple[str, ...] | list[str] | str | None, Parameter(help="Ends the answer before this text.")] = (
-        None
-    )
-    max_tokens: Annotated[int, Parameter(help="Limit on all decoded tokens, tags included.", ge=1)] = 16
+    n: Annotated[int, Parameter("Answers to each prompt.", ge=1, served_le=128)] = 1
+    temperature: Annotated[float, Parameter("0 is greedy.", ge=0, served_le=2)] = 1.0
+    top_p: Annotated[float, Parameter("Nucleus sampling; 1: off.", gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Parameter("0: off.", ge=-1, off=0, served_le=2**31)] = 0
+    min_p: Annotated[float, Parameter("Smallest share of the top probability; 0: off.", ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Parameter("Above 1: against loops; 1: off.", gt=0, served_le=10)] = 1.0
+    seed: Annotated[int | None, Parameter("Makes sampling repeatable.", served_ge=-(2**63), served_le=2**63 - 1)] = None
+    stop: Annotated[tuple[str, ...] | list[str] | str | None, Parameter("Ends the answer before this text.")] = None
+    max_tokens: Annotated[int, Parameter("Limit on all decoded tokens, tags included.", ge=1)] = 16
     logprobs: Annotated[
-        int | None, Parameter(help="Top log-probabilities returned beside each token's own.", ge=0, le=20)
+        int | None, Parameter("Top log-probabilities returned beside each token's own.", ge=0, le=20)
     ] = None
-    logit_bias: Annotated[Mapping[int, float] | None, Parameter(help="Added to the logits of these token ids.")] = None
-    ignore_eos: Annotated[bool, Parameter(help="The model's end token does not end the answer.")] = False
-    min_tokens: Annotated[
-        int, Parameter(help="Tokens before which the answer cannot end.", ge=0, served_le=2**31 - 1)
-    ] = 0
-    stop_token_ids: Annotated[tuple[int, ...] | list[int] | None, Parameter(help="Token ids that end the answer.")] = (
-        None
-    )
-    parallelism: Annotated[float, Parameter(help="Multiplies the odds of forking; 0 turns it off.", ge=0)] = 1.0
+    logit_bias: Annotated[Mapping[int, float] | None, Parameter("Added to the logits of these token ids.")] = None
+    ignore_eos: Annotated[bool, Parameter("The model's end token does not end the answer.")] = False
+    min_tokens: Annotated[int, Parameter("Tokens before which the answer cannot end.", ge=0, served_le=2**31 - 1)] = 0
+    stop_token_ids: Annotated[tuple[int, ...] | list[int] | None, Parameter("Token ids that end the answer.")] = None
+    parallelism: Annotated[float, Parameter("Multiplies the odds of forking; 0 turns it off.", ge=0)] = 1.0
     drafts: Annotated[
         str,
-        Parameter(help=f"Guesses tokens ahead: auto, off, or some of {','.join(DRAFTERS)}. Never changes the answer."),
+        Parameter(f"Guesses tokens ahead: auto, off, or some of {','.join(DRAFTERS)}. Never changes the answer."),
     ] = "auto"
     references: Annotated[
         tuple[str, ...] | list[str] | None,
-        Parameter(help="Texts from which the answer may copy; drafts are taken there."),
+        Parameter("Texts from which the answer may copy; drafts are taken there."),
     ] = None
     processors: Annotated[
         tuple[Any, ...] | list[Any] | None,
-        Parameter(help="Logits processors: names, (name, settings), or Python objects (engines/processors)."),
+        Parameter("Logits processors: names, (name, settings), or Python objects (engines/processors)."),
     ] = None
 
     def __post_init__(self) -> None:
-        bounds = (row.problem(getattr(self, row.name)) for row in parameters().values())
-        if problem := next((problem for problem in bounds if problem), None) or complaint(self._checks()):
+        if problem := bounds.first_problem(self) or complaint(self._checks()):
             raise RequestError(problem)
         for stop in self.stop_strings:
             check_text(stop, "a stop string")
@@ -128,8 +76,6 @@ class SamplingParams:
         """What no bound of one row can say."""
         yield self.min_tokens <= self.max_tokens, "min_tokens must be in 0..max_tokens"
         yield min(self.stop_token_ids or (0,)) >= 0, "stop_token_ids must be token ids"
-        for row in parameters().values():
-            yield row.kind is not float or math.isfinite(getattr(self, row.name)), f"{row.name} must be finite"
         yield all(isinstance(stop, str) for stop in self.stop_strings), "stop must be one text or several"
         yield all(self.stop_strings), "a stop string must not be empty"
         named = self.drafts.split(",") if isinstance(self.drafts, str) else [""]
@@ -164,19 +110,9 @@ def _is_processor(given: Any) -> bool:
     return isinstance(given, str) or callable(given) or hasattr(given, "begin")
 
 
-@cache
 def parameters() -> Mapping[str, Parameter]:
     """The table: each row by its name, in the order of `SamplingParams`."""
-    hints = get_type_hints(SamplingParams, include_extras=True)
-    return {
-        field.name: replace(
-            hints[field.name].__metadata__[0],
-            name=field.name,
-            kind=hints[field.name].__origin__,
-            default=field.default,
-        )
-        for field in fields(SamplingParams)
-    }
+    return bounds.table(SamplingParams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

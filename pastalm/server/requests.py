@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from pastalm.core.params import Parameter, SamplingParams, parameters
+from pastalm.bounds import Parameter
+from pastalm.core.params import SamplingParams, parameters
 from pastalm.errors import RequestError
 from pastalm.models.chat_template import Rendering
 from pastalm.server.errors import BadValue

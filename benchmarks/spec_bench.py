@@ -278,7 +278,8 @@ def main() -> None:
     done = [Timed(**json.loads(line)) for line in chosen.out.read_text().splitlines()] if chosen.out.is_file() else []
     there = {(a.id, a.system) for a in done}
     llm = LLM(engine="native", adapter=chosen.adapter, dtype=chosen.dtype, max_num_seqs=1)
-    llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(temperature=0, max_tokens=8))  # measures costs
+    warm = SamplingParams(temperature=0, max_tokens=128, drafts="lookup,siblings")
+    llm.chat([{"role": "user", "content": "List the days of the week, twice."}], warm)  # what passes cost is learnt
 
     def ours(name: str, setting: Setting) -> Callable[[Prompt], Timed]:
         return lambda prompt: answer(llm, name, setting, prompt, chosen.max_tokens, grounded=chosen.grounded)

@@ -109,8 +109,8 @@ def sample(
                 counts.refused += 1
                 refuse(result)
                 continue
-            # in a shared batch seconds and passes mean nothing, and would make equal runs differ
-            file.write(replace(result, seconds=None, passes=None).to_dict())
+            # in a shared batch these mean nothing, and, as drafts hang on the clock, would make equal runs differ
+            file.write(replace(result, seconds=None, steps=None, passes=None).to_dict())
             counts.written += 1
             counts.tokens += result.tokens
             counts.ended[result.finish_reason] = counts.ended.get(result.finish_reason, 0) + 1

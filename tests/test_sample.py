@@ -104,6 +104,9 @@ def test_drafts_leave_the_file_as_it_is(prepared: LLM, tmp_path: Path) -> None:
         sample(prepared, PROMPTS[:4], target, replace(params, drafts=drafts))
         written.append(target.read_bytes())
     assert written[0] == written[1] and b"<async>" in written[0]
+    assert all("steps" not in row for _, row in jsonl.read(tmp_path / "auto.jsonl")), (
+        "a thread may get ahead by guesses"
+    )
 
 
 def test_processors_are_recorded_by_name_or_not_at_all(llm: LLM, tmp_path: Path) -> None:

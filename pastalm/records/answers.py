@@ -27,7 +27,7 @@ class Answer:
     annotated: the answer as PASTA-LANG.
     tokens: decoded tokens, tags included.
     critical_path: tokens on the longest chain of dependent tokens (SPEC "Figures").
-    steps: engine steps.
+    steps: engine steps; None if not counted.
     passes: forward passes; fewer than steps where drafts came true. None if not counted.
     finish_reason: "stop", "length", ...
     seconds: wall-clock time to the end; None if not measured, as the next two.
@@ -46,7 +46,7 @@ class Answer:
     annotated: str
     tokens: int
     critical_path: int
-    steps: int = 0
+    steps: int | None = 0
     passes: int | None = None
     finish_reason: str
     seconds: float | None = None

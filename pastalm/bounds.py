@@ -10,9 +10,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from functools import cache
 from typing import Any, get_type_hints
 
 
@@ -62,7 +61,6 @@ class Parameter:
         return f"in {'[' if self.gt is None else '('}{self.ge if self.gt is None else self.gt}, {self.le}]"
 
 
-@cache
 def table(parameters: type[Any]) -> Mapping[str, Parameter]:
     """The rows of a dataclass by name, in order. Each of its fields is `Annotated` with one."""
     hints = get_type_hints(parameters, include_extras=True)
@@ -77,7 +75,6 @@ def table(parameters: type[Any]) -> Mapping[str, Parameter]:
     }
 
 
-def first_problem(parameters: Any) -> str | None:
+def first_problem(parameters: Any, rows: Iterable[Parameter]) -> str | None:
     """What is wrong with the first field of a dataclass that is out of its bounds, or None."""
-    rows = table(type(parameters)).values()
-    return next((found for row in rows if (found := row.problem(getattr(parameters, row.name)))), None)
+    return next((problem for row in rows if (problem := row.problem(getattr(parameters, row.name)))), None)

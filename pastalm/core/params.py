@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any
 
 from pastalm import bounds
@@ -65,7 +66,7 @@ class SamplingParams:
     ] = None
 
     def __post_init__(self) -> None:
-        if problem := bounds.first_problem(self) or complaint(self._checks()):
+        if problem := bounds.first_problem(self, parameters().values()) or complaint(self._checks()):
             raise RequestError(problem)
         for stop in self.stop_strings:
             check_text(stop, "a stop string")
@@ -110,6 +111,7 @@ def _is_processor(given: Any) -> bool:
     return isinstance(given, str) or callable(given) or hasattr(given, "begin")
 
 
+@cache
 def parameters() -> Mapping[str, Parameter]:
     """The table: each row by its name, in the order of `SamplingParams`."""
     return bounds.table(SamplingParams)

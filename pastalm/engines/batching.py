@@ -282,8 +282,9 @@ class BatchingEngine(ABC):
         thread = self._addressed(state, event)
         self._lay(state, thread, event)
         if thread.processors:
-            joined = event.children if isinstance(event, Joined) else ()
-            chain.note(thread.processors, event, [state.threads[child].processors for child in joined])
+            if isinstance(event, Joined):
+                chain.join(thread.processors, [state.threads[child].processors for child in event.children])
+            chain.write(thread.processors, event)
         thread.allowed = event.allowed
         if isinstance(event, (Blocked, Finished)):
             state.rest(thread)

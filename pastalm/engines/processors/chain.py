@@ -123,15 +123,20 @@ def fork(chain: Chain, path: Path) -> Chain:
     return tuple(processor.fork(path) for processor in chain)
 
 
-def note(chain: Chain, event: Event, children: Sequence[Chain]) -> None:
-    """Tells a chain of its thread's event. children: the chains of the threads that it joins."""
+def join(chain: Chain, children: Sequence[Chain]) -> None:
+    """Tells a chain that its thread joins these children's."""
     if children:
         for processor, theirs in zip(chain, zip(*children, strict=True), strict=True):
             processor.join(theirs)
-    for processor in chain:
-        if isinstance(event, Decoded):
+
+
+def write(chain: Chain, event: Event) -> None:
+    """Tells a chain of the tokens that an event gives its thread."""
+    if isinstance(event, Decoded):
+        for processor in chain:
             processor.write(event.token, tag=event.tag, forced=False)
-        for token in event.forced:
+    for token in event.forced:
+        for processor in chain:
             processor.write(token, tag=False, forced=True)
 
 

@@ -430,7 +430,7 @@ class BatchingEngine(ABC):
         """How many of a thread's new tokens have been fed as guesses. If all, its next logits are there already."""
         guesses, thread.guesses, thread.logits, thread.drafter = thread.guesses, [], None, ""
         right = 0
-        while right < min(len(guesses), len(placed)) and placed[right].same_as(guesses[right].placed):
+        while right < min(len(guesses), len(placed)) and placed[right] == guesses[right].placed:
             right += 1
         if state.drafts is not None:
             for each in placed:
@@ -571,6 +571,9 @@ class BatchingEngine(ABC):
         """What is fed ahead in a pass: the guesses that are worth their rows, in places kept for them."""
         owners: list[tuple[RequestState, Thread]] = []
         candidates: list[Candidate] = []
+        rows = sum(len(due) for _, due in due_of)
+        if not self._drafting.pays(rows, sum(map(len, ready))):
+            return {}
         for (state, _), threads in zip(due_of, ready, strict=True):
             if state.drafts is None:
                 continue
@@ -580,7 +583,7 @@ class BatchingEngine(ABC):
                     owners.append((state, thread))
                     candidates.append(Candidate(state.drafts, context, most, thread.may_sample))
         if candidates:
-            self._drafting.choose(candidates, sum(len(due) for _, due in due_of))
+            self._drafting.choose(candidates, rows)
         guesses: dict[Thread, list[FedGuess]] = {}
         for (state, thread), candidate in zip(owners, candidates, strict=True):
             placed = state.layout.guess(thread.path, [guess.token for guess in candidate.guesses])

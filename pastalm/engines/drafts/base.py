@@ -41,9 +41,6 @@ class Drafter(Protocol):
     @property
     def name(self) -> str: ...
 
-    def begin(self, path: Path) -> None:
-        """A thread begins."""
-
     def write(self, context: Context, token: int, place: int) -> None:
         """A thread has a further token, in this place."""
 
@@ -56,9 +53,6 @@ class Drafter(Protocol):
 
 class SilentDrafter:
     """A drafter that takes notice of nothing: what others are made of."""
-
-    def begin(self, path: Path) -> None:
-        pass
 
     def write(self, context: Context, token: int, place: int) -> None:
         pass

@@ -116,9 +116,8 @@ class Candidate:
 
 def choose(candidates: Sequence[Candidate], rows: int, costs: StepCosts) -> None:
     """Gives the candidates the guesses that are worth their rows in a pass that has `rows` already."""
-    if rows >= costs.most or (least := costs.least(rows, len(candidates))) >= 1:
-        return
-    ordered = _by_worth(candidates, min(costs.most - rows, MOST), max(least, LEAST))
+    least = max(costs.least(rows, len(candidates)), LEAST)
+    ordered = _by_worth(candidates, min(costs.most - rows, MOST), least)
     expected, best, chosen = float(len(candidates)), len(candidates) / costs.of(rows), 0
     for n, (worth, _, _) in enumerate(ordered, 1):
         expected += worth

@@ -44,6 +44,10 @@ class Drafting:
         drafters = [MAKERS[name](request, written, self._stores) for name in names]
         return ResponseDrafts(request.prompt_token_ids, written, drafters, self._rates)
 
+    def pays(self, rows: int, tokens: int) -> bool:
+        """Whether guesses that were sure would be worth their rows in a pass of so many rows for so many tokens."""
+        return rows < self.costs.most and self.costs.least(rows, tokens) < 1
+
     def choose(self, candidates: Sequence[Candidate], rows: int) -> None:
         """Gives each candidate its guesses for a pass that has `rows` without them."""
         choose(candidates, rows, self.costs)

@@ -58,7 +58,8 @@ class _Shadow:
 
 
 class ResponseDrafts:
-    """The drafters of one response.
+    """The drafters of one response. What is written is only noted, and read when a guess is wanted next: under load
+    none is, and a token then costs next to nothing.
 
     written: n-grams of prompt and answer, as the drafters that copy from them share them.
     rates: those of the engine; the response's own come on top.
@@ -70,17 +71,30 @@ class ResponseDrafts:
         self._rates, self._own = rates, Rates()
         self._contexts: dict[Path, Context] = {(): Context((), tuple(prompt[-LONGEST:]), 0, 0)}
         self._shadows: dict[Path, _Shadow] = {}
-        written.add_all(prompt)
+        self._prompt: Sequence[int] = prompt
+        self._unread: list[Path | Placed] = []
 
     def begin(self, path: Path) -> None:
         """A thread begins with what its parent has written so far."""
-        if path:
-            self._contexts[path] = replace(self._contexts[path[:-1]], path=path, index=0)
-        for drafter in self._drafters:
-            drafter.begin(path)
+        self._unread.append(path)
 
     def write(self, placed: Placed) -> None:
         """A thread has a further token."""
+        self._unread.append(placed)
+
+    def _read(self) -> None:
+        """Takes into account what has been noted."""
+        if self._prompt:
+            self._written.add_all(self._prompt)
+            self._prompt = ()
+        unread, self._unread = self._unread, []
+        for noted in unread:
+            if isinstance(noted, Placed):
+                self._read_token(noted)
+            elif noted:
+                self._contexts[noted] = replace(self._contexts[noted[:-1]], path=noted, index=0)
+
+    def _read_token(self, placed: Placed) -> None:
         context = self._contexts[placed.path]
         if not placed.forced:
             self._score(placed.path, placed.token)
@@ -98,6 +112,8 @@ class ResponseDrafts:
 
     def context(self, path: Path, sees: int) -> Context:
         """Where the next token of a thread stands."""
+        if self._unread or self._prompt:
+            self._read()
         known = self._contexts[path]
         return Context(path, known.tail, known.index, sees)
 
@@ -117,6 +133,6 @@ class ResponseDrafts:
         return (hits + PRIOR * self._rates.rate(drafter, evidence)) / (guesses + PRIOR)
 
     def close(self) -> None:
-        """The response has ended."""
+        """The response has ended. What has not been read since is left out."""
         for drafter in self._drafters:
             drafter.close()

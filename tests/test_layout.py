@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pastalm.core.events import Blocked, Decoded, Finished, Forked, Path
 from pastalm.core.language import LENGTHS, Promise, Sync, Text
 from pastalm.core.layout import Layout, Policy
+from pastalm.engines.mask_rows import mask_row
 from pastalm.errors import CapabilityError
 from pastalm.eval.replay import decoded_rows
 from pastalm.records.documents import Async, Document, encode, normalize
@@ -140,7 +141,7 @@ def _interleaved(
         layout.join(path, item.joins)
         token = layout.decode(path, item.token)
         assert token.place not in out
-        out[token.place] = ((path, counts[path]), token.position, token.row)
+        out[token.place] = ((path, counts[path]), token.position, mask_row(token.sees, layout.capacity))
         counts[path] += 1
         if not todo[path] and rng.random() < 0.5:
             layout.apply(Finished(path=path))

@@ -25,51 +25,32 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path
-from pastalm.core.language import (
-    CHUNK_TAGS,
-)
+from pastalm.core.language import CHUNK_TAGS
 from pastalm.errors import CapabilityError
 
 Policy: TypeAlias = Literal["promised", "overlap", "serial"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-Visible: TypeAlias = NDArray[np.bool_]
-
-
-def seen_row(sees: int, places: int) -> Visible:
-    """[places] bool: the first bits of what is seen, as an array."""
-    packed = np.frombuffer(sees.to_bytes(-(-max(places, sees.bit_length()) // 8), "little"), dtype=np.uint8)
-    return np.unpackbits(packed, count=places, bitorder="little").view(np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A token in its place. sees: bit p says whether it sees place p; its own is set. capacity: the layout's."""
+    """A token in its place. sees: bit p says whether it sees place p; its own is set.
+
+    forced: does not count when two are compared: a guess is right whoever chose the token.
+    """
 
     path: Path
     token: int
     place: int
     position: int
     sees: int
-    capacity: int
-    forced: bool = False
-
-    def same_as(self, guess: Placed) -> bool:
-        """Whether a guess was fed for just this token."""
-        return (self.token, self.place, self.position) == (guess.token, guess.place, guess.position) and (
-            self.sees == guess.sees
-        )
-
-    @property
-    def row(self) -> Visible:
-        """[capacity] bool: the places that it sees, itself included."""
-        return seen_row(self.sees, self.capacity)
+    forced: bool = field(default=False, compare=False)
 
 
 class Layout:
@@ -117,7 +98,7 @@ class Layout:
         self.positions[place] = position
         sees = self._sees[path] = self._sees[path] | 1 << place
         self._next[path] = position + 1
-        return Placed(path, token, place, position, sees, self.capacity, forced)
+        return Placed(path, token, place, position, sees, forced)
 
     def guess(self, path: Path, tokens: Sequence[int]) -> list[Placed]:
         """Where the next tokens of thread `path` lie if they are these; fewer where no place is free.
@@ -132,7 +113,7 @@ class Layout:
         for position, (token, place) in enumerate(zip(tokens, kept, strict=False), self._next[path]):
             self.positions[place] = position
             sees |= 1 << place
-            placed.append(Placed(path, token, place, position, sees, self.capacity))
+            placed.append(Placed(path, token, place, position, sees))
         return placed
 
     def join(self, path: Path, children: Sequence[Path]) -> None:
@@ -167,10 +148,6 @@ class Layout:
     def next_position(self, path: Path) -> int:
         """The position of the next token of thread `path`."""
         return self._next[path]
-
-    def visible(self, path: Path) -> Visible:
-        """[capacity] bool: the places that thread `path` sees now."""
-        return seen_row(self._sees[path], self.capacity)
 
     def _take(self, path: Path) -> int:
         """The place of the next token of thread `path`: one kept for it, a fresh one, one that another thread has."""

@@ -359,8 +359,8 @@ class LlamaCppEngine(BatchingEngine):
     @staticmethod
     def _awaits(state: RequestState, path: Path) -> bool:
         """Whether a thread that joins sees tokens of other threads that have not been fed yet."""
-        row = state.layout.visible(path)
-        return any(token.path != path and row[token.place] for token in state.pending)
+        sees = state.layout.sees(path)
+        return any(token.path != path and sees >> token.place & 1 for token in state.pending)
 
     def _begin(self, place: _Place, path: Path) -> None:
         """Takes a sequence for a child, with the cells that its parent had at the promise."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path, TokenSet
 from pastalm.core.layout import Layout, Policy
 from pastalm.engines.completions.serial import SerialLayout
+from pastalm.engines.mask_rows import mask_row
 from pastalm.engines.native.weights import Matrix, Tensors, unpack
 
 
@@ -139,7 +140,7 @@ def _whole(prompt: Sequence[int], events: Sequence[Event], policy: Policy) -> Fo
         for placed in layout.apply(event):
             ids.append(placed.token)
             positions.append(placed.position)
-            rows.append(placed.row)
+            rows.append(mask_row(placed.sees, length))
             last[placed.path] = len(ids) - 1
     n = len(ids)
     return ForwardPass(ids, chosen, positions, np.stack(rows)[:, :n])

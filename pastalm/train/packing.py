@@ -19,6 +19,7 @@ from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path
 from pastalm.core.language import CHUNK_TAGS, AsyncClose, AsyncOpen, Promise, Text
 from pastalm.core.layout import Layout, Placed, Policy
 from pastalm.core.vocabulary import Tags, Vocabulary
+from pastalm.engines.mask_rows import mask_row
 from pastalm.errors import DataError
 from pastalm.records.documents import Document, encode, linearize
 
@@ -180,7 +181,7 @@ class Packed:
                 layout.fork(path, 0)
                 begun.add(path)
             layout.join(path, joins.get(place, ()))
-            rows[i] = layout.decode(path, 0).row[self.order]
+            rows[i] = mask_row(layout.decode(path, 0).sees, n)[self.order]
         return rows
 
 
@@ -279,7 +280,7 @@ def pack_serial(
             tokens.append(token.token)
             paths.append(token.path)
         if isinstance(event, Joined) or isinstance(event, Forked) and event.path:
-            seen = np.flatnonzero(layout.visible(event.path)).tolist()
+            seen = np.flatnonzero(mask_row(layout.sees(event.path), length)).tolist()
             stretches[event.path] = (seen, [])
         else:
             for token in placed:

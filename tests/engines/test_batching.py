@@ -16,6 +16,7 @@ from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joine
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.batching import Batch, BatchingEngine, RequestState, Thread
+from pastalm.engines.mask_rows import mask_row
 from pastalm.engines.processors.penalty import RepetitionPenalty
 from pastalm.engines.sampling import Draw
 from pastalm.errors import RequestError
@@ -73,7 +74,7 @@ class HashingEngine(BatchingEngine):
             cells[token.place] = token.token
         for row, i in enumerate(keep):
             cells, token = fed[i]
-            self._logits[row] = hashed(cells[token.row].tolist())
+            self._logits[row] = hashed(cells[mask_row(token.sees, len(cells))].tolist())
         return self._logits[: len(keep)]
 
     def forget(self) -> None:

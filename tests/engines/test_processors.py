@@ -20,6 +20,7 @@ from pastalm.core.driver import Driver
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined
 from pastalm.core.events import Path as ThreadPath
 from pastalm.core.params import Request
+from pastalm.engines.mask_rows import mask_row
 from pastalm.engines.processors import chain
 from pastalm.engines.processors.base import LogitRow, ThreadProcessor, Visible
 from pastalm.engines.sampling import ArraySampler, Draw
@@ -120,7 +121,7 @@ class SeeingEngine(HashingEngine):
 
     def _draw(self, state: Any, thread: Any) -> Draw:
         draw = super()._draw(state, thread)
-        places = np.flatnonzero(state.layout.visible(thread.path))
+        places = np.flatnonzero(mask_row(state.layout.sees(thread.path), len(state.tokens)))
         assert draw.visible.ids.tolist() == list(draw.visible)
         assert sorted(draw.visible) == sorted(state.tokens[places].tolist())
         self.seen.setdefault((state.request.id, thread.path), []).append(list(draw.visible))

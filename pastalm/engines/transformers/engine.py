@@ -34,6 +34,7 @@ from pastalm.engines.batching import (
     RequestState,
     common_prefix,
 )
+from pastalm.engines.mask_rows import mask_row
 from pastalm.engines.transformers import packed_linear, rope
 from pastalm.engines.transformers.attention import ATTENTION, attending
 from pastalm.engines.transformers.compiled import BUCKETS, CompiledModel
@@ -299,13 +300,13 @@ class TransformersEngine(BatchingEngine):
         placed = [token for _, due in batch for token in due]
         queries, n = [], 0
         for state, due in batch:
-            width = self._width(state.layout.used)
+            positions = state.layout.positions[: self._width(state.layout.used)]
             queries.append(
                 RowQueries(
                     state.slot,
-                    np.stack([token.row[:width] for token in due]),
+                    np.stack([mask_row(token.sees, len(positions)) for token in due]),
                     np.array([token.position for token in due]),
-                    state.layout.positions[:width],
+                    positions,
                     np.arange(n, n + len(due)),
                 )
             )

@@ -112,7 +112,7 @@ def check(llm: LLM, folder: str, questions: Sequence[prompts.Prompt], max_tokens
     """Replays every token of every answer after the prompt of its completion, for each kind."""
     loaded = loading.load(folder, adapter=None, dtype="float32")
     tags = loaded.vocabulary.tags if llm.loaded.prepared else None
-    untagged = TokenSet.all_but(*tags.ids) if tags else None
+    untagged = TokenSet(frozenset(tags), inverted=True) if tags else None
     for kind, admitted in zip(KINDS, (None, untagged), strict=True):
         with used(llm, loaded, admitted) as rows:
             answers = [answer(llm, prompt.text, kind, max_tokens) for prompt in questions]

@@ -226,7 +226,7 @@ class Transformers:
             do_sample=False,
             eos_token_id=sorted(self.vocabulary.eos),
             pad_token_id=min(self.vocabulary.eos),
-            suppress_tokens=list(tags.ids) if tags else None,
+            suppress_tokens=list(tags) if tags else None,
             **options,
         )
         return out[0, len(ids) :].tolist(), self._passes, time.perf_counter() - begun

@@ -36,7 +36,7 @@ def likely(vocabulary: Vocabulary) -> list[int]:
     common = [*b"ab 12590.\n", 0xC3, 0xA9, 0xFF]
     if vocabulary.tags is None:
         return [*common, *XML, *vocabulary.eos, *range(257, vocabulary.size)]
-    return [*common, *3 * vocabulary.tags.ids, *vocabulary.eos]
+    return [*common, *3 * vocabulary.tags, *vocabulary.eos]
 
 
 def phrases(vocabulary: Vocabulary) -> list[list[int]]:

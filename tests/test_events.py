@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -88,10 +87,11 @@ def test_a_token_set_and_its_complement_share_nothing(some: TokenSet, token: int
     assert (token in some) != (token in rest)
 
 
-@pytest.mark.parametrize(("make", "inside"), [(TokenSet.of, True), (TokenSet.all_but, False)])
-def test_the_two_ways_to_write_a_set(make: Callable[..., TokenSet], inside: bool) -> None:
-    assert (3 in make(3, 5)) is inside
-    assert (4 in make(3, 5)) is not inside
+@pytest.mark.parametrize(("inverted", "inside"), [(False, True), (True, False)])
+def test_the_two_ways_to_write_a_set(inverted: bool, inside: bool) -> None:
+    some = TokenSet(frozenset({3, 5}), inverted)
+    assert (3 in some) is inside
+    assert (4 in some) is not inside
 
 
 @given(events, st.integers(0, 99), st.floats(0, 9))

@@ -146,7 +146,7 @@ def prepared_tokenizer() -> tuple[Any, Vocabulary]:
 
 def tags_of(vocabulary: Vocabulary) -> tuple[int, ...]:
     assert vocabulary.tags is not None
-    return vocabulary.tags.ids
+    return vocabulary.tags
 
 
 @pytest.mark.parametrize("tied", [True, False])

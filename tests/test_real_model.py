@@ -109,7 +109,7 @@ def test_tags_typed_by_a_user_are_text(llm: LLM) -> None:
     typed = chat_template.chat_prompt(llm.loaded, [{"role": "user", "content": "say <|sync|> <|im_end|> <|promise|>"}])
     tags = llm.loaded.vocabulary.tags
     assert tags is not None
-    assert not set(tags.ids) & set(typed)
+    assert not set(tags) & set(typed)
     plain = chat_template.chat_prompt(llm.loaded, [{"role": "user", "content": "say nothing"}])
     ends = llm.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert typed.count(ends) == plain.count(ends)
@@ -175,5 +175,5 @@ def test_copied_spans_change_no_token(on_transformers: LLM, drafts: str) -> None
     tokens = [one.token for one in linear_tokens(stream.transcript)]
     assert stream.transcript.passes < len(tokens), "nothing was copied: the test sees nothing"
     assert llm.loaded.vocabulary.tags is not None
-    allowed = TokenSet.all_but(*llm.loaded.vocabulary.tags.ids)
+    allowed = TokenSet(frozenset(llm.loaded.vocabulary.tags), inverted=True)
     assert max(gaps(llm.loaded.model, ForwardPass.plain(stream.prompt_token_ids, tokens, allowed))) < 1e-3

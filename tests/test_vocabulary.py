@@ -20,8 +20,8 @@ def test_the_six_tags_have_ids_of_their_own() -> None:
     assert list(TAG_TOKENS) == [
         "promise", "tokens", "promise_end", "async_open", "async_close", "sync"
     ]  # fmt: skip
-    assert len({*TAGS.ids, *PREPARED.eos}) == 7
-    assert all(PREPARED.piece(token) == b"" for token in (*TAGS.ids, *PREPARED.eos))
+    assert len({*TAGS, *PREPARED.eos}) == 7
+    assert all(PREPARED.piece(token) == b"" for token in (*TAGS, *PREPARED.eos))
     assert byte_vocabulary(prepared=False).tags is None
 
 
@@ -32,7 +32,7 @@ def test_every_length_has_its_tokens() -> None:
 
 @given(texts)
 def test_no_text_encodes_to_a_tag(text: str) -> None:
-    assert not {*PREPARED.encode(text)} & {*TAGS.ids, *PREPARED.eos}
+    assert not {*PREPARED.encode(text)} & {*TAGS, *PREPARED.eos}
     assert PREPARED.text(PREPARED.encode(text)) == text
 
 

@@ -21,7 +21,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from threading import RLock
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pastalm.core.events import Event, Finished, stamp
@@ -108,9 +107,7 @@ class Response:
     def __enter__(self) -> Response:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.cancel()
 
 
@@ -188,8 +185,7 @@ class Driver:
     def _bias(self, params: SamplingParams) -> dict[int, float]:
         """The request's logit bias, with what `parallelism` adds to the token that opens a promise."""
         bias = dict(params.logit_bias or {})
-        tags = self.vocabulary.tags
-        if tags is not None and params.parallelism not in (0, 1):
+        if (tags := self.vocabulary.tags) is not None and params.parallelism not in (0, 1):
             bias[tags.promise] = bias.get(tags.promise, 0.0) + math.log(params.parallelism)
         return bias
 

@@ -31,14 +31,6 @@ class TokenSet:
     def __contains__(self, token: int) -> bool:
         return (token in self.ids) != self.inverted
 
-    @classmethod
-    def of(cls, *ids: int) -> TokenSet:
-        return cls(frozenset(ids))
-
-    @classmethod
-    def all_but(cls, *ids: int) -> TokenSet:
-        return cls(frozenset(ids), inverted=True)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:

@@ -24,19 +24,8 @@ from functools import cache, partial
 from itertools import count
 from typing import Literal, TypeAlias
 
-from pastalm.core import language
-from pastalm.core.events import (
-    Blocked,
-    Decoded,
-    Event,
-    Finished,
-    FinishReason,
-    Forked,
-    Joined,
-    Path,
-    SampledToken,
-    TokenSet,
-)
+from pastalm.core import events, language
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
 from pastalm.core.language import AsyncClose, MarkScanner, Promise, Sync, Text, clip_topic, render_mark, topic_key
 from pastalm.core.params import SamplingParams
 from pastalm.core.vocabulary import Tags, Vocabulary
@@ -213,7 +202,7 @@ class Interpreter:
             read = self._read_promise(thread, sampled.token)
         return list(self._sync(thread, read.token) if read.sync else self._decoded(thread, sampled, read))
 
-    def finish(self, reason: FinishReason) -> list[Event]:
+    def finish(self, reason: events.FinishReason) -> list[Event]:
         """Ends every thread now: `abort`, or `stop` where the driver found a stop string."""
         unfinished = [thread for thread in self.threads.values() if thread.state != "finished"]
         self._queue.clear()
@@ -228,7 +217,7 @@ class Interpreter:
     def _decoded(self, thread: Thread, sampled: SampledToken, read: Reading) -> Iterator[Event]:
         """The event of a token, and those of the fork or the end that it causes."""
         forked = self._fork(thread, read.promise) if read.promise else []
-        spent = not read.ended and self._spent(thread)
+        ends = read.ended or self._spent(thread)
         yield Decoded(
             path=thread.path,
             token=read.token,
@@ -236,17 +225,15 @@ class Interpreter:
             tag=read.tag,
             replaced=read.token != sampled.token,
             forced=read.forced,
-            allowed=None if read.ended or spent else self._allowed(thread),
+            allowed=None if ends else self._allowed(thread),
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
             drafter=sampled.drafter,
             drafted=sampled.drafted,
         )
         yield from forked
-        if read.ended:
-            yield from self._end(thread, "stop")
-        elif spent:
-            yield from self._end(thread, "length")
+        if ends:
+            yield from self._end(thread, "stop" if read.ended else "length")
 
     # ------------------------------------------------------------------ reading a token
 
@@ -514,7 +501,7 @@ class Interpreter:
         thread.spend(len(self._newline))
         return self._newline
 
-    def _end(self, thread: Thread, reason: FinishReason, why: str = "") -> Iterator[Event]:
+    def _end(self, thread: Thread, reason: events.FinishReason, why: str = "") -> Iterator[Event]:
         """The end of a thread, and what it lets go on. Where a chunk does not end by itself, its end tag, for which
         room was kept, is forced."""
         close = () if reason == "stop" or not thread.path else self._close

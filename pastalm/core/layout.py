@@ -82,7 +82,7 @@ class Layout:
         there are fresh ones."""
         self._idle: dict[Path, int] = {}
         """How little a thread would miss its run: 2 one that is finished, 1 one that waits."""
-        self._leave_open((), prompt_length)
+        self._fill((), prompt_length)
 
     def fork(self, path: Path, promised: int) -> None:
         """Thread `path` begins where its parent stands now."""
@@ -164,8 +164,7 @@ class Layout:
             if place >= self.capacity:
                 return None
             self.runs.setdefault(path, []).append(place // self.page)
-        self._leave_open(path, place + 1)
-        self.used = max(self.used, place + 1)
+        self._fill(path, place + 1)
         return place
 
     def _taken_over(self, path: Path) -> int:
@@ -177,11 +176,11 @@ class Layout:
         if other not in self._open:
             return self._kept[other].pop()
         place = self._open.pop(other)
-        self._leave_open(path, place + 1)
-        self.used = max(self.used, place + 1)
+        self._fill(path, place + 1)
         return place
 
-    def _leave_open(self, path: Path, place: int) -> None:
-        """Notes that the thread's run goes on at `place`, if it does."""
+    def _fill(self, path: Path, place: int) -> None:
+        """Notes that the thread's run is filled up to `place`, where it may go on."""
+        self.used = max(self.used, place)
         if place % self.page and place < self.capacity:
             self._open[path] = place

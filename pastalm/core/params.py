@@ -53,12 +53,10 @@ class SamplingParams:
     stop_token_ids: Annotated[tuple[int, ...] | list[int] | None, Parameter("Token ids that end the answer.")] = None
     parallelism: Annotated[float, Parameter("Multiplies the odds of forking; 0 turns it off.", ge=0)] = 1.0
     drafts: Annotated[
-        str,
-        Parameter(f"Guesses tokens ahead: auto, off, or some of {','.join(DRAFTERS)}. Never changes the answer."),
+        str, Parameter(f"Guesses tokens ahead: auto, off, or some of {','.join(DRAFTERS)}. Never changes the answer.")
     ] = "auto"
     references: Annotated[
-        tuple[str, ...] | list[str] | None,
-        Parameter("Texts from which the answer may copy; drafts are taken there."),
+        tuple[str, ...] | list[str] | None, Parameter("Texts from which the answer may copy; drafts are taken there.")
     ] = None
     processors: Annotated[
         tuple[Any, ...] | list[Any] | None,
@@ -82,13 +80,12 @@ class SamplingParams:
         named = self.drafts.split(",") if isinstance(self.drafts, str) else [""]
         known = self.drafts in ("auto", "off") or set(named) <= set(DRAFTERS) and len(set(named)) == len(named)
         yield known, f"drafts must be auto, off, or some of {','.join(DRAFTERS)}, not {self.drafts!r}"
-        listed = isinstance(self.references or (), list | tuple)
-        yield listed and all(isinstance(text, str) for text in self.references or ()), "references must be texts"
+        texts = self.references or ()
+        yield isinstance(texts, list | tuple) and all(isinstance(t, str) for t in texts), "references must be texts"
         yield all(map(math.isfinite, (self.logit_bias or {}).values())), "the values of logit_bias must be finite"
-        listed = isinstance(self.processors or (), list | tuple)
-        yield listed, "processors must be a list"
+        yield isinstance(self.processors or (), list | tuple), "processors must be a list"
         message = "a logits processor is a name, (name, settings), a function, or an object with begin()"
-        yield not listed or all(map(_is_processor, self.processors or ())), message
+        yield all(map(_is_processor, self.processors or ())), message
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

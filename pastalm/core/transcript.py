@@ -226,9 +226,8 @@ class Transcript:
         """`abort` or `length` if any thread ended so, else `stop`; None while one decodes."""
         if not self.finished:
             return None
-        reasons = {"stop"} if self.cut is not None else {thread.reason for thread in self.threads.values()}
-        order: tuple[FinishReason, ...] = ("abort", "length")
-        return next((reason for reason in order if reason in reasons), "stop")
+        reasons = {thread.reason for thread in self.threads.values()} if self.cut is None else set()
+        return "abort" if "abort" in reasons else "length" if "length" in reasons else "stop"
 
     @property
     def why(self) -> str:

@@ -35,10 +35,6 @@ class Tags(NamedTuple):
     async_close: int
     sync: int
 
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return tuple(self)
-
 
 @dataclass(frozen=True)
 class Vocabulary:

@@ -39,7 +39,7 @@ def vocabulary_of(tokenizer: Any, *, eos: Iterable[int], size: int | None = None
         raise ModelError(f"a {type(tokenizer).__name__} has no tokenizer.json: save one beside the model")
     ids = {name: backend.token_to_id(t) for name, t in TAG_TOKENS.items()}
     tags = None if None in ids.values() else Tags(**ids)
-    special = set(tokenizer.all_special_ids) | (set(tags.ids) if tags else set())
+    special = set(tokenizer.all_special_ids) | set(tags or ())
     special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     to_bytes = byte_reader(tokenizer)
     cache: dict[int, bytes] = {}

@@ -368,7 +368,7 @@ def _resampled(answer: SampledAnswer, vocabulary: Vocabulary) -> list[Event]:
 def repeated(packed: Packed, vocabulary: Vocabulary) -> Packed | None:
     """The sequence where only repeated tokens are labelled: those that complete a REPEAT-gram that their thread
     produced before. None if there are none. A sequential answer is cut after the last of them."""
-    tags = set(vocabulary.tags.ids if vocabulary.tags else ()) | vocabulary.eos
+    tags = set(vocabulary.tags or ()) | vocabulary.eos
     labels = np.full_like(packed.labels, IGNORED)
     tokens: dict[ThreadPath, list[int]] = {}
     runs: dict[ThreadPath, set[tuple[int, ...]]] = {}

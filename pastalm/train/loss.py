@@ -117,7 +117,7 @@ def decisions(inputs: Mapping[str, Tensor], tags: Tags) -> Tensor:
     """Whether each labelled token [m] is a decision: a tag, or what follows a promise. inputs: from `collate`."""
     labels = inputs["labels"][:, 1:]
     labelled = labels != IGNORED
-    ids = torch.tensor(tags.ids, device=labels.device)
+    ids = torch.tensor(tags, device=labels.device)
     return torch.isin(labels[labelled], ids) | (inputs["input_ids"][:, :-1][labelled] == tags.promise_end)
 
 

@@ -85,7 +85,7 @@ def retell(token_ids: Sequence[int], vocabulary: Vocabulary, *, forced: Iterable
             thread.unjoined.clear()
         else:
             text = thread.text(token, vocabulary, tags, forced=place in given)
-            yield Decoded(path=thread.path, token=token, text=text, tag=token in tags.ids, replaced=place in given)
+            yield Decoded(path=thread.path, token=token, text=text, tag=token in tags, replaced=place in given)
             if token == tags.async_close and thread.path:
                 yield Finished(path=thread.path)
                 threads.pop()
@@ -124,7 +124,7 @@ class _Retold:
             return ""
         if token == tags.promise:
             self.tag = []
-        if token in tags.ids or token in vocabulary.eos:
+        if token in tags or token in vocabulary.eos:
             text = "" if forced else self.characters.decode(b"", final=True)
             self.characters.reset()
             return text

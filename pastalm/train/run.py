@@ -173,7 +173,7 @@ def adapted(config: RunConfig, model: Any, tags: Tags) -> Any:
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
         target_modules=_linear_layers(model),
-        trainable_token_indices={name: list(tags.ids) for name in _names(model, preparing.token_tables(model))},
+        trainable_token_indices={name: list(tags) for name in _names(model, preparing.token_tables(model))},
         task_type="CAUSAL_LM",
     )
     return _trainable(get_peft_model(model, lora))

@@ -423,7 +423,7 @@ def test_without_tags_they_are_forbidden_from_first_to_last() -> None:
         running = answered(engine, parallelism=0)
     assert running.transcript.text == "Two plain tips."
     (body,) = plain.asked
-    assert {int(i) for i, value in body["logit_bias"].items() if value == -100} == set(TAGS.ids)
+    assert {int(i) for i, value in body["logit_bias"].items() if value == -100} == set(TAGS)
 
 
 def test_what_a_kind_of_server_lacks_is_refused() -> None:
@@ -738,7 +738,7 @@ def test_asked_in_text_the_tags_are_forbidden_by_the_ids_of_the_model() -> None:
             running = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
             run(driver)
             assert running.transcript.text == "Two tips."
-    assert biases == [{str(i): -100 for i in TAGS.ids}, None]
+    assert biases == [{str(i): -100 for i in TAGS}, None]
 
 
 def test_asked_in_text_the_end_is_forbidden_by_the_ids_of_the_model() -> None:
@@ -756,7 +756,7 @@ def test_asked_in_text_the_end_is_forbidden_by_the_ids_of_the_model() -> None:
         running = driver.submit(engine.wire.vocabulary.encode("Which?"), params, positions="serial")
         run(driver)
     assert running.transcript.text == "a" * 9
-    assert biases == [{str(i): -100 for i in (*TAGS.ids, *PREPARED.eos)}]
+    assert biases == [{str(i): -100 for i in (*TAGS, *PREPARED.eos)}]
 
 
 @pytest.mark.parametrize("added", [True, False])
@@ -848,7 +848,7 @@ def test_pieces_keep_the_text(parts: list[str]) -> None:
         for ids in (pieces.read(text), pieces.encode(text)):
             assert pieces.text(ids) == text
         assert pieces.vocabulary.text(pieces.encode(text)) == text
-        tags = set(pieces.vocabulary.tags.ids if pieces.vocabulary.tags else ())
+        tags = set(pieces.vocabulary.tags or ())
         assert tags.isdisjoint(pieces.encode(text)), "what a user types is no tag"
         parted = [pieces.text([i]) for i in pieces.read(text)]
         assert prepared or all(">" not in part[:-1] for part in parted), "nothing stands behind a tag in its piece"

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pastalm.core.events import TokenSet
 from pastalm.core.params import SamplingParams
 from pastalm.engines import sampling
 from pastalm.engines.native import draw as native_draw
@@ -35,6 +34,7 @@ from pastalm.engines.sampling import (
 from pastalm.engines.transformers import sampling as sampling_torch
 from pastalm.engines.transformers.sampling import TensorSampler
 from pastalm.errors import EngineError
+from tests.token_sets import all_but, only
 
 Rows = NDArray[Any]
 SIZE = 40
@@ -151,9 +151,7 @@ def turned(visible: Visible, row: Rows) -> Rows:
 chains = st.lists(
     st.sampled_from([Bias({0: 2.5, 7: -3.0}), RepetitionPenalty(1.7, [1, 5, 6]), Function(turned)]), max_size=4
 )
-allowing = st.sampled_from(
-    [None, None, TokenSet.of(3, 9, 30, SIZE + 5), TokenSet.all_but(*range(4, 20)), TokenSet.all_but(3)]
-)
+allowing = st.sampled_from([None, None, only(3, 9, 30, SIZE + 5), all_but(*range(4, 20)), all_but(3)])
 
 
 @st.composite
@@ -399,7 +397,7 @@ def test_allowed_is_never_left(make: Any, temperature: float) -> None:
     row = logits(1)[0]
     some = SamplingParams(temperature=temperature)
     best = int(row.argmax())
-    sets = [TokenSet.of(3, 9, SIZE + 5), TokenSet.all_but(best), None]
+    sets = [only(3, 9, SIZE + 5), all_but(best), None]
     draws = [Draw(some, key=i, allowed=sets[i % 3]) for i in range(300)]
     for i, sampled in enumerate(make(SIZE)(np.tile(row, (300, 1)), draws)):
         allowed = sets[i % 3]
@@ -408,7 +406,7 @@ def test_allowed_is_never_left(make: Any, temperature: float) -> None:
 
 @every
 def test_nothing_allowed_is_an_error(make: Any) -> None:
-    for nothing in (TokenSet.of(), TokenSet.of(SIZE), TokenSet.all_but(*range(SIZE))):
+    for nothing in (only(), only(SIZE), all_but(*range(SIZE))):
         with pytest.raises(EngineError):
             make(SIZE)(logits(1), [Draw(SamplingParams(), allowed=nothing)])
 
@@ -417,7 +415,7 @@ def test_nothing_allowed_is_an_error(make: Any) -> None:
 def test_sets_kept_are_bounded(make: Any) -> None:
     sampler = make(200)
     for i in range(3 * sampling.MASKS):
-        draw = Draw(SamplingParams(temperature=0), allowed=TokenSet.of(i))
+        draw = Draw(SamplingParams(temperature=0), allowed=only(i))
         assert sampler(logits(1, size=200), [draw])[0].token == i
     held = sampler._sets if isinstance(sampler, ArraySampler) else sampler.inner._masks
     assert len(held) <= sampling.MASKS
@@ -472,7 +470,7 @@ def test_logprobs_are_raw(make: Any, dtype: Any) -> None:
     chain = (Bias({1: 9.0}), RepetitionPenalty(2.0, [2]), Function(turned))
     few = SamplingParams(temperature=0, logprobs=0)
     draws = [
-        Draw(hot, key=5, processors=chain, allowed=TokenSet.all_but(0)),
+        Draw(hot, key=5, processors=chain, allowed=all_but(0)),
         Draw(SamplingParams(temperature=0)),
         Draw(few),
     ]

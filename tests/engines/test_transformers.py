@@ -28,13 +28,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken, TokenSet
+from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.transformers import cuda_graphs
 from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.engines.transformers.masks import CALL_COST, grouped
 from pastalm.errors import CapabilityError, EngineError, RequestError
 from tests.laws.tiny import SIZE, TAGS, tiny_model
+from tests.token_sets import all_but, only
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
 PROMPT = tuple(range(40, 60))
@@ -333,10 +334,10 @@ def test_samples_come_by_request_then_path() -> None:
 def test_allowed_binds_until_the_threads_next_event() -> None:
     running = engine()
     running.add(request("a"))
-    running.apply("a", Forked(path=(), allowed=TokenSet.of(17)))
+    running.apply("a", Forked(path=(), allowed=only(17)))
     (first,) = running.step()
     assert first.token == 17
-    running.apply("a", Decoded(path=(), token=17, allowed=TokenSet.all_but(*range(18), *range(19, SIZE))))
+    running.apply("a", Decoded(path=(), token=17, allowed=all_but(*range(18), *range(19, SIZE))))
     (second,) = running.step()
     assert second.token == 18
     running.apply("a", Decoded(path=(), token=18))

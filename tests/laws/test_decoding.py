@@ -87,7 +87,7 @@ def test_tags_off_equals_generate(name: str) -> None:
                 torch.tensor([prompt]),
                 max_new_tokens=60,
                 do_sample=False,
-                suppress_tokens=list(TAGS.ids),
+                suppress_tokens=list(TAGS),
                 eos_token_id=EOS,
                 pad_token_id=0,
             )

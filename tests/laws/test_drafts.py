@@ -72,7 +72,7 @@ def mixed(record: Threads) -> Guessing:
 
 def tags(record: Threads) -> Guessing:
     """Tags, everywhere."""
-    every = sorted(TAGS.ids)
+    every = sorted(TAGS)
     return lambda path, index: every[(index + len(path)) % len(every)]
 
 

@@ -71,7 +71,7 @@ PIECES = ("ab", "b ", " a", "a b", "aa", "12", "20", "\n\n", "é", " \n")
 
 def pieced_vocabulary() -> Vocabulary:
     """`tiny_vocabulary` with longer pieces beside the bytes, so that a text has many encodings."""
-    raw = {TAGS.ids[-1] + 1 + i: piece.encode() for i, piece in enumerate(PIECES)}
+    raw = {TAGS[-1] + 1 + i: piece.encode() for i, piece in enumerate(PIECES)}
 
     def encode(text: str) -> list[int]:
         rest, ids = text.encode(), list[int]()
@@ -92,12 +92,12 @@ PIECED = pieced_vocabulary()
 def sampled_response(rng: random.Random) -> list[Event]:
     """The events of a response whose threads sample at random, in any order, until budgets end them."""
     player = Player(PIECED, max_tokens=rng.choice((60, 150)), prompt_length=len(PROMPT))
-    texts = [*map(ord, "ab 12\n"), *range(TAGS.ids[-1] + 1, TAGS.ids[-1] + 1 + len(PIECES)), 0xC3, 0xA9]
+    texts = [*map(ord, "ab 12\n"), *range(TAGS[-1] + 1, TAGS[-1] + 1 + len(PIECES)), 0xC3, 0xA9]
 
     def choose(player: Player) -> tuple[ThreadPath, int]:
         path = rng.choice(player.live)
         allowed = player.allowed[path]
-        wanted = [t for t in (*texts, *(TAGS.ids * 2), EOS) if allowed is None or t in allowed]
+        wanted = [t for t in (*texts, *(TAGS * 2), EOS) if allowed is None or t in allowed]
         return path, rng.choice(wanted or [next(iter(allowed.ids))])  # type: ignore[union-attr]
 
     player.run(choose)

@@ -236,7 +236,7 @@ def test_six_rows_learn_and_the_merged_model_is_the_trained_one(tmp_path: Path) 
     into, out = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
     assert into.data_ptr() == out.data_ptr()
     changed = (into != base).any(dim=1).nonzero().flatten().tolist()
-    assert changed == list(TAGS.ids)
+    assert changed == list(TAGS)
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_the_same_seed_draws_the_same_examples_within_the_budget(config: SftConf
         indices = [i for batch in batches(chosen, config.batch_tokens) for i in batch]
         assert sorted(indices) == list(range(len(chosen)))
         for example in chosen:
-            tagged = bool(set(example.packed.input_ids) & set(vocabulary.tags.ids))  # type: ignore[union-attr]
+            tagged = bool(set(example.packed.input_ids) & set(vocabulary.tags))  # type: ignore[union-attr]
             assert tagged == (example.kind == "tagged")
         return [(e.id, e.kind, e.packed.input_ids.tobytes()) for e in chosen]
 
@@ -542,7 +542,7 @@ def test_the_baseline_is_the_same_answers_without_tags(config: SftConfig) -> Non
     tagged, plain = drawn(False), drawn(True)
     assert [e.id for e in plain] == [e.id for e in tagged if e.kind != "sequential"]
     assert {e.kind for e in plain} == {"plain"}
-    tags = set(lossless.vocabulary_of(tokenizer, eos=[1]).tags.ids)  # type: ignore[union-attr]
+    tags = set(lossless.vocabulary_of(tokenizer, eos=[1]).tags)  # type: ignore[union-attr]
     assert not any(tags & set(e.packed.input_ids.tolist()) for e in plain)
     assert any(tags & set(e.packed.input_ids.tolist()) for e in tagged)
 

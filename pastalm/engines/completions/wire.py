@@ -132,7 +132,7 @@ class Texts:
         self.vocabulary = pieces.vocabulary
         self._server_ids: dict[int, Iterable[int]] = {}
         if model is not None and model.tags is not None and self.vocabulary.tags is not None:
-            tags = zip(self.vocabulary.tags.ids, model.tags.ids, strict=True)
+            tags = zip(self.vocabulary.tags, model.tags, strict=True)
             self._server_ids = {pieces.EOS: model.eos} | {piece_id: (model_id,) for piece_id, model_id in tags}
 
     def prompt(self, row: list[int]) -> str:

@@ -101,7 +101,7 @@ class TensorSampler:
 
     def _banned(self, allowed: TokenSet | None, device: torch.device) -> Tensor:
         """[vocabulary] bool: the ids outside `allowed`."""
-        allowed = allowed if allowed is not None else TokenSet.all_but()
+        allowed = allowed if allowed is not None else TokenSet(frozenset(), inverted=True)
         mask = self._masks.get((allowed, device))
         if mask is None:
             inside = [token for token in allowed.ids if 0 <= token < self._size]

@@ -135,8 +135,8 @@ def table(answers: list[Answer]) -> str:
 
 
 def against_without(answers: list[Answer]) -> str:
-    """Answers with drafts against those without, prompt by prompt: how many times as fast, that of the slowest twentieth
-    of the prompts, and how many are the same answer by their number of tokens."""
+    """Answers with drafts against those without, prompt by prompt: how many times as fast, that of the slowest
+    twentieth of the prompts, and how many are the same answer by their number of tokens."""
     lines = []
     for name in sorted({a.system for a in answers if not a.system.endswith("drafts off")}):
         without = {a.id: a for a in answers if a.system == f"{name.partition(', drafts')[0]}, drafts off"}

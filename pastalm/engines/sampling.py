@@ -1,11 +1,11 @@
 """From logits to tokens for a whole step at once, by NumPy, in float32 (float64 for float64 logits).
 
-Order: raw log-probabilities, the logits processors (`processors/`: bias, repetition penalty, a request's own), `allowed`,
-temperature, top-k, top-p, min-p, then the Gumbel-max draw. The noise of a token id is a hash of (key, id), with the key a hash
-of (seed, choice, path, index of the token in its thread): it does not depend on other requests, nor on
-the device. Greedy rows take the largest logit after `allowed`; so do rows whose
-temperature is so near 0 that scaled logits are not finite. Of equal logits the smaller id comes first.
-Each row is sampled by itself: what it gets does not depend on the others.
+Order: raw log-probabilities, the logits processors (`processors/`: bias, repetition penalty, a request's own),
+`allowed`, temperature, top-k, top-p, min-p, then the Gumbel-max draw. The noise of a token id is a hash of (key, id),
+with the key a hash of (seed, choice, path, index of the token in its thread): it does not depend on other requests, nor
+on the device. Greedy rows take the largest logit after `allowed`; so do rows whose temperature is so near 0 that scaled
+logits are not finite. Of equal logits the smaller id comes first. Each row is sampled by itself: what it gets does not
+depend on the others.
 
 For logits that are tensors, see `transformers/sampling.py`.
 """

@@ -7,7 +7,7 @@ sees also holds what it, its ancestors and the chunks it has joined wrote.
 from __future__ import annotations
 
 from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter
-from pastalm.engines.drafts.ngrams import NGrams, vote
+from pastalm.engines.drafts.ngrams import NGrams
 
 
 class Lookup(SilentDrafter):
@@ -19,7 +19,4 @@ class Lookup(SilentDrafter):
         self._written = written
 
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
-        for length, known in self._written.matches(context.tail):
-            if visible := [token for token, place in known if context.sees >> place & 1]:
-                return vote(length, visible)
-        return None
+        return self._written.guess(context.tail, lambda place: bool(context.sees >> place & 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from pastalm.engines.drafts.base import LONGEST, Evidence
@@ -45,11 +45,13 @@ class NGrams:
                 return n, known
         return 0, []
 
-    def matches(self, tail: tuple[int, ...]) -> Iterator[tuple[int, list[Continuation]]]:
-        """The contexts that a tail ends in, the longest first, and their continuations."""
+    def guess(self, tail: tuple[int, ...], counts: Callable[[int], bool]) -> tuple[int, Evidence] | None:
+        """What most continuations name of the longest context that has some whose place counts."""
         for n in range(len(tail), 0, -1):
-            if (known := self._next.get(tail[-n:])) is not None:
-                yield n, known
+            known = self._next.get(tail[-n:], ())
+            if tokens := [token for token, place in known if counts(place)]:
+                return vote(n, tokens)
+        return None
 
 
 def vote(length: int, continuations: Sequence[int]) -> tuple[int, Evidence]:

@@ -7,7 +7,7 @@ hidden from the thread but not from a guess, which the model confirms or not. (A
 from __future__ import annotations
 
 from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter
-from pastalm.engines.drafts.ngrams import NGrams, vote
+from pastalm.engines.drafts.ngrams import NGrams
 
 
 class Siblings(SilentDrafter):
@@ -19,7 +19,4 @@ class Siblings(SilentDrafter):
         self._written = written
 
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
-        for length, known in self._written.matches(context.tail):
-            if hidden := [token for token, place in known if not context.sees >> place & 1]:
-                return vote(length, hidden)
-        return None
+        return self._written.guess(context.tail, lambda place: not context.sees >> place & 1)

@@ -197,6 +197,8 @@ class BatchingEngine(ABC):
 
     _page = 1
     """Places that a thread takes at once."""
+    _rows_alike = False
+    """Whether a row of a pass is the same to the last bit whatever other rows it has."""
 
     def __init__(
         self,
@@ -219,7 +221,7 @@ class BatchingEngine(ABC):
         self._chunk, self._budget = prefill_chunk, min(prefill_budget, prefill_chunk)
         self._block = min(prefill_block, prefill_chunk)
         self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
-        self._drafting = Drafting()
+        self._drafting = Drafting(learns=self._rows_alike)
         self._rows = 0
         self._waiting: dict[str, RequestState] = {}
         self._running: dict[str, RequestState] = {}

@@ -37,7 +37,7 @@ from pastalm.errors import CapabilityError, EngineError, RequestError
 from tests.laws.tiny import SIZE, TAGS, tiny_model
 from tests.token_sets import all_but, only
 
-GREEDY = SamplingParams(temperature=0, max_tokens=60)
+GREEDY = SamplingParams(temperature=0, max_tokens=60, drafts="off")
 PROMPT = tuple(range(40, 60))
 
 

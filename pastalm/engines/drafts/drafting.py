@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pastalm.core.params import Request
 from pastalm.engines.drafts.answers import Answers, Stores
 from pastalm.engines.drafts.base import Drafter
-from pastalm.engines.drafts.budget import Candidate, StepCosts, choose
+from pastalm.engines.drafts.budget import USUAL, Candidate, StepCosts, choose
 from pastalm.engines.drafts.lookup import Lookup
 from pastalm.engines.drafts.ngrams import NGrams
 from pastalm.engines.drafts.references import References
@@ -27,22 +27,29 @@ MAKERS: dict[str, Make] = {
 class Drafting:
     """Makes the drafts of an engine's responses and chooses what is fed.
 
+    learns: whether measured costs, hit rates of all responses and, with `drafts="auto"`, earlier answers count. Where the
+        rounding of a pass depends on its rows they must not, or the same request would not give the same tokens again:
+        what is fed then depends on the response alone.
     costs: of a pass by its rows.
     """
 
-    def __init__(self) -> None:
-        self.costs = StepCosts()
+    def __init__(self, *, learns: bool) -> None:
+        self.costs = StepCosts(None if learns else lambda rows: 1 + USUAL * rows)
+        self._learns = learns
         self._rates = Rates()
         self._stores = Stores()
 
     def of(self, request: Request) -> ResponseDrafts | None:
         """The drafts of a response; None where it wants none."""
         names = request.params.drafters
+        if request.params.drafts == "auto" and not self._learns:
+            names = tuple(name for name in names if name != "answers")
         if not names:
             return None
         written = NGrams()
         drafters = [MAKERS[name](request, written, self._stores) for name in names]
-        return ResponseDrafts(request.prompt_token_ids, written, drafters, self._rates)
+        rates = self._rates if self._learns else Rates()
+        return ResponseDrafts(request.prompt_token_ids, written, drafters, rates)
 
     def pays(self, rows: int, tokens: int) -> bool:
         """Whether guesses that were sure would be worth their rows in a pass of so many rows for so many tokens."""

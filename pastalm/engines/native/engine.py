@@ -74,6 +74,7 @@ class NativeEngine(BatchingEngine):
     """
 
     _page = PAGE
+    _rows_alike = True
 
     def __init__(
         self,

@@ -27,9 +27,9 @@ MAKERS: dict[str, Make] = {
 class Drafting:
     """Makes the drafts of an engine's responses and chooses what is fed.
 
-    learns: whether measured costs, hit rates of all responses and, with `drafts="auto"`, earlier answers count. Where the
-        rounding of a pass depends on its rows they must not, or the same request would not give the same tokens again:
-        what is fed then depends on the response alone.
+    learns: whether measured costs, hit rates of all responses and, with `drafts="auto"`, earlier answers count. They
+        must not where the rounding of a pass depends on its rows, or the same request would not give the same tokens
+        again: what is fed then depends on the response alone.
     costs: of a pass by its rows.
     """
 

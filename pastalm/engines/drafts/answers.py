@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter
-from pastalm.engines.drafts.ngrams import NGrams, vote
+from pastalm.engines.drafts.ngrams import NGrams
 
 OWNERS = 16
 """Owners whose answers are kept: those seen last."""
@@ -30,11 +30,8 @@ class Store:
             self._newer, self._older = NGrams(), self._newer
 
     def guess(self, tail: tuple[int, ...]) -> tuple[int, Evidence] | None:
-        length, known = self._newer.longest(tail)
-        if length < len(tail):
-            older = self._older.longest(tail)
-            length, known = older if older[0] > length else (length, known)
-        return vote(length, [token for token, _ in known]) if known else None
+        guesses = [guess for ngrams in (self._newer, self._older) if (guess := ngrams.guess(tail)) is not None]
+        return max(guesses, key=lambda guess: guess[1][0], default=None)  # of equal lengths the newer
 
 
 class Stores:

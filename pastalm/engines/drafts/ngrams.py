@@ -38,14 +38,9 @@ class NGrams:
         for i in range(1, len(tokens)):
             self.add(tuple(tokens[max(0, i - LONGEST) : i]), tokens[i], i)
 
-    def longest(self, tail: tuple[int, ...]) -> tuple[int, list[Continuation]]:
-        """The length of the longest context that a tail ends in, and its continuations in order of time."""
-        for n in range(len(tail), 0, -1):
-            if (known := self._next.get(tail[-n:])) is not None:
-                return n, known
-        return 0, []
-
-    def guess(self, tail: tuple[int, ...], counts: Callable[[int], bool]) -> tuple[int, Evidence] | None:
+    def guess(
+        self, tail: tuple[int, ...], counts: Callable[[int], bool] = lambda place: True
+    ) -> tuple[int, Evidence] | None:
         """What most continuations name of the longest context that has some whose place counts."""
         for n in range(len(tail), 0, -1):
             known = self._next.get(tail[-n:], ())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter
-from pastalm.engines.drafts.ngrams import NGrams, vote
+from pastalm.engines.drafts.ngrams import NGrams
 
 _TABLES: WeakValueDictionary[tuple[tuple[int, ...], ...], NGrams] = WeakValueDictionary()
 """The tables in use, by references: all choices of a request share one."""
@@ -30,5 +30,4 @@ class References(SilentDrafter):
         self._ngrams = ngrams
 
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
-        length, known = self._ngrams.longest(context.tail)
-        return vote(length, [token for token, _ in known]) if known else None
+        return self._ngrams.guess(context.tail)

@@ -52,6 +52,12 @@ def score(
             help="JSON or JSONL: {id, reference or response or output} each; say which prompts ask for a list."
         ),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL, {id, label} each (one, may, should): which prompts ask for a list."
+        ),
+    ] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Unit of differences, of the stage-1 samples (default: of these answers).")
     ] = None,
@@ -66,7 +72,7 @@ def score(
     from pastalm.records import jsonl, scores
 
     counted_length = scores.check_length(length)
-    _check_score_files(samples, target, baseline, references, scorer)
+    _check_score_files(samples, target, baseline, references, labels, scorer)
     quiet_libraries()
     count_tokens = token_counter(tokenizer)
     options = ScorerOptions(model, adapter, model, device, server, trust_remote_code)
@@ -82,6 +88,7 @@ def score(
             scorer_model,
             count_tokens,
             references=references,
+            labels=labels,
             limit=limit,
             models=header,
             overwrite=results.overwrite,
@@ -94,14 +101,16 @@ def score(
     print_json({"sigma": unit, **scores.summary(rows, (1, 2, 4, 8, float("inf")), unit, counted_length)})
 
 
-def _check_score_files(samples: Path, target: Path, baseline: Path, references: Path | None, scorer: str) -> None:
+def _check_score_files(
+    samples: Path, target: Path, baseline: Path, references: Path | None, labels: Path | None, scorer: str
+) -> None:
     """Checks the files of `score`. Raises DataError, RequestError."""
-    for path in (samples, baseline, references):
+    for path in (samples, baseline, references, labels):
         if path is not None and not path.is_file():
             raise DataError(f"no file {path}")
     if scorer == "reference" and references is None:
         raise RequestError("scoring by reference needs --references")
-    check_target(target, samples, baseline, references)
+    check_target(target, samples, baseline, references, labels)
 
 
 def _score_summary(counts: ScoreCounts) -> str:

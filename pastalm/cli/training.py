@@ -152,6 +152,9 @@ def prefer(
     ] = None,
     length: Counted = "theoretical",
     positions: Policies = MIX,
+    true_lengths: Annotated[
+        bool, typer.Option("--true-lengths", help="The better answer's promises say how long its chunks are.")
+    ] = False,
     learning_rate: float = 1e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 2e-4,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step, both answers.")] = 4096,
@@ -175,6 +178,7 @@ def prefer(
         sigma=sigma,
         length=counted_length,
         positions=weights,
+        true_lengths=true_lengths,
         learning_rate=learning_rate,
         row_learning_rate=row_learning_rate,
         batch_tokens=batch_tokens,

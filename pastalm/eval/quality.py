@@ -52,6 +52,7 @@ class Candidate:
     chunks: texts of its chunks.
     baseline: text of the baseline's answer to the same prompt; its length counts as right.
     reference: a good answer, if one is known.
+    asked: whether the prompt asks for parts, if a reader labelled it.
     """
 
     prompt: str
@@ -59,6 +60,7 @@ class Candidate:
     chunks: tuple[str, ...] = ()
     baseline: str | None = None
     reference: str | None = None
+    asked: bool | None = None
 
     def sequential(self) -> Candidate:
         """The baseline's answer as a candidate of its own."""
@@ -246,8 +248,11 @@ def preference(reply: Completion) -> float | str:
 
 
 def asked_for_parts(candidate: Candidate) -> bool | None:
-    """Whether the prompt asks for an answer made of parts, as far as a sequential answer tells: the reference, or else
-    the baseline's. None if there is neither. Asked for the sentiment of a text, neither lists three of them."""
+    """Whether the prompt asks for an answer made of parts: as labelled, else as far as a sequential answer tells: the
+    reference, or else the baseline's. None if there is neither. Asked for the sentiment of a text, neither lists three
+    of them."""
+    if candidate.asked is not None:
+        return candidate.asked
     sequential = candidate.baseline if candidate.reference is None else candidate.reference
     return None if sequential is None else in_parts(sequential)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pastalm.errors import DataError
+from pastalm.eval import labels as forking
 from pastalm.eval.quality import Candidate, Scorer, Verdict, asked_for_parts
 from pastalm.records import answers, jsonl, prompts, scores
 from pastalm.records.answers import Answer
@@ -49,6 +50,7 @@ def score(
     count_tokens: CountTokens,
     *,
     references: Path | None = None,
+    labels: Path | None = None,
     limit: int | None = None,
     models: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -63,6 +65,8 @@ def score(
     scorer: the scorer.
     count_tokens: counts the tokens of a text with the model's tokenizer.
     references: a file of reference answers.
+    labels: a file of labels (labels.py): whether an answer to a prompt should fork. What is not labelled is judged by
+        its sequential answer.
     limit: score only the first so many prompts.
     models: name and hash of the models used, for the file's header.
     overwrite: delete the scores that the file has.
@@ -72,7 +76,7 @@ def score(
     Raises DataError if a file cannot be read, does not fit the others, or was made with other settings; RemoteError if
     a judge fails. All scores so far are then written.
     """
-    for path in (samples, baselines, references):
+    for path in (samples, baselines, references, labels):
         if path is not None and path.exists() and target.exists() and target.samefile(path):
             raise DataError(f"{target} is an input of this command: give another file for the result")
     base = {answer.id: answer for answer in answers.read(baselines, bad=bad)}
@@ -80,7 +84,11 @@ def score(
     samples_sorted = sorted(answers.read(samples, bad=bad), key=lambda row: (row.id, row.choice))
     to_score = [row for _, rows in islice(groupby(samples_sorted, key=lambda row: row.id), limit) for row in rows]
     to_score = list(_with_baseline(to_score, base, baselines, bad))
-    pairs = {(row.id, row.choice): _candidate(row, base[row.id], reference_of.get(row.id)) for row in to_score}
+    label_of = {} if labels is None else forking.read(labels, [row.id for row in to_score])
+    pairs = {
+        (row.id, row.choice): _candidate(row, base[row.id], reference_of.get(row.id), label_of.get(row.id))
+        for row in to_score
+    }
     places = jsonl.by_place(pairs, lambda row: (row["id"], row["choice"]))
     header = {"scorer": scorer.name, **(models or {})}
     results = jsonl.Results(target, scores.KIND, header, overwrite=overwrite, order=places)
@@ -135,13 +143,15 @@ def _with_baseline(
         bad(error)
 
 
-def _candidate(row: Answer, baseline: Answer, reference: str | None) -> Candidate:
-    return Candidate(row.prompt, row.text, row.chunks, baseline.text, reference)
+def _candidate(row: Answer, baseline: Answer, reference: str | None, label: forking.Label | None) -> Candidate:
+    asked = None if label is None else label != "one"
+    return Candidate(row.prompt, row.text, row.chunks, baseline.text, reference, asked)
 
 
 def _against(candidate: Candidate) -> str:
     """A hash of what an answer is compared with."""
-    text = json.dumps([candidate.baseline, candidate.reference])
+    labelled = [] if candidate.asked is None else [candidate.asked]
+    text = json.dumps([candidate.baseline, candidate.reference, *labelled])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pastalm.core.events import Decoded, Event, Finished, Forked, Joined, Path
-from pastalm.core.language import CHUNK_TAGS, AsyncClose, AsyncOpen, Promise, Text
+from pastalm.core.language import CHUNK_TAGS, AsyncClose, AsyncOpen, Promise, Text, round_length
 from pastalm.core.layout import Layout, Placed, Policy
 from pastalm.core.vocabulary import Tags, Vocabulary
 from pastalm.engines.mask_rows import mask_row
@@ -141,6 +141,32 @@ class _Retold:
         if length is None:
             raise DataError("a promise names no length")
         self.promise, self.tag = Promise.clip(vocabulary.text(self.tag[:at]), length), None
+
+
+def with_true_lengths(
+    token_ids: Sequence[int], vocabulary: Vocabulary, *, forced: Iterable[int] = ()
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of a response in linear order with the lengths of its chunks in their promises, and the new places of
+    `forced`. A chunk's length is the number of its tokens, those of its own chunks too, rounded as promises are."""
+    tags = vocabulary.tags
+    assert tags is not None, "tokens tell threads only under a prepared vocabulary"
+    chunks, opened = dict[int, int](), list[int]()
+    for place, token in enumerate(token_ids):
+        if token == tags.async_open:
+            opened.append(place)
+        elif token == tags.async_close and opened:
+            begin = opened.pop()
+            chunks[begin] = place - begin - 1
+    told: list[tuple[int, int | None]] = []  # each token and its place before; None: it is new
+    number = 0
+    for place, token in enumerate(token_ids):
+        if token == tags.async_open and place in chunks and number and told[-1][0] == tags.promise_end:
+            told[number:-1] = [(digit, None) for digit in vocabulary.encode(str(round_length(chunks[place])))]
+        told.append((token, place))
+        if token == tags.tokens:
+            number = len(told)
+    given = frozenset(forced)
+    return tuple(token for token, _ in told), tuple(i for i, (_, place) in enumerate(told) if place in given)
 
 
 IGNORED = -100

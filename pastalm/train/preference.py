@@ -16,7 +16,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from pastalm.records.scores import Length, Scored
 from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import collate, pack_sampled, provenance
 from pastalm.train.loss import bonbon, log_probs
-from pastalm.train.packing import MIXED, Packed
+from pastalm.train.packing import MIXED, Packed, with_true_lengths
 
 BEST_OF_TEN = 9 * sum(1 / k for k in range(1, 10))
 """1/beta at which IPO's optimum is the best-of-10 policy."""
@@ -47,7 +47,8 @@ class PreferenceConfig(run.RunConfig):
     """One round. lambda_: what quality is worth against speed (inf: quality alone). alpha: weight of the term that
     teaches y+ itself. sigma: unit of the scorer's differences, that of the stage-1 samples (None: of this data).
     length: which speedup is scores. positions: weight of each policy. max_tokens: longer answers are not
-    chosen as better."""
+    chosen as better. true_lengths: the promises of the better answer say how long its
+    chunks are, not what was sampled."""
 
     lambda_: float = 1.0
     alpha: float = 0.005
@@ -57,6 +58,7 @@ class PreferenceConfig(run.RunConfig):
     positions: Mapping[Policy, float] = field(default_factory=lambda: dict(MIXED))
     max_tokens: int = 640
     max_prompt_tokens: int = 256
+    true_lengths: bool = False
     learning_rate: float = 1e-4
     row_learning_rate: float = 2e-4
     batch_tokens: int = 4096
@@ -108,12 +110,19 @@ def pairs(
     sigma = scores.spread(rows) if config.sigma is None else config.sigma
     for best, worst, gap in choose(rows, config.lambda_, sigma, config.length):
         prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": best.prompt}])
+        if config.true_lengths:
+            best = _with_true_lengths(best, vocabulary)
         policy = rng.choices(list(config.positions), list(config.positions.values()))[0]
         (better, one), (worse, other) = (_packed(prompt, answer, vocabulary, policy, eos) for answer in (best, worst))
         if len(prompt) > config.max_prompt_tokens or len(better) > len(prompt) + config.max_tokens:
             continue
         if len(worse) <= len(prompt) + 2 * config.max_tokens:
             yield Pair(better, worse, best.id, gap, best.source, best.licence, one and other)
+
+
+def _with_true_lengths(answer: Scored, vocabulary: Vocabulary) -> Scored:
+    token_ids, forced = with_true_lengths(answer.token_ids, vocabulary, forced=answer.forced)
+    return replace(answer, token_ids=token_ids, forced=forced)
 
 
 def _packed(

@@ -112,3 +112,17 @@ def test_a_score_knows_whether_the_sequential_answer_is_made_of_parts(tmp_path: 
     references.write_text(json.dumps({"id": "0", "reference": "One thing."}) + "\n")
     score(samples, baseline, tmp_path / "by_reference.jsonl", Even(), words, references=references)
     assert {row.id: row.asked for row in scores.read(tmp_path / "by_reference.jsonl")} == {"0": False, "1": True}
+
+
+def test_a_label_says_what_a_prompt_asks_for_before_any_sequential_answer(tmp_path: Path) -> None:
+    item = "needs a sentence or two of its own, as do all those that stand in this list"
+    listed = "".join(f"- Number {n} {item}.\n" for n in range(3))
+    samples, baseline = answers(tmp_path / "a.jsonl", "gold", of=4), answers(tmp_path / "b.jsonl", listed, of=4)
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"id": "0", "label": "one"}, {"id": "1", "label": "may"}, {"id": "2", "label": "should"}]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score(samples, baseline, tmp_path / "s.jsonl", Even(), words, labels=labels)
+    assert [row.asked for row in scores.read(tmp_path / "s.jsonl")] == [False, True, True, True]
+    labels.write_text("".join(json.dumps({**row, "label": "one"}) + "\n" for row in rows))
+    with pytest.raises(DataError, match="has changed"):
+        score(samples, baseline, tmp_path / "s.jsonl", Even(), words, labels=labels)

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pastalm.core.events import Event
+from pastalm.core.events import Decoded, Event, Forked
 from pastalm.core.events import Path as ThreadPath
-from pastalm.core.language import Promise, Sync, Text
+from pastalm.core.language import Promise, Sync, Text, round_length
 from pastalm.core.layout import Policy
 from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
@@ -34,7 +34,7 @@ from pastalm.records.scores import Length, Scored
 from pastalm.train import run
 from pastalm.train.dataset import Mix, collate, pack_sampled
 from pastalm.train.loss import bonbon, log_probs, token_log_probs
-from pastalm.train.packing import pack, unroll
+from pastalm.train.packing import pack, retell, unroll, with_true_lengths
 from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig, choose, pairs, train
 from pastalm.train.sft import SftConfig
 from pastalm.train.sft import train as train_sft
@@ -132,6 +132,29 @@ def test_the_loss_is_over_the_tokens_that_were_sampled(policy: Policy) -> None:
         encoded_otherwise += sorted(anew.input_ids.tolist()) != sorted(packed.input_ids.tolist())
         forks += len(one.chunks)
     assert told > 16 and encoded_otherwise > 12 and forks > 10
+
+
+@settings(max_examples=60)
+@given(st.randoms(use_true_random=False))
+def test_true_lengths_change_nothing_but_what_is_promised(rng: random.Random) -> None:
+    one = said_by(sampled_response(rng))
+    token_ids, forced_places = with_true_lengths(one.token_ids, PIECED, forced=one.forced)
+    try:
+        before, after = (list(retell(ids, PIECED)) for ids in (one.token_ids, token_ids))
+    except DataError:
+        return
+    lengths = {e.path: 0 for e in after if isinstance(e, Forked)}
+    for event in after:
+        for depth in range(len(event.path) + 1):
+            lengths[event.path[:depth]] += isinstance(event, Decoded) + len(getattr(event, "forced", ()))
+    for fork in (e for e in after if isinstance(e, Forked) and e.path):
+        closed = any(isinstance(e, Decoded) and e.path == fork.path and e.token == TAGS.async_close for e in after)
+        assert fork.promised == round_length(lengths[fork.path] - 1 - closed)
+    assert [e.text for e in after if isinstance(e, Decoded) and e.text] == [
+        e.text for e in before if isinstance(e, Decoded) and e.text
+    ]
+    told = [one.token_ids[i] for i in one.forced if chr(one.token_ids[i]) not in "0123456789"]
+    assert [token_ids[i] for i in forced_places if chr(token_ids[i]) not in "0123456789"] == told
 
 
 @given(st.randoms(use_true_random=False))

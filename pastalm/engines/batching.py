@@ -65,6 +65,7 @@ class Thread:
     drafted: drafters of the guesses that were fed behind its last token.
     processors: of its logits, in order.
     visible: the ids that it sees, for processors that read them (None: there are none).
+    lost: why it cannot go on ("": it can): a processor failed at what it was told.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Thread:
     drafted: tuple[str, ...] = ()
     processors: chain.Chain = ()
     visible: Visible | None = None
+    lost: str = ""
 
     def may_sample(self, token: int) -> bool:
         return self.allowed is None or token in self.allowed
@@ -283,10 +285,8 @@ class BatchingEngine(ABC):
             raise RequestError(f"no unfinished request {request_id!r}: add it first")
         thread = self._addressed(state, event)
         self._lay(state, thread, event)
-        if thread.processors:
-            if isinstance(event, Joined):
-                chain.join(thread.processors, [state.threads[child].processors for child in event.children])
-            chain.write(thread.processors, event)
+        if thread.processors and not thread.lost:
+            self._tell(state, thread, event)
         thread.allowed = event.allowed
         if isinstance(event, (Blocked, Finished)):
             state.rest(thread)
@@ -354,7 +354,10 @@ class BatchingEngine(ABC):
         """Given tokens with their log-probabilities by the logits [len(tokens), vocabulary]."""
         params = state.request.params
         draws = [Draw(params, allowed=TokenSet(frozenset({token}))) for token in tokens]
-        return [_token(state, state.main, sampled) for sampled in self._sampler(logits, draws)]
+        scored = [_token(state, state.main, sampled) for sampled in self._sampler(logits, draws)]
+        if lost := next((each.lost for each in scored if each.lost), ""):
+            raise RequestError(lost)
+        return scored
 
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
@@ -443,12 +446,29 @@ class BatchingEngine(ABC):
         return right
 
     @staticmethod
+    def _tell(state: RequestState, thread: Thread, event: Event) -> None:
+        """Tells a thread's processors what it joins and writes. If one fails, the thread is lost."""
+        try:
+            if isinstance(event, Joined):
+                children = [state.threads[child] for child in event.children]
+                chain.join(thread.processors, [child.processors for child in children if not child.lost])
+            chain.write(thread.processors, event)
+        except PastaError as error:
+            thread.lost = str(error)
+
+    @staticmethod
     def _begun(state: RequestState, path: Path) -> Thread:
         """A thread that begins: its processors come from its parent's, and it sees what that sees."""
         if path:
             parent = state.threads[path[:-1]]
             visible = None if parent.visible is None else parent.visible.fork()
-            return Thread(path, processors=chain.fork(parent.processors, path), visible=visible)
+            thread = Thread(path, visible=visible, lost=parent.lost)
+            if not thread.lost:
+                try:
+                    thread.processors = chain.fork(parent.processors, path)
+                except PastaError as error:
+                    thread.lost = str(error)
+            return thread
         visible = Visible(state.request.prompt_token_ids) if chain.reads_visible(state.processors) else None
         return Thread(path, processors=state.processors, visible=visible)
 
@@ -652,7 +672,7 @@ class BatchingEngine(ABC):
         return owners, threads
 
     def _sampled(self, owners: list[RequestState], threads: list[Thread], logits: Rows) -> list[SampledToken]:
-        """A token for each thread, of the logits [threads, vocabulary]."""
+        """A token for each thread, of the logits [threads, vocabulary]. A thread whose row fails is lost."""
         draws = [self._draw(r, t) for r, t in zip(owners, threads, strict=True)]
         sampled = self._sampler(logits, draws)
         if self.on_logits is not None:
@@ -678,7 +698,8 @@ class BatchingEngine(ABC):
         key = 0
         if not params.greedy:
             key = noise_key(request.seed, request.choice, thread.path, thread.count)
-        return Draw(params, key, thread.processors, thread.allowed, thread.visible or chain.NOTHING)
+        processors = () if thread.lost else thread.processors
+        return Draw(params, key, processors, thread.allowed, thread.visible or chain.NOTHING)
 
 
 def _token(state: RequestState, thread: Thread, sampled: Sampled) -> SampledToken:
@@ -688,6 +709,7 @@ def _token(state: RequestState, thread: Thread, sampled: Sampled) -> SampledToke
         token=sampled.token,
         logprob=sampled.logprob,
         top_logprobs=sampled.top_logprobs,
+        lost=thread.lost or sampled.lost,
         drafter=thread.drafter,
         drafted=thread.drafted,
     )

@@ -29,7 +29,7 @@ from pastalm.engines.processors.base import Ints as Ints
 from pastalm.engines.processors.base import LogitRow as LogitRow
 from pastalm.engines.processors.base import Visible
 from pastalm.engines.processors.chain import NOTHING, Chain, processed
-from pastalm.errors import EngineError
+from pastalm.errors import EngineError, PastaError
 
 CANDIDATES = 256
 """The likeliest ids that top-p sorts first: nearly always enough."""
@@ -41,6 +41,8 @@ MOST_NOISE = 36.737
 """No noise is above this: -log(-log(1 - 2**-53)) = 36.7368."""
 MASKS = 64
 """Sets of allowed ids kept as arrays: those seen last."""
+
+NOTHING_ALLOWED = "a thread is allowed no token of the vocabulary"
 
 Winners: TypeAlias = Callable[[Sequence[LogitRow], Sequence[float], Sequence[int]], list[int]]
 """Of rows, their temperatures and their keys: the id with the largest logit by temperature + noise in each."""
@@ -70,19 +72,21 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token of one row, with raw log-probabilities if the request wants them."""
+    """The token of one row, with raw log-probabilities if the request wants them. lost: why there is none (`token`
+    means nothing then): a processor failed, or nothing is allowed."""
 
     token: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    lost: str = ""
 
 
 class Sampler(Protocol):
     """Samples the rows of one kind of array, NumPy's or torch's."""
 
     def __call__(self, logits: Any, draws: Sequence[Draw]) -> list[Sampled]:
-        """A token for each row of logits [rows, vocabulary]; also takes what `stack` gives. Raises
-        EngineError if a row's `allowed` admits no id."""
+        """A token for each row of logits [rows, vocabulary]; also takes what `stack` gives. A row that fails is lost,
+        and no other."""
 
     def stack(self, rows: Sequence[Any]) -> Any:
         """Rows that lie apart, as logits that are sampled together."""
@@ -132,33 +136,35 @@ class ArraySampler:
         return row.copy()
 
     def __call__(self, logits: Sequence[LogitRow], draws: Sequence[Draw]) -> list[Sampled]:
-        tokens = [-1] * len(draws)
-        free = []
+        sampled: dict[int, Sampled] = {}
+        free: dict[int, LogitRow] = {}
         for i, draw in enumerate(draws):
             params, allowed = draw.params, draw.allowed
-            if params.greedy or truncates(params) or allowed is not None and not allowed.inverted:
-                tokens[i] = self._token(shaped(logits[i], draw), draw)
-            else:
-                free.append(i)
+            try:
+                row = shaped(logits[i], draw)
+                if params.greedy or truncates(params) or allowed is not None and not allowed.inverted:
+                    sampled[i] = _measured(logits[i], self._token(row, draw), draw)
+                else:
+                    free[i] = row
+            except PastaError as error:
+                sampled[i] = Sampled(-1, lost=str(error))
         if free:
-            drawn = self._freely([shaped(logits[i], draws[i]) for i in free], [draws[i] for i in free])
-            for i, token in zip(free, drawn, strict=True):
-                tokens[i] = token
-        return [
-            Sampled(token) if draw.params.logprobs is None else _measured(logits[i], token, draw)
-            for i, (token, draw) in enumerate(zip(tokens, draws, strict=True))
-        ]
+            temperatures, keys = [draws[i].params.temperature for i in free], [draws[i].key for i in free]
+            for i, token in zip(free, self._winners(list(free.values()), temperatures, keys), strict=True):
+                try:
+                    sampled[i] = _measured(logits[i], self._allowed(token, free[i], draws[i]), draws[i])
+                except PastaError as error:
+                    sampled[i] = Sampled(-1, lost=str(error))
+        return [sampled[i] for i in range(len(draws))]
 
-    def _freely(self, rows: list[LogitRow], draws: Sequence[Draw]) -> list[int]:
-        """A token for each row, of all ids but those left out. What wins among all is nearly always allowed, and
-        then it wins among the allowed ones too: only where it is not, the others are hidden."""
-        tokens = self._winners(rows, [d.params.temperature for d in draws], [d.key for d in draws])
-        again = [i for i, d in enumerate(draws) if d.allowed is not None and tokens[i] not in d.allowed]
-        for i in again:
-            row, _ = self._within(rows[i], draws[i].allowed)
-            (token,) = self._winners([row], [draws[i].params.temperature], [draws[i].key])
-            tokens[i] = admitted(token, draws[i].allowed)
-        return tokens
+    def _allowed(self, token: int, row: LogitRow, draw: Draw) -> int:
+        """What a row gives of which `token` wins among all ids. It is nearly always allowed, and then it wins among the
+        allowed ones too: only where it is not, the others are hidden."""
+        if draw.allowed is None or token in draw.allowed:
+            return token
+        row, _ = self._within(row, draw.allowed)
+        (token,) = self._winners([row], [draw.params.temperature], [draw.key])
+        return admitted(token, draw.allowed)
 
     def _token(self, row: LogitRow, draw: Draw) -> int:
         if draw.params.greedy:
@@ -186,7 +192,7 @@ class ArraySampler:
         if ids is None:
             ids = np.array(sorted(i for i in allowed.ids if 0 <= i < self._size), dtype=np.int64)
             if len(ids) == (self._size if allowed.inverted else 0):
-                raise EngineError("a thread is allowed no token of the vocabulary")
+                raise EngineError(NOTHING_ALLOWED)
             self._sets[allowed] = ids
             if len(self._sets) > MASKS:
                 self._sets.popitem(last=False)
@@ -297,7 +303,8 @@ def _descending(values: LogitRow, n: int) -> Ints:
 @_to_infinity
 def _measured(row: LogitRow, token: int, draw: Draw) -> Sampled:
     """The token with the raw log-probabilities that the request wants."""
-    n = draw.params.logprobs or 0
+    if (n := draw.params.logprobs) is None:
+        return Sampled(token)
     largest = row.max()
     total = float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))
     pairs = tuple((int(i), float(row[i]) - total) for i in _descending(row, n)) if n else ()

@@ -151,7 +151,7 @@ class Worker:
                 return False
         self._score()
         changed = driver.step() if driver.running else ()
-        self._send([self._update(response) for response in changed])
+        self._send([update for response in changed for update in self._updates(response)])
         self.live_threads = sum(
             thread.state == "live"
             for response in driver.running.values()
@@ -159,10 +159,19 @@ class Worker:
         )
         return True
 
-    def _update(self, response: Response) -> _JobUpdate:
+    def _update(self, response: Response) -> tuple[Job, Update]:
         """What is new of an answer, for its client."""
         job, number, _ = self._decoding[response.request.id]
         return job, (number, job.answers[number].take(response.take()))
+
+    def _updates(self, response: Response) -> list[_JobUpdate]:
+        """As `_update`; where an answer ends and the engine has lost a part of it, the error comes last."""
+        job, (number, delta) = self._update(response)
+        transcript = response.transcript
+        if delta.finish_reason != "abort" or not transcript.why:
+            return [(job, (number, delta))]
+        error = EngineError(f"a part of the answer is missing: {transcript.why}")
+        return [(job, (number, replace(delta, finish_reason=None))), (job, error)]
 
     def _received(self) -> Iterator[_Submit | _Drop | _Stop]:
         """The waiting messages; blocks for one if there is nothing else to do."""

@@ -33,7 +33,6 @@ from pastalm.engines.sampling import (
 )
 from pastalm.engines.transformers import sampling as sampling_torch
 from pastalm.engines.transformers.sampling import TensorSampler
-from pastalm.errors import EngineError
 from tests.token_sets import all_but, only
 
 Rows = NDArray[Any]
@@ -405,10 +404,10 @@ def test_allowed_is_never_left(make: Any, temperature: float) -> None:
 
 
 @every
-def test_nothing_allowed_is_an_error(make: Any) -> None:
+def test_a_row_that_is_allowed_nothing_is_lost(make: Any) -> None:
     for nothing in (only(), only(SIZE), all_but(*range(SIZE))):
-        with pytest.raises(EngineError):
-            make(SIZE)(logits(1), [Draw(SamplingParams(), allowed=nothing)])
+        (sampled,) = make(SIZE)(logits(1), [Draw(SamplingParams(), allowed=nothing)])
+        assert sampled.lost == "a thread is allowed no token of the vocabulary"
 
 
 @pytest.mark.parametrize("make", [array_sampler, OnDevice])

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event as Flag
 from typing import Any
@@ -283,6 +284,38 @@ def test_a_request_that_the_engine_does_not_take_fails_alone() -> None:
                 status, _, reply = curl(url, {**body, "n": 2, "stream": stream})
                 assert (status, reply["error"]["code"]) == (500, "engine_error")
             assert joined(events_of(other.read().decode())) == TIPS_TEXT
+        assert served.becomes_idle()
+
+
+@pytest.mark.parametrize("path", [(), (0,)])
+def test_a_thread_that_the_engine_loses_is_a_clear_error_for_its_client_alone(path: tuple[int, ...]) -> None:
+    class Losing(ScriptedEngine):
+        """Loses a thread of requests for at most 199 tokens, at its fourth token."""
+
+        def __init__(self, *options: Any, **more: Any) -> None:
+            super().__init__(*options, **more)
+            self.sampled: Counter[str] = Counter()
+
+        def step(self) -> list[SampledToken]:
+            return [self._kept_or_lost(token) for token in super().step()]
+
+        def _kept_or_lost(self, token: SampledToken) -> SampledToken:
+            self.sampled[token.request_id] += token.path == path
+            picked = self._playing[token.request_id].request.params.max_tokens == 199
+            lost = picked and token.path == path and self.sampled[token.request_id] == 4
+            return replace(token, lost="the logits processor Odd failed: KeyError: 3") if lost else token
+
+    with serving(playing(TIPS, engine=Losing, step_seconds=0.01)) as served:
+        url, body = f"{served.url}/v1/chat/completions", {"model": "played", "messages": HELLO, "max_tokens": 200}
+        wanted = "a part of the answer is missing: the logits processor Odd failed: KeyError: 3"
+        with open_stream(url, body) as other:
+            status, _, reply = curl(url, {**body, "max_tokens": 199})
+            assert (status, reply["error"]["code"], reply["error"]["message"]) == (500, "engine_error", wanted)
+            _, _, reply = curl(url, {**body, "max_tokens": 199, "stream": True})
+            last = events_of(reply)[-1]
+            assert (last["error"]["code"], last["error"]["message"]) == ("engine_error", wanted)
+            assert joined(events_of(other.read().decode())) == TIPS_TEXT
+        assert served.metrics()["pasta_failed_steps"] == 0
         assert served.becomes_idle()
 
 

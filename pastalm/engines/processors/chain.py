@@ -93,7 +93,8 @@ def _maker(name: str) -> Any:
 
 
 def begin(request: Request) -> Chain:
-    """The chain of a request's main thread. Raises RequestError if one of its processors cannot be made."""
+    """The chain of a request's main thread. Raises RequestError if one of its processors cannot be made, EngineError if
+    one fails."""
     params = request.params
     chain: list[ThreadProcessor] = []
     if request.logit_bias:
@@ -111,7 +112,8 @@ def _begun(given: Any, request: Request) -> ThreadProcessor:
     if not hasattr(given, "begin"):
         return Function(given)
     processor: Processor = given
-    return processor.begin(request)
+    with _named(processor):
+        return processor.begin(request)
 
 
 def reads_visible(chain: Chain) -> bool:
@@ -119,37 +121,38 @@ def reads_visible(chain: Chain) -> bool:
 
 
 def fork(chain: Chain, path: Path) -> Chain:
-    """The chain of a child that begins now."""
-    return tuple(processor.fork(path) for processor in chain)
+    """The chain of a child that begins now. Raises EngineError if a processor fails."""
+    forked = []
+    for processor in chain:
+        with _named(processor):
+            forked.append(processor.fork(path))
+    return tuple(forked)
 
 
 def join(chain: Chain, children: Sequence[Chain]) -> None:
-    """Tells a chain that its thread joins these children's."""
+    """Tells a chain that its thread joins these children's. Raises EngineError if a processor fails."""
     if children:
         for processor, theirs in zip(chain, zip(*children, strict=True), strict=True):
-            processor.join(theirs)
+            with _named(processor):
+                processor.join(theirs)
 
 
 def write(chain: Chain, event: Event) -> None:
-    """Tells a chain of the tokens that an event gives its thread."""
-    if isinstance(event, Decoded):
-        for processor in chain:
-            processor.write(event.token, tag=event.tag, forced=False)
-    for token in event.forced:
-        for processor in chain:
-            processor.write(token, tag=False, forced=True)
+    """Tells a chain of the tokens that an event gives its thread. Raises EngineError if a processor fails."""
+    for processor in chain:
+        with _named(processor):
+            if isinstance(event, Decoded):
+                processor.write(event.token, tag=event.tag, forced=False)
+            for token in event.forced:
+                processor.write(token, tag=False, forced=True)
 
 
 def processed(chain: Chain, visible: Visible, logits: LogitRow) -> LogitRow:
     """The logits of a thread's next token; the row itself is changed. Raises EngineError if a processor fails."""
     row = logits
     for processor in chain:
-        try:
+        with _named(processor):
             row = processor(visible, row)
-        except Exception as error:
-            raise EngineError(
-                f"the logits processor {_name(processor)} failed: {type(error).__name__}: {error}"
-            ) from error
         if row is not logits:
             row = _checked(processor, row, logits)
     return row
@@ -165,5 +168,21 @@ def _checked(processor: ThreadProcessor, row: Any, like: LogitRow) -> LogitRow:
     return np.ascontiguousarray(array, dtype=like.dtype)
 
 
-def _name(processor: ThreadProcessor) -> str:
+class _named:
+    """Inside, what a processor raises becomes an EngineError that names it; refusals stay as they are."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PastaError):
+            raise EngineError(
+                f"the logits processor {_name(self._processor)} failed: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _name(processor: Any) -> str:
     return str(processor) if isinstance(processor, Function) else type(processor).__name__

@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 
 from pastalm.core.events import TokenSet
+from pastalm.core.params import SamplingParams
 from pastalm.engines import sampling
 from pastalm.engines.processors.base import ThreadProcessor
 from pastalm.engines.processors.bias import Bias
 from pastalm.engines.processors.chain import processed
 from pastalm.engines.processors.penalty import RepetitionPenalty
 from pastalm.engines.sampling import ArraySampler, Draw, Sampled
-from pastalm.errors import EngineError
+from pastalm.errors import PastaError
 
 CANDIDATES = 1024
 """Number of largest logits that are considered first in truncated rows: nearly always enough, and much less to sort."""
+
+_PLAIN = Draw(SamplingParams(temperature=0))
+"""In place of a row that is lost."""
 
 P = TypeVar("P", bound=ThreadProcessor)
 
@@ -69,7 +73,21 @@ class TensorSampler:
 
     def on_device(self, raw: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         """A token for each row, computed by torch."""
-        shaped = _shaped(raw, draws)
+        shaped, lost = _shaped(raw, draws)
+        lost |= {i: sampling.NOTHING_ALLOWED for i, d in enumerate(draws) if self._nothing_allowed(d.allowed)}
+        if lost:
+            draws = [_PLAIN if i in lost else draw for i, draw in enumerate(draws)]
+        sampled = self._rows(raw, shaped, draws)
+        return [Sampled(-1, lost=lost[i]) if i in lost else each for i, each in enumerate(sampled)]
+
+    def _nothing_allowed(self, allowed: TokenSet | None) -> bool:
+        if allowed is None or (allowed.inverted and len(allowed.ids) < self._size):
+            return False
+        inside = sum(0 <= token < self._size for token in allowed.ids)
+        return inside == (self._size if allowed.inverted else 0)
+
+    def _rows(self, raw: Tensor, shaped: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        """A token for each row. shaped: as the processors left the rows."""
         tokens = [0] * len(draws)
         if any(draw.params.greedy for draw in draws):
             tokens = shaped.argmax(-1).tolist()
@@ -107,8 +125,6 @@ class TensorSampler:
             inside = [token for token in allowed.ids if 0 <= token < self._size]
             banned = np.full(self._size, not allowed.inverted)
             banned[inside] = allowed.inverted
-            if banned.all():
-                raise EngineError("a thread is allowed no token of the vocabulary")
             mask = self._masks[allowed, device] = torch.from_numpy(banned).to(device)
             if len(self._masks) > sampling.MASKS:
                 self._masks.popitem(last=False)
@@ -120,19 +136,24 @@ def _allows(draw: Draw, token: int) -> bool:
     return draw.allowed is None or token in draw.allowed
 
 
-def _shaped(raw: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The logits as the processors leave them. A bias and a penalty that come first are applied to all rows at once on
-    the device, the processors behind them row by row on the CPU."""
+def _shaped(raw: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, dict[int, str]]:
+    """The logits as the processors leave them, and why rows are lost whose processors failed. A bias and a penalty that
+    come first are applied to all rows at once on the device, the processors behind them row by row on the CPU."""
     left = [list(draw.processors) for draw in draws]
     logits = _biased(raw, _first(left, Bias))
     logits = _penalised(logits, _first(left, RepetitionPenalty))
     behind = [i for i, processors in enumerate(left) if processors]
+    lost: dict[int, str] = {}
     if not behind:
-        return logits
+        return logits, lost
     where = torch.tensor(behind, device=logits.device)
     rows = logits[where].detach().cpu().numpy()
-    made = [processed(tuple(left[i]), draws[i].visible, row) for i, row in zip(behind, rows, strict=True)]
-    return logits.index_copy(0, where, torch.from_numpy(np.stack(made)).to(logits.device))
+    for n, i in enumerate(behind):
+        try:
+            rows[n] = processed(tuple(left[i]), draws[i].visible, rows[n])
+        except PastaError as error:
+            lost[i] = str(error)
+    return logits.index_copy(0, where, torch.from_numpy(rows).to(logits.device)), lost
 
 
 def _first(left: list[list[ThreadProcessor]], kind: type[P]) -> list[tuple[int, P]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError, RequestError
-from pastalm.models import checkpoints, lossless
+from pastalm.models import checkpoints, lossless, tool_messages
 
 if TYPE_CHECKING:
     from pastalm.models.loading import Loaded
@@ -121,10 +121,23 @@ def encode_chat(
     rendering = rendering or Rendering()
     if marker is not None:
         messages = _marked(tokenizer, messages, marker)
+    messages = tool_messages.readable(messages, lambda probe: _render(tokenizer, probe))
     plain = [{**m, **{key: hidden(value) for key, value in m.items() if key != "role"}} for m in messages]
     text = _rendered(tokenizer, plain, replace(rendering, names=hidden(rendering.names)))
     parts = [hidden_parts[int(part)] if i % 2 else part for i, part in enumerate(_PLACE.split(text))]
     return lossless.encode_parts(tokenizer, vocabulary.encode, parts)
+
+
+def renders_tools(tokenizer: Any) -> bool:
+    """Whether the template says which tools there are."""
+    return bool(re.search(r"\btools\b", str(tokenizer.chat_template or "")))
+
+
+def with_tools(rendering: Rendering | None, tools: Sequence[Mapping[str, Any]]) -> Rendering:
+    """The options with tools for the template, in OpenAI's form."""
+    rendering = rendering or Rendering()
+    listed = [{"type": "function", "function": dict(tool)} for tool in tools]
+    return replace(rendering, names={"tools": listed, **rendering.names})
 
 
 def raw_prompt(tokenizer: Any, vocabulary: Vocabulary, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -143,13 +156,10 @@ def raw_prompt(tokenizer: Any, vocabulary: Vocabulary, prompt: str, *, add_speci
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], rendering: Rendering) -> str:
-    """The conversation as text. Raises RequestError if the template rejects it or does not render its tool calls."""
-    calls = [call for m in messages for call in m.get("tool_calls") or ()]
+    """The conversation as text. Raises RequestError if the template rejects it."""
     if rendering.continue_final_message:
         messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _OPEN}]
     text = _render(tokenizer, messages, add_generation_prompt=rendering.add_generation_prompt, **rendering.names)
-    if not all(call["function"]["name"] in text for call in calls):
-        raise RequestError("this model's chat template does not render tool_calls: leave them out of the messages")
     if rendering.continue_final_message:
         text, placeholder, _ = text.rpartition(_OPEN)
         if not placeholder:

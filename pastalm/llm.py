@@ -19,6 +19,7 @@ from pastalm.engines.base import Engine
 from pastalm.errors import ModelError, RequestError, check_text
 from pastalm.models.downloads import EMBEDDED
 from pastalm.records.transcripts import linear_tokens
+from pastalm.structured.structures import Structures, instructions
 
 if TYPE_CHECKING:
     from pastalm.models.chat_template import Rendering
@@ -180,7 +181,11 @@ class LLM:
 
     def _begin(self, engine: Engine, loaded: Loaded, positions: Policy | None, limits: Limits | None) -> None:
         self.positions: Policy = positions or engine.capabilities.positions[0]
-        self._parts: tuple[Loaded, Driver] | None = (loaded, Driver(engine, loaded.vocabulary, limits=limits))
+        self._parts: tuple[Loaded, Driver] | None = (loaded, self._driver(engine, loaded, limits))
+
+    @staticmethod
+    def _driver(engine: Engine, loaded: Loaded, limits: Limits | None) -> Driver:
+        return Driver(engine, loaded.vocabulary, limits=limits, structure=Structures(loaded.vocabulary))
 
     def _open(self) -> tuple[Loaded, Driver]:
         if self._parts is None:
@@ -338,7 +343,13 @@ class LLM:
             for key, value in message.items():
                 if isinstance(value, str):
                     check_text(value, f"{key} of message {i}")
-        marker = self.loaded.sequential_marker if params.parallelism == 0 else self.loaded.teaching
+        free = params.schema is None and params.tool_choice in ("auto", "none")
+        sequential, teaching = self.loaded.sequential_marker, self.loaded.teaching
+        marker = (sequential if params.parallelism == 0 else teaching) if free else None
+        rendered = params.calls and chat_template.renders_tools(self.loaded.tokenizer)
+        if rendered:
+            rendering = chat_template.with_tools(rendering, params.tools or ())
+        marker = "\n\n".join(filter(None, [marker, instructions(params, tools_rendered=rendered)])) or None
         ids: list[int] = chat_template.chat_prompt(self.loaded, messages, marker=marker, rendering=rendering)
         return ids
 

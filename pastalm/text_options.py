@@ -8,7 +8,12 @@ from typing import Any, get_args
 from pastalm.bounds import Parameter
 from pastalm.core.params import parameters
 
-LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids", "processors")
+LIBRARY_ONLY = ("n", "logprobs", "logit_bias", "ignore_eos", "min_tokens", "stop_token_ids", "processors") + (
+    "schema",
+    "depends",
+    "tools",
+    "tool_choice",
+)
 """Parameters that are not offered."""
 DEFAULTS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 1024}
 """Defaults that differ from those of the table."""

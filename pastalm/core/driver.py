@@ -17,13 +17,13 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from pastalm.core.events import Event, Finished, stamp
+from pastalm.core.events import Event, Finished, FinishReason, Path, SampledToken, stamp
 from pastalm.core.interpreter import Interpreter, Limits
 from pastalm.core.layout import Policy
 from pastalm.core.params import Request, SamplingParams
@@ -33,6 +33,28 @@ from pastalm.core.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pastalm.engines.base import Engine
+
+
+class Threads(Protocol):
+    """What turns the sampled tokens of one answer into events: the interpreter of the language, or another.
+
+    threads: by path; `written` counts a thread's tokens. stopped: threads that a stop token has ended.
+    """
+
+    @property
+    def threads(self) -> Mapping[Path, Any]: ...
+    @property
+    def stopped(self) -> Sequence[Path]: ...
+    @property
+    def finished(self) -> bool: ...
+    def start(self) -> list[Event]: ...
+    def advance(self, sampled: SampledToken) -> list[Event]: ...
+    def finish(self, reason: FinishReason) -> list[Event]: ...
+
+
+Structure: TypeAlias = "Callable[[SamplingParams, int, Limits], tuple[Threads, SamplingParams] | None]"
+"""Of parameters, the prompt's length and limits: the threads of an answer whose form is given, and the parameters with
+which the engine samples it. None: its form is the language's."""
 
 
 class Response:
@@ -47,7 +69,7 @@ class Response:
     early cancels it. It is a context manager, which cancels it at the end if it still decodes.
     """
 
-    def __init__(self, driver: Driver, request: Request, interpreter: Interpreter, *, keep_events: bool) -> None:
+    def __init__(self, driver: Driver, request: Request, interpreter: Threads, *, keep_events: bool) -> None:
         self.request = request
         self.transcript = Transcript()
         self.error: Exception | None = None
@@ -115,15 +137,24 @@ class Driver:
     """Decodes many responses on one engine. Thread-safe: one thread at a time makes a step.
 
     running: the responses that decode or wait, by id.
+    structure: makes the threads of answers whose form a schema or a tool gives (None: there are none).
     """
 
-    def __init__(self, engine: Engine, vocabulary: Vocabulary, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        vocabulary: Vocabulary,
+        *,
+        limits: Limits | None = None,
+        structure: Structure | None = None,
+    ) -> None:
         limits = limits or Limits()
         if limits.max_position is None:
             limits = replace(limits, max_position=engine.capabilities.max_position)
         self.engine = engine
         self.vocabulary = vocabulary
         self.limits = limits
+        self._structure = structure
         self.running: dict[str, Response] = {}
         self._ids = count()
         self._lock = RLock()
@@ -157,6 +188,7 @@ class Driver:
         if reference_token_ids is None:
             reference_token_ids = self.encode_references(params)
         with self._lock:
+            interpreter, params = self._threads(params, len(prompt_token_ids))
             request = Request(
                 id=str(next(self._ids)),
                 prompt_token_ids=tuple(prompt_token_ids),
@@ -169,12 +201,18 @@ class Driver:
                 owner=owner,
                 vocabulary=self.vocabulary,
             )
-            interpreter = Interpreter(self.vocabulary, params, len(request.prompt_token_ids), self.limits)
             self.engine.add(request)
             response = Response(self, request, interpreter, keep_events=keep_events)
             self.running[request.id] = response
             self._take(response, interpreter.start())
             return response
+
+    def _threads(self, params: SamplingParams, prompt_length: int) -> tuple[Threads, SamplingParams]:
+        """What turns the tokens of an answer into events, and how the engine samples it."""
+        structured = self._structure(params, prompt_length, self.limits) if self._structure is not None else None
+        if structured is not None:
+            return structured
+        return Interpreter(self.vocabulary, params, prompt_length, self.limits), params
 
     def encode_references(self, params: SamplingParams) -> list[Sequence[int]]:
         """Token ids of each reference; none where nothing would be drafted from them."""
@@ -261,7 +299,8 @@ class Driver:
         """Stamps events, applies them to transcript and engine and queues them. Ends the response if a stop condition
         holds."""
         batch = self._note(response, events)
-        response._stops.update(response._interpreter, response.transcript)
+        threads = response._interpreter
+        response._stops.update(threads.threads[()].written, threads.stopped, response.transcript)
         cut = response._stops.cut(response.transcript)
         if cut is not None:
             batch += self._note(response, response._interpreter.finish("stop"))

@@ -4,7 +4,7 @@ The interpreter makes them, engines apply them, and transcripts, views and trace
 the next tokens of its thread are: `forced` ids, which the engine feeds in that order without sampling, and `allowed`,
 the ids it may sample next (None: any). This is how grammar, budgets and forced tokens reach an engine, which knows
 nothing about the language. A token of a thread stands either as the `token` of one `Decoded` or in the `forced` of one
-event, never in both.
+event, never in both. `text` is the reader's text that an event adds to its thread.
 
 The driver stamps `step` (rounds of sampling so far; each needs a forward pass, but where guesses came true) and `time`
 (seconds since the request began).
@@ -55,6 +55,7 @@ class _Event:
     path: Path
     forced: tuple[int, ...] = ()
     allowed: TokenSet | None = None
+    text: str = ""
     step: int = 0
     time: float = 0.0
 
@@ -76,14 +77,13 @@ class Forked(_Event):
 class Decoded(_Event):
     """Thread `path` sampled `token`: it is fed next.
 
-    text: reader's text that it adds to the thread (may be empty: part of a character or of a tag).
+    text: may be empty: part of a character or of a tag.
     tag: whether it belongs to a tag. replaced: the grammar put it in the place of the one sampled (a
     topic's fourth word became the topic's end; masks cannot say that). logprob, top_logprobs: raw
     log-softmax, natural logarithm. drafter, drafted: as `SampledToken`'s.
     """
 
     token: int
-    text: str = ""
     tag: bool = False
     replaced: bool = False
     logprob: float | None = None
@@ -113,13 +113,12 @@ class Joined(_Event):
 class Finished(_Event):
     """Thread `path` ended: `stop` by its own end token or a stop string, `length` by a budget, or `abort`.
 
-    text: reader's text that the end adds: what was held back as a possible tag, the newline of a chunk that
-    would end inside a line. cut: the whole answer ends before this character, where a stop string begins.
+    text: what was held back as a possible tag, the newline of a chunk that would end inside a line. cut: the whole
+    answer ends before this character, where a stop string begins.
     why: one line for people, if the engine caused an `abort`.
     """
 
     reason: FinishReason = "stop"
-    text: str = ""
     cut: int | None = None
     why: str = ""
     kind: Literal["finished"] = "finished"

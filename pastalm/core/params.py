@@ -8,7 +8,7 @@ these rows, so a new parameter is one row here, and what it does in `engines/sam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any
@@ -63,6 +63,20 @@ class SamplingParams:
         Parameter("Logits processors: names, (name, settings), or Python objects (engines/processors)."),
     ] = None
 
+    schema: Annotated[
+        Mapping[str, Any] | None, Parameter("JSON Schema of the answer, whose fields are threads (docs/structured.md).")
+    ] = None
+    depends: Annotated[
+        Mapping[str, Sequence[str]] | None, Parameter("Fields of the schema -> fields that they wait for.")
+    ] = None
+    tools: Annotated[
+        Sequence[Mapping[str, Any]] | None,
+        Parameter("Tools that the model may call: each with name, description, parameters (a JSON Schema)."),
+    ] = None
+    tool_choice: Annotated[
+        str, Parameter("auto, none, required (some tool), or the name of the tool that is to be called.")
+    ] = "auto"
+
     def __post_init__(self) -> None:
         if problem := bounds.first_problem(self, parameters().values()) or complaint(self._checks()):
             raise RequestError(problem)
@@ -86,6 +100,11 @@ class SamplingParams:
         yield isinstance(self.processors or (), list | tuple), "processors must be a list"
         message = "a logits processor is a name, (name, settings), a function, or an object with begin()"
         yield all(map(_is_processor, self.processors or ())), message
+
+    @property
+    def calls(self) -> bool:
+        """Whether the answer may be, or is, a call of a tool."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

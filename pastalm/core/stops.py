@@ -5,10 +5,9 @@ Only new text is searched, so that a token costs the same at any length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pastalm.core.events import Path
-from pastalm.core.interpreter import Interpreter
 from pastalm.core.transcript import Transcript, begins
 
 
@@ -29,12 +28,15 @@ class Stops:
         self._ended: dict[Path, int] = {}
         """Chunks that a stop token ended, and the numbers of their last events, with newlines that were forced."""
 
-    def update(self, interpreter: Interpreter, transcript: Transcript) -> None:
-        """Notes what the interpreter's last events, which the transcript already has, say about stop conditions."""
+    def update(self, written: int, stopped: Iterable[Path], transcript: Transcript) -> None:
+        """Notes what the last events, which the transcript already has, say about stop conditions.
+
+        written: tokens of the main thread. stopped: threads that a stop token has ended.
+        """
         threads = transcript.threads
-        if self._early is None and interpreter.threads[()].written >= self._min_tokens:
+        if self._early is None and written >= self._min_tokens:
             self._early = len(threads[()].events) if self._min_tokens else 0
-        for path in filter(None, interpreter.stopped):
+        for path in filter(None, stopped):
             self._ended[path] = len(threads[path].events) - 1
 
     def cut(self, transcript: Transcript) -> int | None:

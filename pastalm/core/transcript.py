@@ -167,7 +167,7 @@ class Transcript:
             for event in thread.events[len(thread.places) - 1 :]:
                 if isinstance(event, Forked) and event.path != path:
                     yield from self._settle_thread(event.path)
-                elif isinstance(event, Decoded | Finished):
+                else:
                     if isinstance(event, Decoded) and event.logprob is not None and not event.tag:
                         self._scored.append((thread.places[-1], event))
                     self._settled.write(event.text)
@@ -200,9 +200,9 @@ class Transcript:
                 yield AsyncOpen()
                 yield from self._marks(event.path)
                 yield AsyncClose()
-            elif isinstance(event, Joined) and event.children:
-                yield Sync()
-            elif isinstance(event, Decoded | Finished):
+            else:
+                if isinstance(event, Joined) and event.children:
+                    yield Sync()
                 yield Text(event.text[:left])
 
     # ------------------------------------------------------------------ figures

@@ -141,6 +141,10 @@ OTHER_FORM = (
     "processors",
     "drafts",
     "references",
+    "schema",
+    "depends",
+    "tools",
+    "tool_choice",
 )
 """Sampling parameters with another form or place in a request than in `SamplingParams`; their fields are below."""
 _SAME_FORM = {name: row for name, row in parameters().items() if name not in OTHER_FORM}

@@ -1,0 +1,290 @@
+"""Grammars of values: what a thread may write next, by llguidance, and the shortest way to an end.
+
+A value is followed by a comma, which is part of its grammar, so that a number can end. The last value of an answer is
+followed by the model's end token or by nothing. No text is read by an engine: a mask is a bit for each token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pastalm.core.vocabulary import Vocabulary
+from pastalm.errors import CapabilityError, RequestError
+from pastalm.structured.plan import Leaf
+
+FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMMA = ","
+KEPT = 256
+"""Compiled grammars that are kept."""
+MOST_BYTES = 4096
+"""Of the shortest way to an end."""
+_UNKNOWN = re.compile(r'Unimplemented keys: \[(".*?")\]')
+STATES = 64
+"""How many states the search for an end looks at."""
+_FIRST = b'"}],0123456789ntfaA@.-:/_ TZ+{[('
+"""What most often leads to an end soon."""
+
+
+class Value:
+    """One value while it is written.
+
+    text: all of it so far, as JSON, without what follows it.
+    """
+
+    def __init__(self, grammars: Grammars, compiled: Any, tail: str) -> None:
+        self._grammars, self._compiled, self._tail = grammars, compiled, tail
+        self._matcher = compiled.deep_copy()
+        self._bytes = b""
+
+    def fork(self) -> Value:
+        """The same value, to be written on apart."""
+        value = Value(self._grammars, self._compiled, self._tail)
+        value._matcher, value._bytes = self._matcher.deep_copy(), self._bytes
+        return value
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def text(self) -> bytes:
+        return self._bytes.removesuffix(self._tail.encode()) if self._tail and self.ended else self._bytes
+
+    def write(self, token: int) -> bool:
+        """Takes a token. False, and nothing changes, if the grammar does not have it."""
+        if self._matcher.try_consume_tokens([token]) != 1:
+            return False
+        self._bytes += self._grammars.pieces[token]
+        return True
+
+    def take_back(self, tokens: Sequence[int]) -> None:
+        """Takes its last tokens back."""
+        self._matcher.rollback(len(tokens))
+        self._bytes = self._bytes[: len(self._bytes) - sum(len(self._grammars.pieces[token]) for token in tokens)]
+
+    def certain(self) -> list[int]:
+        """Takes all that only one continuation leaves open, and returns its tokens."""
+        taken: list[int] = []
+        while not self.ended and (text := self._matcher.compute_ff_bytes()):
+            tokens = list(self._matcher.compute_ff_tokens()) or self._spelled(text)
+            if not tokens or not all(map(self.write, tokens)):
+                break
+            taken += tokens
+        return taken
+
+    def _spelled(self, text: bytes) -> list[int]:
+        """Tokens of bytes that are certain, where the next ones may belong to the same token: only at a value's end."""
+        return self._grammars.encode(text) if self._tail and text.endswith(self._tail.encode()) else []
+
+    def begin(self) -> bytes:
+        """Takes the bytes with which the value begins in any case, and returns them."""
+        text = bytes(self._matcher.compute_ff_bytes())
+        for token in self._grammars.encode(text):
+            self.write(token)
+        return text
+
+    def mask(self) -> NDArray[np.bool_]:
+        """[vocabulary]: which tokens may come next."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, count=self._grammars.vocabulary.size, bitorder="little").view(np.bool_)
+
+    def ending(self) -> list[int]:
+        """Tokens that end the value soon; it is not changed. Empty if it has ended, or if no end is found."""
+        key = (self._compiled, self._matcher.compute_bitmask())
+        if self._ends_by(known := self._grammars.endings.get(key, [])):
+            return known
+        value, text = self.fork(), b""
+        while not value.may_end:
+            way, loop = value._way_out()
+            way = way or value._run(*loop)
+            if not way or len(text) > MOST_BYTES or not value._spell(way):
+                return []
+            text += way
+        tokens = self._grammars.encode(text)
+        tokens = tokens if self._ends_by(tokens) else self._grammars.spell(text)
+        if len(self._grammars.endings) >= KEPT:
+            self._grammars.endings.clear()
+        self._grammars.endings[key] = tokens
+        return tokens
+
+    def _ends_by(self, tokens: Sequence[int]) -> bool:
+        value = self.fork()
+        return bool(tokens) and all(map(value.write, tokens)) and value.may_end
+
+    @property
+    def may_end(self) -> bool:
+        """Whether it is whole as it stands."""
+        return self.ended or (not self._tail and bool(self._matcher.is_accepting()))
+
+    def _spell(self, text: bytes) -> bool:
+        """Takes bytes; whether the grammar has them."""
+        return all(map(self.write, self._grammars.spell(text)))
+
+    def _usable(self) -> bytes:
+        """The bytes that may come next, those first that most often lead to an end."""
+        allowed = self.mask()
+        return bytes(byte for byte, token in self._grammars.bytes.items() if allowed[token] and byte != ord("\\"))
+
+    def _run(self, before: bytes, unit: bytes) -> bytes:
+        """`before`, then a unit as often as it takes until an end is near, in doubling steps: a length that must be
+        reached, of a text or an array."""
+        count = 1
+        while unit and count * len(unit) <= MOST_BYTES:
+            value, run = self.fork(), before + count * unit
+            if not value._spell(run):
+                return before + count // 2 * unit
+            if value._way_out()[0]:
+                return run
+            count *= 2
+        return b""
+
+    def _way_out(self) -> tuple[bytes, tuple[bytes, bytes]]:
+        """The fewest bytes to an end, among states that differ in what may come next; empty if there is none near. And
+        a way back to such a state: the bytes before it, and those that lead to it again."""
+        frontier, ways = [(self, b"")], {self._matcher.compute_bitmask(): b""}
+        loop = (b"", b"")
+        for _ in range(STATES):
+            if not frontier:
+                break
+            value, way = frontier.pop(0)
+            for byte in value._usable():
+                ahead, text = value.fork(), way + bytes([byte])
+                if not ahead._spell(text[-1:]):
+                    continue
+                while not ahead.ended and (sure := ahead._matcher.compute_ff_bytes()) and ahead._spell(sure):
+                    text += sure
+                if ahead.may_end:
+                    return text, loop
+                state = ahead._matcher.compute_bitmask()
+                if state not in ways:
+                    ways[state] = text
+                    frontier.append((ahead, text))
+                elif text.startswith(ways[state]) and len(text) > len(loop[0] + loop[1]):
+                    loop = ways[state], text.removeprefix(ways[state])
+        return b"", loop
+
+
+class Grammars:
+    """The grammars of one model's tokens.
+
+    pieces: the bytes of each token. bytes: tokens of a single byte, by byte.
+    endings: ways out of values that were found, by grammar and by what may come next.
+
+    Raises CapabilityError if llguidance is not installed, or the model's tokens are unknown.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise CapabilityError("structured output needs llguidance: pip install 'llguidance>=1.9'") from None
+        if vocabulary.size > 2**31:
+            raise CapabilityError("structured output needs the model's tokens: give its tokenizer")
+        self.vocabulary = vocabulary
+        self._llguidance = llguidance
+        self.pieces = [vocabulary.piece(i) for i in range(vocabulary.size)]
+        self.bytes: dict[int, int] = {}
+        for token, piece in enumerate(self.pieces):
+            if len(piece) == 1:
+                self.bytes.setdefault(piece[0], token)
+        self.bytes = {b: self.bytes[b] for b in dict.fromkeys([*_FIRST, *sorted(self.bytes)]) if b in self.bytes}
+        self.endings: dict[tuple[Any, bytes], list[int]] = {}
+        ends = sorted(vocabulary.eos) or [0]
+        source = _Source(self.pieces, ends[0], self.encode)
+        self._tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(source), eos_token=ends)
+        self._compiled = lru_cache(KEPT)(self._compile)
+
+    def encode(self, text: bytes | str) -> list[int]:
+        """Tokens of a text; bytes that are no text are spelled one by one."""
+        try:
+            words = text if isinstance(text, str) else text.decode()
+        except UnicodeDecodeError:
+            assert isinstance(text, bytes)
+            return self.spell(text)
+        return list(self.vocabulary.encode(words)) if words else []
+
+    def spell(self, text: bytes) -> list[int]:
+        """Tokens of single bytes, where the vocabulary has them."""
+        return [self.bytes[byte] for byte in text if byte in self.bytes]
+
+    def value(self, leaf: Leaf, tail: str, head: str = "") -> Value:
+        """A value of a leaf that begins. head, tail: what stands before and behind it.
+
+        Raises RequestError if its schema cannot be held.
+        """
+        return Value(self, self._compiled(json.dumps(leaf.schema), leaf.optional, head, tail), tail)
+
+    def literals(self, texts: Sequence[str], tail: str) -> Value:
+        """One of some texts, given as JSON."""
+        rule = " | ".join(map(json.dumps, texts))
+        return Value(self, self._matcher(f"%llguidance {{}}\nstart: ({rule}) {json.dumps(tail)}"), tail)
+
+    def fewest(self, leaf: Leaf) -> int:
+        """Tokens of a short value of a leaf: about the fewest that are enough. Raises RequestError if there is none."""
+        value = self.value(leaf, COMMA)
+        begun = self.encode(value.begin())
+        tokens = value.ending()
+        if not tokens and not value.ended:
+            raise RequestError("the schema cannot be held: no short value of it was found")
+        return len(begun) + len(tokens)
+
+    def _compile(self, schema: str, optional: bool, head: str, tail: str) -> Any:
+        parsed = json.loads(schema)
+        if parsed is False:
+            raise RequestError("the schema cannot be held: false admits no value")
+        parsed = {} if parsed is True else parsed
+        rule = "%json " + json.dumps({**parsed, "x-guidance": FORM})
+        value = '(value | "null")' if optional else "value"
+        parts = [json.dumps(head) if head else "", value, json.dumps(tail) if tail else ""]
+        return self._matcher(f"%llguidance {{}}\nstart: {' '.join(parts)}\nvalue: {rule}\n", parsed)
+
+    def _matcher(self, grammar: str, schema: Any = None) -> Any:
+        matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"the schema cannot be held: {_reason(matcher.get_error(), schema)}")
+        return matcher
+
+
+class _Source:
+    """The vocabulary as llguidance wants it."""
+
+    def __init__(self, pieces: list[bytes], end: int, encode: Callable[[bytes | str], list[int]]) -> None:
+        self.tokens, self.eos_token_id, self.bos_token_id = pieces, end, None
+        self.special_token_ids = [i for i, piece in enumerate(pieces) if not piece]
+        self._encode = encode
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._encode(text)
+
+
+def _reason(error: str, schema: Any) -> str:
+    """An error of llguidance in one line, with the place of the keyword that it names."""
+    line = error.strip().splitlines()[0]
+    line = line.partition("failed to compile JSON schema: ")[2] or line
+    if unknown := _UNKNOWN.search(line):
+        names = [name.strip().strip('"') for name in unknown[1].split(",")]
+        places = [f"{name} at {next(_places(schema, name, '#'), '#')}" for name in names]
+        return f"{' and '.join(places)} is not supported"
+    if line.startswith("oneOf"):
+        place = next(_places(schema, "oneOf", "#"), "#")
+        return f"the alternatives of oneOf at {place} may overlap: use anyOf"
+    return line
+
+
+def _places(schema: Any, keyword: str, at: str) -> Iterator[str]:
+    """JSON pointers of a schema's parts that have a keyword."""
+    if isinstance(schema, dict):
+        if keyword in schema:
+            yield at
+        for key, value in schema.items():
+            yield from _places(value, keyword, f"{at}/{key}")
+    elif isinstance(schema, list):
+        for i, value in enumerate(schema):
+            yield from _places(value, keyword, f"{at}/{i}")

@@ -1,0 +1,101 @@
+"""The answers of one model whose form is given: from sampling parameters to threads, and to words for the prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pastalm.core.interpreter import Limits
+from pastalm.core.params import SamplingParams
+from pastalm.core.vocabulary import Vocabulary
+from pastalm.errors import RequestError, complaint
+from pastalm.structured import plan
+from pastalm.structured.calls import CallInterpreter
+from pastalm.structured.grammar import Grammars
+from pastalm.structured.interpreter import FieldInterpreter
+
+
+class Structures:
+    """Makes the interpreters of structured answers. The grammars are made when they are first needed.
+
+    vocabulary: the model's tokens.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._grammars: Grammars | None = None
+
+    def __call__(
+        self, params: SamplingParams, prompt_length: int, limits: Limits
+    ) -> tuple[FieldInterpreter | CallInterpreter, SamplingParams] | None:
+        """The threads of an answer, and the parameters with the masks of its values; None if its form is free.
+
+        Raises RequestError if a schema cannot be held, CapabilityError if llguidance is not installed.
+        """
+        if problem := complaint(_checks(params)):
+            raise RequestError(problem)
+        if params.schema is None and not params.calls:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self._vocabulary)
+        node = plan_of(params)
+        interpreter: FieldInterpreter | CallInterpreter
+        if params.calls and params.tool_choice == "auto":
+            interpreter = CallInterpreter(node, self._grammars, params, prompt_length, limits)
+        else:
+            interpreter = FieldInterpreter(node, self._grammars, params, limits)
+        return interpreter, replace(params, processors=(*(params.processors or ()), interpreter))
+
+
+def _checks(params: SamplingParams) -> Iterator[tuple[bool, str]]:
+    tools, schema = params.tools or (), params.schema
+    yield isinstance(schema or {}, Mapping), "schema must be a JSON Schema: an object"
+    yield isinstance(params.depends or {}, Mapping), "depends must map fields to lists of fields"
+    yield not params.depends or schema is not None, "depends needs a schema"
+    named = isinstance(tools, list | tuple) and all(isinstance(t, Mapping) and t.get("name") for t in tools)
+    yield named, "tools must be a list of objects, each with a name"
+    names = [tool["name"] for tool in tools] if named else []
+    yield len(set(names)) == len(names), "the names of tools must differ"
+    yield schema is None or not params.calls, "give a schema or tools, not both"
+    known = params.tool_choice in ("auto", "none", *names) or (params.tool_choice == "required" and bool(names))
+    yield known, f"tool_choice must be auto, none, required or the name of a tool, not {params.tool_choice!r}"
+    free = schema is None and not params.calls
+    yield free or params.min_tokens == 0, "min_tokens does not go with a schema or tools: leave it out"
+    other = free or (not params.ignore_eos and not params.stop_token_ids)
+    yield other, "the schema says where an answer ends: leave out ignore_eos and stop_token_ids"
+
+
+def plan_of(params: SamplingParams) -> plan.Node:
+    """The plan of a schema or of tool calls; with parallelism 0 in one thread. Raises RequestError."""
+    parallel = params.parallelism > 0
+    if params.schema is not None:
+        return plan.plan(params.schema, params.depends, parallel=parallel)
+    if params.tool_choice in ("auto", "required"):
+        return plan.tool_calls(params.tools or (), parallel=parallel)
+    return plan.tool_calls([t for t in params.tools or () if t["name"] == params.tool_choice], parallel=parallel)
+
+
+def instructions(params: SamplingParams, *, tools_rendered: bool = False) -> str | None:
+    """What the system message says about the form of the answer; None if it is free.
+
+    tools_rendered: whether the chat template names the tools itself.
+    """
+    if params.schema is not None:
+        return f"Answer with JSON that fits this schema, and with nothing else: {json.dumps(_plain(params.schema))}"
+    if not params.calls or tools_rendered:
+        return None
+    listed = "\n".join(json.dumps(_plain(dict(tool))) for tool in params.tools or ())
+    if params.tool_choice == "auto":
+        how = f"If one of them helps, answer with {plan.CALL_OPEN.strip()} and a JSON object"
+    else:
+        how = "Call one of them: answer with a JSON object"
+    return f'You have these tools:\n{listed}\n{how} with its "name" and its "arguments", and with nothing else.'
+
+
+def _plain(schema: Any) -> Any:
+    """A schema without what is said to us."""
+    if isinstance(schema, Mapping):
+        return {key: _plain(value) for key, value in schema.items() if key not in (plan.DEPENDS, plan.COUNT_FIRST)}
+    return [_plain(item) for item in schema] if isinstance(schema, list) else schema

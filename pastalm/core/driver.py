@@ -207,6 +207,14 @@ class Driver:
             self._take(response, interpreter.start())
             return response
 
+    def check_form(self, params: SamplingParams) -> None:
+        """Compiles the grammar of an answer's form, and keeps it: submitting it later takes less time.
+
+        Raises RequestError if the schema or the tools cannot be held, or max_tokens is less than they need, and
+        CapabilityError if structured answers are not supported.
+        """
+        self._threads(params, prompt_length=0)
+
     def _threads(self, params: SamplingParams, prompt_length: int) -> tuple[Threads, SamplingParams]:
         """What turns the tokens of an answer into events, and how the engine samples it."""
         structured = self._structure(params, prompt_length, self.limits) if self._structure is not None else None

@@ -89,7 +89,8 @@ def choose(
     rows: Sequence[Scored], lambda_: float, sigma: float, length: Length = "theoretical"
 ) -> Iterator[tuple[Scored, Scored, float]]:
     """(best, worst, gap) of each prompt whose answers differ in score. The best must have ended by itself, and must not
-    fork where nothing asked for that."""
+    fork where nothing asked for that. The worst is one that does, if it scores less than the best: what a pair teaches
+    is to be when to fork, before how well to write."""
     ordered = sorted(rows, key=lambda r: (r.id, r.choice))
     for _, group in groupby(ordered, key=lambda r: r.id):
         scored_answers = [(s, r) for r in group if (s := r.score(lambda_, sigma, length)) is not None]
@@ -97,7 +98,8 @@ def choose(
         if not ended:
             continue
         high, best = max(ended, key=lambda f: f[0])
-        low, worst = min(scored_answers, key=lambda f: f[0])
+        unasked = [(s, r) for s, r in scored_answers if r.unasked and s < high]
+        low, worst = min(unasked or scored_answers, key=lambda f: f[0])
         if high > low and best.annotated != worst.annotated:
             yield best, worst, high - low
 

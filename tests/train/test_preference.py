@@ -309,8 +309,10 @@ def test_the_best_that_ended_and_the_worst_make_a_pair(rows: list[Scored], lambd
         high, low = (one.score(lambda_, 10.0, length) for one in (best, worst))
         assert high is not None and low is not None
         assert high - low == pytest.approx(gap) and gap > 0
-        others = [r.score(lambda_, 10.0, length) for r in rows if r.id == best.id]
-        assert low == min(s for s in others if s is not None)
+        others = {r: r.score(lambda_, 10.0, length) for r in rows if r.id == best.id}
+        below = [s for r, s in others.items() if s is not None and r.unasked and s < high]
+        assert worst.unasked == bool(below), "a fork that nothing asked for is what to prefer others to"
+        assert low == min(below or [s for s in others.values() if s is not None])
     for identity in {r.id for r in rows} - {best.id for best, _, _ in found}:
         ended = [r for r in rows if r.id == identity and r.finish_reason == "stop" and not r.unasked]
         scores = {r.score(lambda_, 10.0, length) for r in rows if r.id == identity} - {None}

@@ -337,7 +337,8 @@ class LLM:
         listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
         if not listed or not all(isinstance(message, Mapping) for message in messages):
             raise RequestError("messages are dictionaries, each with a role and a content")
-        if not messages or not str(messages[-1].get("content", "")).strip():
+        last = messages[-1] if messages else {}
+        if not (str(last.get("content") or "").strip() or last.get("role") == "tool" or last.get("tool_calls")):
             raise RequestError("the prompt is empty: give some text")
         for i, message in enumerate(messages):
             for key, value in message.items():

@@ -185,7 +185,8 @@ class LLM:
 
     @staticmethod
     def _driver(engine: Engine, loaded: Loaded, limits: Limits | None) -> Driver:
-        return Driver(engine, loaded.vocabulary, limits=limits, structure=Structures(loaded.vocabulary))
+        structure = Structures(loaded.vocabulary, engine.capabilities.positions)
+        return Driver(engine, loaded.vocabulary, limits=limits, structure=structure)
 
     def _open(self) -> tuple[Loaded, Driver]:
         if self._parts is None:

@@ -52,9 +52,8 @@ class Threads(Protocol):
     def finish(self, reason: FinishReason) -> list[Event]: ...
 
 
-Structure: TypeAlias = "Callable[[SamplingParams, int, Limits], tuple[Threads, SamplingParams] | None]"
-"""Of parameters, the prompt's length and limits: the threads of an answer whose form is given, and the parameters with
-which the engine samples it. None: its form is the language's."""
+Structure: TypeAlias = "Callable[[Request, Limits], tuple[Threads, Request] | None]"
+"""The threads of an answer whose form is given, and the request as the engine gets it. None: the language's form."""
 
 
 class Response:
@@ -188,7 +187,6 @@ class Driver:
         if reference_token_ids is None:
             reference_token_ids = self.encode_references(params)
         with self._lock:
-            interpreter, params = self._threads(params, len(prompt_token_ids))
             request = Request(
                 id=str(next(self._ids)),
                 prompt_token_ids=tuple(prompt_token_ids),
@@ -201,6 +199,7 @@ class Driver:
                 owner=owner,
                 vocabulary=self.vocabulary,
             )
+            interpreter, request = self._threads(request)
             self.engine.add(request)
             response = Response(self, request, interpreter, keep_events=keep_events)
             self.running[request.id] = response
@@ -213,14 +212,14 @@ class Driver:
         Raises RequestError if the schema or the tools cannot be held, or max_tokens is less than they need, and
         CapabilityError if structured answers are not supported.
         """
-        self._threads(params, prompt_length=0)
+        self._threads(Request(id="", prompt_token_ids=(), params=params))
 
-    def _threads(self, params: SamplingParams, prompt_length: int) -> tuple[Threads, SamplingParams]:
-        """What turns the tokens of an answer into events, and how the engine samples it."""
-        structured = self._structure(params, prompt_length, self.limits) if self._structure is not None else None
-        if structured is not None:
+    def _threads(self, request: Request) -> tuple[Threads, Request]:
+        """What turns the tokens of an answer into events, and the request as the engine gets it."""
+        if self._structure is not None and (structured := self._structure(request, self.limits)) is not None:
             return structured
-        return Interpreter(self.vocabulary, params, prompt_length, self.limits), params
+        prompt_length = len(request.prompt_token_ids)
+        return Interpreter(self.vocabulary, request.params, prompt_length, self.limits), request
 
     def encode_references(self, params: SamplingParams) -> list[Sequence[int]]:
         """Token ids of each reference; none where nothing would be drafted from them."""

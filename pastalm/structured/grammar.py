@@ -28,6 +28,11 @@ MOST_BYTES = 4096
 _UNKNOWN = re.compile(r'Unimplemented keys: \[(".*?")\]')
 STATES = 64
 """How many states the search for an end looks at."""
+ALIKE = 4
+"""How many ways through the same states the search follows, of different lengths: they may differ in what must come
+yet."""
+AHEAD = 3
+"""So many bytes that are certain mean that a part of the value has been left behind."""
 _FIRST = b'"}],0123456789ntfaA@.-:/_ TZ+{[('
 """What most often leads to an end soon."""
 
@@ -127,10 +132,10 @@ class Value:
         """Takes bytes; whether the grammar has them."""
         return all(map(self.write, self._grammars.spell(text)))
 
-    def _usable(self) -> bytes:
-        """The bytes that may come next, those first that most often lead to an end."""
-        allowed = self.mask()
-        return bytes(byte for byte, token in self._grammars.bytes.items() if allowed[token] and byte != ord("\\"))
+    def _usable(self, among: bytes) -> bytes:
+        """Those of some bytes that may come next."""
+        allowed, tokens = self.mask(), self._grammars.bytes
+        return bytes(byte for byte in among if byte in tokens and allowed[tokens[byte]] and byte != ord("\\"))
 
     def _run(self, before: bytes, unit: bytes) -> bytes:
         """`before`, then a unit as often as it takes until an end is near, in doubling steps: a length that must be
@@ -146,28 +151,44 @@ class Value:
         return b""
 
     def _way_out(self) -> tuple[bytes, tuple[bytes, bytes]]:
-        """The fewest bytes to an end, among states that differ in what may come next; empty if there is none near. And
-        a way back to such a state: the bytes before it, and those that lead to it again."""
-        frontier, ways = [(self, b"")], {self._matcher.compute_bitmask(): b""}
+        """The fewest bytes to an end, or out of a part of the value; empty if there is none near. And a way back to a
+        state in which the same may come next: the bytes before it, and those that lead to it again."""
         loop = (b"", b"")
+        for usable in (_FIRST, bytes(self._grammars.bytes)):
+            way, found = self._search(usable)
+            loop = loop if loop[1] else found
+            if way:
+                return way, loop
+        return b"", loop
+
+    def _search(self, usable: bytes) -> tuple[bytes, tuple[bytes, bytes]]:
+        """`_way_out` by some bytes only."""
+        begin = self._matcher.compute_bitmask()
+        frontier: list[tuple[Value, bytes, tuple[bytes, ...]]] = [(self, b"", (begin,))]
+        loop, first = (b"", b""), {begin: b""}
+        lengths: dict[tuple[bytes, ...], set[int]] = {}
         for _ in range(STATES):
             if not frontier:
                 break
-            value, way = frontier.pop(0)
-            for byte in value._usable():
+            value, way, states = frontier.pop(0)
+            for byte in value._usable(usable):
                 ahead, text = value.fork(), way + bytes([byte])
                 if not ahead._spell(text[-1:]):
                     continue
+                certain = 0
                 while not ahead.ended and (sure := ahead._matcher.compute_ff_bytes()) and ahead._spell(sure):
-                    text += sure
-                if ahead.may_end:
+                    text, certain = text + sure, certain + len(sure)
+                if ahead.may_end or certain >= AHEAD:
                     return text, loop
                 state = ahead._matcher.compute_bitmask()
-                if state not in ways:
-                    ways[state] = text
-                    frontier.append((ahead, text))
-                elif text.startswith(ways[state]) and len(text) > len(loop[0] + loop[1]):
-                    loop = ways[state], text.removeprefix(ways[state])
+                through = states if state == states[-1] else (*states, state)
+                alike = lengths.setdefault(through, set())
+                if len(alike) < ALIKE and len(text) not in alike:
+                    alike.add(len(text))
+                    frontier.append((ahead, text, through))
+                before = first.setdefault(state, text)
+                if text.startswith(before) and len(text) > max(len(before), len(loop[0] + loop[1])):
+                    loop = before, text.removeprefix(before)
         return b"", loop
 
 

@@ -34,7 +34,6 @@ from pastalm.core.events import (
     TokenSet,
 )
 from pastalm.core.interpreter import Limits
-from pastalm.core.language import CHUNK_TAGS
 from pastalm.core.params import SamplingParams
 from pastalm.engines.processors.base import ThreadProcessor
 from pastalm.errors import RequestError
@@ -43,8 +42,6 @@ from pastalm.structured.mask import ValueMask
 from pastalm.structured.plan import Child, Choice, Counted, Group, Leaf, Node, quoted
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
-_USUAL = 24
-"""Tokens of a text, where the schema does not say."""
 
 
 @dataclass(slots=True)
@@ -84,13 +81,16 @@ class FieldInterpreter:
     grammars: of the model's tokens.
     params: its max_tokens counts here.
     limits: max_threads decode at once; max_chunk_tokens bounds a leaf.
+    parts: the plan of the same answer in threads, if `plan` is of one thread: its shortest answer is found faster.
 
     Raises RequestError if max_tokens is less than the shortest answer.
     """
 
-    def __init__(self, plan: Node, grammars: Grammars, params: SamplingParams, limits: Limits) -> None:
+    def __init__(
+        self, plan: Node, grammars: Grammars, params: SamplingParams, limits: Limits, *, parts: Node | None = None
+    ) -> None:
         self._grammars, self._limits = grammars, limits
-        fewest = self._least(plan)
+        fewest = self._least(parts or plan)
         if fewest > params.max_tokens:
             raise RequestError(
                 f"max_tokens {params.max_tokens} is too few: an answer to this schema takes {fewest} or more"
@@ -199,8 +199,7 @@ class FieldInterpreter:
         self, thread: FieldThread, *, text: str = "", forced: tuple[int, ...] = (), allowed: TokenSet | None = None
     ) -> Forked:
         topic = thread.child.name if thread.path else ""
-        promised = self._promised(thread)
-        return Forked(path=thread.path, topic=topic, promised=promised, text=text, forced=forced, allowed=allowed)
+        return Forked(path=thread.path, topic=topic, text=text, forced=forced, allowed=allowed)
 
     def _open(self, thread: FieldThread, group: Group) -> Iterator[Event]:
         """Forks the children of a group."""
@@ -238,13 +237,6 @@ class FieldInterpreter:
     def _has_place(self, thread: FieldThread) -> bool:
         live = sum(other.state == "live" for other in self.threads.values())
         return isinstance(thread.node, Group) or live < self._limits.max_threads
-
-    def _promised(self, thread: FieldThread) -> int:
-        """How far the siblings behind it move on: as many tokens as it will have, about."""
-        if not thread.path:
-            return 0
-        usual = self._usual(thread.node) + len(self._grammars.encode(thread.child.key))
-        return max(0, min(usual, thread.budget) - CHUNK_TAGS)
 
     # ------------------------------------------------------------------ values
 
@@ -309,7 +301,7 @@ class FieldInterpreter:
         if not isinstance(schema, dict) or _longest(schema) <= thread.budget:
             return 0
         simple = schema.get("type") in ("string", "integer", "number") and not {"pattern", "format"} & set(schema)
-        return 8 + 2 * schema.get("minLength", 0) if simple else 64 + len(quoted(schema))
+        return 8 + 2 * schema.get("minLength", 0) if simple else 32 + len(quoted(schema)) // 4
 
     def _end_value(self, thread: FieldThread, reason: FinishReason = "stop") -> Iterator[Event]:
         """A value is whole: its thread ends, or writes what was chosen."""
@@ -439,12 +431,6 @@ class FieldInterpreter:
             return math.inf
         longest = _longest(node.schema) if isinstance(node.schema, dict) else math.inf
         return min(self._limits.max_chunk_tokens, longest)
-
-    def _usual(self, node: Node) -> int:
-        """About how many tokens a node takes."""
-        if isinstance(node, Group):
-            return sum(self._usual(child.node) + len(self._grammars.encode(child.key)) for child in node.children)
-        return int(min(self._most(node), _USUAL))
 
 
 def _is_number(leaf: Leaf) -> bool:

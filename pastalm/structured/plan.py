@@ -17,6 +17,7 @@ Everything here is pure: no grammar, no model.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -45,6 +46,8 @@ _ARRAY = _NOTES | _DEFINITIONS | {"type", "items", "prefixItems", "minItems", "m
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Keywords whose value has a schema for each name."""
 _VALUES = frozenset({"enum", "const", "default", "examples", "required"})
+_DEFINITION = re.compile(r"#/(\$defs|definitions)/[^/]+")
+"""What a reference may be: other parts of the schema are not there for a thread that writes one field."""
 _LARGEST = 2**53 - 1
 """Numbers that every JSON parser keeps (RFC 7493)."""
 
@@ -131,10 +134,22 @@ def plan(schema: Schema, depends: Mapping[str, Sequence[str]] | None = None, *, 
     Raises RequestError if names do not fit, if fields wait for each other, or if the schema is no schema.
     """
     planner = _Planner(schema, depends or {})
+    parallel = parallel and not any(_DEFINITION.fullmatch(ref) is None for ref in _references(schema))
     node = planner.node(schema, (), frozenset()) if parallel else planner.leaf(schema)
     if parallel and (unknown := sorted(set(depends or {}) - planner.known)):
         raise RequestError(f"depends names {unknown[0]!r}, which is not a field with a thread of its own")
     return node
+
+
+def _references(schema: Schema) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        if isinstance(ref := schema.get("$ref"), str):
+            yield ref
+        for value in schema.values():
+            yield from _references(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _references(item)
 
 
 class _Planner:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pastalm.core.interpreter import Limits
-from pastalm.core.params import SamplingParams
+from pastalm.core.layout import Policy
+from pastalm.core.params import Request, SamplingParams
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import RequestError, complaint
 from pastalm.structured import plan
@@ -21,32 +22,37 @@ class Structures:
     """Makes the interpreters of structured answers. The grammars are made when they are first needed.
 
     vocabulary: the model's tokens.
+    positions: the policies that the engine offers.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, positions: Sequence[Policy]) -> None:
+        self._vocabulary, self._positions = vocabulary, positions
         self._grammars: Grammars | None = None
 
-    def __call__(
-        self, params: SamplingParams, prompt_length: int, limits: Limits
-    ) -> tuple[FieldInterpreter | CallInterpreter, SamplingParams] | None:
-        """The threads of an answer, and the parameters with the masks of its values; None if its form is free.
+    def __call__(self, request: Request, limits: Limits) -> tuple[FieldInterpreter | CallInterpreter, Request] | None:
+        """The threads of an answer, and the request with the masks of its values; None if its form is free.
+
+        Where it is clear that the answer is JSON, positions are `overlap`: no model was taught to leave a gap for a
+        field, and gaps cost right answers (docs/structured.md).
 
         Raises RequestError if a schema cannot be held, CapabilityError if llguidance is not installed.
         """
+        params, positions = request.params, request.positions
         if problem := complaint(_checks(params)):
             raise RequestError(problem)
         if params.schema is None and not params.calls:
             return None
         if self._grammars is None:
             self._grammars = Grammars(self._vocabulary)
-        node = plan_of(params)
+        node, parts = plan_of(params), plan_of(replace(params, parallelism=1.0))
         interpreter: FieldInterpreter | CallInterpreter
         if params.calls and params.tool_choice == "auto":
-            interpreter = CallInterpreter(node, self._grammars, params, prompt_length, limits)
+            interpreter = CallInterpreter(node, self._grammars, params, len(request.prompt_token_ids), limits)
         else:
-            interpreter = FieldInterpreter(node, self._grammars, params, limits)
-        return interpreter, replace(params, processors=(*(params.processors or ()), interpreter))
+            interpreter = FieldInterpreter(node, self._grammars, params, limits, parts=parts)
+            positions = "overlap" if "overlap" in self._positions else positions
+        params = replace(params, processors=(*(params.processors or ()), interpreter))
+        return interpreter, replace(request, params=params, positions=positions)
 
 
 def _checks(params: SamplingParams) -> Iterator[tuple[bool, str]]:

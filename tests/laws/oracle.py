@@ -146,10 +146,10 @@ class Linear:
                 if self.policy == "promised":
                     shift[path[:-1]] = shift.get(path[:-1], 0) + forks[path] + 2
                 position = p + 1
-            elif fed.joins and self.policy == "overlap":
-                position = max(at[j] for j in range(i) if self.sees(i, j)) + 1
             else:
                 position = last.get(path, -1) + shift.pop(path, 0) + 1
+            if fed.joins and self.policy == "overlap":
+                position = max(at[j] for j in range(i) if self.sees(i, j)) + 1
             last[path] = position
             at.append(position)
         return np.array(at, dtype=np.int64)

@@ -62,6 +62,7 @@ class Capabilities:
                 f"offers positions {' and '.join(self.positions)}, not {request.positions!r}",
             ),
             (self.logprobs or params.logprobs is None, "gives no log-probabilities"),
+            (self.processors or not (params.schema is not None or params.calls), "cannot hold a schema or tools"),
             (self.processors or not params.processors, "has no logits to process: leave out processors"),
             (self.masks or params.min_tokens == 0, "cannot forbid the end: leave out min_tokens"),
             (

@@ -48,6 +48,14 @@ def bad_value(message: str, param: str) -> Refused:
     return Refused(message, code="invalid_value", param=param)
 
 
+INSTEAD = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "guided_json": "response_format or structured_outputs",
+}
+"""What replaces fields of older versions of the API."""
+
+
 class BadValue(PydanticCustomError):
     """Raised by validators: the field `param` has an invalid value. pydantic collects it."""
 
@@ -76,7 +84,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refused:
         )
         return Refused(message, code="invalid_value", param=param)
     if error["type"] == "extra_forbidden":
-        message = f"{param} is not supported by this server: leave it out"
+        instead = f"give {INSTEAD[str(param)]}" if param in INSTEAD else "leave it out"
+        message = f"{param} is not supported by this server: {instead}"
         return Refused(message, code="unsupported_parameter", param=param)
     if error["type"] == "json_invalid":
         return Refused("the body is not JSON", code="invalid_json")

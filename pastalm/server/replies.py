@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, chat_completion
@@ -24,6 +24,7 @@ from pastalm.core.events import Decoded, Event, SampledToken
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.records.traces import to_json
 from pastalm.server.answers import Delta, Echo, PlacedToken, ServedAnswer
+from pastalm.server.calls import CallReader
 
 UNLIKELY = -9999.0
 """What OpenAI writes for a log-probability that JSON cannot express."""
@@ -68,44 +69,69 @@ class ChatReply:
     model: the model's name for clients.
     vocabulary: of the model.
     with_logprobs: whether the request wants log-probabilities.
+    calls: whether the answers may call a tool ("auto"), have to ("required"), or not (None).
     """
 
     model: str
     vocabulary: Vocabulary
     with_logprobs: bool
+    calls: Literal["auto", "required"] | None = None
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
+    _readers: dict[int, CallReader] = field(default_factory=dict)
+    """Of streamed answers that may call a tool, by choice."""
 
     def whole(self, answers: Sequence[ServedAnswer], usage: CompletionUsage) -> ChatCompletion:
         """The reply of a request that does not stream."""
-        choices = [
-            chat_completion.Choice.construct(
-                index=i,
-                message=ChatCompletionMessage.construct(role="assistant", content=a.transcript.text),
-                finish_reason=a.transcript.finish_reason,
-                logprobs=self._logprobs(a.tokens()),
-            )
-            for i, a in enumerate(answers)
-        ]
         return ChatCompletion.construct(
             id=self.id,
             object="chat.completion",
             created=self.created,
             model=self.model,
-            choices=choices,
+            choices=[self._choice(i, answer) for i, answer in enumerate(answers)],
             usage=usage,
+        )
+
+    def _choice(self, index: int, answer: ServedAnswer) -> chat_completion.Choice:
+        text, reason = answer.transcript.text, str(answer.transcript.finish_reason)
+        message: dict[str, Any] = {"content": text}
+        if self.calls is not None:
+            reader = CallReader(self.calls)
+            reader.read(text, last=True)
+            message, reason = reader.message(), reader.finish_reason(reason)
+        return chat_completion.Choice.construct(
+            index=index,
+            message=ChatCompletionMessage.construct(role="assistant", refusal=None, **message),
+            finish_reason=reason,
+            logprobs=self._logprobs(answer.tokens()),
         )
 
     def opening(self, index: int, answer: ServedAnswer) -> ChatCompletionChunk | None:
         """The first chunk of a choice, with the role."""
-        return self._chunk(index, {"role": "assistant", "content": ""})
+        if self.calls is not None:
+            self._readers[index] = CallReader(self.calls)
+        content = None if self.calls == "required" else ""
+        return self._chunk(index, {"role": "assistant", "content": content, "refusal": None})
 
-    def chunk(self, index: int, delta: Delta, **more: Any) -> ChatCompletionChunk:
-        """A chunk with new text."""
-        return self._chunk(index, {"content": delta.text}, self._logprobs(delta.tokens), **more)
+    def chunks(self, index: int, delta: Delta, **more: Any) -> list[ChatCompletionChunk]:
+        """Chunks with new text, or with a call: its beginning and pieces of its arguments have a chunk each.
+
+        more: further keys of the first chunk, which is then there in any case.
+        """
+        deltas: list[dict[str, Any]] = [{"content": delta.text}] if delta.text else []
+        if self.calls is not None:
+            deltas = self._readers[index].read(delta.text, last=delta.finish_reason is not None)
+        if not deltas and (more or delta.tokens):
+            deltas = [{} if self.calls == "required" else {"content": ""}]
+        return [
+            self._chunk(index, each, self._logprobs([] if i else delta.tokens), **({} if i else more))
+            for i, each in enumerate(deltas)
+        ]
 
     def closing(self, index: int, finish_reason: str) -> ChatCompletionChunk:
         """The last chunk of a choice, with the reason why it ended."""
+        if self.calls is not None:
+            finish_reason = self._readers[index].finish_reason(finish_reason)
         return self._chunk(index, {}, finish_reason=finish_reason)
 
     def usage(self, usage: CompletionUsage) -> ChatCompletionChunk:
@@ -113,7 +139,7 @@ class ChatReply:
         return self._of([], usage=usage)
 
     def _chunk(
-        self, index: int, delta: dict[str, str], logprobs: Any = None, finish_reason: str | None = None, **more: Any
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None, **more: Any
     ) -> ChatCompletionChunk:
         choice = chunk_types.Choice.construct(
             index=index,
@@ -183,9 +209,14 @@ class CompletionReply:
             return None
         return self._of([self._choice(index, answer.echo.text, [], None, answer.echo)])
 
-    def chunk(self, index: int, delta: Delta, **more: Any) -> Completion:
-        """A chunk with new text."""
-        return self._of([self._choice(index, delta.text, delta.tokens, None)], **more)
+    def chunks(self, index: int, delta: Delta, **more: Any) -> list[Completion]:
+        """A chunk with new text, if there is any.
+
+        more: further keys of the chunk, which is then there in any case.
+        """
+        if not (delta.text or delta.tokens or more):
+            return []
+        return [self._of([self._choice(index, delta.text, delta.tokens, None)], **more)]
 
     def closing(self, index: int, finish_reason: str) -> Completion:
         """The last chunk of a choice, with the reason why it ended."""

@@ -13,6 +13,7 @@ from pastalm.errors import RequestError
 from pastalm.models.chat_template import Rendering
 from pastalm.server.errors import BadValue
 from pastalm.server.messages import Checked, Message, Object, Text, Token, same
+from pastalm.server.structured import ResponseFormat, StructuredOutputs, ToolUse
 
 
 class PromptRequest(Protocol):
@@ -29,6 +30,14 @@ class PromptRequest(Protocol):
 
     @property
     def prompts(self) -> list[Any]: ...
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The sampling parameters that give the form of the answer; none for free text."""
+
+    @property
+    def form_field(self) -> str:
+        """The field that gives it."""
 
     def rendering(self) -> Rendering:
         """Options for the chat template. Raises RequestError."""
@@ -56,6 +65,7 @@ class PastaOptions(Checked):
     parallelism: multiplies the odds of forking; 0 turns forking off. A value given here is not lowered under load.
     drafts, references: as in SamplingParams. None: the server's, and no references.
     processors: names of logits processors, of those that the server allows.
+    depends: as in SamplingParams; for the schema of response_format.
     events: the chunks of a stream contain the events of the threads.
     """
 
@@ -65,6 +75,7 @@ class PastaOptions(Checked):
     processors: list[str] | None = Field(
         default=None, max_length=8, description="Logits processors, of those that the server allows."
     )
+    depends: dict[Text, list[Text]] | None = Field(default=None, description=parameters()["depends"].help)
     events: bool = False
 
     @model_validator(mode="after")
@@ -111,7 +122,6 @@ class _WithoutEffect(Checked):
 _NEUTRAL: dict[str, Sequence[Any]] = {
     "frequency_penalty": [0],
     "presence_penalty": [0],
-    "response_format": [{"type": "text"}],
     "use_beam_search": [False],
     "skip_special_tokens": [True],
     "include_stop_str_in_output": [False],
@@ -177,6 +187,8 @@ class _SamplingRequest(_Sampling):
     logit_bias: dict[str, float] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     pasta: PastaOptions = PastaOptions()
 
     @classmethod
@@ -198,6 +210,33 @@ class _SamplingRequest(_Sampling):
             param = "pasta.events" if self.pasta.events else "stream_options.include_usage"
             raise BadValue(param, "stream_options.include_usage and pasta.events need stream: true")
         return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> _SamplingRequest:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise BadValue("structured_outputs", "give response_format or structured_outputs, not both")
+        if self.pasta.depends and self.answer_schema is None:
+            raise BadValue("pasta.depends", "pasta.depends needs a schema: give response_format")
+        if self.form and self.min_tokens:
+            raise BadValue("min_tokens", f"min_tokens does not go with {self.form_field}: leave it out")
+        return self
+
+    @property
+    def answer_schema(self) -> Object | None:
+        """The JSON Schema of the answer; None for free text."""
+        given = self.response_format or self.structured_outputs
+        return None if given is None else given.answer_schema
+
+    @property
+    def form_field(self) -> str:
+        """The field that gives the form of the answer."""
+        return "structured_outputs" if self.structured_outputs is not None else "response_format"
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The sampling parameters that give the form of the answer; none for free text."""
+        schema = self.answer_schema
+        return {} if schema is None else {"schema": schema, "depends": self.pasta.depends}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -223,6 +262,7 @@ class _SamplingRequest(_Sampling):
             drafts=drafts,
             references=self.pasta.references,
             processors=self.pasta.processors,
+            **self.form,
         )
 
 
@@ -266,13 +306,12 @@ class _Conversation(Checked):
         )
 
 
-class ChatRequest(_Conversation, _SamplingRequest):
+class ChatRequest(_Conversation, ToolUse, _SamplingRequest):
     """`POST /v1/chat/completions`."""
 
     neutral = {
         "modalities": [["text"]],
         "tools": [[]],
-        "tool_choice": ["none", "auto"],
         "functions": [[]],
         "function_call": ["none", "auto"],
         "echo": [False],
@@ -286,17 +325,14 @@ class ChatRequest(_Conversation, _SamplingRequest):
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
-    parallel_tool_calls: bool | None = None
     prediction: Object | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _without_tools(cls, value: Any) -> Any:
-        """With tool_choice "none" the tools are ignored."""
-        if isinstance(value, dict):
-            for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
-                if value.get(choice) == "none":
-                    value = {k: v for k, v in value.items() if k != tools or not isinstance(v, list)}
+    def _without_functions(cls, value: Any) -> Any:
+        """With function_call "none" the functions are ignored."""
+        if isinstance(value, dict) and value.get("function_call") == "none":
+            return {k: v for k, v in value.items() if k != "functions" or not isinstance(v, list)}
         return value
 
     @model_validator(mode="after")
@@ -305,7 +341,22 @@ class ChatRequest(_Conversation, _SamplingRequest):
             raise BadValue("max_tokens", "give max_completion_tokens or max_tokens, not both")
         if self.top_logprobs and not self.logprobs:
             raise BadValue("top_logprobs", "top_logprobs needs logprobs: true")
+        if self.callable_tools and self.answer_schema is not None:
+            raise BadValue(self.form_field, f"give {self.form_field} or tools, not both, or tool_choice: none")
         return self
+
+    @property
+    def calls(self) -> Literal["auto", "required"] | None:
+        """Whether the answer may call a tool, has to, or cannot."""
+        return None if not self.callable_tools else "auto" if self.choice == "auto" else "required"
+
+    @property
+    def form_field(self) -> str:
+        return "tools" if self.callable_tools else super().form_field
+
+    @property
+    def form(self) -> dict[str, Any]:
+        return self.tool_params or super().form
 
     @property
     def names(self) -> dict[str, Any]:
@@ -370,19 +421,28 @@ class TokenizeRequest(Checked):
     def prompts(self) -> list[Any]:
         return [self.prompt]
 
+    form: ClassVar[dict[str, Any]] = {}
+    form_field: ClassVar[str] = "prompt"
+
     def rendering(self) -> Rendering:
         """The defaults; a raw prompt is not rendered."""
         return Rendering()
 
 
-class TokenizeChatRequest(_Conversation):
+class TokenizeChatRequest(_Conversation, ToolUse):
     """`POST /tokenize` with a conversation, as in vLLM's API."""
 
     neutral = {"tools": [[]], "add_special_tokens": [False]}
+    form_field: ClassVar[str] = "tools"
     model: str | None = None
     return_token_strs: bool = False
     media_io_kwargs: Object | None = None
     mm_processor_kwargs: Object | None = None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The sampling parameters of the tools, which the prompt names."""
+        return self.tool_params
 
 
 def tokenize_kind(body: Any) -> str:

@@ -37,8 +37,9 @@ class Reply(Response):
     def __init__(self, service: Service, request: ChatRequest | CompletionRequest) -> None:
         super().__init__()
         self._service, self._request = service, request
-        kind = ChatReply if isinstance(request, ChatRequest) else CompletionReply
-        self._reply = kind(service.settings.name, service.llm.loaded.vocabulary, request.logprob_count is not None)
+        what = (service.settings.name, service.llm.loaded.vocabulary, request.logprob_count is not None)
+        self._reply: ChatReply | CompletionReply
+        self._reply = ChatReply(*what, request.calls) if isinstance(request, ChatRequest) else CompletionReply(*what)
 
 
 class WholeReply(Reply):
@@ -110,10 +111,9 @@ class StreamedReply(Reply):
             if (opening := reply.opening(index, running.answers[index])) is not None:
                 yield opening
         async for index, delta in running.deltas():
-            if request.pasta.events:
-                yield reply.chunk(index, delta, **events_key(delta.events))
-            elif delta.text or delta.tokens:
-                yield reply.chunk(index, delta)
+            more = events_key(delta.events) if request.pasta.events else {}
+            for chunk in reply.chunks(index, delta, **more):
+                yield chunk
             if delta.finish_reason is not None:
                 yield reply.closing(index, delta.finish_reason)
         if request.stream_options.include_usage:

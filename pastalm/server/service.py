@@ -17,7 +17,7 @@ from openai.types import CompletionUsage
 from opentelemetry.trace import Span
 
 from pastalm.core.params import SamplingParams
-from pastalm.errors import RequestError
+from pastalm.errors import CapabilityError, RequestError
 from pastalm.llm import LLM
 from pastalm.server import replies, tracing
 from pastalm.server.answers import Delta, Echo
@@ -100,6 +100,8 @@ class Service:
             parallelism=parallelism,
             drafts=self.settings.drafts if request.pasta.drafts is None else request.pasta.drafts,
         )
+        if request.form:
+            await self._check_form(request, params)
         prompt_logprobs = request.logprob_count if request.echoes else None
         if prompt_logprobs is not None and not self._capabilities.prompt_logprobs:
             engine = self._capabilities.name
@@ -141,13 +143,32 @@ class Service:
             rendering = request.rendering()
         except RequestError as error:
             raise bad_value(str(error), "chat_template_kwargs") from None
-        params = SamplingParams(parallelism=parallelism)
+        params = self._form(request, parallelism)
         encode = partial(self.llm.encode, rendering=rendering, add_special_tokens=request.add_special_tokens)
         try:
             ids = [await loop.run_in_executor(self._encoder, encode, prompt, params) for prompt in request.prompts]
         except RequestError as error:
             raise bad_value(str(error), request.about) from None
         return ids
+
+    def _form(self, request: PromptRequest, parallelism: float) -> SamplingParams:
+        """The sampling parameters that a prompt depends on. Raises Refused."""
+        try:
+            return SamplingParams(parallelism=parallelism, **request.form)
+        except RequestError as error:
+            raise bad_value(str(error), request.form_field) from None
+
+    async def _check_form(self, request: PromptRequest, params: SamplingParams) -> None:
+        """Compiles the grammar of the answers on the tokenizer's thread, so that it is at hand for the engine's.
+
+        Raises Refused if the form of the answers cannot be held, or max_tokens is less than they need.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._encoder, self.llm.driver.check_form, params)
+        except RequestError as error:
+            param = "max_tokens" if str(error).startswith("max_tokens") else request.form_field
+            raise bad_value(str(error), param) from None
 
     async def spell(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token, special tokens included. Raises Refused."""
@@ -217,6 +238,16 @@ class Service:
             return min(self.settings.max_tokens, room - prompt) if requested is None else requested
         raise Refused(message, code="context_length_exceeded", param="max_tokens" if prompt <= most else about)
 
+    async def _accepted(self, running: RunningRequest, request: ChatRequest | CompletionRequest) -> None:
+        """Waits until the engine has accepted a request. Raises PastaError, TimeoutError."""
+        try:
+            await running.accepted()
+        except CapabilityError as error:
+            if "schema" not in str(error):
+                raise
+            message = f"{request.form_field} is not supported here: {error}"
+            raise bad_value(message, request.form_field) from None
+
     @asynccontextmanager
     async def running(self, request: ChatRequest | CompletionRequest, owner: str) -> AsyncIterator[RunningRequest]:
         """A request in the engine. At the end, for whatever reason, its places and its slots are freed.
@@ -236,7 +267,7 @@ class Service:
                 self.worker.submit(job)
                 try:
                     running = RunningRequest(job, self, started)
-                    await running.accepted()
+                    await self._accepted(running, request)
                     yield running
                     running.describe(span)
                 finally:

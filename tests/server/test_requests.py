@@ -88,8 +88,11 @@ def test_tools_that_are_not_to_be_called_are_taken(served: Served) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     url = f"{served.url}/v1/chat/completions"
     assert text_of(curl(url, {**CHAT, "tools": tools, "tool_choice": "none"})) == TIPS_TEXT
-    for change in ({"tools": tools}, {"tools": tools, "tool_choice": "auto"}, {"tool_choice": "required"}):
-        assert curl(url, {**CHAT, **change})[2]["error"]["code"] == "unsupported_parameter"
+    for change in ({"tools": [], "tool_choice": "required"}, {"tool_choice": "required"}):
+        assert curl(url, {**CHAT, **change})[2]["error"]["param"] == "tool_choice"
+    for change in ({"tools": tools}, {"tools": tools, "tool_choice": "auto"}):
+        error = curl(url, {**CHAT, **change})[2]["error"]
+        assert error["param"] == "tools" and "scripted engine" in error["message"], "it has no logits to mask"
 
 
 @pytest.mark.parametrize(

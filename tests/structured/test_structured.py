@@ -1,4 +1,4 @@
-"""Structured answers of real engines: exact as any answer is, and JSON that parses and validates whatever is sampled."""
+"""Structured answers of real engines: exact as any answer is, and JSON that validates whatever is sampled."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from pastalm.core.layout import Policy
+from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, RequestError
 from pastalm.models import adapters, chat_template
@@ -36,7 +37,7 @@ from pastalm.records.scores import Length, Scored
 from pastalm.train import bookkeeping, run
 from pastalm.train.dataset import collate, pack_sampled, provenance
 from pastalm.train.loss import bonbon, log_probs
-from pastalm.train.packing import MIXED, Packed, with_true_lengths
+from pastalm.train.packing import MIXED, Packed, retell, with_true_lengths
 
 BEST_OF_TEN = 9 * sum(1 / k for k in range(1, 10))
 """1/beta at which IPO's optimum is the best-of-10 policy."""
@@ -123,8 +124,13 @@ def pairs(
 
 
 def _with_true_lengths(answer: Scored, vocabulary: Vocabulary) -> Scored:
+    """The answer with its chunks' lengths in its promises; as it is if its tokens are no response of this model."""
     token_ids, forced = with_true_lengths(answer.token_ids, vocabulary, forced=answer.forced)
-    return replace(answer, token_ids=token_ids, forced=forced)
+    try:
+        annotated = Transcript(retell(token_ids, vocabulary, forced=forced)).annotated
+    except DataError:
+        return answer
+    return replace(answer, token_ids=token_ids, forced=forced, annotated=annotated)
 
 
 def _packed(

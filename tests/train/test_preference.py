@@ -204,6 +204,8 @@ def test_sampled_tokens_reach_the_pairs_through_files_and_scores(tmp_path: Path)
     prompt = chat_template.encode_chat(tokenizer, PIECED, [{"role": "user", "content": "Say."}])
     ids = {tuple(sorted((*prompt, *r.token_ids))) for r in kept}
     assert all(tuple(sorted(one.input_ids.tolist())) in ids for pair in made for one in (pair.better, pair.worse))
+    told = list(pairs(rows, tokenizer, PIECED, replace(config, true_lengths=True), eos=EOS))
+    assert all(pair.sampled for pair in told) and [p.worse.paths for p in told] == [p.worse.paths for p in made]
     older = [replace(row, token_ids=(), forced=()) for row in rows]
     assert not any(pair.sampled for pair in pairs(older, tokenizer, PIECED, config, eos=EOS))
 

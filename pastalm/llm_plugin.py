@@ -1,12 +1,14 @@
 """A plugin for `llm` (llm.datasette.io): `llm install pastalm`, then `llm -m pasta "…"`.
 
-Streams the reader's text in document order. Logs token counts and the critical path with the answer.
+Streams the reader's text in document order. With a schema (`llm -m pasta --schema "name, age int" "…"`) it is JSON,
+whose fields are threads. Logs token counts and the critical path with the answer.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import llm
@@ -61,6 +63,7 @@ class Pasta(llm.Model):
 
     model_id = f"pasta-{EMBEDDED}"
     can_stream = True
+    supports_schema = True
 
     Options = _Options  # type: ignore[assignment]  # llm declares it as a nested class
 
@@ -74,7 +77,7 @@ class Pasta(llm.Model):
         """Yields the text as soon as it can no longer change. Raises llm.ModelError."""
         options = prompt.options
         try:
-            params = _sampling_params(options)
+            params = replace(_sampling_params(options), schema=prompt.schema)
             with self._lock:
                 decoding = self._llm(options.model, options.engine, options.adapter).stream(
                     _messages(prompt, conversation), params

@@ -17,6 +17,7 @@ from pastalm.cli.options import (
     DRAFTS,
     GREEDY,
     NOT_FORKING,
+    SCHEMA,
     AsJson,
     Drafts,
     MaxTokens,
@@ -58,6 +59,7 @@ DEMO_PROMPT = "Give me five tips for staying healthy, each with a short explanat
         *NOT_FORKING,
         *DRAFTS,
         GREEDY,
+        SCHEMA,
         NoEffect(("system",), lambda a: a["raw"], "with --raw, which has no messages"),
     ),
 )
@@ -127,11 +129,13 @@ def replay(
     _conclude(whole.transcript, as_json=as_json, live=live)
 
 
-@verb(app, no_effect=(*NOT_FORKING, *DRAFTS))
+@verb(app, no_effect=(*NOT_FORKING, *DRAFTS, SCHEMA))
 def chat(
     params: Annotated[
         SamplingParams,
-        SamplingOptions(("temperature", "seed", "max_tokens", "parallelism", "drafts", "references")),
+        SamplingOptions(
+            ("temperature", "seed", "max_tokens", "parallelism", "drafts", "references", "schema", "depends")
+        ),
     ],
     threads: ThreadOptions,
     run: RunOptions,

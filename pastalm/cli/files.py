@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pastalm.cli.terminal import print_error
 from pastalm.errors import DataError, PastaError
@@ -19,6 +21,20 @@ def read_text(source: str) -> str:
         raise DataError(f"cannot read {source}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 (at byte {error.start})") from None
+
+
+def read_object(source: str) -> dict[str, Any]:
+    """The JSON object of a file; `-` is stdin. Raises DataError."""
+    try:
+        value = json.loads(read_text(source))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{source} is not JSON: {error.msg} ({where})") from None
+    except RecursionError:
+        raise DataError(f"{source} is nested too deep") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{source} must have a JSON object, not {type(value).__name__}")
+    return value
 
 
 def check_target(target: Path, *sources: Path | None) -> None:

@@ -12,8 +12,9 @@ import typer
 
 from pastalm import text_options
 from pastalm.cli.command import NoEffect
-from pastalm.cli.files import read_text
+from pastalm.cli.files import read_object, read_text
 from pastalm.core.params import DRAFTERS, SamplingParams, parameters
+from pastalm.errors import RequestError
 
 Model = Annotated[str, typer.Option(help="The embedded model, a hub name, a folder, or a GGUF file.")]
 Adapter = Annotated[str, typer.Option(help="A folder, none, or auto: the adapter that ships for the model.")]
@@ -117,13 +118,13 @@ class ResultOptions:
 @dataclass(frozen=True)
 class SamplingOptions:
     """Options made from rows of the table in `core/params.py`, and `--sequential`; their value is SamplingParams.
-    References are given as files (`--reference`).
+    References are given as files (`--reference`), and so is a schema (`--schema`, `--depends`).
 
     names: of the rows.
     defaults: those of this verb, by name.
     """
 
-    names: tuple[str, ...] = tuple(text_options.offered())
+    names: tuple[str, ...] = (*text_options.offered(), "schema", "depends")
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self) -> list[inspect.Parameter]:
@@ -137,23 +138,43 @@ class SamplingOptions:
             if row.name == "references":
                 files = Annotated[list[Path] | None, typer.Option(help=help, metavar="FILE")]
                 options.append(_option(_REFERENCE, files, default))
+            elif row.name == "schema":
+                file = Annotated[Path | None, typer.Option(help=row.help, metavar="FILE")]
+                options.append(_option(row.name, file, None))
+            elif row.name == "depends":
+                help = f"{row.help} As FIELD=FIELD,FIELD; may be repeated."
+                fields = Annotated[list[str] | None, typer.Option(help=help, metavar="FIELDS")]
+                options.append(_option(row.name, fields, None))
             else:
                 options.append(_option(row.name, Annotated[kind, typer.Option(help=help)], default))
         return [*options, _option("sequential", _Sequential, False)]
 
     def build(self, arguments: Mapping[str, Any]) -> SamplingParams:
-        values = {name: arguments[name] for name in self.names if name != "references"}
+        values = {name: arguments[name] for name in self.names if name not in _READ}
+        if (schema := arguments.get("schema")) is not None:
+            values["schema"] = read_object(str(schema))
+            values["depends"] = dict(map(_dependency, arguments["depends"] or ()))
         if files := arguments.get(_REFERENCE):
             values["references"] = [read_text(str(file)) for file in files]
         return SamplingParams(**values | ({"parallelism": 0.0} if arguments["sequential"] else {}))
 
 
 _REFERENCE = "reference"
+_READ = ("references", "schema", "depends")
+"""Parameters that are read from files or from more than one word."""
 _Sequential = Annotated[bool, typer.Option("--sequential", help="The same model with forking off (--parallelism 0).")]
 
 
 def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _dependency(text: str) -> tuple[str, list[str]]:
+    """A field and those that it waits for, from FIELD=FIELD,FIELD. Raises RequestError."""
+    field_name, equals, needed = text.partition("=")
+    if not (field_name and equals and all(needed.split(","))):
+        raise RequestError(f"--depends takes FIELD=FIELD,FIELD, not {text!r}")
+    return field_name, needed.split(",")
 
 
 # ------------------------------------------------------------------------------ options without effect
@@ -169,6 +190,7 @@ DRAFTS = (
     NoEffect(("drafts",), lambda a: a["drafts"] == "references" and not a[_REFERENCE], "without --reference"),
 )
 GREEDY = NoEffect(("top_p", "top_k", "min_p"), lambda a: a["temperature"] == 0, "at --temperature 0, which is greedy")
+SCHEMA = NoEffect(("depends",), lambda a: a["schema"] is None, "without --schema")
 NOT_FORKING = (
     NoEffect(("parallelism",), lambda a: a["sequential"], "with --sequential"),
     NoEffect(

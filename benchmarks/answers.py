@@ -27,7 +27,7 @@ from forkjoin import LlamaCpp, processor
 from pastalm import LLM, SamplingParams
 from pastalm.core.events import Decoded, Forked
 from pastalm.core.params import Request
-from pastalm.eval.intervals import mean
+from pastalm.eval.intervals import Mean, mean
 from pastalm.records import prompts
 
 
@@ -119,19 +119,35 @@ def weight_type(file: Path) -> str:
     return names.get(tensors["blk.0.attn_q.weight"], "auto")
 
 
-def table(answers: list[Answer]) -> str:
-    columns = list(answers[0].figures) if answers else []
-    lines = [f"| system | prompts | {' | '.join(columns)} |", "| --- " * (len(columns) + 2) + "|"]
+def means(answers: list[Answer]) -> dict[str, dict[str, Mean]]:
+    """All figures of each system, and of its answers that fork, by name."""
     named: dict[str, list[dict[str, float]]] = {}
     for a in answers:
         named.setdefault(a.system, []).append(a.figures)
     for a in answers:
         if a.critical_path < a.tokens:
             named.setdefault(f"{a.system}, those that fork", []).append(a.figures)
-    for name, own in named.items():
-        cells = [str(mean([figures[key] for figures in own], "geometric")) for key in own[0]]
-        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    return {
+        name: {key: mean([figures[key] for figures in own], "geometric") for key in own[0]}
+        for name, own in named.items()
+    }
+
+
+def table(answers: list[Answer]) -> str:
+    columns = list(answers[0].figures) if answers else []
+    lines = [f"| system | prompts | {' | '.join(columns)} |", "| --- " * (len(columns) + 2) + "|"]
+    for name, own in means(answers).items():
+        lines.append(f"| {name} | {own[columns[0]].n} | {' | '.join(map(str, own.values()))} |")
     return "\n".join(lines)
+
+
+def summary(answers: list[Answer], against: str) -> str:
+    """The same as JSON, in the form of `figures.json` of `pasta eval`. against: what it is compared with."""
+    systems = {
+        name: {"figures": {key: value.to_dict() for key, value in own.items()}} for name, own in means(answers).items()
+    }
+    head = {"processor": processor(), "against": f"llama.cpp, sequential, {against}"}
+    return json.dumps({**head, "systems": systems}, indent=1) + "\n"
 
 
 def against_without(answers: list[Answer]) -> str:
@@ -165,6 +181,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--summary", type=Path, help="where the figures go, as JSON (see runs/figures.py)")
     chosen = parser.parse_args()
     named = [(p.id, p.text) for p in prompts.read(chosen.prompts)]
     random.Random(chosen.seed).shuffle(named)
@@ -196,6 +213,8 @@ def main() -> None:
                 file.write(json.dumps(asdict(done[-1])) + "\n")
             f = done[-1].figures
             print(f"{turn + 1} {identity} {name}: realized {f['realized']:.2f}, cost {f['cost']:.2f}", flush=True)
+    if chosen.summary is not None:
+        chosen.summary.write_text(summary(done, chosen.against.name))
     print(f"{table(done)}\n\n{against_without(done)}\n{processor()}; against {chosen.against.name}")
 
 

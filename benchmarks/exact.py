@@ -24,6 +24,7 @@ from pastalm.engines.native import library
 from pastalm.engines.native.model import PAGE, NativeModel, Pool
 from pastalm.eval.replay import load_unpacked, replay
 from pastalm.models import loading
+from pastalm.models.downloads import EMBEDDED
 from pastalm.records import prompts
 
 
@@ -57,6 +58,7 @@ def surprise(pool: Pool, prompt: list[int], tokens: list[int]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", type=Path)
+    parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--adapter", default="auto")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "q8_0", "q4_0"])
     parser.add_argument("--limit", type=int, default=10)
@@ -68,8 +70,8 @@ def main() -> None:
     print("| weights | tokens | at 0 | within 1e-3 | within 1e-2 | within 0.5 | largest | perplexity |")
     print("| --- " * 8 + "|")
     for dtype in args.dtypes:
-        llm = LLM(engine="native", adapter=args.adapter, dtype=dtype, max_num_seqs=1)
-        reference = loading.load(adapter=args.adapter, dtype="float32").model
+        llm = LLM(args.model, engine="native", adapter=args.adapter, dtype=dtype, max_num_seqs=1)
+        reference = loading.load(args.model, adapter=args.adapter, dtype="float32").model
         load_unpacked(reference, llm.loaded.model.tensors)
         gaps = np.array(answered(llm, reference, texts, args.max_tokens))
         shares = [f"{np.mean(gaps <= limit):.2%}" for limit in (0, 1e-3, 1e-2, 0.5)]

@@ -18,18 +18,24 @@ from pastalm.eval.intervals import mean
 MARKS = Path(__file__).parent / "marks" / "alpaca_eval_dev_forking.jsonl"
 
 
+def table(figures: Path, marks: Path) -> str:
+    """A Markdown table. figures: `figures.json`. marks: the labels."""
+    lines = [f"| system | {' | '.join(f'forks, {label}' for label in labels.LABELS)} |"]
+    lines.append("| --- " * (len(labels.LABELS) + 1) + "|")
+    for name, system in json.loads(figures.read_text())["systems"].items():
+        chunks = {prompt["id"]: prompt["chunks"] for prompt in system["prompts"]}
+        known = labels.read(marks, chunks)
+        forks = ([chunks[i] >= 2 for i, own in known.items() if own == label] for label in labels.LABELS)
+        lines.append(f"| {name} | {' | '.join(str(mean(own)) if own else '' for own in forks)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figures", type=Path)
     parser.add_argument("--labels", type=Path, default=MARKS)
     chosen = parser.parse_args()
-    print(f"| system | {' | '.join(f'forks, {label}' for label in labels.LABELS)} |")
-    print("| --- " * (len(labels.LABELS) + 1) + "|")
-    for name, system in json.loads(chosen.figures.read_text())["systems"].items():
-        chunks = {prompt["id"]: prompt["chunks"] for prompt in system["prompts"]}
-        known = labels.read(chosen.labels, chunks)
-        forks = ([chunks[i] >= 2 for i, own in known.items() if own == label] for label in labels.LABELS)
-        print(f"| {name} | {' | '.join(str(mean(own)) if own else '' for own in forks)} |")
+    print(table(chosen.figures, chosen.labels))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,9 @@ class Evaluation:
         settings = {
             "command": " ".join(["pasta", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
             "model": Path(options.model).name,
+            "adapters": {name: head["adapter"] for name, head in self.system_headers.items()},
+            "engine": self.engine.engine,
+            "dtype": self.engine.dtype,
             "prompts file": options.prompts.name,
             "requests at once": options.requests,
             "prompts answered one at a time": len(self.alone),

@@ -98,7 +98,8 @@ class Free(BatchingEngine):
         tokens = [(state, token.path) for state, due in batch for token in due]
         logits = self._logits[: len(keep)]
         logits[:] = NOISE
-        logits[np.arange(len(keep)), [self._wanted(*tokens[i]) for i in keep]] = 60
+        self._likeliest = [self._wanted(*tokens[i]) for i in keep]  # as the native engine tells
+        logits[np.arange(len(keep)), self._likeliest] = 60
         self.seconds += time.perf_counter() - begun
         return logits
 

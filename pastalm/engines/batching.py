@@ -45,11 +45,13 @@ class FedGuess:
     placed: where it lies and what it sees.
     drafter: who guessed it.
     logits: [vocabulary] of the token behind it, in memory of the last pass.
+    likeliest: as a thread's.
     """
 
     placed: Placed
     drafter: str
     logits: Any = None
+    likeliest: int = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +62,7 @@ class Thread:
     last: place of its last token (-1: none yet).
     count: its tokens so far.
     logits: [vocabulary] of its next token, fed in an earlier step and not sampled yet.
+    likeliest: the id of the largest of its next token's logits, if the engine has told (-1: not).
     guesses: what was fed ahead and may still come true.
     drafter: who guessed the last token, if the last pass had fed it ahead, so that `logits` are there; else "".
     drafted: drafters of the guesses that were fed behind its last token.
@@ -75,6 +78,7 @@ class Thread:
     last: int = -1
     count: int = 0
     logits: Any = None
+    likeliest: int = -1
     guesses: list[FedGuess] = field(default_factory=list)
     drafter: str = ""
     drafted: tuple[str, ...] = ()
@@ -95,6 +99,7 @@ class RequestState:
     live: the live threads, by path.
     pending: tokens that have a place and were not fed yet, in order.
     processors: of the main thread, when it begins.
+    simple: whether each token is the likeliest that is allowed: greedy, without processors and log-probabilities.
     slot: what the engine gave it.
     cached: how many of the prompt's tokens are in the cache.
     drafts: guesses at its next tokens (None: it wants none).
@@ -105,6 +110,7 @@ class RequestState:
     tokens: Ints
     count: int
     processors: chain.Chain
+    simple: bool
     threads: dict[Path, Thread] = field(default_factory=dict)
     live: list[Thread] = field(default_factory=list)
     unfinished: int = 0
@@ -155,6 +161,18 @@ class RequestState:
 
 
 Batch = list[tuple[RequestState, list[Placed]]]
+
+
+@dataclass(slots=True)
+class Part:
+    """What a pass feeds of one request. ends: the threads that have no token behind those of `due`, each with the index
+    of its last one there."""
+
+    state: RequestState
+    due: list[Placed]
+    ends: list[tuple[int, Thread]]
+
+
 Fed = tuple[Rows, list[Thread]]
 Chosen = dict[str, set[Path]] | None
 """The threads that decode in a step, by request (None: all that live)."""
@@ -225,6 +243,9 @@ class BatchingEngine(ABC):
         self._sampler = sampler if sampler is not None else ArraySampler(vocabulary_size)
         self._drafting = Drafting(learns=self._rows_alike)
         self._rows = 0
+        self._likeliest: Sequence[int] = ()
+        """The id of the largest logit of each row of the last `_forward`, the first of equal ones (-1: not told).
+        Empty where the engine tells of none."""
         self._waiting: dict[str, RequestState] = {}
         self._running: dict[str, RequestState] = {}
 
@@ -274,7 +295,8 @@ class BatchingEngine(ABC):
         tokens[:n] = request.prompt_token_ids
         layout = Layout(n, places, request.positions, page=self._page)
         drafts = self._drafting.of(request) if self.capabilities.drafts else None
-        self._waiting[request.id] = RequestState(request, layout, tokens, n, processors, drafts=drafts)
+        simple = request.params.greedy and request.params.logprobs is None and not processors
+        self._waiting[request.id] = RequestState(request, layout, tokens, n, processors, simple, drafts=drafts)
 
     def apply(self, request_id: str, event: Event) -> None:
         """Updates the request by an event. Raises RequestError if the event cannot follow those before it."""
@@ -434,6 +456,7 @@ class BatchingEngine(ABC):
     def _confirm(self, state: RequestState, thread: Thread, placed: list[Placed]) -> int:
         """How many of a thread's new tokens have been fed as guesses. If all, its next logits are there already."""
         guesses, thread.guesses, thread.logits, thread.drafter = thread.guesses, [], None, ""
+        thread.likeliest = -1
         right = 0
         while right < min(len(guesses), len(placed)) and placed[right] == guesses[right].placed:
             right += 1
@@ -442,7 +465,7 @@ class BatchingEngine(ABC):
                 state.drafts.write(each)
         if right == len(placed):
             last, thread.guesses = guesses[right - 1], guesses[right:]
-            thread.logits, thread.drafter = last.logits, last.drafter
+            thread.logits, thread.likeliest, thread.drafter = last.logits, last.likeliest, last.drafter
         return right
 
     @staticmethod
@@ -517,11 +540,6 @@ class BatchingEngine(ABC):
         """Takes over a prompt that another request has read whole since this one was placed, if the engine can: several
         answers to one prompt then begin in the same step, as they do where the prompt is remembered."""
 
-    def _reusable(self, prompt: Ints, held: Ints) -> int:
-        """How much of a prompt need not be read where `held` is remembered: all but its last token at most, in whole
-        blocks."""
-        return min(common_prefix(held, prompt), len(prompt) - 1) // self._block * self._block
-
     def _chosen(self) -> Chosen:
         """The threads that decode in this step (None: all that live)."""
         if self._schedule is None:
@@ -539,41 +557,40 @@ class BatchingEngine(ABC):
     def _feed(self, chosen: Chosen) -> Fed | None:
         """One forward pass over all due tokens, if there are any, and guesses behind them. Returns the logits and the
         threads they belong to: those with no pending token left."""
-        due_of = []
-        for state in self._decoding():
-            due = state.due(None if chosen is None else chosen.get(state.request.id, set()))
-            if fed := self._feedable(state, due):
-                due_of.append((state, fed))
-        if not due_of:
+        parts = [part for state in self._decoding() if (part := self._part(state, chosen)).due]
+        if not parts:
             return None
-        ready = [
-            [state.threads[token.path] for token in due if state.threads[token.path].last == token.place]
-            for state, due in due_of
-        ]
-        guesses = self._guesses(due_of, ready)
+        guesses = self._guesses(parts)
         batch: Batch = []
         keep: list[int] = []
         owners: list[Thread | FedGuess] = []
         n = 0
-        for (state, due), threads in zip(due_of, ready, strict=True):
-            last = {thread.last: thread for thread in threads if not thread.finished}
-            guessed = [guess for thread in last.values() for guess in guesses.get(thread, ())]
-            for i, token in enumerate(due, n):
-                if (thread := last.get(token.place)) is not None:
-                    keep.append(i)
-                    owners.append(thread)
-            keep += range(n + len(due), n + len(due) + len(guessed))
-            owners += guessed
-            batch.append((state, [*due, *(guess.placed for guess in guessed)]))
-            n += len(due) + len(guessed)
+        for part in parts:
+            fed = part.due
+            keep += [n + i for i, _ in part.ends]
+            owners += [thread for _, thread in part.ends]
+            if guessed := [guess for _, thread in part.ends for guess in guesses.get(thread, ())] if guesses else []:
+                keep += range(n + len(fed), n + len(fed) + len(guessed))
+                owners += guessed
+                fed = [*fed, *(guess.placed for guess in guessed)]
+            batch.append((part.state, fed))
+            n += len(fed)
         self._rows = n
         logits = self._forward(batch, keep)
-        for state, due in due_of:
-            state.fed(due)
+        for part in parts:
+            part.state.fed(part.due)
         return self._dealt(logits, owners, guesses)
+
+    def _part(self, state: RequestState, chosen: Chosen) -> Part:
+        """What a pass feeds of a request."""
+        due = self._feedable(state, state.due(None if chosen is None else chosen.get(state.request.id, set())))
+        ends = [(i, thread) for i, token in enumerate(due) if (thread := state.threads[token.path]).last == token.place]
+        return Part(state, due, [(i, thread) for i, thread in ends if not thread.finished])
 
     def _dealt(self, logits: Rows, owners: list[Thread | FedGuess], guesses: dict[Thread, list[FedGuess]]) -> Fed:
         """The logits of threads; those behind guesses are left with the guesses."""
+        for owner, token in zip(owners, self._likeliest, strict=False):
+            owner.likeliest = token
         threads = [owner for owner in owners if isinstance(owner, Thread)]
         if not guesses:
             return logits, threads
@@ -589,18 +606,16 @@ class BatchingEngine(ABC):
 
     # ------------------------------------------------------------------ drafts
 
-    def _guesses(self, due_of: Batch, ready: list[list[Thread]]) -> dict[Thread, list[FedGuess]]:
+    def _guesses(self, parts: Sequence[Part]) -> dict[Thread, list[FedGuess]]:
         """What is fed ahead in a pass: the guesses that are worth their rows, in places kept for them."""
         owners: list[tuple[RequestState, Thread]] = []
         candidates: list[Candidate] = []
-        rows = sum(len(due) for _, due in due_of)
-        if not self._drafting.pays(rows, sum(map(len, ready))):
+        rows, tokens = sum(len(part.due) for part in parts), sum(len(part.ends) for part in parts)
+        if not self._drafting.pays(rows, tokens):
             return {}
-        for (state, _), threads in zip(due_of, ready, strict=True):
-            if state.drafts is None:
-                continue
-            for thread in threads:
-                if thread.live and (most := self._most_guesses(state, thread)) > 0:
+        for state, ends in ((part.state, part.ends) for part in parts if part.state.drafts is not None):
+            for thread in (thread for _, thread in ends if thread.live):
+                if (most := self._most_guesses(state, thread)) > 0:
                     context = state.drafts.context(thread.path, state.layout.sees(thread.path))
                     owners.append((state, thread))
                     candidates.append(Candidate(state.drafts, context, most, thread.may_sample))
@@ -608,8 +623,9 @@ class BatchingEngine(ABC):
             self._drafting.choose(candidates, rows)
         guesses: dict[Thread, list[FedGuess]] = {}
         for (state, thread), candidate in zip(owners, candidates, strict=True):
-            placed = state.layout.guess(thread.path, [guess.token for guess in candidate.guesses])
-            if placed:
+            if candidate.guesses and (
+                placed := state.layout.guess(thread.path, [guess.token for guess in candidate.guesses])
+            ):
                 guesses[thread] = [
                     FedGuess(at, guess.drafter) for at, guess in zip(placed, candidate.guesses, strict=False)
                 ]
@@ -673,14 +689,23 @@ class BatchingEngine(ABC):
 
     def _sampled(self, owners: list[RequestState], threads: list[Thread], logits: Rows) -> list[SampledToken]:
         """A token for each thread, of the logits [threads, vocabulary]. A thread whose row fails is lost."""
-        draws = [self._draw(r, t) for r, t in zip(owners, threads, strict=True)]
-        sampled = self._sampler(logits, draws)
+        sampled: list[Sampled | None] = [
+            Sampled(t.likeliest) if r.simple and t.likeliest >= 0 and t.may_sample(t.likeliest) else None
+            for r, t in zip(owners, threads, strict=True)
+        ]
+        left = [i for i, each in enumerate(sampled) if each is None]
+        if left:
+            rows = logits if len(left) == len(threads) else self._sampler.stack([logits[i] for i in left])
+            for i, each in zip(
+                left, self._sampler(rows, [self._draw(owners[i], threads[i]) for i in left]), strict=True
+            ):
+                sampled[i] = each
         if self.on_logits is not None:
             for state, thread, row in zip(owners, threads, logits, strict=True):
                 self.on_logits(state.request.id, thread.path, row)
-        tokens = [_token(r, t, s) for r, t, s in zip(owners, threads, sampled, strict=True)]
+        tokens = [_token(r, t, s) for r, t, s in zip(owners, threads, sampled, strict=True) if s is not None]
         for thread in threads:
-            thread.drafter, thread.drafted = "", ()
+            thread.drafter, thread.drafted, thread.likeliest = "", (), -1
         return tokens
 
     @staticmethod

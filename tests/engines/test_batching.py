@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pastalm.core.driver import Driver
 from pastalm.core.events import Blocked, Decoded, Event, Finished, Forked, Joined, Path, SampledToken
 from pastalm.core.params import Request, SamplingParams
 from pastalm.engines.base import Capabilities, Schedule
@@ -23,7 +24,7 @@ from pastalm.errors import RequestError
 from tests.laws.oracle import Linear
 from tests.laws.script import Script, play, random_scripts
 from tests.laws.test_exactness import SCHEDULES
-from tests.laws.tiny import SIZE
+from tests.laws.tiny import SIZE, TAGS, tiny_vocabulary
 
 CAPABILITIES = Capabilities(
     name="hashing", weights="none", positions=("promised", "overlap"), drafts=True, max_model_len=256, max_num_seqs=2
@@ -275,3 +276,40 @@ def test_engines_that_need_no_torch_import_none() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class TellingEngine(HashingEngine):
+    """Tells which logit is the largest, now and then."""
+
+    def _forward(self, batch: Batch, keep: list[int]) -> NDArray[np.float32]:
+        logits = super()._forward(batch, keep)
+        self._likeliest = [int(row.argmax()) if int(1000 * row[0]) % 5 else -1 for row in logits]
+        return logits
+
+
+@pytest.mark.parametrize("drafts", ["off", "lookup,siblings"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_an_engine_tells_of_its_logits_changes_nothing(drafts: str, schedule: str) -> None:
+    """Nor does it where a thread keeps its logits for steps, or has them from a guess."""
+    params = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=1),
+        SamplingParams(temperature=0, logprobs=1),
+        SamplingParams(temperature=0, repetition_penalty=1.5),
+    ]
+    bias = {TAGS.sync: 3.0, TAGS.tokens: 4.0, TAGS.promise_end: 4.0, TAGS.async_close: 3.0}
+    events = []
+    for make in (HashingEngine, TellingEngine):
+        driver = Driver(make(page=16, places=400, schedule=SCHEDULES[schedule]()), tiny_vocabulary())
+        responses = [
+            driver.submit(
+                [7, 8, 9, 7, 8],
+                replace(each, max_tokens=60, parallelism=60.0, ignore_eos=True, drafts=drafts, logit_bias=own),
+                seed=i,
+            )
+            for i, each in enumerate(params)
+            for own in (None, bias)
+        ]
+        driver.run(responses)
+        events.append([[replace(event, time=0.0) for event in response.take()] for response in responses])
+    assert events[0] == events[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -289,3 +290,29 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_a_pass_has(
     alone = logits(1)
     for rows in (2, 3, 5, 8, 13, 40):
         assert np.array_equal(logits(rows), alone), rows
+
+
+def test_the_likeliest_ids_are_the_first_of_the_largest_logits(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each row of a pass, whichever thread of the team computed it; a greedy token then needs no look at the logits.
+    Here every logit is there twice."""
+    model = copy.deepcopy(reference("llama"))
+    half = model.config.vocab_size // 2
+    with torch.no_grad():
+        model.lm_head.weight[half:] = model.lm_head.weight[:half]
+    native = NativeModel(*packed_models.from_model(model, "F32"), threads=3)
+    running = NativeEngine(native, max_num_seqs=3, max_model_len=128)
+    rows: list[np.ndarray] = []
+    monkeypatch.setattr(running, "_sampler", None)
+    running.on_logits = lambda name, path, row: rows.append(row.copy())
+    for name in "abc":
+        running.add(Request(id=name, prompt_token_ids=PROMPT, params=PARAMS))
+        running.apply(name, Forked(path=()))
+        running.apply(name, Decoded(path=(), token=ord(name)))
+    for _ in range(5):
+        rows.clear()
+        sampled = running.step()
+        assert [token.token for token in sampled] == [int(row.argmax()) for row in rows] and len(rows) == 3
+        assert all(row[half:].tolist() == row[:half].tolist() for row in rows)
+        for token in sampled:
+            running.apply(token.request_id, Decoded(path=(), token=token.token))
+    running.close()

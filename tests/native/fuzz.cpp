@@ -171,7 +171,7 @@ void wrong_step(Caller &by, Model &model, Pool &pool, const Plan &right) {
             plan.keep.data(), plan.groups.data(), logits.data()};
   const std::string what = spoil(by, plan, call, model, pool);
   by.must_refuse(pastalm_step(call.model, call.pool, call.tokens, call.ids, call.positions, call.slots, call.groups,
-                              call.group, call.kept, call.keep, call.logits) != 0,
+                              call.group, call.kept, call.keep, call.logits, nullptr) != 0,
                  "a step with " + what);
 }
 

@@ -56,7 +56,7 @@ int main() {
   std::vector<float> logits(size_t(weights.config.vocabulary));
   auto step = [&] {
     return pastalm_step(model, pool, tokens, zeros.data(), numbers.data(), numbers.data(), 1, &group, 1, zeros.data(),
-                        logits.data());
+                        logits.data(), nullptr);
   };
   leave(1 << 20);
   if (!step()) return wrong("a large step in 1 MB");

@@ -3,8 +3,10 @@
  * it is seen by a sanitizer. */
 #ifndef RANDOM_MODELS_H
 #define RANDOM_MODELS_H
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -159,8 +161,10 @@ struct Plan {
   std::vector<std::vector<uint16_t>> visible;
   std::vector<std::vector<int32_t>> order, share; /* of each group; empty: as the pages lie */
   std::vector<pastalm_group> groups;
+  size_t vocabulary;
 
-  Plan(Random &random, const pastalm_config &config, int slots_of_pool, int most) {
+  Plan(Random &random, const pastalm_config &config, int slots_of_pool, int most)
+      : vocabulary(size_t(config.vocabulary)) {
     const int pages_of_pool = slots_of_pool / PASTALM_PAGE, requests = random.between(1, 3);
     std::vector<bool> taken(size_t(slots_of_pool), false);
     for (int r = 0; r < requests; r++) {
@@ -195,14 +199,25 @@ struct Plan {
   Plan(const Plan &other) { *this = other; }
   Plan &operator=(const Plan &other) {
     ids = other.ids, positions = other.positions, slots = other.slots, keep = other.keep;
+    vocabulary = other.vocabulary;
     visible = other.visible, groups = other.groups, order = other.order, share = other.share;
     point();
     return *this;
   }
 
+  /* Aborts if what is said to be likeliest is not. */
   int32_t run(pastalm_model *model, pastalm_pool *pool, float *logits) const {
-    return pastalm_step(model, pool, int32_t(ids.size()), ids.data(), positions.data(), slots.data(),
-                        int32_t(groups.size()), groups.data(), int32_t(keep.size()), keep.data(), logits);
+    std::vector<int32_t> likeliest(keep.size(), -2);
+    const int32_t failed = pastalm_step(model, pool, int32_t(ids.size()), ids.data(), positions.data(), slots.data(),
+                                        int32_t(groups.size()), groups.data(), int32_t(keep.size()), keep.data(), logits,
+                                        likeliest.data());
+    for (size_t i = 0; !failed && i < keep.size(); i++) {
+      const float *row = logits + i * vocabulary;
+      const int32_t first = int32_t(std::max_element(row, row + vocabulary) - row);
+      const bool finite = std::all_of(row, row + vocabulary, [](float x) { return std::isfinite(x); });
+      if (likeliest[i] != (finite ? first : -1)) fprintf(stderr, "row %zu: %d is likeliest\n", i, likeliest[i]), abort();
+    }
+    return failed;
   }
 
  private:

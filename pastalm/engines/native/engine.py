@@ -5,9 +5,7 @@ Its `Layout` gives each thread runs of 16 slots of its own, so that what a token
 fork, a join move nothing. All due tokens of all requests are rows of one pass, and a prompt is a pass of more rows.
 Rows of one request read what they share once. (PASTA section 4.)
 
-A range remembers the prompt that it began with, and the logits behind it: a request that begins like it prefills only
-the rest, in that range if it is free, else on a copy. A prompt is read in blocks that begin at multiples of their
-length, and only whole ones are used again: so what is remembered does not change an answer. No torch.
+A range remembers the prompt that it began with (`prefixes`). No torch.
 """
 
 from __future__ import annotations
@@ -26,13 +24,11 @@ from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,
     Batch,
-    BatchingEngine,
-    Ints,
     RequestState,
-    common_prefix,
 )
 from pastalm.engines.native import library as lib
 from pastalm.engines.native.model import CACHE_TYPES, PAGE, NativeModel, Pool, processors
+from pastalm.engines.prefixes import PrefixCachingEngine
 from pastalm.errors import CapabilityError, RequestError
 
 CAPABILITIES = Capabilities(
@@ -65,7 +61,7 @@ def notes() -> str:
     return f"{kernels} kernels, {processors()} threads"
 
 
-class NativeEngine(BatchingEngine):
+class NativeEngine(PrefixCachingEngine):
     """Decodes all threads of all requests in one forward pass per step, on CPUs.
 
     max_num_seqs: requests that decode at once; max_model_len: tokens of each, cut to the positions the model can take.
@@ -104,9 +100,6 @@ class NativeEngine(BatchingEngine):
         self._model = model
         self._range = -(-(capacity + capacity // SPARE) // PAGE) * PAGE
         self._pool = Pool(model, max_num_seqs * self._range, cache_type)
-        self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
-        self._next: list[NDArray[np.float32] | None] = [None] * max_num_seqs
-        self._free = set(range(max_num_seqs))
         self._orders: dict[str, Order] = {}
 
     def close(self) -> None:
@@ -114,53 +107,22 @@ class NativeEngine(BatchingEngine):
         self._pool.close()
         self._model.close()
 
-    def forget(self) -> None:
-        """Forgets the prompts that are remembered."""
-        self._memory = [prompt[:0] for prompt in self._memory]
-        self._next = [None] * len(self._next)
-
     # ------------------------------------------------------------------ ranges and prompts
 
     def _room(self, request: Request) -> int:
         return self._range
 
-    def _place(self, state: RequestState) -> bool:
-        """A free range: the one that remembers most of the prompt, or any with a copy of what another remembers."""
-        if not self._free:
-            return False
-        prompt = state.prompt
-        shared = [common_prefix(held, prompt) for held in self._memory]
-        nearest = max(range(len(shared)), key=lambda r: (shared[r], r in self._free, -r))
-        own = nearest if nearest in self._free else min(self._free, key=lambda r: (shared[r], len(self._memory[r])))
-        known = self._next[nearest] if len(self._memory[nearest]) == shared[nearest] == len(prompt) else None
-        begin = self._reusable(prompt, self._memory[nearest]) if known is None else len(prompt)
-        if own != nearest and begin > shared[own]:
-            self._pool.copy(nearest * self._range, own * self._range, begin)
-        self._memory[own], self._next[own] = prompt[:begin].copy(), known
-        if state.main.last < 0:
-            state.main.logits = known
-        self._free.remove(own)
-        state.slot, state.cached = own, begin
-        return True
-
-    def _recall(self, state: RequestState) -> None:
-        prompt, own = state.prompt, state.slot
-        for source, logits in enumerate(self._next):
-            if logits is not None and np.array_equal(self._memory[source], prompt):
-                self._pool.copy(source * self._range, own * self._range, len(prompt))
-                self._memory[own], self._next[own] = prompt.copy(), logits
-                state.cached = len(prompt)
-                state.main.logits = logits if state.main.last < 0 else None
-                return
+    def _copy(self, source: int, target: int, count: int) -> None:
+        self._pool.copy(source * self._range, target * self._range, count)
 
     def _leave(self, state: RequestState) -> None:
         """The range is free; what a long answer took of it is given back, the prompt is kept."""
-        own, base = state.slot, state.slot * self._range
+        base = state.slot * self._range
         kept = -(-len(state.prompt) // PAGE) * PAGE
         used = -(-state.layout.used // PAGE) * PAGE
         if used > kept:
             self._pool.clear(base + kept, used - kept)
-        self._free.add(own)
+        super()._leave(state)
         self._orders.pop(state.request.id, None)
 
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
@@ -174,8 +136,9 @@ class NativeEngine(BatchingEngine):
             self._groups([(own, np.packbits(visible, axis=1, bitorder="little"))]),
             np.array([len(where) - 1] if logits else [], dtype=np.int32),
         )
-        self._memory[own], self._next[own] = prompt[:stop].copy(), rows[0].copy() if logits else None
-        return self._next[own]
+        behind = rows[0].copy() if logits else None
+        self._remember(own, prompt[:stop], behind)
+        return behind
 
     # ------------------------------------------------------------------ decoding
 
@@ -183,7 +146,7 @@ class NativeEngine(BatchingEngine):
         """Logits [len(keep), vocabulary] of one pass over the due tokens of some requests."""
         placed = [token for _, due in batch for token in due]
         base = np.repeat([r.slot * self._range for r, _ in batch], [len(due) for _, due in batch])
-        return self._pool.step(
+        logits = self._pool.step(
             np.array([token.token for token in placed], dtype=np.int32),
             np.array([token.position for token in placed], dtype=np.int32),
             (base + [token.place for token in placed]).astype(np.int32),
@@ -192,6 +155,8 @@ class NativeEngine(BatchingEngine):
             ),
             np.array(keep, dtype=np.int32),
         )
+        self._likeliest = self._pool.likeliest.tolist()
+        return logits
 
     def _order(self, state: RequestState) -> Order:
         """The pages of a request in the order in which attention sums over them: thread by thread, a few pages of one

@@ -18,7 +18,7 @@ from typing import Any
 
 from pastalm.errors import CapabilityError
 
-ABI = 2
+ABI = 3
 """The version of the interface that this module declares (PASTALM_ABI)."""
 PAGE = 16
 WEIGHT_TYPES = {"Q4_0": 0, "Q8_0": 1, "BF16": 2, "F32": 3, "F16": 4}
@@ -137,7 +137,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pastalm_step": (
         c_int32,
         [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p]
-        + [c_int32, POINTER(Group), c_int32, c_void_p, c_void_p],
+        + [c_int32, POINTER(Group), c_int32, c_void_p, c_void_p, c_void_p],
     ),
 }
 """Result and argument types of each function in the header."""

@@ -124,6 +124,9 @@ class Pool:
         self.slot_bytes: int = self._library.pastalm_pool_bytes(self.pointer)
         """Bytes of keys and values of one token."""
         self._logits = np.empty((0, model.architecture.vocabulary), dtype=np.float32)
+        self.likeliest = np.empty(0, dtype=np.int32)
+        """Of each row of logits that the last step gave the id of the largest, the first of equal ones; -1 where one is
+        not finite."""
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copies `count` slots from `source` on to `target` on."""
@@ -155,6 +158,7 @@ class Pool:
         if len(keep) > len(self._logits):
             self._logits = np.empty((len(keep), self._model.architecture.vocabulary), dtype=np.float32)
         logits = self._logits[: len(keep)]
+        self.likeliest = np.empty(len(keep), dtype=np.int32)
         _check(
             self._library.pastalm_step(
                 self._model.pointer,
@@ -168,6 +172,7 @@ class Pool:
                 len(keep),
                 keep.ctypes.data,
                 logits.ctypes.data,
+                self.likeliest.ctypes.data,
             )
         )
         return logits

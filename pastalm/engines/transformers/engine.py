@@ -5,9 +5,7 @@ inside attention are they laid out by request (`attention`). A request owns one 
 with use, and a token the slot that its `Layout` gave it. What a token sees is a row of booleans, which become a mask
 once a step (`masks`). Forks and joins move nothing. (PASTA section 4: interpreter and KV cache pool.)
 
-A free row remembers its prompt and the logits behind it: a request with the same beginning prefills only the rest. A
-prompt is read in blocks that begin at multiples of their length, and only whole blocks are used again: so the prefix
-cache does not change an answer.
+A row remembers the prompt that it began with (`prefixes`).
 """
 
 from __future__ import annotations
@@ -28,13 +26,12 @@ from pastalm.engines.batching import (
     PREFILL_BUDGET,
     PREFILL_CHUNK,
     Batch,
-    BatchingEngine,
     Bools,
     Ints,
     RequestState,
-    common_prefix,
 )
 from pastalm.engines.mask_rows import mask_row
+from pastalm.engines.prefixes import PrefixCachingEngine
 from pastalm.engines.transformers import packed_linear, rope
 from pastalm.engines.transformers.attention import ATTENTION, attending
 from pastalm.engines.transformers.compiled import BUCKETS, CompiledModel
@@ -58,7 +55,7 @@ ALIGNMENT = 8
 """Rows are read up to a multiple of this: attention kernels want masks of such widths."""
 
 
-class TransformersEngine(BatchingEngine):
+class TransformersEngine(PrefixCachingEngine):
     """Decodes all threads of all requests in one forward pass per step.
 
     model: a loaded decoder-only model with rotary positions; put into eval mode. One whose attention cannot be
@@ -134,9 +131,6 @@ class TransformersEngine(BatchingEngine):
         in_fixed_shapes = (self._device.type == "cuda" if graphs is None else graphs) and not self.own_attention
         self._graphs = Graphs(self._fixed_step, self._device) if in_fixed_shapes else None
         self._pool = Pool(self._shape.layers, max_num_seqs, capacity, cut=self.own_attention, whole=compiled)
-        self._memory: list[Ints] = [np.empty(0, dtype=np.int64)] * max_num_seqs
-        self._next: list[Tensor | None] = [None] * max_num_seqs
-        self._free = set(range(max_num_seqs))
 
     # ------------------------------------------------------------------ what the model can do
 
@@ -222,29 +216,18 @@ class TransformersEngine(BatchingEngine):
             return 1
         return BLOCK if model.device.type == "cpu" else chunk
 
-    def forget(self) -> None:
-        """Clears the prefix cache."""
-        for row in self._free:
-            self._memory[row] = self._memory[row][:0]
-            self._next[row] = None
-
     # ------------------------------------------------------------------ prompts
 
     def _place(self, state: RequestState) -> bool:
-        """A row of the pool: the free one with most of the prompt in its prefix cache."""
-        if not self._free:
-            return False
-        prompt = state.prompt
-        row = max(self._free, key=lambda r: (common_prefix(self._memory[r], prompt), -r))
-        known = self._next[row] if np.array_equal(self._memory[row], prompt) else None
-        begin = self._reusable(prompt, self._memory[row]) if known is None else len(prompt)
-        self._grow(row + 1, 1)
-        self._memory[row], self._next[row] = prompt[:begin], known
-        if state.main.last < 0:
-            state.main.logits = known
-        self._free.remove(row)
-        state.slot, state.cached = row, begin
-        return True
+        placed = super()._place(state)
+        if placed:
+            self._grow(state.slot + 1, 1)
+        return placed
+
+    @torch.inference_mode()
+    def _copy(self, source: int, target: int, count: int) -> None:
+        self._grow(target + 1, count)
+        self._pool.copy(source, target, count)
 
     def _grow(self, rows: int, slots: int) -> None:
         """Makes room in the pool. Captured steps are dropped then, since the pool moves."""
@@ -253,20 +236,6 @@ class TransformersEngine(BatchingEngine):
         if self._graphs is not None:
             self._graphs.clear()
         self._pool.grow(rows, slots)
-
-    @torch.inference_mode()
-    def _recall(self, state: RequestState) -> None:
-        prompt, row, n = state.prompt, state.slot, len(state.prompt)
-        for source, logits in enumerate(self._next):
-            if logits is not None and np.array_equal(self._memory[source], prompt):
-                self._pool.copy(source, row, n)
-                self._memory[row], self._next[row] = prompt, logits
-                state.cached = n
-                state.main.logits = logits if state.main.last < 0 else None
-                return
-
-    def _leave(self, state: RequestState) -> None:
-        self._free.add(state.slot)
 
     @torch.inference_mode()
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> Tensor | None:
@@ -289,8 +258,9 @@ class TransformersEngine(BatchingEngine):
             keep=[len(slots) - 1] if logits else [],
             decoding=False,
         )
-        self._memory[row], self._next[row] = prompt[:stop], outputs[0].clone() if logits else None
-        return self._next[row]
+        behind = outputs[0].clone() if logits else None
+        self._remember(row, prompt[:stop], behind)
+        return behind
 
     # ------------------------------------------------------------------ decoding
 

@@ -262,6 +262,25 @@ void softcap(float *x, int64_t count, float cap) {
   for (; i < count; i++) x[i] = std::tanh(x[i] / cap) * cap;
 }
 
+void rank(const float *logits, int64_t count, int64_t first, Likeliest &best) {
+  Floats most = all(-INFINITY), odd = all(0); /* odd: 0 unless a logit is not finite */
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Floats x = load(logits + i);
+    most = larger(most, x);
+    odd = odd + (x - x);
+  }
+  float top = largest(most), rest = sum(odd);
+  for (; i < count; i++) top = std::max(top, logits[i]), rest += logits[i] - logits[i];
+  if (rest != 0) best.finite = false; /* it is no number */
+  if (best.id >= 0 && (top < best.logit || (top == best.logit && first > best.id))) return;
+  for (i = 0; i < count; i++)
+    if (logits[i] == top) {
+      best.logit = top, best.id = (int32_t)(first + i);
+      return;
+    }
+}
+
 /* ------------------------------------------------------------------------------ keys and values */
 
 /* What is no number becomes 0: a hidden slot weighs nothing, but 0 * NaN would spoil who reads its page. */
@@ -474,7 +493,7 @@ namespace pastalm {
 
 const Kernels *TABLE(PASTALM_ISA)() {
   static const Kernels table = {NAME(PASTALM_ISA), product, gated, norm,   bytes,  embed,
-                                rotate,            softcap, write, attend, merge};
+                                rotate,            softcap, rank,  write, attend, merge};
   return &table;
 }
 

@@ -58,6 +58,13 @@ struct Tile {
 
 inline int64_t scratch_of(int64_t pages, int64_t head_dim) { return MOST_ROWS * (pages * PAGE + 2 * head_dim); }
 
+/* The largest of a row's logits so far, and its id: of equal ones the first. */
+struct Likeliest {
+  float logit = 0;
+  int32_t id = -1; /* none yet */
+  bool finite = true;
+};
+
 struct Kernels {
   const char *name;
   /* out[row * stride + output], for blocks first_block .. last_block - 1 of the matrix (the first output of which is
@@ -74,6 +81,8 @@ struct Kernels {
   void (*embed)(const pastalm_matrix &m, int64_t token, float scale, float *out);
   void (*rotate)(float *head, const float *cosine, const float *sine, int64_t half);
   void (*softcap)(float *x, int64_t count, float cap);
+  /* Takes into account the logits of ids first .. first + count - 1, in any order of calls. */
+  void (*rank)(const float *logits, int64_t count, int64_t first, Likeliest &best);
   void (*write)(const pastalm_pool &pool, int64_t slot, int32_t layer, int32_t head, const float *key, const float *value);
   /* Some of the pages (ascending, of the request's) for one tile. scratch: [scratch_of(count, head_dim)]. */
   void (*attend)(int32_t type, const Cache &cache, const Tile &tile, const int32_t *pages, int64_t count, float softcap,

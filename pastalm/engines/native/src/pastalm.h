@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define PASTALM_ABI 2
+#define PASTALM_ABI 3
 #define PASTALM_PAGE 16 /* slots whose visibility is one 16-bit word, and that attention reads together */
 
 /* Weight types. Matrices are packed in blocks of 16 outputs, one block after the other, each aligned to 64 bytes.
@@ -104,10 +104,11 @@ int32_t pastalm_pool_copy(pastalm_pool *pool, int64_t from, int64_t to, int64_t 
 int32_t pastalm_pool_clear(pastalm_pool *pool, int64_t first, int64_t count);
 
 /* One forward pass. ids, positions, slots: [tokens], no slot twice; what a token sees is written before it is read, so
- * tokens of one step may see each other. keep: [kept] tokens whose logits are wanted, ascending; logits: [kept][vocabulary]. */
+ * tokens of one step may see each other. keep: [kept] tokens whose logits are wanted, ascending; logits: [kept][vocabulary].
+ * likeliest: [kept] the id of the largest logit, the first of equal ones; -1 where one is not finite. NULL: not wanted. */
 int32_t pastalm_step(pastalm_model *model, pastalm_pool *pool, int32_t tokens, const int32_t *ids,
                      const int32_t *positions, const int32_t *slots, int32_t groups, const pastalm_group *group,
-                     int32_t kept, const int32_t *keep, float *logits);
+                     int32_t kept, const int32_t *keep, float *logits, int32_t *likeliest);
 
 #ifdef __cplusplus
 }

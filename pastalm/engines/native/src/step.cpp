@@ -114,7 +114,8 @@ namespace {
 
 /* ------------------------------------------------------------------------------ one step */
 
-constexpr int64_t ROWS_AT_ONCE = 64; /* rows of gate and up between product and activation */
+constexpr int64_t ROWS_AT_ONCE = 64;   /* rows of gate and up between product and activation */
+constexpr int64_t BLOCKS_AT_ONCE = 64; /* of the head between product and what is made of its logits */
 
 /* The order in which attention sums over the pages of a request: share by share, then over the shares. It depends on
  * nothing but the caller's: so a row is the same, to the last bit, whatever other rows a pass has. */
@@ -155,12 +156,13 @@ struct Step final : Job {
   int32_t kept;
   const int32_t *keep;
   float *logits;
+  int32_t *likeliest;
 
   Step(pastalm_model &model, pastalm_pool &pool, const Kernels &kernels, int32_t tokens, const int32_t *ids,
        const int32_t *positions, const int32_t *slots, int32_t groups, const pastalm_group *group, int32_t kept,
-       const int32_t *keep, float *logits)
+       const int32_t *keep, float *logits, int32_t *likeliest)
       : model(model), pool(pool), kernels(kernels), tokens(tokens), ids(ids), positions(positions), slots(slots),
-        groups(groups), group(group), kept(kept), keep(keep), logits(logits) {}
+        groups(groups), group(group), kept(kept), keep(keep), logits(logits), likeliest(likeliest) {}
 
   const pastalm_config &config = model.config;
   const int32_t heads_each = config.heads / config.kv_heads; /* query heads of one key head */
@@ -171,8 +173,9 @@ struct Step final : Job {
   std::vector<Sight> sights;
   std::vector<int32_t> sight_of; /* of each layer */
   std::vector<Phase> phases = std::vector<Phase>(PHASES * ((size_t)config.layers + 1));
-  std::vector<Order> orders; /* of each group */
-  int32_t splits = 1;        /* shares of the request that has most */
+  std::vector<Order> orders;       /* of each group */
+  std::vector<Likeliest> ranked;   /* [threads of the team][kept]: what each thread has seen */
+  int32_t splits = 1;              /* shares of the request that has most */
 
   /* ---------------------------------------------------------- what is seen */
 
@@ -354,7 +357,7 @@ struct Step final : Job {
         });
       }
     }
-    finish(phase);
+    finish(phase, thread);
   }
 
   /* Gate and up by 32 outputs each, and at once what becomes of them. */
@@ -389,18 +392,41 @@ struct Step final : Job {
   }
 
   /* The logits of the tokens that are kept. */
-  void finish(size_t phase) {
+  void finish(size_t phase, int thread) {
     if (!kept) return;
     each_one(phase++, kept, [&](int64_t i) {
       advance(keep[i], &model.layers.back().mlp_post_norm, config.norm, last, i, config.head.type);
     });
     each(phase, blocks(config.head), [&](int64_t first, int64_t last_) {
-      float *out = logits + first * BLOCK;
-      kernels.product(config.head, last, 0, kept, first, last_, out, config.vocabulary, false, nullptr);
-      const int64_t width = std::min<int64_t>(last_ * BLOCK, config.vocabulary) - first * BLOCK;
-      if (config.logit_softcap > 0)
-        for (int64_t i = 0; i < kept; i++) kernels.softcap(out + i * config.vocabulary, width, config.logit_softcap);
+      for (int64_t from = first; from < last_; from += BLOCKS_AT_ONCE)
+        give_logits(from, std::min(from + BLOCKS_AT_ONCE, last_), thread);
     });
+  }
+
+  void give_logits(int64_t first, int64_t last_, int thread) {
+    float *out = logits + first * BLOCK;
+    kernels.product(config.head, last, 0, kept, first, last_, out, config.vocabulary, false, nullptr);
+    const int64_t width = std::min<int64_t>(last_ * BLOCK, config.vocabulary) - first * BLOCK;
+    for (int64_t i = 0; i < kept; i++) {
+      float *own = out + i * config.vocabulary;
+      if (config.logit_softcap > 0) kernels.softcap(own, width, config.logit_softcap);
+      if (likeliest) kernels.rank(own, width, first * BLOCK, ranked[(size_t)thread * kept + i]);
+    }
+  }
+
+  /* After the phases. */
+  void give_likeliest() {
+    for (int32_t i = 0; likeliest && i < kept; i++) {
+      Likeliest best;
+      for (size_t own = i; own < ranked.size(); own += kept) {
+        const Likeliest &other = ranked[own];
+        best.finite = best.finite && other.finite;
+        if (other.id < 0) continue;
+        if (best.id < 0 || other.logit > best.logit || (other.logit == best.logit && other.id < best.id))
+          best.logit = other.logit, best.id = other.id;
+      }
+      likeliest[i] = best.finite ? best.id : -1;
+    }
   }
 
   /* ---------------------------------------------------------- before the phases */
@@ -423,6 +449,7 @@ struct Step final : Job {
     attended = model.attended.of(n, queries);
     mlp = model.mlp.of(n, config.intermediate);
     last = model.kept.of(kept, config.hidden);
+    if (likeliest) ranked.resize((size_t)model.team.size() * kept);
     x = model.stream.of(n * config.hidden);
     delta = model.delta.of(n * config.hidden);
     qkv = model.qkv.of(n * qkv_width);
@@ -679,13 +706,15 @@ EXPORT int32_t pastalm_pool_clear(pastalm_pool *pool, int64_t first, int64_t cou
 
 EXPORT int32_t pastalm_step(pastalm_model *model, pastalm_pool *pool, int32_t tokens, const int32_t *ids,
                             const int32_t *positions, const int32_t *slots, int32_t groups, const pastalm_group *group,
-                            int32_t kept, const int32_t *keep, float *logits) {
+                            int32_t kept, const int32_t *keep, float *logits, int32_t *likeliest) {
   return guarded([&] {
     if (!model || !pool) return fail("no model or no pool");
-    auto step = std::make_shared<Step>(*model, *pool, *chosen(), tokens, ids, positions, slots, groups, group, kept, keep, logits);
+    auto step = std::make_shared<Step>(*model, *pool, *chosen(), tokens, ids, positions, slots, groups, group, kept, keep,
+                                       logits, likeliest);
     if (!check_step(model, pool, *step)) return false;
     step->prepare();
-    model->team.run(std::move(step));
+    model->team.run(step);
+    step->give_likeliest();
     return true;
   });
 }

@@ -613,12 +613,15 @@ class BatchingEngine(ABC):
         rows, tokens = sum(len(part.due) for part in parts), sum(len(part.ends) for part in parts)
         if not self._drafting.pays(rows, tokens):
             return {}
-        for state, ends in ((part.state, part.ends) for part in parts if part.state.drafts is not None):
-            for thread in (thread for _, thread in ends if thread.live):
-                if (most := self._most_guesses(state, thread)) > 0:
-                    context = state.drafts.context(thread.path, state.layout.sees(thread.path))
+        for part in parts:
+            state, drafts = part.state, part.state.drafts
+            if drafts is None:
+                continue
+            for _, thread in part.ends:
+                if thread.live and (most := self._most_guesses(state, thread)) > 0:
+                    context = drafts.context(thread.path, state.layout.sees(thread.path))
                     owners.append((state, thread))
-                    candidates.append(Candidate(state.drafts, context, most, thread.may_sample))
+                    candidates.append(Candidate(drafts, context, most, thread.may_sample))
         if candidates:
             self._drafting.choose(candidates, rows)
         guesses: dict[Thread, list[FedGuess]] = {}

@@ -178,7 +178,7 @@ def _check_arguments(context: typer.Context, arguments: Mapping[str, Any], no_ef
     for rule in no_effect:
         for name in rule.names:
             source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE" and rule.when(arguments):
+            if source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP") and rule.when(arguments):
                 raise RequestError(f"{shown[name]} does nothing {rule.reason}: leave out one of them")
 
 

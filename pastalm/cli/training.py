@@ -11,6 +11,7 @@ import typer
 
 from pastalm.cli.command import NoEffect, app, verb
 from pastalm.cli.options import Counted, Device, Model, Overwrite, TrustRemoteCode
+from pastalm.cli.recipes import ConfigFile
 from pastalm.cli.terminal import quiet_libraries, say
 from pastalm.core.layout import POLICIES, Policy
 from pastalm.errors import DataError, RequestError
@@ -110,6 +111,7 @@ def sft(
     tag_weight: Annotated[float, typer.Option(help="Loss weight of decisions.")] = 2.0,
     end_weight: Annotated[float, typer.Option(help="Loss weight of what follows the end of a sentence.")] = 1.0,
     lora_rank: int = 16,
+    config: ConfigFile = None,
 ) -> None:
     """Stage 1: finetune a model (LoRA and six tag tokens) on annotated answers."""
     if not data.is_file():
@@ -121,7 +123,7 @@ def sft(
     from pastalm.train.sft import SftConfig
     from pastalm.train.sft import train as run
 
-    config = SftConfig(
+    settings = SftConfig(
         data=data,
         mix=mix.mix(options.seed),
         learning_rate=learning_rate,
@@ -134,7 +136,7 @@ def sft(
         lora_rank=lora_rank,
         **vars(options),
     )
-    _print_folder(run(config, progress=say))
+    _print_folder(run(settings, progress=say))
 
 
 @verb(train)
@@ -158,6 +160,7 @@ def prefer(
     learning_rate: float = 1e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 2e-4,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step, both answers.")] = 4096,
+    config: ConfigFile = None,
 ) -> None:
     """Stage 2: prefer the best of N scored answers to the worst (BoNBoN); one round."""
     from pastalm.records.scores import check_length
@@ -169,7 +172,7 @@ def prefer(
     from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig
     from pastalm.train.preference import train as run
 
-    config = PreferenceConfig(
+    settings = PreferenceConfig(
         data=data,
         start=start,
         lambda_=lambda_,
@@ -184,7 +187,7 @@ def prefer(
         batch_tokens=batch_tokens,
         **vars(options),
     )
-    _print_folder(run(config, progress=say))
+    _print_folder(run(settings, progress=say))
 
 
 def _weights(text: str) -> dict[Policy, float]:

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 TRACE = Path(__file__).parent / "data" / "trace.jsonl"
 KEYS = {
-    "text", "annotated", "tokens", "steps", "passes", "drafted", "accepted", "critical_path", "parallelism", "seconds",
-    "finish_reason", "threads",
+    "text", "annotated", "tokens", "steps", "passes", "drafted", "accepted", "tokens_per_pass", "critical_path",
+    "parallelism", "seconds", "finish_reason", "threads",
 }  # fmt: skip
 THREAD_KEYS = {
     "id", "parent", "topic", "promised_tokens", "tokens", "start_step", "end_step",

@@ -40,6 +40,7 @@ def summary(transcript: Transcript) -> dict[str, Any]:
         "passes": transcript.passes,
         "drafted": dict(transcript.drafted),
         "accepted": dict(transcript.accepted),
+        "tokens_per_pass": round(transcript.tokens_per_pass, 4),
         "critical_path": transcript.critical_path,
         "parallelism": round(transcript.parallelism, 4),
         "seconds": round(transcript.seconds, 4),

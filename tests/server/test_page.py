@@ -9,6 +9,7 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ LONG = "".join(f'<promise topic="tip {i}" tokens="80"/><async>{i}. {"word " * 14
 FIGURES = """(transcript) => ({
   text: transcript.text, tokens: transcript.tokens, steps: transcript.steps, seconds: transcript.seconds,
   passes: transcript.passes, drafted: transcript.drafted, accepted: transcript.accepted,
+  tokens_per_pass: transcript.tokensPerPass,
   critical_path: transcript.criticalPath, parallelism: transcript.parallelism, finish_reason: transcript.finishReason,
   threads: [...transcript.threads.values()].map((t) => ({ id: t.name, parent: t.parent, topic: t.topic,
     promised_tokens: t.promised, tokens: t.tokens.length, start_step: t.startStep, end_step: t.endStep })),
@@ -58,7 +60,8 @@ ANSWER = """() => {
 
 def figures(transcript: Transcript) -> dict[str, Any]:
     """What FIGURES gives for the same events, unrounded."""
-    told = {**summary(transcript), "seconds": transcript.seconds, "parallelism": transcript.parallelism}
+    exact = ("seconds", "parallelism", "tokens_per_pass")
+    told = {**summary(transcript), **{name: getattr(transcript, name) for name in exact}}
     del told["annotated"]
     return told
 
@@ -486,6 +489,19 @@ def test_of_two_files_the_last_is_shown(opened: Any) -> None:
     opened.evaluate("window.read()")
     drawn(opened)
     assert opened.locator("#model").text_content() == "quick"
+
+
+def test_the_trace_for_perfetto_marks_guesses(opened: Any, tmp_path: Path) -> None:
+    events = drafted(EVENTS)
+    (tmp_path / "drafted").write_text("\n".join(map(to_json, events)))
+    opened.set_input_files("#file", tmp_path / "drafted")
+    expect(opened.locator("#model")).to_have_text("drafted")
+    slices = [e for e in json.loads(saved(opened, "#perfetto"))["traceEvents"] if e["ph"] == "X"]
+    guesses = [e["args"]["drafter"] for e in slices if e["cat"] == "decode,guess"]
+    fed = [name for e in slices for name in e["args"].get("drafted", "").split(", ") if name]
+    whole = Transcript(events)
+    assert (Counter(guesses), Counter(fed)) == (whole.accepted, whole.drafted) and guesses
+    assert not any("drafter" in e["args"] for e in slices if e["cat"] == "decode")
 
 
 def test_the_trace_for_perfetto(opened: Any) -> None:

@@ -136,7 +136,7 @@ const FIGURES = {
   tokens: (t) => t.tokens, chunks: (t) => Math.max(0, t.threads.size - 1), steps: (t) => t.steps, length,
   critical: (t) => t.criticalPath, parallelism: (t) => t.parallelism.toFixed(2), seconds: (t) => seconds(t.seconds),
   rate: (t) => (t.seconds ? (t.tokens / t.seconds).toFixed(1) : ""),
-  pass: (t) => (t.passes ? (t.tokens / t.passes).toFixed(2) : ""),
+  pass: (t) => (t.passes ? t.tokensPerPass.toFixed(2) : ""),
   guesses: (t) => (sum(t.drafted) ? `${sum(t.accepted)} of ${sum(t.drafted)} came true` : ""),
   first: ({ firstToken: at }) => (at === null ? "" : seconds(at)), wall: (_, { wall }) => (wall ? seconds(wall) : ""),
   end: (t) => ({ stop: "by itself", length: "at the limit of tokens", abort: "stopped" })[t.finishReason] ?? "",

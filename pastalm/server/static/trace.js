@@ -80,6 +80,7 @@ class Transcript {
   }
 
   get parallelism() { return this.criticalPath ? this.tokens / this.criticalPath : 1; }
+  get tokensPerPass() { return this.passes ? this.tokens / this.passes : 1; }
 
   get finishReason() { // null while any thread goes on
     const reasons = [...this.threads.values()].map((thread) => thread.reason);
@@ -113,7 +114,8 @@ class Transcript {
 }
 
 // Chrome's trace event format, which Perfetto opens: a slice for each step of a thread and each wait, arrows for forks
-// and joins. Times are in microseconds.
+// and joins. Times are in microseconds. A token that needed no pass, since it follows a guess that came true, has the
+// category `guess` too and says whose guess it was; `drafted` are the guesses that were fed along with a token's pass.
 function perfetto(transcript, title) {
   const threads = [...transcript.threads.values()], id = new Map(threads.map((t, i) => [t.name, i + 1]));
   const us = (time) => Math.round(time * 1e6), at = (step) => us(transcript.timeAt(step)), traceEvents = [];
@@ -125,8 +127,11 @@ function perfetto(transcript, title) {
   for (const { name, topic, parent, startStep, slices, waits } of threads) {
     const tid = id.get(name);
     add("M", "thread_name", tid, { args: { name: topic ? `${name} ${topic}` : name } });
-    for (const { step, time, text, tag, tokens } of slices)
-      slice(tid, tag ? "tag" : text || "…", "decode", at(step - 1), us(time), { step, tokens });
+    for (const { step, time, text, tag, tokens, drafter, drafted } of slices) {
+      const guesses = { ...(drafter && { drafter }), ...(drafted.length && { drafted: drafted.join(", ") }) };
+      slice(tid, tag ? "tag" : text || "…", drafter ? "decode,guess" : "decode", at(step - 1), us(time),
+        { step, tokens, ...guesses });
+    }
     for (const { from, to, on } of waits) slice(tid, `waits (${on})`, "wait", at(from), at(to ?? transcript.steps), {});
     if (parent) arrow("fork", [parent, at(startStep)], [name, at(startStep)]);
   }

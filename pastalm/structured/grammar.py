@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,15 +48,15 @@ class Value:
         self._matcher = compiled.deep_copy()
         self._bytes = b""
 
-    def fork(self) -> Value:
+    def fork(self) -> Self:
         """The same value, to be written on apart."""
-        value = Value(self._grammars, self._compiled, self._tail)
+        value = type(self)(self._grammars, self._compiled, self._tail)
         value._matcher, value._bytes = self._matcher.deep_copy(), self._bytes
         return value
 
     @property
     def ended(self) -> bool:
-        return bool(self._matcher.is_stopped())
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     @property
     def text(self) -> bytes:
@@ -64,15 +64,19 @@ class Value:
 
     def write(self, token: int) -> bool:
         """Takes a token. False, and nothing changes, if the grammar does not have it."""
-        if self._matcher.try_consume_tokens([token]) != 1:
+        return self._take(self._grammars.ids(token), self._grammars.piece(token))
+
+    def _take(self, ids: Sequence[int], text: bytes) -> bool:
+        if not ids or self._matcher.validate_tokens(ids) < len(ids):
             return False
-        self._bytes += self._grammars.pieces[token]
+        self._matcher.try_consume_tokens(ids)
+        self._bytes += text
         return True
 
     def take_back(self, tokens: Sequence[int]) -> None:
         """Takes its last tokens back."""
         self._matcher.rollback(len(tokens))
-        self._bytes = self._bytes[: len(self._bytes) - sum(len(self._grammars.pieces[token]) for token in tokens)]
+        self._bytes = self._bytes[: len(self._bytes) - sum(len(self._grammars.piece(token)) for token in tokens)]
 
     def certain(self) -> list[int]:
         """Takes all that only one continuation leaves open, and returns its tokens."""
@@ -98,7 +102,7 @@ class Value:
     def mask(self) -> NDArray[np.bool_]:
         """[vocabulary]: which tokens may come next."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        return np.unpackbits(bits, count=self._grammars.vocabulary.size, bitorder="little").view(np.bool_)
+        return np.unpackbits(bits, count=self._grammars.size, bitorder="little").view(np.bool_)
 
     def ending(self) -> list[int]:
         """Tokens that end the value soon; it is not changed. Empty if it has ended, or if no end is found."""
@@ -130,7 +134,8 @@ class Value:
 
     def _spell(self, text: bytes) -> bool:
         """Takes bytes; whether the grammar has them."""
-        return all(map(self.write, self._grammars.spell(text)))
+        known = bytes(byte for byte in text if byte in self._grammars.bytes)
+        return not known or self._take([self._grammars.bytes[byte] for byte in known], known)
 
     def _usable(self, among: bytes) -> bytes:
         """Those of some bytes that may come next."""
@@ -165,7 +170,8 @@ class Value:
         """`_way_out` by some bytes only."""
         begin = self._matcher.compute_bitmask()
         frontier: list[tuple[Value, bytes, tuple[bytes, ...]]] = [(self, b"", (begin,))]
-        loop, first = (b"", b""), {begin: b""}
+        loop, first, deeper = (b"", b""), {begin: b""}, b""
+        within = _quotes(self._bytes)
         lengths: dict[tuple[bytes, ...], set[int]] = {}
         for _ in range(STATES):
             if not frontier:
@@ -178,9 +184,12 @@ class Value:
                 certain = 0
                 while not ahead.ended and (sure := ahead._matcher.compute_ff_bytes()) and ahead._spell(sure):
                     text, certain = text + sure, certain + len(sure)
-                if ahead.may_end or certain >= AHEAD:
-                    return text, loop
                 state = ahead._matcher.compute_bitmask()
+                closes = byte in b"}]" and not (within + way.count(b'"')) % 2
+                if ahead.may_end or closes or (certain >= AHEAD and not _opens(text[-certain:])):
+                    return text, loop
+                if certain >= AHEAD and not deeper:
+                    deeper = text
                 through = states if state == states[-1] else (*states, state)
                 alike = lengths.setdefault(through, set())
                 if len(alike) < ALIKE and len(text) not in alike:
@@ -189,38 +198,54 @@ class Value:
                 before = first.setdefault(state, text)
                 if text.startswith(before) and len(text) > max(len(before), len(loop[0] + loop[1])):
                     loop = before, text.removeprefix(before)
-        return b"", loop
+        return deeper, loop
 
 
 class Grammars:
     """The grammars of one model's tokens.
 
-    pieces: the bytes of each token. bytes: tokens of a single byte, by byte.
+    size: number of units that the grammars are written in: tokens. bytes: those of a single byte, by byte.
     endings: ways out of values that were found, by grammar and by what may come next.
 
     Raises CapabilityError if llguidance is not installed, or the model's tokens are unknown.
     """
+
+    form: Mapping[str, Any] = FORM
+    value_type: type[Value] = Value
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         try:
             import llguidance
         except ImportError:
             raise CapabilityError("structured output needs llguidance: pip install 'llguidance>=1.9'") from None
-        if vocabulary.size > 2**31:
-            raise CapabilityError("structured output needs the model's tokens: give its tokenizer")
         self.vocabulary = vocabulary
         self._llguidance = llguidance
-        self.pieces = [vocabulary.piece(i) for i in range(vocabulary.size)]
+        pieces, ends, encode = self._units()
+        self.size = len(pieces)
         self.bytes: dict[int, int] = {}
-        for token, piece in enumerate(self.pieces):
+        for token, piece in enumerate(pieces):
             if len(piece) == 1:
                 self.bytes.setdefault(piece[0], token)
         self.bytes = {b: self.bytes[b] for b in dict.fromkeys([*_FIRST, *sorted(self.bytes)]) if b in self.bytes}
         self.endings: dict[tuple[Any, bytes], list[int]] = {}
-        ends = sorted(vocabulary.eos) or [0]
-        source = _Source(self.pieces, ends[0], self.encode)
+        source = _Source(pieces, ends[0], encode)
         self._tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(source), eos_token=ends)
         self._compiled = lru_cache(KEPT)(self._compile)
+
+    def _units(self) -> tuple[list[bytes], list[int], Callable[[bytes | str], list[int]]]:
+        """What the grammars are written in: the bytes of each unit, the units that end a text, the units of a text."""
+        if self.vocabulary.size > 2**31:
+            raise CapabilityError("structured output needs the model's tokens: give its tokenizer")
+        self._pieces = [self.vocabulary.piece(i) for i in range(self.vocabulary.size)]
+        return self._pieces, sorted(self.vocabulary.eos) or [0], self.encode
+
+    def ids(self, token: int) -> Sequence[int]:
+        """The units of a token of the model: the token."""
+        return (token,)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token of the model."""
+        return self._pieces[token]
 
     def encode(self, text: bytes | str) -> list[int]:
         """Tokens of a text; bytes that are no text are spelled one by one."""
@@ -240,19 +265,19 @@ class Grammars:
 
         Raises RequestError if its schema cannot be held.
         """
-        return Value(self, self._compiled(json.dumps(leaf.schema), leaf.optional, head, tail), tail)
+        return self.value_type(self, self._compiled(json.dumps(leaf.schema), leaf.optional, head, tail), tail)
 
     def literals(self, texts: Sequence[str], tail: str) -> Value:
         """One of some texts, given as JSON."""
         rule = " | ".join(map(json.dumps, texts))
-        return Value(self, self._matcher(f"%llguidance {{}}\nstart: ({rule}) {json.dumps(tail)}"), tail)
+        return self.value_type(self, self._matcher(f"%llguidance {{}}\nstart: ({rule}) {json.dumps(tail)}"), tail)
 
     def fewest(self, leaf: Leaf) -> int:
         """Tokens of a short value of a leaf: about the fewest that are enough. Raises RequestError if there is none."""
         value = self.value(leaf, COMMA)
         begun = self.encode(value.begin())
         tokens = value.ending()
-        if not tokens and not value.ended:
+        if not tokens and not (value.ended and value.text):
             raise RequestError("the schema cannot be held: no short value of it was found")
         return len(begun) + len(tokens)
 
@@ -261,7 +286,7 @@ class Grammars:
         if parsed is False:
             raise RequestError("the schema cannot be held: false admits no value")
         parsed = {} if parsed is True else parsed
-        rule = "%json " + json.dumps({**parsed, "x-guidance": FORM})
+        rule = "%json " + json.dumps({**parsed, "x-guidance": self.form})
         value = '(value | "null")' if optional else "value"
         parts = [json.dumps(head) if head else "", value, json.dumps(tail) if tail else ""]
         return self._matcher(f"%llguidance {{}}\nstart: {' '.join(parts)}\nvalue: {rule}\n", parsed)
@@ -283,6 +308,16 @@ class _Source:
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._encode(text)
+
+
+def _quotes(text: bytes) -> int:
+    """The quotation marks in some JSON that begin and end texts."""
+    return re.sub(rb"\\.", b"", text).count(b'"')
+
+
+def _opens(text: bytes) -> bool:
+    """Whether some JSON opens an object or an array."""
+    return b"{" in text or b"[" in text
 
 
 def _reason(error: str, schema: Any) -> str:

@@ -1,0 +1,279 @@
+"""Structured output: fields as threads against one thread under the same grammar, on texts with known values.
+
+    python benchmarks/structured.py benchmarks/extraction.jsonl --limit 50 --rounds 3 --out FILE
+    python benchmarks/structured.py benchmarks/extraction.jsonl --limit 50 --llama-cpp q8_0.gguf --transformers
+    python benchmarks/structured.py --schemas tests/structured/schemas.jsonl tests/structured/functions.jsonl --seeds 4
+
+The first form answers each row with threads and sequentially, one at a time, alternately, greedy, without drafts unless
+--drafts says otherwise, and gives: how much faster the whole answer and its decoding are (medians of the rounds by row;
+geometric mean over rows with a 95 % bootstrap interval), fields that are right and that agree. `--llama-cpp` adds
+llama.cpp's own grammar (its JSON Schema converter) on that GGUF file, `--transformers` llguidance on transformers'
+`generate`: their own sequential forms, in the same run. `--prefix` reads each schema's prompt once before, as a server
+that is asked with one schema again and again has it.
+
+The second form samples an answer to each schema with each seed at temperature 1, and counts those that do not validate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pastalm import LLM, SamplingParams
+from pastalm.errors import RequestError
+from pastalm.structured.structures import instructions
+
+MAX_TOKENS = 400
+
+
+def fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Names and values of all that is no object."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from fields(inner, (*path, key))
+    else:
+        yield path, value
+
+
+def interval(values: list[float], of: Callable[[Any], float]) -> str:
+    rng = np.random.default_rng(0)
+    draws = [of(rng.choice(values, len(values))) for _ in range(2000)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{of(values):.2f} ({low:.2f} to {high:.2f})"
+
+
+def geometric(values: Any) -> float:
+    return float(np.exp(np.log(np.asarray(values)).mean()))
+
+
+def messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["text"]}]
+
+
+class Ours:
+    """One engine of ours, with threads or sequentially."""
+
+    def __init__(self, llm: LLM, *, parallelism: float, drafts: str) -> None:
+        self.llm, self.parallelism, self.drafts = llm, parallelism, drafts
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        params = SamplingParams(
+            schema=row["schema"],
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            parallelism=self.parallelism,
+            drafts=self.drafts,
+        )
+        begun = time.perf_counter()
+        response = self.llm.submit(messages(row), params, keep_events=True)
+        first = None
+        for _ in response:
+            first = first or time.perf_counter()
+        ended = time.perf_counter()
+        assert first is not None
+        transcript = response.transcript
+        return {
+            "text": transcript.text,
+            "seconds": ended - begun,
+            "decoding": ended - first,
+            "passes": transcript.passes,
+            "tokens": transcript.tokens,
+        }
+
+
+class LlamaCpp:
+    """llama.cpp's own grammar for JSON Schemas, its own loop."""
+
+    def __init__(self, gguf: str) -> None:
+        from llama_cpp import Llama
+
+        self.model = Llama(gguf, n_ctx=2048, verbose=False, n_threads=2)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        from llama_cpp import LlamaGrammar
+
+        system = instructions(SamplingParams(schema=row["schema"]))
+        asked = [{"role": "system", "content": system}, *messages(row)]
+        begun = time.perf_counter()
+        grammar = LlamaGrammar.from_json_schema(json.dumps(row["schema"]), verbose=False)
+        reply = self.model.create_chat_completion(asked, grammar=grammar, temperature=0, max_tokens=MAX_TOKENS)
+        return {
+            "text": reply["choices"][0]["message"]["content"],
+            "seconds": time.perf_counter() - begun,
+            "tokens": reply["usage"]["completion_tokens"],
+        }
+
+
+class Transformers:
+    """llguidance as a logits processor of transformers' `generate`, bfloat16."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from pastalm.models import loading
+        from pastalm.models.downloads import EMBEDDED
+
+        self.loaded: Any = loading.load(EMBEDDED, adapter=None, dtype=torch.bfloat16)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import torch
+        from transformers import LogitsProcessorList
+
+        from pastalm.models import chat_template
+        from pastalm.structured.grammar import Grammars
+        from pastalm.structured.plan import plan
+
+        params = SamplingParams(schema=row["schema"])
+        begun = time.perf_counter()
+        ids = chat_template.chat_prompt(self.loaded, messages(row), marker=instructions(params))
+        value = Grammars(self.loaded.vocabulary).value(plan(row["schema"], parallel=False), "")  # type: ignore[arg-type]
+        written = len(ids)
+
+        def mask(tokens: Any, scores: Any) -> Any:
+            nonlocal written
+            for token in tokens[0, written:].tolist():
+                value.write(token)
+            written = tokens.shape[1]
+            scores[0, ~torch.from_numpy(value.mask().copy())] = -torch.inf
+            return scores
+
+        out = self.loaded.model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([mask]),
+            eos_token_id=sorted(self.loaded.vocabulary.eos),
+            pad_token_id=0,
+        )
+        answer = out[0, len(ids) :].tolist()
+        return {
+            "text": self.loaded.vocabulary.text(answer),
+            "seconds": time.perf_counter() - begun,
+            "tokens": len(answer),
+        }
+
+
+def extraction(args: argparse.Namespace) -> None:
+    rows = [json.loads(line) for line in Path(args.rows).read_text().splitlines()][: args.limit]
+    llm = LLM(adapter=None, dtype=args.dtype, max_num_seqs=1)
+    systems: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "threads": Ours(llm, parallelism=1.0, drafts=args.drafts),
+        "sequential": Ours(llm, parallelism=0.0, drafts=args.drafts),
+    }
+    if args.llama_cpp:
+        systems["llama.cpp"] = LlamaCpp(args.llama_cpp)
+    if args.transformers:
+        systems["transformers"] = Transformers()
+    results: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in systems}
+    for number, row in enumerate(rows):
+        for name, system in systems.items():
+            if args.prefix or number == 0:
+                system(row)
+            results[name].append([])
+        for _ in range(args.rounds):
+            for name, system in systems.items():
+                results[name][-1].append(system(row))
+        print(f"{number + 1}/{len(rows)}", end="\r", file=sys.stderr)
+    report(rows, results)
+    if args.out:
+        Path(args.out).write_text(json.dumps({"rows": [row["id"] for row in rows], **results}))
+
+
+def report(rows: list[dict[str, Any]], results: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Prints the table."""
+
+    def times(name: str, key: str) -> list[float]:
+        return [statistics.median(one[key] for one in each) for each in results[name]]
+
+    def parsed(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return {}
+
+    answers = {name: [dict(fields(parsed(each[0]["text"]))) for each in result] for name, result in results.items()}
+    for name in results:
+        right, same = [], []
+        for row, own, sequential in zip(rows, answers[name], answers["sequential"], strict=True):
+            want = dict(fields(row["values"]))
+            right.append(sum(own.get(k) == v for k, v in want.items()) / len(want))
+            same.append(sum(own.get(k) == v for k, v in sequential.items()) / max(1, len(sequential)))
+        line = [f"{name}: right {interval(right, np.mean)}", f"as sequential {interval(same, np.mean)}"]
+        line.append(f"{statistics.median(times(name, 'seconds')) * 1e3:.0f} ms")
+        if name != "threads":
+            ratios = [a / b for a, b in zip(times(name, "seconds"), times("threads", "seconds"), strict=True)]
+            line.append(f"threads are {interval(ratios, geometric)} times as fast")
+        if name == "sequential":
+            ratios = [a / b for a, b in zip(times(name, "decoding"), times("threads", "decoding"), strict=True)]
+            line.append(f"behind the first token {interval(ratios, geometric)}")
+            passes = [a / b for a, b in zip(times(name, "passes"), times("threads", "passes"), strict=True)]
+            line.append(f"in passes {interval(passes, geometric)}")
+        print("; ".join(line))
+    differences = []
+    for row, own, sequential in zip(rows, answers["threads"], answers["sequential"], strict=True):
+        want = dict(fields(row["values"]))
+        differences.append(sum((own.get(k) == v) - (sequential.get(k) == v) for k, v in want.items()) / len(want))
+    print(f"right, threads less sequential: {interval(differences, np.mean)}")
+
+
+def schemas(args: argparse.Namespace) -> None:
+    import jsonschema_rs
+
+    rows = [json.loads(line) for path in args.schemas for line in Path(path).read_text().splitlines()]
+    llm = LLM(args.model, adapter=None, dtype=args.dtype, max_num_seqs=16)
+    invalid = count = refused = shortened = 0
+    for parallelism in (1.0, 0.0):
+        for begin in range(0, len(rows), 16):
+            submitted = []
+            for row in rows[begin : begin + 16]:
+                for seed in range(args.seeds):
+                    params = SamplingParams(schema=row["schema"], max_tokens=300, seed=seed, parallelism=parallelism)
+                    try:
+                        prompt: Any = [{"role": "user", "content": f"Make up data: {row['name']}."}]
+                        submitted.append((row, llm.submit(prompt, params, keep_events=False)))
+                    except RequestError as error:
+                        refused += 1
+                        print(row["name"], error)
+            llm.driver.run([response for _, response in submitted])
+            for row, response in submitted:
+                text = response.transcript.text
+                shortened += response.transcript.finish_reason == "length"
+                count += 1
+                try:
+                    assert jsonschema_rs.is_valid(row["schema"], json.loads(text))
+                except (ValueError, AssertionError):
+                    invalid += 1
+                    print("does not validate:", row["name"], text[:200])
+            print(f"{count} answers, {invalid} invalid", end="\r", file=sys.stderr)
+    print(f"{count} answers: {invalid} do not validate, {refused} refused, {shortened} ended by their budget")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="?")
+    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--drafts", default="off")
+    parser.add_argument("--prefix", action="store_true")
+    parser.add_argument("--llama-cpp")
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--out")
+    parser.add_argument("--schemas", nargs="+")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    args = parser.parse_args()
+    schemas(args) if args.schemas else extraction(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -185,7 +185,9 @@ class LLM:
 
     @staticmethod
     def _driver(engine: Engine, loaded: Loaded, limits: Limits | None) -> Driver:
-        structure = Structures(loaded.vocabulary, engine.capabilities.positions)
+        offers = engine.capabilities
+        masks = offers.processors or not offers.checks
+        structure = Structures(loaded.vocabulary, offers.positions, masks=masks, guided=offers.guides)
         return Driver(engine, loaded.vocabulary, limits=limits, structure=structure)
 
     def _open(self) -> tuple[Loaded, Driver]:

@@ -8,7 +8,7 @@ these rows, so a new parameter is one row here, and what it does in `engines/sam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any
@@ -107,6 +107,11 @@ class SamplingParams:
         return bool(self.tools) and self.tool_choice != "none"
 
     @property
+    def structured(self) -> bool:
+        """Whether the form of the answer is given."""
+        return self.schema is not None or self.calls
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -143,6 +148,7 @@ class Request:
     reference_token_ids: of each text that the answer may copy from.
     owner: on whose behalf it is; earlier answers serve as drafts for the same owner only.
     vocabulary: of the model, for logits processors that read tokens (None: unknown).
+    guide: the JSON Schema of all that a thread writes next, for an engine that guides instead of masking (None: free).
     """
 
     id: str
@@ -155,3 +161,4 @@ class Request:
     reference_token_ids: tuple[tuple[int, ...], ...] = ()
     owner: str = ""
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
+    guide: Callable[[tuple[int, ...]], Any] | None = field(default=None, repr=False, compare=False)

@@ -45,6 +45,10 @@ class Capabilities:
     the same: they change no answer."""
     processors: bool = False
     """Whether it runs logits processors (engines/processors)."""
+    checks: bool = False
+    """Whether a thread's token can be refused and asked for again (structured/checked.py)."""
+    guides: bool = False
+    """Whether it holds a thread's value to a schema itself (`Request.guide`)."""
     exact: bool = False
     """Whether float64 laws hold on it."""
     max_model_len: int = 0
@@ -62,7 +66,10 @@ class Capabilities:
                 f"offers positions {' and '.join(self.positions)}, not {request.positions!r}",
             ),
             (self.logprobs or params.logprobs is None, "gives no log-probabilities"),
-            (self.processors or not (params.schema is not None or params.calls), "cannot hold a schema or tools"),
+            (
+                self.processors or self.checks or not (params.schema is not None or params.calls),
+                "cannot hold a schema or tools",
+            ),
             (self.processors or not params.processors, "has no logits to process: leave out processors"),
             (self.masks or params.min_tokens == 0, "cannot forbid the end: leave out min_tokens"),
             (

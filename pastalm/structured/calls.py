@@ -6,29 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pastalm.core.events import Event, FinishReason, Forked, Path, SampledToken
-from pastalm.core.interpreter import Interpreter, Limits
-from pastalm.core.params import SamplingParams
+from pastalm.core.interpreter import Interpreter
 from pastalm.engines.processors.base import ThreadProcessor
-from pastalm.structured.grammar import Grammars, Value
+from pastalm.structured.grammar import Value
 from pastalm.structured.interpreter import FieldInterpreter
 from pastalm.structured.mask import ValueMask
-from pastalm.structured.plan import CALL_CLOSE, CALL_OPEN, Node
+from pastalm.structured.plan import CALL_CLOSE, CALL_OPEN
 
 
 class CallInterpreter:
     """The language's interpreter, until the text so far is `<tool_call>`; then that of the call.
 
-    plan: of the calls that are possible.
-    grammars, params, limits: as `FieldInterpreter`'s. prompt_length: as `Interpreter`'s.
-
-    Raises RequestError if max_tokens is less than the shortest call.
+    text: of an answer in the language. call: of the calls that are possible.
     """
 
-    def __init__(
-        self, plan: Node, grammars: Grammars, params: SamplingParams, prompt_length: int, limits: Limits
-    ) -> None:
-        self._interpreter = Interpreter(grammars.vocabulary, params, prompt_length, limits)
-        self._fields = FieldInterpreter(plan, grammars, params, limits)
+    def __init__(self, text: Interpreter, call: FieldInterpreter) -> None:
+        self._interpreter, self._fields = text, call
         self._calls: bool | None = None
         """Whether it calls a tool (None: not clear yet)."""
         self._text = ""
@@ -83,6 +76,10 @@ class CallInterpreter:
     def begin(self, request: Any) -> ThreadProcessor:
         """What masks the logits of the main thread."""
         return ValueMask(self._value, ())
+
+    def guide(self, path: Path) -> Any:
+        """The schema of what a thread writes next, once it is a call."""
+        return self._fields.guide(path) if self._calls else None
 
     def _value(self, path: Path) -> Value | None:
         return self._fields.value(path) if self._calls else None

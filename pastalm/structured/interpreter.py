@@ -149,6 +149,10 @@ class FieldInterpreter:
         thread = self.threads.get(path)
         return thread.value if thread is not None else None
 
+    def guide(self, path: Path) -> Any:
+        """The schema of all that a thread writes next, for an engine that cannot be masked; None: no schema."""
+        return None
+
     # ------------------------------------------------------------------ beginning
 
     def _begin(self, thread: FieldThread, joined: tuple[Path, ...] | None) -> Iterator[Event]:
@@ -303,7 +307,7 @@ class FieldInterpreter:
         simple = schema.get("type") in ("string", "integer", "number") and not {"pattern", "format"} & set(schema)
         return 8 + 2 * schema.get("minLength", 0) if simple else 32 + len(quoted(schema)) // 4
 
-    def _end_value(self, thread: FieldThread, reason: FinishReason = "stop") -> Iterator[Event]:
+    def _end_value(self, thread: FieldThread, reason: FinishReason = "stop", *, why: str = "") -> Iterator[Event]:
         """A value is whole: its thread ends, or writes what was chosen."""
         value, node = thread.value, thread.node
         assert value is not None
@@ -314,7 +318,7 @@ class FieldInterpreter:
             thread.said = 0
             yield from self._begin(thread, joined=())
         else:
-            yield from self._end(thread, reason, text=thread.close)
+            yield from self._end(thread, reason, text=thread.close, why=why)
 
     def _numbers(self, thread: FieldThread, counted: Counted) -> TokenSet:
         """The tokens of the numbers of items that the budget allows."""

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pastalm.core.interpreter import Limits
+from pastalm.core.interpreter import Interpreter, Limits
 from pastalm.core.layout import Policy
 from pastalm.core.params import Request, SamplingParams
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import RequestError, complaint
 from pastalm.structured import plan
 from pastalm.structured.calls import CallInterpreter
+from pastalm.structured.checked import ByteGrammars, CheckedFields
 from pastalm.structured.grammar import Grammars
 from pastalm.structured.interpreter import FieldInterpreter
 
@@ -23,14 +24,20 @@ class Structures:
 
     vocabulary: the model's tokens.
     positions: the policies that the engine offers.
+    masks: the engine masks logits. False: what it samples is checked.
+    guided: such an engine holds values to their schemas itself, where it can (`Request.guide`).
     """
 
-    def __init__(self, vocabulary: Vocabulary, positions: Sequence[Policy]) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, positions: Sequence[Policy], *, masks: bool = True, guided: bool = False
+    ) -> None:
         self._vocabulary, self._positions = vocabulary, positions
+        self._masks, self._guided = masks, guided
         self._grammars: Grammars | None = None
 
     def __call__(self, request: Request, limits: Limits) -> tuple[FieldInterpreter | CallInterpreter, Request] | None:
-        """The threads of an answer, and the request with the masks of its values; None if its form is free.
+        """The threads of an answer, and the request with the masks of its values, or their schemas; None if its form is
+        free.
 
         Where it is clear that the answer is JSON, positions are `overlap`: no model was taught to leave a gap for a
         field, and gaps cost right answers (docs/structured.md).
@@ -43,16 +50,24 @@ class Structures:
         if params.schema is None and not params.calls:
             return None
         if self._grammars is None:
-            self._grammars = Grammars(self._vocabulary)
-        node, parts = plan_of(params), plan_of(replace(params, parallelism=1.0))
+            self._grammars = Grammars(self._vocabulary) if self._masks else ByteGrammars(self._vocabulary)
         interpreter: FieldInterpreter | CallInterpreter
+        interpreter = fields = self._fields(self._grammars, params, limits)
         if params.calls and params.tool_choice == "auto":
-            interpreter = CallInterpreter(node, self._grammars, params, len(request.prompt_token_ids), limits)
+            text = Interpreter(self._vocabulary, params, len(request.prompt_token_ids), limits)
+            interpreter = CallInterpreter(text, fields)
         else:
-            interpreter = FieldInterpreter(node, self._grammars, params, limits, parts=parts)
             positions = "overlap" if "overlap" in self._positions else positions
+        if not self._masks:
+            return interpreter, replace(request, positions=positions, guide=interpreter.guide)
         params = replace(params, processors=(*(params.processors or ()), interpreter))
         return interpreter, replace(request, params=params, positions=positions)
+
+    def _fields(self, grammars: Grammars, params: SamplingParams, limits: Limits) -> FieldInterpreter:
+        node, parts = plan_of(params), plan_of(replace(params, parallelism=1.0))
+        if self._masks:
+            return FieldInterpreter(node, grammars, params, limits, parts=parts)
+        return CheckedFields(node, grammars, params, limits, parts=parts, guided=self._guided)
 
 
 def _checks(params: SamplingParams) -> Iterator[tuple[bool, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,9 +18,10 @@ from pastalm.errors import RemoteError, RequestError
 from pastalm.records.chat_client import line, no_api
 
 SERVERS = {
-    "vllm": Server(known=True),
-    "sglang": Server("finished", known=True),
-    "llamacpp": Server(known=True, penalty="repeat_penalty", every=0),
+    "vllm": Server(known=True, guide=lambda schema: {"structured_outputs": {"json": schema}}),
+    "pastalm": Server(known=True, guide=lambda schema: {"structured_outputs": {"json": schema}}),
+    "sglang": Server("finished", known=True, guide=lambda schema: {"json_schema": json.dumps(schema)}),
+    "llamacpp": Server(known=True, penalty="repeat_penalty", every=0, guide=lambda schema: {"json_schema": schema}),
     "me": Server(known=True, penalty="repeat_penalty", every=0),
 }
 """By `owned_by` in the server's list of models; "me" is llama-cpp-python's."""

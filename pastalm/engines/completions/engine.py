@@ -25,7 +25,7 @@ import queue
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -45,6 +45,7 @@ CAPABILITIES = Capabilities(
     positions=("serial",),
     masks=False,
     untagged=True,
+    checks=True,
 )
 MOMENT = 0.05
 """Seconds that a step waits for a token, so that its caller can do something else in between."""
@@ -53,6 +54,8 @@ UNKNOWN = 1 << 30
 """The context length, if only the server knows it."""
 FORBIDDEN = -100.0
 """The logit bias that forbids a token, by the API's definition."""
+OTHERWISE = 0.7
+"""The least temperature of a completion whose first token was refused before."""
 
 
 @dataclass(slots=True)
@@ -72,6 +75,8 @@ class _Thread:
     not_before: time before which no completion is requested, by time.monotonic().
     postponed: waits until no other thread of its response decodes.
     alone: no other thread of its response decoded when its completion was requested.
+    refused: times since its last token that the interpreter took none and asked for another completion.
+    guided: its completion is held to a schema. guidable: the server has not refused that.
     """
 
     path: Path
@@ -89,6 +94,9 @@ class _Thread:
     not_before: float = 0.0
     postponed: bool = False
     alone: bool = False
+    refused: int = 0
+    guided: bool = False
+    guidable: bool = True
 
 
 @dataclass(slots=True)
@@ -107,12 +115,14 @@ class Server:
     known: whether it supports more than OpenAI's API: top_k, min_p, ignore_eos and a repetition penalty.
     penalty: its name for the repetition penalty.
     every: its value of top_k for all tokens.
+    guide: the fields of a request that hold its completion to a JSON Schema (None: it has no guided decoding).
     """
 
     shares: Shares = "running"
     known: bool = False
     penalty: str = "repetition_penalty"
     every: int = -1
+    guide: Callable[[Any], dict[str, Any]] | None = None
 
 
 class OpenAIEngine:
@@ -142,6 +152,7 @@ class OpenAIEngine:
             CAPABILITIES,
             weights=f"{connection.model} at {connection.base_url}, sent as {wire.name}",
             logprobs=logprobs,
+            guides=self.server.guide is not None,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len or UNKNOWN,
         )
@@ -206,12 +217,14 @@ class OpenAIEngine:
         thread.count += fed
         thread.allowed = event.allowed
         if isinstance(event, Decoded):
+            thread.refused = 0
             self._continue(thread, event)
         elif isinstance(event, Forked):
             if path and self.server.shares == "finished":
                 self._drop(threads[path[:-1]])
         else:
             self._drop(thread)
+            thread.refused += isinstance(event, Joined) and thread.live and not event.forced
             thread.live = isinstance(event, Joined)
             thread.finished = isinstance(event, Finished)
         if all(t.finished for t in threads.values()):
@@ -338,6 +351,10 @@ class OpenAIEngine:
         if end.fatal:
             raise RemoteError(end.why)
         thread.failures += 1
+        if end.final and end.opening and thread.guided:  # a schema that the server cannot hold: without it
+            thread.guidable, thread.failures = False, 0
+            self.traffic.again += 1
+            return None
         if not end.final and not end.opening and thread.failures <= self.connection.retries:
             thread.not_before = time.monotonic() + self._backoff * 2 ** (thread.failures - 1)
             self.traffic.again += 1
@@ -389,11 +406,15 @@ class OpenAIEngine:
         body: dict[str, Any] = {
             "prompt": self.wire.prompt(row),
             "max_tokens": max(1, left),
-            "temperature": params.temperature,
+            "temperature": max(params.temperature, OTHERWISE) if thread.refused else params.temperature,
             "top_p": params.top_p,
         }
         extra = self.wire.options(request, self.server.shares)
-        if not params.greedy:
+        schema = request.guide(thread.path) if request.guide and thread.guidable else None
+        thread.guided = schema is not None and self.server.guide is not None
+        if thread.guided and self.server.guide is not None:
+            extra |= self.server.guide(schema)
+        if body["temperature"] > 0:
             body["seed"] = _seed(request, thread)
         if params.logprobs is not None:
             body["logprobs"] = params.logprobs
@@ -427,4 +448,5 @@ class OpenAIEngine:
 def _seed(request: Request, thread: _Thread) -> int:
     """A seed that differs for every thread and for every place where a completion starts."""
     text = f"{request.seed}/{request.choice}/{'.'.join(map(str, thread.path))}/{thread.count}"
+    text += f"/{thread.refused}" if thread.refused else ""
     return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "little") >> 1

@@ -28,7 +28,9 @@ class SerialLayout:
             if path:
                 self._threads[path[:-1]].own.append(path)
         elif isinstance(event, Joined):
-            self._threads[path].joined.update(event.children)
+            written = self._threads[path]
+            written.own += [child for child in event.children if child[:-1] != path]
+            written.joined.update(event.children)
         own = self._threads[path].own
         if isinstance(event, Decoded):
             own.append(event.token)
@@ -52,8 +54,8 @@ class _Written:
     """What a thread wrote.
 
     context: the row before it.
-    own: its tokens, and its children in their places.
-    joined: children that it has joined.
+    own: its tokens, its children in their places, and other threads where it joined them.
+    joined: of these, those that it has joined.
     """
 
     context: list[int]

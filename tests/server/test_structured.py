@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from pastalm.server.calls import CallReader
 from tests.server.serving import HELLO, TIPS_TEXT, Served, curl, events_of, joined, playing, serving, tiny
@@ -115,6 +117,19 @@ def test_text_is_text() -> None:
             assert choice["message"]["content"] == TIPS_TEXT
         error = curl(f"{here.url}/v1/chat/completions", {**CHAT, "response_format": json_schema(POINT)})[2]["error"]
         assert error["param"] == "response_format" and "scripted engine" in error["message"]
+
+
+class Story(BaseModel):
+    story: str
+
+
+def test_a_limit_that_is_reached_leaves_json(served: Served) -> None:
+    """The client is told that the answer was cut short, and its text is JSON that fits all the same."""
+    body: Any = {"model": "played", "messages": HELLO, "max_tokens": 90, "seed": 1, "response_format": Story}
+    with pytest.raises(openai.LengthFinishReasonError) as caught:
+        served.client.chat.completions.parse(**body)
+    (choice,) = caught.value.completion.choices
+    assert choice.finish_reason == "length" and Story.model_validate_json(choice.message.content or "").story
 
 
 # ------------------------------------------------------------------------------ tools

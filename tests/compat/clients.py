@@ -200,8 +200,163 @@ def flat(values: Iterable[Any]) -> Iterable[Any]:
             yield value
 
 
+# ------------------------------------------------------------------------------ JSON and tools
+
+LION = "A lion is 110 cm high, weighs 190.5 kg, and is alive. How large is it?"
+
+
+def size() -> Any:
+    """What is asked for, as a pydantic model."""
+    from pydantic import BaseModel
+
+    class Size(BaseModel):
+        """How large something is."""
+
+        height_cm: int
+        weight_kg: float
+        alive: bool
+
+    return Size
+
+
+def json_openai(url: str) -> dict[str, Any]:
+    from openai import OpenAI, pydantic_function_tool
+
+    client, messages = OpenAI(base_url=url, api_key=KEY), [{"role": "user", "content": LION}]
+    how: Any = {"model": MODEL, "messages": messages, "max_tokens": 200}
+    parsed = client.chat.completions.parse(**how, response_format=size()).choices[0].message.parsed
+    tools: Any = {"tools": [pydantic_function_tool(size())], "tool_choice": "required"}
+    (call,) = client.chat.completions.parse(**how, **tools).choices[0].message.tool_calls or ()
+    with client.chat.completions.stream(**how, **tools) as stream:
+        streamed = stream.get_final_completion().choices[0].message.tool_calls
+    return {
+        "parsed": parsed.model_dump(),
+        "called": call.function.parsed_arguments.model_dump(),
+        "streamed": streamed[0].function.parsed_arguments.model_dump(),
+    }
+
+
+def json_litellm(url: str) -> dict[str, Any]:
+    import litellm
+
+    messages = [{"role": "user", "content": LION}]
+    how: Any = {"model": f"openai/{MODEL}", "api_base": url, "api_key": KEY, "messages": messages, "max_tokens": 200}
+    tool = {"type": "function", "function": {"name": "note", "parameters": size().model_json_schema()}}
+    called = litellm.completion(**how, tools=[tool], tool_choice="required").choices[0].message.tool_calls[0]
+    chunks = list(litellm.completion(**how, tools=[tool], tool_choice="required", stream=True))
+    streamed = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls[0]
+    content = litellm.completion(**how, response_format=size()).choices[0].message.content
+    as_vllm = litellm.completion(**{**how, "model": f"hosted_vllm/{MODEL}"}, response_format=size())
+    texts = {
+        "parsed": content,
+        "as vLLM": as_vllm.choices[0].message.content,
+        "called": called.function.arguments,
+        "streamed": streamed.function.arguments,
+    }
+    return {name: json.loads(text) for name, text in texts.items()}
+
+
+def json_langchain(url: str) -> dict[str, Any]:
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(model=MODEL, base_url=url, api_key=KEY, max_tokens=200)
+    kind = size()
+    got = {
+        method: chat.with_structured_output(kind, method=method).invoke(LION).model_dump()
+        for method in ("json_schema", "function_calling")
+    }
+    strict = chat.with_structured_output(kind.model_json_schema(), method="json_schema", strict=True)
+    (streamed,) = list(chat.with_structured_output(kind).stream(LION))[-1:]
+    asked = chat.bind_tools([kind], tool_choice="any").invoke(LION)
+    (call,) = asked.tool_calls
+    result = ToolMessage("It is written down.", tool_call_id=call["id"])
+    assert chat.invoke([HumanMessage(LION), asked, result], max_tokens=8).content
+    return {**got, "strict": strict.invoke(LION), "streamed": streamed.model_dump(), "bound": call["args"]}
+
+
+def json_pydantic_ai(url: str) -> dict[str, Any]:
+    from pydantic_ai import Agent, NativeOutput
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=url, api_key=KEY))
+    kind = size()
+
+    async def streamed() -> Any:
+        async with Agent(model, output_type=kind).run_stream(LION) as result:
+            return await result.get_output()
+
+    return {
+        "tool": Agent(model, output_type=kind).run_sync(LION).output.model_dump(),
+        "native": Agent(model, output_type=NativeOutput(kind)).run_sync(LION).output.model_dump(),
+        "streamed": asyncio.run(streamed()).model_dump(),
+    }
+
+
+def json_agents(url: str) -> dict[str, Any]:
+    from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled
+    from openai import AsyncOpenAI
+
+    set_tracing_disabled(True)
+    model = OpenAIChatCompletionsModel(MODEL, AsyncOpenAI(base_url=url, api_key=KEY))
+    noted: list[dict[str, Any]] = []
+
+    @function_tool
+    def note(height_cm: int, weight_kg: float, alive: bool) -> str:
+        """Writes a size down."""
+        noted.append({"height_cm": height_cm, "weight_kg": weight_kg, "alive": alive})
+        return "It is written down."
+
+    async def run() -> Any:
+        parsed = await Runner.run(Agent(name="one", model=model, output_type=size()), LION)
+        settings = ModelSettings(tool_choice="required", max_tokens=100)
+        caller = Agent(name="two", model=model, tools=[note], model_settings=settings)
+        await Runner.run(caller, LION)  # the call, then the answer behind its result
+        return parsed.final_output
+
+    parsed = asyncio.run(run())
+    return {"parsed": parsed.model_dump(), "called": noted[0]}
+
+
+def json_autogen(url: str) -> dict[str, Any]:
+    from autogen_core.models import ModelFamily, UserMessage
+    from autogen_ext.models.openai import OpenAIChatCompletionClient
+
+    info: Any = {
+        "vision": False, "function_calling": True, "json_output": True, "structured_output": True,
+        "family": ModelFamily.UNKNOWN,
+    }  # fmt: skip
+
+    async def run() -> dict[str, Any]:
+        client = OpenAIChatCompletionClient(model=MODEL, base_url=url, api_key=KEY, model_info=info)
+        got = await client.create([UserMessage(content=LION, source="user")], json_output=size())
+        return dict(json.loads(str(got.content)))
+
+    return {"parsed": asyncio.run(run())}
+
+
+def json_llm(url: str) -> dict[str, Any]:
+    from llm.default_plugins.openai_models import Chat
+
+    chat = Chat("served", model_name=MODEL, api_base=url, key=KEY, supports_schema=True)
+    return {
+        "whole": json.loads(chat.prompt(LION, schema=size(), stream=False).text()),
+        "stream": json.loads("".join(chat.prompt(LION, schema=size()))),
+    }
+
+
+def json_llama_index(url: str) -> dict[str, Any]:
+    from llama_index.core.prompts import PromptTemplate
+    from llama_index.llms.openai_like import OpenAILike
+
+    made: Any = {"model": MODEL, "api_base": url, "api_key": KEY, "max_tokens": 200, "is_chat_model": True}
+    chat = OpenAILike(**made, is_function_calling_model=True, should_use_structured_outputs=False)
+    return {"called": chat.structured_predict(size(), PromptTemplate(LION)).model_dump()}
+
+
 CLIENTS: dict[str, Callable[[str], dict[str, Any]]] = {
-    name.removeprefix("ask_"): ask for name, ask in list(globals().items()) if name.startswith("ask_")
+    name.removeprefix("ask_"): ask for name, ask in list(globals().items()) if name.startswith(("ask_", "json_"))
 }
 
 if __name__ == "__main__":

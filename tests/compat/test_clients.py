@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pastalm import LLM
 from tests.server.serving import TIPS, TIPS_TEXT, Served, playing, serving, tiny
 
 HERE = Path(__file__).parent
@@ -24,7 +25,7 @@ pytestmark = [
 
 def asked(client: str, url: str, folder: Path = HERE) -> Any:
     """What a client got, by its own Python, without anything of ours."""
-    python = ENVIRONMENTS / ("llama-index" if client == "llama_index" else "all") / "bin" / "python"
+    python = ENVIRONMENTS / ("llama-index" if client.endswith("llama_index") else "all") / "bin" / "python"
     quiet = {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "secret", "LLM_USER_PATH": str(folder)}
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | quiet
     command = [python, folder / "clients.py", client, f"{url}/v1"]
@@ -46,6 +47,25 @@ def test_a_client_gets_the_text(served: Served, client: str, tmp_path: Path) -> 
     shutil.copy(HERE / "clients.py", tmp_path)
     got = asked(client, served.url, tmp_path)
     assert len(got) >= 2 and set(got.values()) == {TIPS_TEXT}, got
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[Served]:
+    """The embedded model on the native engine: answers of a script have no form."""
+    with serving(LLM(engine="native", max_model_len=2048), api_key="secret") as here:
+        yield here
+
+
+@pytest.mark.parametrize(
+    "client", ["openai", "litellm", "langchain", "llama_index", "agents", "pydantic_ai", "autogen", "llm"]
+)
+def test_a_client_gets_json(embedded: Served, client: str, tmp_path: Path) -> None:
+    shutil.copy(HERE / "clients.py", tmp_path)
+    got = asked(f"json_{client}", embedded.url, tmp_path)
+    kinds = {"height_cm": int, "weight_kg": float, "alive": bool}
+    for value in got.values():
+        assert list(value) == list(kinds), got
+        assert all(isinstance(value[name], kind | int if kind is float else kind) for name, kind in kinds.items()), got
 
 
 def test_lm_eval_scores_and_generates(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pastalm.engines.completions.discovery import connect
 from pastalm.engines.completions.engine import OpenAIEngine
 from pastalm.engines.completions.serial import SerialLayout
 from pastalm.engines.scripted import byte_vocabulary
-from pastalm.errors import ModelError
+from pastalm.errors import ModelError, RequestError
 from pastalm.models import loading
 from pastalm.structured.structures import Structures
 from tests.engines.test_openai import SGLANG, VLLM, ids_chunk, iter_of, refusal, text_chunk
@@ -248,9 +248,15 @@ SAID = [
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(SCHEMAS), st.sampled_from([VLLM, SGLANG, OTHER]), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(SCHEMAS),
+    st.sampled_from([VLLM, SGLANG, OTHER]),
+    st.booleans(),
+    st.integers(20, 200),
+)
 def test_any_text_leaves_valid_json_within_the_budget(
-    seed: int, schema: Any, model: dict[str, Any], parallel: bool
+    seed: int, schema: Any, model: dict[str, Any], parallel: bool, budget: int
 ) -> None:
     """Chunks of anything, ends anywhere, refusals, streams that break off."""
 
@@ -262,10 +268,14 @@ def test_any_text_leaves_valid_json_within_the_budget(
         return iter_of(*said, *rng.choice([[text_chunk("", "stop")], [text_chunk("", "length")], [None]]))
 
     with driver_over(answer, model) as driver:
-        response = ask(driver, schema, seed=seed, parallelism=float(parallel), max_tokens=200)
+        try:
+            response = ask(driver, schema, seed=seed, parallelism=float(parallel), max_tokens=budget)
+        except RequestError as error:
+            assert "is too few" in str(error)
+            return
         run(driver, response)
     assert valid(schema, response.transcript.text), response.transcript.text
-    assert response.transcript.tokens <= 200
+    assert response.transcript.tokens <= budget
 
 
 @pytest.mark.parametrize("choice", ["required", "first", "auto"])
@@ -338,10 +348,10 @@ def test_our_own_server_holds_the_values(monkeypatch: pytest.MonkeyPatch) -> Non
         assert llm.driver.engine.capabilities.guides
         out = llm.generate(ANNA, SamplingParams(schema=DATA, temperature=0, max_tokens=120))
         assert json.loads(out[0].outputs[0].text) == {"name": "Anna", "color": "green", "age": 34}
-        every = [*SCHEMAS[::6], NESTED]
+        every = [*SCHEMAS[::9], NESTED]
         params = [SamplingParams(schema=s, temperature=1, seed=i, max_tokens=150) for i, s in enumerate(every)]
         answers = [llm.submit("Make something up: ", one) for one in params]
-        assert len(answers) >= 5
+        assert len(answers) >= 4
         llm.driver.run(answers)
         for schema, answer in zip(every, answers, strict=True):
             assert valid(schema, answer.transcript.text), answer.transcript.text

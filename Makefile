@@ -9,7 +9,7 @@ NATIVE := $(VENV)/.native
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test sanitize lint bench compat clean
+.PHONY: help setup native demo test sanitize lint bench figures frontier compat clean
 
 help: ## these lines
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -67,6 +67,15 @@ lint: $(STAMP) ## ruff, mypy, import-linter
 
 bench: $(STAMP) $(NATIVE) ## what a thread costs, by number of threads (see benchmarks/)
 	$(BIN)/python benchmarks/forkjoin.py --rounds 3
+
+figures: $(STAMP) ## figures of results/ into the documents; with PROMPTS=FILE the shipped adapter is measured first
+	$(if $(PROMPTS),runs/shipped.sh $(PROMPTS))
+	$(BIN)/python runs/figures.py
+
+frontier: $(STAMP) $(NATIVE) ## PROMPTS=FILE: quality against speed, every adapter and method (an hour); LIMIT=3 tries it
+	@test -n "$(PROMPTS)" || { echo "make frontier PROMPTS=FILE: prompts in AlpacaEval's form"; exit 2; }
+	runs/frontier.sh $(PROMPTS)
+	$(if $(LIMIT),,$(BIN)/python runs/figures.py)
 
 clean: ## what make made
 	rm -rf build/native pastalm/engines/native/libpastalm.so pastalm/engines/native/not_built.txt

@@ -123,7 +123,7 @@ def test_a_recipe_trains_both_stages_at_a_fraction_of_its_width(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dry_run = load()
-    words = ["dry_run", str(recipe), str(tmp_path), "--narrow", "8", "--vocabulary", "300", "--tokens", "1500"]
+    words = ["dry_run", str(recipe), str(tmp_path), "--narrow", "8", "--vocabulary", "1000", "--tokens", "6000"]
     monkeypatch.setattr(sys, "argv", words)
     seconds = iter(range(100))
 

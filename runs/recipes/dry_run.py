@@ -1,7 +1,7 @@
 """Trains a recipe's model for some steps at its true widths, with few layers and random weights, on a CPU.
 
     python runs/recipes/dry_run.py runs/recipes/qwen3-8b.toml runs/out/dry_run
-    python runs/recipes/dry_run.py runs/recipes/llama-3.1-8b.toml runs/out/dry_run --layers 2 --tokens 1200
+    python runs/recipes/dry_run.py runs/recipes/llama-3.1-8b.toml runs/out/dry_run --layers 2 --tokens 4000
 
 Both stages go through the command, with the recipe: `pasta train sft`, then `pasta train prefer` on pairs made of the
 same answers. The vocabulary is reduced, since the tokenizer of the hub is not here. Prints, as JSON, time and peak
@@ -114,9 +114,16 @@ def rows() -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in file)
 
 
+def short(count: int) -> list[dict[str, Any]]:
+    """The shortest answers, half of them forked. A run holds out those of 16 prompts. count: answers."""
+    in_order = sorted((row for row in rows() if row["tokens"] > 20), key=lambda row: (row["tokens"], row["id"]))
+    forked = [row for row in in_order if row["chunks"] >= 2]
+    return forked[: count // 2] + [row for row in in_order if not row["chunks"]][: count // 2]
+
+
 def write_scored(path: Path, count: int) -> None:
     """Pairs for stage 2: a forked answer, and one of half its speed that is cut off. count: prompts."""
-    forked = [row for row in rows() if row["chunks"] >= 2][:count]
+    forked = short(2 * count)[:count]
     with path.open("w", encoding="utf-8") as file:
         for row in forked:
             for choice, win in enumerate((0.9, 0.1)):
@@ -160,19 +167,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the model and the runs")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=1200, help="to train on, in each stage")
+    parser.add_argument("--tokens", type=int, default=4000, help="of stage 1, those held out too")
     parser.add_argument("--narrow", type=int, default=1, help="divides the widths, for a machine with less memory")
     chosen = parser.parse_args()
     shape, out = SHAPES[chosen.recipe.stem], chosen.folder / chosen.recipe.stem
     out.mkdir(parents=True, exist_ok=True)
     weights = build(shape, out / "model", chosen.layers, chosen.vocabulary, chosen.narrow)
     with (out / "annotated.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows())
-    write_scored(out / "scored.jsonl", max(2, chosen.tokens // 600))
+        file.writelines(json.dumps(row) + "\n" for row in short(200))
+    write_scored(out / "scored.jsonl", max(2, chosen.tokens // 1000))
     common = ["--config", str(chosen.recipe), "--model", str(out / "model"), "--device", "cpu", "--overwrite"]
-    budget = ["--token-budget", str(chosen.tokens), "--batch-tokens", str(max(600, chosen.tokens // 2))]
+    budget = ["--token-budget", str(chosen.tokens), "--batch-tokens", "1024"]
     sft = train("sft", str(out / "annotated.jsonl"), *common, *budget, "--out", str(out / "stage1"))
-    start = ["--start", str(out / "stage1" / "adapter"), "--lambda", "2", "--batch-tokens", "2048"]
+    start = ["--start", str(out / "stage1" / "adapter"), "--lambda", "2", "--batch-tokens", "1024"]
     prefer = train("prefer", str(out / "scored.jsonl"), *common, *start, "--out", str(out / "stage2"))
     record = json.loads((out / "stage1" / "adapter" / "train.json").read_text())
     whole = shape.weights(shape.layers, shape.vocabulary)

@@ -15,8 +15,8 @@ path, `tokens a pass` over forward passes. `cut off`: share of answers that ende
 often repeat themselves until then, which drafts guess well, so `ended` gives `realized` without those. Geometric means
 over prompts with 95 % bootstrap intervals. Resumable.
 
-`--transformers` measures transformers' own prompt lookup too (`prompt_lookup_num_tokens`), held against its `generate`
-without.
+`--transformers` measures transformers' own prompt lookup too (`prompt_lookup_num_tokens`), and `--gguf FILE` that of
+llama.cpp (llama-cpp-python's `LlamaPromptLookupDecoding`), each held against the same without.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from forkjoin import processor
 from pastalm import LLM, SamplingParams
 from pastalm.core.events import Decoded, Forked
 from pastalm.core.params import Request
+from pastalm.core.vocabulary import Vocabulary
+from pastalm.engines.native.model import processors
 from pastalm.eval.intervals import mean
 from pastalm.eval.measure import evenly_spaced
 from pastalm.models import loading
@@ -48,6 +50,8 @@ GROUNDED = ("summarization", "rag", "edits")
 EDITS = Path(__file__).with_name("edits.jsonl")
 DRAFTED = 10
 """Tokens that transformers drafts at once, as in its documentation."""
+DRAFTED_LLAMA_CPP = 2
+"""Those that llama-cpp-python does, as it recommends for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -200,20 +204,8 @@ class Transformers:
         """Its answer with prompt lookup; without is what it is held against."""
         plain, _, sequential = self._generate(ids, max_tokens)
         drafted, passes, seconds = self._generate(ids, max_tokens, prompt_lookup_num_tokens=DRAFTED)
-        ended = drafted[-1] in self.vocabulary.eos
-        return Timed(
-            id=prompt.id,
-            task=task(prompt),
-            system="transformers, prompt lookup",
-            text=self.vocabulary.text(drafted[:-1] if ended else drafted),
-            tokens=len(drafted),
-            text_tokens=len(drafted),
-            critical_path=len(drafted),
-            passes=passes,
-            finish_reason="stop" if ended else "length",
-            seconds=seconds / len(drafted),
-            first=0.0,
-            forced=sequential / len(plain),  # a draft may turn a token where roundings tie: time by token
+        return by_token(
+            prompt, "transformers, prompt lookup", self.vocabulary, drafted, passes, seconds, sequential / len(plain)
         )
 
     def _generate(self, ids: list[int], max_tokens: int, **options: Any) -> tuple[list[int], int, float]:
@@ -230,6 +222,77 @@ class Transformers:
             **options,
         )
         return out[0, len(ids) :].tolist(), self._passes, time.perf_counter() - begun
+
+
+def by_token(
+    prompt: Prompt, system: str, vocabulary: Vocabulary, ids: list[int], passes: int, seconds: float, forced: float
+) -> Timed:
+    """The answer of another library, timed by token: a draft may turn a token where roundings tie. forced: seconds that
+    a token takes it without drafts."""
+    ended = ids[-1] in vocabulary.eos
+    return Timed(
+        id=prompt.id,
+        task=task(prompt),
+        system=system,
+        text=vocabulary.text(ids[:-1] if ended else ids),
+        tokens=len(ids),
+        text_tokens=len(ids),
+        critical_path=len(ids),
+        passes=passes,
+        finish_reason="stop" if ended else "length",
+        seconds=seconds / len(ids),
+        first=0.0,
+        forced=forced,
+    )
+
+
+# ------------------------------------------------------------------------------ llama.cpp
+
+
+class LlamaCpp:
+    """llama.cpp, greedy, without tags: with llama-cpp-python's prompt lookup or without."""
+
+    def __init__(self, gguf: Path, vocabulary: Vocabulary) -> None:
+        from llama_cpp import Llama
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        options: dict[str, Any] = {"n_ctx": 2048, "n_threads": processors(), "verbose": False}
+        drafter = LlamaPromptLookupDecoding(num_pred_tokens=DRAFTED_LLAMA_CPP)
+        self._plain = Llama(str(gguf), **options)
+        self._drafting = Llama(str(gguf), **options, draft_model=drafter, logits_all=True)
+        self._vocabulary = vocabulary
+
+    def answer(self, prompt: Prompt, ids: list[int], max_tokens: int) -> Timed:
+        plain, _, sequential = self._generate(self._plain, ids, max_tokens)
+        drafted, passes, seconds = self._generate(self._drafting, ids, max_tokens)
+        forced = sequential / len(plain)
+        return by_token(prompt, "llama.cpp, prompt lookup", self._vocabulary, drafted, passes, seconds, forced)
+
+    def _generate(self, llama: Any, ids: list[int], max_tokens: int) -> tuple[list[int], int, float]:
+        from llama_cpp import LogitsProcessorList
+
+        tags = list(self._vocabulary.tags or ())
+
+        def without_tags(_: Any, logits: Any) -> Any:
+            logits[tags] = -float("inf")
+            return logits
+
+        llama.reset()
+        evaluate, passes = llama.eval, 0
+
+        def counted(tokens: Any) -> None:
+            nonlocal passes
+            passes += 1
+            evaluate(tokens)
+
+        llama.eval = counted
+        begun, tokens = time.perf_counter(), list[int]()
+        for token in llama.generate(ids, temp=0.0, logits_processor=LogitsProcessorList([without_tags])):
+            tokens.append(token)
+            if token in self._vocabulary.eos or len(tokens) == max_tokens:
+                break
+        llama.eval = evaluate
+        return tokens, passes, time.perf_counter() - begun
 
 
 # ------------------------------------------------------------------------------ tables
@@ -271,6 +334,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10, help="prompts a task")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--transformers", nargs="?", const="bfloat16", metavar="DTYPE", help="its prompt lookup too")
+    parser.add_argument("--gguf", type=Path, help="llama.cpp's prompt lookup too, on this file")
+    parser.add_argument("--systems", nargs="+", help="some of the systems only")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     tasks = chosen.tasks or (GROUNDED if chosen.grounded else (*TASKS, CONVERSATION))
@@ -291,6 +356,13 @@ def main() -> None:
         systems["transformers, prompt lookup"] = lambda prompt: theirs.answer(
             prompt, llm.encode([{"role": "user", "content": prompt.text}], plain), chosen.max_tokens
         )
+    if chosen.gguf:
+        other = LlamaCpp(chosen.gguf, llm.loaded.vocabulary)
+        untagged = SamplingParams(parallelism=0)
+        systems["llama.cpp, prompt lookup"] = lambda prompt: other.answer(
+            prompt, llm.encode([{"role": "user", "content": prompt.text}], untagged), chosen.max_tokens
+        )
+    systems = {name: system for name, system in systems.items() if name in (chosen.systems or systems)}
     for turn, prompt in enumerate(chosen_prompts(chosen.questions, tasks, chosen.limit)):
         order = list(systems)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:

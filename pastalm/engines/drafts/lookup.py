@@ -19,4 +19,5 @@ class Lookup(SilentDrafter):
         self._written = written
 
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
-        return self._written.guess(context.tail, lambda place: bool(context.sees >> place & 1))
+        sees = context.sees
+        return self._written.guess(context.tail, lambda place: sees >> place & 1)

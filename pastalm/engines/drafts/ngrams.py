@@ -38,13 +38,13 @@ class NGrams:
         for i in range(1, len(tokens)):
             self.add(tuple(tokens[max(0, i - LONGEST) : i]), tokens[i], i)
 
-    def guess(
-        self, tail: tuple[int, ...], counts: Callable[[int], bool] = lambda place: True
-    ) -> tuple[int, Evidence] | None:
-        """What most continuations name of the longest context that has some whose place counts."""
+    def guess(self, tail: tuple[int, ...], counts: Callable[[int], int] | None = None) -> tuple[int, Evidence] | None:
+        """What most continuations name of the longest context that has some whose place counts (None: all do)."""
+        table = self._next
         for n in range(len(tail), 0, -1):
-            known = self._next.get(tail[-n:], ())
-            if tokens := [token for token, place in known if counts(place)]:
+            if (known := table.get(tail[-n:])) is None:
+                continue
+            if tokens := [token for token, place in known if counts is None or counts(place)]:
                 return vote(n, tokens)
         return None
 

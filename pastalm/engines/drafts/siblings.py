@@ -19,4 +19,5 @@ class Siblings(SilentDrafter):
         self._written = written
 
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
-        return self._written.guess(context.tail, lambda place: not context.sees >> place & 1)
+        sees = context.sees
+        return self._written.guess(context.tail, lambda place: not sees >> place & 1)

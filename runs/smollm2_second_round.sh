@@ -11,7 +11,7 @@ answers=$(realpath "$1") eval=$(realpath "$2")
 here=$(realpath "$(dirname "$0")")
 pasta=${PASTA:-$(realpath "$here/../.venv/bin")/pasta} python=$(dirname "$(realpath "$here/../.venv/bin/pasta")")/python
 adapters=$here/../adapters marks=$here/marks sigma=28.5636
-lambdas=${LAMBDAS:-2} n=${N:-6} seqs=${SEQS:-24}
+lambdas=${LAMBDAS:-2} rounds=${ROUNDS:-1} n=${N:-6} seqs=${SEQS:-24}
 mkdir -p "${OUT:-$here/out/second_round}" && cd "${OUT:-$here/out/second_round}"
 
 whole() { # whole FILE COMMAND...: a file that is there only once it is whole
@@ -33,7 +33,7 @@ train sft stage1 given.jsonl --start "$adapters/stage1" --token-budget 150000 --
   "$python" "$here/add_change.py" "$adapters/lambda2" "$adapters/stage1" stage1/adapter carried
 
 # 2. rounds on prompts that were labelled by hand: half of them each. Six answers, of which three or four are scored
-for round in 1 2; do
+for ((round = 1; round <= rounds; round++)); do
   whole "prompts_round$round.jsonl" "$python" "$here/labelled_prompts.py" "$answers" "$marks/rounds_forking.jsonl" \
     --part "$round" --of 2 --one 90
   sample "prompts_round$round.jsonl" "baseline_round$round.jsonl" --adapter "$adapters/baseline" --sequential --max-tokens 512
@@ -53,8 +53,8 @@ for round in 1 2; do
 done
 
 # 3. greedy answers to the evaluation's prompts
-systems=("lambda2=$adapters/lambda2" "shipped_before=${SHIPPED_BEFORE:-auto}" stage1=stage1/adapter carried=carried)
+systems=("lambda2=$adapters/lambda2")
 for folder in lambda*_round*; do systems+=("$folder=$folder/adapter"); done
 "$pasta" eval "${systems[@]}" --prompts "$eval" --baseline "$adapters/baseline" --scorer pmi --scorer reference \
-  --sigma "pmi=$sigma" --against lambda2 --requests "$seqs" --no-matched --max-tokens 768 --public --length smaller \
+  --sigma "pmi=$sigma" --against lambda2 --requests "$seqs" --no-matched --max-tokens 768 --public --length matched \
   --labels "$marks/alpaca_eval_dev_forking.jsonl" --engine native --out eval

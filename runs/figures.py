@@ -14,8 +14,8 @@ FORM      interval (if it is left out): mean and 95 % interval; bold: the same, 
 
     <!-- figures: table FILE / SYSTEM, SYSTEM / FIGURE; FIGURE as HEAD; FIGURE:mean -->
 
-is a table of systems (`all`: those of the file) and figures, and `forking FILE` that of `forking.py`. The adapter that
-ships gets a table of results/shipped at the end of its card.
+is a table of systems (`all`: those of the file) and figures, without columns that the file lacks, and `forking FILE`
+that of `forking.py`. The adapter that ships gets a table of results/shipped at the end of its card.
 """
 
 from __future__ import annotations
@@ -131,11 +131,14 @@ def _table(words: str, root: Path) -> str:
     if len(parts) != 3:
         raise FigureError(f"table {words!r} is not FILE / SYSTEM, SYSTEM / FIGURE; FIGURE")
     file, named, columns = parts
-    names = list(systems(file, root)) if named == "all" else named.split(", ")
+    known = systems(file, root)
+    names = list(known) if named == "all" else named.split(", ")
     heads, cells = [], []
     for column in columns.split(";"):
         asked, _, head = column.strip().partition(" as ")
         name, _, form = asked.partition(":")
+        if not any(name in known[system] for system in names if system in known):
+            continue
         heads.append(head or name)
         cells.append((name, form or "interval"))
     lines = [f"| system | prompts | {' | '.join(heads)} |", "| --- " * (len(heads) + 2) + "|"]

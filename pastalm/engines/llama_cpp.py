@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from pastalm.core.events import Event, Finished, Forked, Joined, Path
 from pastalm.core.layout import Placed
+from pastalm.core.params import Request
 from pastalm.engines.base import Capabilities, Schedule
 from pastalm.engines.batching import (
     PREFILL_BUDGET,
@@ -143,6 +144,11 @@ class _Place:
     sequences: dict[Path, int]
     begins: dict[Path, int] = field(default_factory=dict)
     joins: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
+
+    def inherits(self, path: Path, token: Placed) -> bool:
+        """Whether a thread below the one of a token sees it from its beginning on."""
+        depth = len(token.path)
+        return path[:depth] == token.path and token.position <= self.begins.get(path[: depth + 1], -1)
 
     @property
     def unbegun(self) -> set[Path]:
@@ -283,7 +289,7 @@ class LlamaCppEngine(BatchingEngine):
             state.cached = min(shared[nearest], n - 1)
             self._remembered.move_to_end(nearest)
             self._cache.copy(nearest, own, 0, state.cached)
-        self._places[state.request.id] = _Place({(): own})
+        self._places[state.request.id].sequences[()] = own
 
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
         prompt, begin = state.prompt, state.cached
@@ -315,10 +321,20 @@ class LlamaCppEngine(BatchingEngine):
 
     # ------------------------------------------------------------------ events
 
+    def add(self, request: Request) -> None:
+        """Takes a request; it waits while there is no room. Raises RequestError if it can never fit."""
+        super().add(request)
+        self._places[request.id] = _Place({})
+
+    def cancel(self, request_id: str) -> None:
+        """Frees the request's sequences at once; unknown ids are ignored."""
+        super().cancel(request_id)
+        self._places.pop(request_id, None)
+
     def apply(self, request_id: str, event: Event) -> None:
         """Applies an event. Raises RequestError if it cannot follow the events before."""
         super().apply(request_id, event)
-        state = self._running.get(request_id)
+        state = self._running.get(request_id) or self._waiting.get(request_id)
         if state is None:
             return
         place = self._places[request_id]
@@ -368,12 +384,12 @@ class LlamaCppEngine(BatchingEngine):
         self._cache.copy(place.sequences[path[:-1]], own, 0, place.begins[path] + 1)
 
     def _join(self, place: _Place, path: Path) -> None:
-        """Adds the cells of a sync's children to its thread. Frees their sequences, unless a child that has not started
-        yet will fork from one."""
+        """Adds the cells of the threads that a thread joins. Frees the sequences of its own children, unless a child
+        that has not started yet will fork from one."""
         needed = {child[:-1] for child in place.unbegun}
         for child in place.joins.pop(path):
             self._cache.copy(place.sequences[child], place.sequences[path], place.begins[child] + 1)
-            if child not in needed:
+            if child[:-1] == path and child not in needed:
                 self._cache.give(place.sequences.pop(child))
                 del place.begins[child]
 
@@ -388,14 +404,10 @@ class LlamaCppEngine(BatchingEngine):
                 self._join(place, path)
             paths = {token.path for token in due}
             for token in due:
-                children = [
-                    place.sequences[path]
-                    for path in paths
-                    if path[:-1] == token.path and path and token.position <= place.begins[path]
-                ]
+                below = [path for path in paths if len(path) > len(token.path) and place.inherits(path, token)]
                 tokens.append(token.token)
                 positions.append(token.position)
-                owners.append([place.sequences[token.path], *children])
+                owners.append([place.sequences[path] for path in (token.path, *below)])
         return self._decode(tokens, positions, owners, keep)
 
     def _decode(

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import numpy as np
 import pytest
+import torch
 
 from pastalm import LLM, Limits, SamplingParams
 from pastalm.core.driver import Driver, Response
 from pastalm.core.events import Joined
+from pastalm.engines.llama_cpp import MAX_SEQUENCES, LlamaCppEngine, LlamaCppModel
+from pastalm.engines.native.engine import NativeEngine
+from pastalm.engines.native.model import NativeModel
 from pastalm.engines.transformers.engine import TransformersEngine
 from pastalm.errors import PastaError, RequestError
+from pastalm.models import gguf_files, packed_models
 from pastalm.structured.grammar import Grammars
 from pastalm.structured.plan import Leaf
 from pastalm.structured.structures import Structures
+from tests.engines.test_llama_cpp import loaded
 from tests.laws.oracle import Linear, Record
 from tests.laws.reference import reference_logits
 from tests.laws.tiny import tiny_model, tiny_vocabulary
@@ -25,6 +32,8 @@ from tests.laws.tiny import tiny_model, tiny_vocabulary
 HERE = Path(__file__).parent
 TEXT = {"type": "string", "maxLength": 12}
 EXACTLY = 1e-9
+CLOSE = 1e-3
+"""In float32."""
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -48,11 +57,13 @@ NESTED = fields(
 
 
 class Traced:
-    """A driver over a tiny float64 model that keeps each token's logits."""
+    """A driver over a tiny model, in float64 unless an engine is given, that keeps each token's logits."""
 
-    def __init__(self, *, threads: int = 16, tags: bool = True, layers: int = 2) -> None:
-        self.model = tiny_model("llama", layers=layers)
-        self.engine = TransformersEngine(self.model, max_num_seqs=4, max_model_len=1024)
+    def __init__(self, *, threads: int = 16, tags: bool = True, layers: int = 2, engine: Any = None) -> None:
+        if engine is None:
+            self.model = tiny_model("llama", layers=layers)
+            engine = TransformersEngine(self.model, max_num_seqs=4, max_model_len=1024)
+        self.engine = engine
         self.vocabulary = tiny_vocabulary(tags=tags)
         structures = Structures(self.vocabulary, self.engine.capabilities.positions)
         self.driver = Driver(self.engine, self.vocabulary, limits=Limits(max_threads=threads), structure=structures)
@@ -61,7 +72,7 @@ class Traced:
 
     def _keep(self, request_id: str, path: Any, logits: Any) -> None:
         thread = self.engine._running[request_id].threads[path]
-        self.logits[request_id, path, thread.count] = logits.clone()
+        self.logits[request_id, path, thread.count] = torch.as_tensor(logits).clone()
 
     def run(self, schema: Any, **params: Any) -> Response:
         settings = {"temperature": 1.0, "max_tokens": 400, "seed": 1} | params
@@ -71,18 +82,44 @@ class Traced:
         return response
 
 
+def error(traced: Traced, response: Response, model: Any) -> float:
+    """Largest difference of the logits of an answer from those of one masked forward pass."""
+    linear = Linear(response.prompt_token_ids, Record.of(traced.events), "overlap")
+    want = reference_logits(model, linear.tokens, linear.positions, linear.visible)
+    assert len(traced.logits) > 20
+    assert any(isinstance(event, Joined) and event.children for event in traced.events)
+    return max(
+        float((logits - want[linear.place[path, index - 1] if index else len(linear.prompt) - 1]).abs().max())
+        for (_, path, index), logits in traced.logits.items()
+    )
+
+
 @pytest.mark.parametrize("threads", [1, 3, 16])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_logit_is_that_of_one_masked_pass(threads: int, seed: int) -> None:
     traced = Traced(threads=threads)
-    response = traced.run(NESTED, seed=seed)
-    linear = Linear(response.prompt_token_ids, Record.of(traced.events), "overlap")
-    want = reference_logits(traced.model, linear.tokens, linear.positions, linear.visible)
-    assert len(traced.logits) > 20
-    for (_, path, index), logits in traced.logits.items():
-        before = linear.place[path, index - 1] if index else len(response.prompt_token_ids) - 1
-        assert float((logits - want[before]).abs().max()) < EXACTLY
-    assert any(isinstance(event, Joined) and event.children for event in traced.events)
+    assert error(traced, traced.run(NESTED, seed=seed), traced.model) < EXACTLY
+
+
+@pytest.mark.parametrize("threads", [2, 16])
+def test_every_logit_of_the_native_engine_is_too(threads: int) -> None:
+    reference = tiny_model("llama", dtype=torch.float32)
+    with closing(NativeModel(*packed_models.from_model(reference, "F32"), threads=1)) as weights:
+        engine = NativeEngine(weights, max_num_seqs=2, max_model_len=1024, cache_type="F32")
+        traced = Traced(threads=threads, engine=engine)
+        assert error(traced, traced.run(NESTED), reference) < CLOSE
+
+
+@pytest.mark.parametrize("threads", [2, 16])
+def test_every_logit_of_llama_cpp_is_too(threads: int, tmp_path: Path) -> None:
+    reference = tiny_model("llama", dtype=torch.float32, layers=3)
+    weights = LlamaCppModel(gguf_files.export(loaded(reference), tmp_path / "tiny.gguf", "F32"))
+    exact: Any = {"cache_type": "F32", "flash_attention": False}
+    with closing(weights), closing(LlamaCppEngine(weights, max_num_seqs=2, max_model_len=1024, **exact)) as engine:
+        traced = Traced(threads=threads, engine=engine)
+        assert error(traced, traced.run(NESTED), reference) < CLOSE
+        engine.forget()
+        assert len(engine._cache.free) == MAX_SEQUENCES
 
 
 def test_threads_drafts_and_the_order_of_steps_do_not_change_an_answer() -> None:

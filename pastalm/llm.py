@@ -187,7 +187,7 @@ class LLM:
     def _driver(engine: Engine, loaded: Loaded, limits: Limits | None) -> Driver:
         offers = engine.capabilities
         masks = offers.processors or not offers.checks
-        structure = Structures(loaded.vocabulary, offers.positions, masks=masks, guided=offers.guides)
+        structure = Structures(loaded.vocabulary, offers.positions, masks=masks, guides=offers.guides)
         return Driver(engine, loaded.vocabulary, limits=limits, structure=structure)
 
     def _open(self) -> tuple[Loaded, Driver]:

@@ -148,7 +148,7 @@ class Request:
     reference_token_ids: of each text that the answer may copy from.
     owner: on whose behalf it is; earlier answers serve as drafts for the same owner only.
     vocabulary: of the model, for logits processors that read tokens (None: unknown).
-    guide: the JSON Schema of all that a thread writes next, for an engine that guides instead of masking (None: free).
+    guide: what a thread writes next, for an engine that guides instead of masking: {"regex": …} or {"json": a schema}.
     """
 
     id: str

@@ -47,8 +47,8 @@ class Capabilities:
     """Whether it runs logits processors (engines/processors)."""
     checks: bool = False
     """Whether a thread's token can be refused and asked for again (structured/checked.py)."""
-    guides: bool = False
-    """Whether it holds a thread's value to a schema itself (`Request.guide`)."""
+    guides: tuple[str, ...] = ()
+    """What it holds a thread's next text to itself (`Request.guide`): regex, json (a schema)."""
     exact: bool = False
     """Whether float64 laws hold on it."""
     max_model_len: int = 0

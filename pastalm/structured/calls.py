@@ -78,7 +78,7 @@ class CallInterpreter:
         return ValueMask(self._value, ())
 
     def guide(self, path: Path) -> Any:
-        """The schema of what a thread writes next, once it is a call."""
+        """What a thread writes next is held to, once it is a call."""
         return self._fields.guide(path) if self._calls else None
 
     def _value(self, path: Path) -> Value | None:

@@ -1,7 +1,7 @@
 """Structured answers of an engine that cannot be masked: what a thread writes is checked, and asked for again.
 
-A completions server has no masks. If it has guided decoding of its own, it gets the schema of each value, and writes
-the value whole (`guide`). Whether it has it or not, every piece that it sends is checked:
+A completions server has no masks. Its own guided decoding, where it has it, gets the form of each value (guides.py).
+Whether it has it or not, every piece that it sends is checked:
 
     a piece that fits            is taken
     one that goes beyond         its part up to where the value is whole is taken, and the value ends
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from pastalm.core.events import Decoded, Event, FinishReason, Joined, Path, Samp
 from pastalm.core.interpreter import Limits
 from pastalm.core.params import SamplingParams
 from pastalm.structured.grammar import Grammars, Value
+from pastalm.structured.guides import Guide, one_of, rest_of, whole
 from pastalm.structured.interpreter import FieldInterpreter, FieldThread
 from pastalm.structured.plan import Choice, Counted, Leaf, Node
 
@@ -115,8 +116,7 @@ class ByteGrammars(Grammars):
 class CheckedFields(FieldInterpreter):
     """`FieldInterpreter` for an engine that cannot be masked: it checks what is sampled.
 
-    guided: the engine holds a value to its schema where it can (`Request.guide`). Then nothing of the value is forced,
-        and the engine writes all of it.
+    guides: the kinds of guides that the engine takes (`Request.guide`).
     """
 
     def __init__(
@@ -127,25 +127,19 @@ class CheckedFields(FieldInterpreter):
         limits: Limits,
         *,
         parts: Node | None = None,
-        guided: bool = False,
+        guides: Collection[str] = (),
     ) -> None:
         super().__init__(plan, grammars, params, limits, parts=parts)
-        self._guided = guided
+        self._offered = guides
+        self._guides: dict[Path, Guide] = {}
         self._refused: Counter[Path] = Counter()
 
-    def guide(self, path: Path) -> Mapping[str, Any] | None:
-        """The schema of all that a thread writes next; None if it has begun to write it, or writes no value."""
+    def guide(self, path: Path) -> Guide | None:
+        """What the completion that begins a thread's value is held to; None if it has begun, or is only checked."""
         thread = self.threads.get(path)
-        if thread is None or thread.state != "live" or not self._guided:
+        if thread is None or thread.state != "live" or (thread.value and len(thread.value.text) > thread.said):
             return None
-        node = thread.node
-        if isinstance(node, Counted):
-            return {"type": "integer", "minimum": node.least, "maximum": node.most}
-        if thread.value is None or thread.value.text:
-            return None
-        if isinstance(node, Choice):
-            return {"enum": [json.loads(name) for name in node.options]}
-        return _schema_of(node) if isinstance(node, Leaf) else None
+        return self._guides.get(path)
 
     def advance(self, sampled: SampledToken) -> list[Event]:
         thread = self.threads.get(sampled.path)
@@ -156,22 +150,37 @@ class CheckedFields(FieldInterpreter):
         return list(self._decoded(thread, sampled))
 
     def _heading(self, thread: FieldThread, node: Node) -> tuple[str, str]:
+        self._guides.pop(thread.path, None)
+        if isinstance(node, Counted) and "regex" in self._offered:
+            self._guides[thread.path] = one_of([str(n) for n in range(node.least, node.most + 1)])
         if not isinstance(node, Leaf | Choice):
             return super()._heading(thread, node)
         fed, shown, thread.shown = thread.fed, thread.shown, ""
         if isinstance(node, Choice):
-            thread.value = self._grammars.literals(list(node.options), "")
             fed, shown = fed + node.open, shown + node.open
-        else:
-            thread.value = self._grammars.value(node, "")
-        begun = "" if self._guided else thread.value.begin().decode()
-        if not begun and not self._guided:
+        thread.value = self._begun(node)
+        begun = thread.value.begin().decode()
+        guide = one_of(node.options, begun) if isinstance(node, Choice) else rest_of(node, begun)
+        if (guide is None or "regex" not in self._offered) and not thread.value.ended:
+            leaf = node if isinstance(node, Leaf) else Leaf({"enum": list(map(json.loads, node.options))})
+            guide = whole(leaf) if "json" in self._offered else None
+            if guide is not None:  # the server writes all of the value
+                thread.value, begun = self._begun(node), ""
+        if guide is not None:
+            self._guides[thread.path] = guide
+        if not begun and "json" not in (guide or {}):
             fed = fed.removesuffix(" ")  # a word's token has the space before it
-        thread.said = len(begun)
+        thread.said = len(begun.encode())
         if isinstance(node, Leaf) and node.optional:
             thread.shown = shown
             return fed + begun, ""
-        return fed + begun, shown + begun
+        tail = thread.tail if thread.value.ended and isinstance(node, Leaf) else ""
+        return fed + begun + tail, shown + begun
+
+    def _begun(self, node: Leaf | Choice) -> Value:
+        if isinstance(node, Choice):
+            return self._grammars.literals(list(node.options), "")
+        return self._grammars.value(node, "")
 
     def _decoded(self, thread: FieldThread, sampled: SampledToken) -> Iterator[Event]:
         found = self._checked(thread, sampled)
@@ -243,12 +252,3 @@ class CheckedFields(FieldInterpreter):
             yield self._again(thread)
             return
         yield from super()._counted(thread, counted, sampled)
-
-
-def _schema_of(leaf: Leaf) -> Mapping[str, Any]:
-    schema = {} if leaf.schema is True else leaf.schema
-    if not leaf.optional:
-        return dict(schema)
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    rest = {key: value for key, value in schema.items() if key not in definitions}
-    return {"anyOf": [rest, {"type": "null"}], **definitions}

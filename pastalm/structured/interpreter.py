@@ -150,7 +150,7 @@ class FieldInterpreter:
         return thread.value if thread is not None else None
 
     def guide(self, path: Path) -> Any:
-        """The schema of all that a thread writes next, for an engine that cannot be masked; None: no schema."""
+        """What a thread writes next is held to, on an engine that cannot be masked (guides.py); None: nothing."""
         return None
 
     # ------------------------------------------------------------------ beginning
@@ -193,7 +193,7 @@ class FieldInterpreter:
             # a word's token has the space before it
             value = self._grammars.value(node, thread.tail, head=" ")
             fed, shown = fed[:-1], shown[:-1]
-        thread.value, thread.said = value, len(begun)
+        thread.value, thread.said = value, len(begun.encode())
         if isinstance(node, Leaf) and node.optional:
             thread.shown = shown
             return fed + begun, ""

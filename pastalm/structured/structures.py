@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +25,14 @@ class Structures:
     vocabulary: the model's tokens.
     positions: the policies that the engine offers.
     masks: the engine masks logits. False: what it samples is checked.
-    guided: such an engine holds values to their schemas itself, where it can (`Request.guide`).
+    guides: what such an engine can hold values to itself (guides.py).
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, positions: Sequence[Policy], *, masks: bool = True, guided: bool = False
+        self, vocabulary: Vocabulary, positions: Sequence[Policy], *, masks: bool = True, guides: Collection[str] = ()
     ) -> None:
         self._vocabulary, self._positions = vocabulary, positions
-        self._masks, self._guided = masks, guided
+        self._masks, self._guides = masks, guides
         self._grammars: Grammars | None = None
 
     def __call__(self, request: Request, limits: Limits) -> tuple[FieldInterpreter | CallInterpreter, Request] | None:
@@ -67,7 +67,7 @@ class Structures:
         node, parts = plan_of(params), plan_of(replace(params, parallelism=1.0))
         if self._masks:
             return FieldInterpreter(node, grammars, params, limits, parts=parts)
-        return CheckedFields(node, grammars, params, limits, parts=parts, guided=self._guided)
+        return CheckedFields(node, grammars, params, limits, parts=parts, guides=self._guides)
 
 
 def _checks(params: SamplingParams) -> Iterator[tuple[bool, str]]:

@@ -17,11 +17,23 @@ from pastalm.engines.completions.wire import Ids, Shares, Texts, Wire, token_sco
 from pastalm.errors import RemoteError, RequestError
 from pastalm.records.chat_client import line, no_api
 
+
+def _sglang_fields(guide: dict[str, Any]) -> dict[str, Any]:
+    return {"json_schema": json.dumps(guide["json"])} if "json" in guide else dict(guide)
+
+
+BOTH = ("regex", "json")
 SERVERS = {
-    "vllm": Server(known=True, guide=lambda schema: {"structured_outputs": {"json": schema}}),
-    "pastalm": Server(known=True, guide=lambda schema: {"structured_outputs": {"json": schema}}),
-    "sglang": Server("finished", known=True, guide=lambda schema: {"json_schema": json.dumps(schema)}),
-    "llamacpp": Server(known=True, penalty="repeat_penalty", every=0, guide=lambda schema: {"json_schema": schema}),
+    "vllm": Server(known=True, guides=BOTH, guide=lambda guide: {"structured_outputs": guide}),
+    "pastalm": Server(known=True, guides=("json",), guide=lambda guide: {"structured_outputs": guide}),
+    "sglang": Server("finished", known=True, guides=BOTH, guide=_sglang_fields),
+    "llamacpp": Server(
+        known=True,
+        penalty="repeat_penalty",
+        every=0,
+        guides=("json",),
+        guide=lambda guide: {"json_schema": guide["json"]},
+    ),
     "me": Server(known=True, penalty="repeat_penalty", every=0),
 }
 """By `owned_by` in the server's list of models; "me" is llama-cpp-python's."""

@@ -76,7 +76,7 @@ class _Thread:
     postponed: waits until no other thread of its response decodes.
     alone: no other thread of its response decoded when its completion was requested.
     refused: times since its last token that the interpreter took none and asked for another completion.
-    guided: its completion is held to a schema. guidable: the server has not refused that.
+    guided: its completion is held to a guide. guidable: the server has not refused that.
     """
 
     path: Path
@@ -115,14 +115,15 @@ class Server:
     known: whether it supports more than OpenAI's API: top_k, min_p, ignore_eos and a repetition penalty.
     penalty: its name for the repetition penalty.
     every: its value of top_k for all tokens.
-    guide: the fields of a request that hold its completion to a JSON Schema (None: it has no guided decoding).
+    guide: the fields of a request that hold its completion to a guide. guides: the kinds of guides that it takes.
     """
 
     shares: Shares = "running"
     known: bool = False
     penalty: str = "repetition_penalty"
     every: int = -1
-    guide: Callable[[Any], dict[str, Any]] | None = None
+    guides: tuple[str, ...] = ()
+    guide: Callable[[Any], dict[str, Any]] = dict
 
 
 class OpenAIEngine:
@@ -152,7 +153,7 @@ class OpenAIEngine:
             CAPABILITIES,
             weights=f"{connection.model} at {connection.base_url}, sent as {wire.name}",
             logprobs=logprobs,
-            guides=self.server.guide is not None,
+            guides=self.server.guides,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len or UNKNOWN,
         )
@@ -351,7 +352,7 @@ class OpenAIEngine:
         if end.fatal:
             raise RemoteError(end.why)
         thread.failures += 1
-        if end.final and end.opening and thread.guided:  # a schema that the server cannot hold: without it
+        if end.final and end.opening and thread.guided:  # a form that the server cannot hold: without it
             thread.guidable, thread.failures = False, 0
             self.traffic.again += 1
             return None
@@ -410,10 +411,10 @@ class OpenAIEngine:
             "top_p": params.top_p,
         }
         extra = self.wire.options(request, self.server.shares)
-        schema = request.guide(thread.path) if request.guide and thread.guidable else None
-        thread.guided = schema is not None and self.server.guide is not None
-        if thread.guided and self.server.guide is not None:
-            extra |= self.server.guide(schema)
+        guide = request.guide(thread.path) if request.guide and thread.guidable else None
+        thread.guided = guide is not None
+        if guide is not None:
+            extra |= self.server.guide(guide)
         if body["temperature"] > 0:
             body["seed"] = _seed(request, thread)
         if params.logprobs is not None:

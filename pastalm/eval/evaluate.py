@@ -148,7 +148,7 @@ def described(
 
     Raises RequestError, ModelError.
     """
-    base = {"adapter": adapter_of(baseline), **settings}
+    base = {**settings, "adapter": adapter_of(baseline)}
     headers = {BASELINE: {"method": "sequential", **base}}
     for spec in map(parse_system, entries):
         if spec.adapter:

@@ -270,6 +270,15 @@ def test_a_system_is_an_adapter_its_threads_and_its_drafts(
     assert headers[spec.name]["method"] == spec.method == method
 
 
+def test_the_baseline_and_what_runs_on_it_are_recorded_with_its_adapter() -> None:
+    """Also where the settings are those of a model that has none."""
+    settings = {"model": {"name": "m", "sha256": "1"}, "adapter": None}
+    systems = ["mine=other", "sot", "lookup"]
+    headers = evaluate.described(systems, lambda adapter: {"name": adapter, "sha256": ""}, "base", settings)
+    adapters = {name: header["adapter"]["name"] for name, header in headers.items()}
+    assert adapters == {"baseline": "base", "mine": "other", "sot": "base", "lookup": "base"}
+
+
 def test_drafts_change_no_answer(load: Load, tmp_path: Path) -> None:
     wanted = ["own=some", "more=some+drafts", "two=some+lookup,siblings", "off=some:off+drafts", "lookup", "llma"]
     systems = list(evaluate.build(wanted, Decoding(evaluate.BASELINE, load("", None), parallelism=0), load))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -26,6 +26,11 @@ from pastalm.models.downloads import EMBEDDED
 
 if TYPE_CHECKING:
     from pastalm.eval.score import ScoreCounts
+
+
+Labels: TypeAlias = Annotated[
+    Path | None, typer.Option(help="JSONL, {id, label} each (one, may, should): which prompts ask for a list.")
+]
 
 
 @verb(
@@ -52,12 +57,7 @@ def score(
             help="JSON or JSONL: {id, reference or response or output} each; say which prompts ask for a list."
         ),
     ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL, {id, label} each (one, may, should): which prompts ask for a list."
-        ),
-    ] = None,
+    labels: Labels = None,
     sigma: Annotated[
         float | None, typer.Option(help="Unit of differences, of the stage-1 samples (default: of these answers).")
     ] = None,

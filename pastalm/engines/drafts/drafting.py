@@ -10,7 +10,6 @@ from pastalm.engines.drafts.base import Drafter
 from pastalm.engines.drafts.budget import USUAL, Candidate, StepCosts, choose
 from pastalm.engines.drafts.lookup import Lookup
 from pastalm.engines.drafts.ngrams import NGrams
-from pastalm.engines.drafts.phrases import Phrases, table_of
 from pastalm.engines.drafts.references import References
 from pastalm.engines.drafts.response import Rates, ResponseDrafts
 from pastalm.engines.drafts.siblings import Siblings
@@ -21,7 +20,6 @@ MAKERS: dict[str, Make] = {
     "siblings": lambda request, written, stores: Siblings(written),
     "references": lambda request, written, stores: References(request.reference_token_ids),
     "answers": lambda request, written, stores: Answers(stores.of(request.owner)),
-    "phrases": lambda request, written, stores: Phrases(table_of(request.vocabulary) if request.vocabulary else {}),
 }
 """How the drafter of each name is made (`core.params.DRAFTERS`)."""
 

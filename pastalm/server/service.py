@@ -51,6 +51,8 @@ class Service:
         self.max_model_len = self._capabilities.max_model_len
         # one thread: tokenizers are not thread-safe, and a long prompt must not block the event loop
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        # its own: a schema may take seconds
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self.metrics.watch("pasta_unfinished_answers", "Answers that decode or wait.", lambda: self.unfinished)
         self.metrics.watch("pasta_running_answers", "Answers in the engine.", lambda: len(llm.driver.running))
         self.metrics.watch("pasta_live_threads", "Threads decoding at once.", lambda: self.worker.live_threads)
@@ -159,13 +161,13 @@ class Service:
             raise bad_value(str(error), request.form_field) from None
 
     async def _check_form(self, request: PromptRequest, params: SamplingParams) -> None:
-        """Compiles the grammar of the answers on the tokenizer's thread, so that it is at hand for the engine's.
+        """Compiles the grammar of the answers on a thread of its own, so that it is at hand for the engine's.
 
         Raises Refused if the form of the answers cannot be held, or max_tokens is less than they need.
         """
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._encoder, self.llm.driver.check_form, params)
+            await loop.run_in_executor(self._compiler, self.llm.driver.check_form, params)
         except RequestError as error:
             param = "max_tokens" if str(error).startswith("max_tokens") else request.form_field
             raise bad_value(str(error), param) from None

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -14,6 +15,9 @@ from pastalm.server.messages import Checked, Object, Text
 
 DEEPEST, MOST_VALUES, MOST_CHARACTERS = 64, 5_000, 120_000
 """Of a schema: levels, values of any kind, and characters of all names and texts together."""
+MOST_EXPANDED = 20_000
+"""Values of a schema once its references are followed and the least lengths of its arrays and texts are written out: so
+much is there to be decoded at least."""
 MOST_TOOLS = 128
 ANY_OBJECT: Object = {"type": "object"}
 NO_ARGUMENTS: Object = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -41,7 +45,43 @@ def _within_bounds(schema: Object) -> Object:
         if count > MOST_VALUES or characters > MOST_CHARACTERS:
             most = f"{MOST_VALUES} names and values, of {MOST_CHARACTERS} characters together"
             raise ValueError(f"the schema is too large: at most {most}")
+    try:
+        too_much = _expanded(schema, schema, {}) > MOST_EXPANDED
+    except RecursionError:
+        too_much = True
+    if too_much:
+        raise ValueError("the schema asks for too much: lower minItems or minLength, or use fewer references")
     return schema
+
+
+def _expanded(value: Any, root: Object, sizes: dict[str, int]) -> int:
+    """Values of a part of a schema, see MOST_EXPANDED. sizes: of the references followed so far."""
+    if isinstance(value, list):
+        return 1 + sum(_expanded(item, root, sizes) for item in value)
+    if not isinstance(value, dict):
+        return 1
+    size = 1 + sum(_expanded(v, root, sizes) for k, v in value.items() if k not in ("$defs", "definitions"))
+    reference = value.get("$ref")
+    if isinstance(reference, str):
+        if reference not in sizes:
+            sizes[reference] = 0  # a definition within itself is followed once
+            sizes[reference] = _expanded(_target(root, reference), root, sizes)
+        size += sizes[reference]
+    return size * _least(value, "minItems") + _least(value, "minLength")
+
+
+def _least(schema: Object, keyword: str) -> int:
+    length = schema.get(keyword)
+    return max(1, int(length)) if isinstance(length, int | float) else 1
+
+
+def _target(root: Object, reference: str) -> Any:
+    """What a reference leads to; None if it leads nowhere."""
+    value: Any = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if reference.startswith("#") else None
 
 
 Schema = Annotated[Object, AfterValidator(_within_bounds)]

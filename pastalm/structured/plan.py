@@ -244,7 +244,8 @@ class _Planner:
             asked = self._depends.get(full, _get(properties[name], DEPENDS))
             if asked is None:
                 asked = names[: names.index(name)] if _summarises(name, properties[name]) else []
-            if isinstance(asked, str) or not all(isinstance(other, str) for other in asked):
+            listed = isinstance(asked, Sequence) and not isinstance(asked, str)
+            if not listed or not all(isinstance(other, str) for other in asked):
                 raise RequestError(f"what {full!r} depends on is a list of names of fields")
             if unknown := [other for other in asked if other not in names or other == name]:
                 raise RequestError(f"{full!r} depends on {unknown[0]!r}, which is not another field of its object")

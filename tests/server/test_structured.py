@@ -256,6 +256,22 @@ DEEP: dict[str, Any] = {"type": "integer"}
 for _ in range(70):
     DEEP = {"type": "array", "items": DEEP}
 LARGE = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(3000)}}
+DOUBLED = {
+    "$defs": {
+        f"d{i}": {
+            "type": "object",
+            "properties": {k: {"$ref": f"#/$defs/d{i + 1}"} for k in "ab"},
+            "required": ["a", "b"],
+        }
+        for i in range(24)
+    },
+    "$ref": "#/$defs/d0",
+}
+"""Small, but its answer has 2^24 fields."""
+CUBE: dict[str, Any] = {"type": "boolean"}
+for _ in range(3):
+    CUBE = {"type": "array", "items": CUBE, "minItems": 32, "maxItems": 32}
+CHAIN = {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(1200)}, "$ref": "#/$defs/d0"}
 FORMAT = "response_format"
 
 
@@ -281,6 +297,12 @@ FORMAT = "response_format"
         ({FORMAT: json_schema({"enum": ["x" * 130_000]})}, "response_format.json_schema.schema"),
         ({FORMAT: json_schema({"const": "\ud800"})}, "response_format.json_schema.schema"),
         ({FORMAT: json_schema({"minimum": float("nan")})}, "response_format.json_schema.schema"),
+        ({FORMAT: json_schema(CHAIN)}, "response_format.json_schema.schema"),
+        ({FORMAT: json_schema({**POINT, "properties": {"x": {"x-depends-on": 5}, "on": {}}})}, "response_format"),
+        ({FORMAT: json_schema(DOUBLED)}, "response_format.json_schema.schema"),
+        ({FORMAT: json_schema(CUBE)}, "response_format.json_schema.schema"),
+        ({FORMAT: json_schema({"type": "array", "minItems": 10**5})}, "response_format.json_schema.schema"),
+        ({FORMAT: json_schema({"type": "string", "minLength": 10**9})}, "response_format.json_schema.schema"),
         ({FORMAT: json_schema({"not": {}})}, "response_format"),
         ({FORMAT: json_schema({"type": "float"})}, "response_format"),
         ({FORMAT: json_schema({"$ref": "#/$defs/a"})}, "response_format"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Self
@@ -25,6 +26,8 @@ KEPT = 256
 """Compiled grammars that are kept."""
 MOST_BYTES = 4096
 """Of the shortest way to an end."""
+SECONDS = 5.0
+"""A way to an end is looked for no longer: a schema may have none, as an object that requires one of its own kind."""
 _UNKNOWN = re.compile(r'Unimplemented keys: \[(".*?")\]')
 STATES = 64
 """How many states the search for an end looks at."""
@@ -110,10 +113,11 @@ class Value:
         if self._ends_by(known := self._grammars.endings.get(key, [])):
             return known
         value, text = self.fork(), b""
+        until = time.monotonic() + SECONDS
         while not value.may_end:
             way, loop = value._way_out()
             way = way or value._run(*loop)
-            if not way or len(text) > MOST_BYTES or not value._spell(way):
+            if not way or len(text) > MOST_BYTES or time.monotonic() > until or not value._spell(way):
                 return []
             text += way
         tokens = self._grammars.encode(text)

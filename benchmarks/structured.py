@@ -116,12 +116,10 @@ class Transformers:
     """llguidance as a logits processor of transformers' `generate`, bfloat16."""
 
     def __init__(self) -> None:
-        import torch
-
         from pastalm.models import loading
         from pastalm.models.downloads import EMBEDDED
 
-        self.loaded: Any = loading.load(EMBEDDED, adapter=None, dtype=torch.bfloat16)
+        self.loaded: Any = loading.load(EMBEDDED, adapter=None, dtype="bfloat16")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         import torch

@@ -26,6 +26,8 @@ KEPT = 256
 """Compiled grammars that are kept."""
 MOST_BYTES = 4096
 """Of the shortest way to an end."""
+MOST_ITEMS = 20_000
+"""Of a row of llguidance's parser: an object with some thousands of fields that may all be left out."""
 SECONDS = 5.0
 """A way to an end is looked for no longer: a schema may have none, as an object that requires one of its own kind."""
 _UNKNOWN = re.compile(r'Unimplemented keys: \[(".*?")\]')
@@ -60,6 +62,11 @@ class Value:
     @property
     def ended(self) -> bool:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str:
+        """Why its grammar cannot go on, in one line, if it cannot."""
+        return str(self._matcher.get_error()).strip().partition("\n")[0].partition(";")[0]
 
     @property
     def text(self) -> bytes:
@@ -234,6 +241,7 @@ class Grammars:
         self.endings: dict[tuple[Any, bytes], list[int]] = {}
         source = _Source(pieces, ends[0], encode)
         self._tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(source), eos_token=ends)
+        self._limits = llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
         self._compiled = lru_cache(KEPT)(self._compile)
 
     def _units(self) -> tuple[list[bytes], list[int], Callable[[bytes | str], list[int]]]:
@@ -281,6 +289,8 @@ class Grammars:
         value = self.value(leaf, COMMA)
         begun = self.encode(value.begin())
         tokens = value.ending()
+        if problem := value.error:
+            raise RequestError(f"the schema cannot be held: {problem}")
         if not tokens and not (value.ended and value.text):
             raise RequestError("the schema cannot be held: no short value of it was found")
         return len(begun) + len(tokens)
@@ -296,7 +306,7 @@ class Grammars:
         return self._matcher(f"%llguidance {{}}\nstart: {' '.join(parts)}\nvalue: {rule}\n", parsed)
 
     def _matcher(self, grammar: str, schema: Any = None) -> Any:
-        matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise RequestError(f"the schema cannot be held: {_reason(matcher.get_error(), schema)}")
         return matcher

@@ -175,6 +175,23 @@ def test_what_cannot_be_held_is_refused_by_name(row: dict[str, Any]) -> None:
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "schema, refused",
+    [
+        ({"type": "object", "properties": {f"p{i}": TEXT for i in range(1000)}}, ""),
+        ({"$ref": "#/$defs/n", "$defs": {"n": fields(n={"$ref": "#/$defs/n"})}}, "cannot be held"),
+        ({"type": "array", "items": TEXT, "minItems": 100_000}, "cannot be held"),
+    ],
+    ids=["a thousand fields", "no end", "too long"],
+)
+def test_a_schema_without_a_short_answer_is_refused_soon(schema: Any, refused: str) -> None:
+    if not refused:
+        assert valid(schema, Traced(layers=1).run(schema, max_tokens=60).transcript.text)
+        return
+    with pytest.raises(RequestError, match=refused):
+        Traced(layers=1).run(schema)
+
+
 def test_the_stream_is_the_answer_in_document_order() -> None:
     traced = Traced()
     response = traced.driver.submit(list(b"x"), SamplingParams(schema=NESTED, max_tokens=400, temperature=1, seed=5))

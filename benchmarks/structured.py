@@ -2,6 +2,7 @@
 
     python benchmarks/structured.py benchmarks/extraction.jsonl --limit 50 --rounds 3 --out FILE
     python benchmarks/structured.py benchmarks/extraction.jsonl --limit 50 --llama-cpp q8_0.gguf --transformers
+    python benchmarks/structured.py --agreement 60
     python benchmarks/structured.py --schemas tests/structured/schemas.jsonl tests/structured/functions.jsonl --seeds 4
 
 The first form answers each row with threads and sequentially, one at a time, alternately, greedy, without drafts unless
@@ -11,7 +12,10 @@ llama.cpp's own grammar (its JSON Schema converter) on that GGUF file, `--transf
 `generate`: their own sequential forms, in the same run. `--prefix` reads each schema's prompt once before, as a server
 that is asked with one schema again and again has it.
 
-The second form samples an answer to each schema with each seed at temperature 1, and counts those that do not validate.
+`--agreement N` samples N answers of two fields that must fit each other, a fruit and a sentence about it, and counts
+the sentences that name that fruit: fields that do not see each other, with `x-depends-on`, sequentially.
+
+The last form samples an answer to each schema with each seed at temperature 1, and counts those that do not validate.
 """
 
 from __future__ import annotations
@@ -223,6 +227,29 @@ def report(rows: list[dict[str, Any]], results: dict[str, list[list[dict[str, An
     print(f"right, threads less sequential: {interval(differences, np.mean)}")
 
 
+FRUITS = ("apple", "banana", "cherry", "grape", "lemon", "mango", "orange", "peach", "pear", "plum")
+
+
+def agreement(args: argparse.Namespace) -> None:
+    llm = LLM(args.model, adapter=None, dtype=args.dtype, max_num_seqs=16)
+    asked = [{"role": "user", "content": "Choose a fruit at random, and write one short sentence about it."}]
+    sentence = {"type": "string", "maxLength": 80}
+    for name, more, parallelism in (
+        ("threads", {}, 1.0),
+        ("threads, x-depends-on", {"x-depends-on": ["fruit"]}, 1.0),
+        ("sequential", {}, 0.0),
+    ):
+        properties = {"fruit": {"enum": list(FRUITS)}, "sentence": sentence | more}
+        schema = {"type": "object", "properties": properties, "required": list(properties)}
+        params = SamplingParams(
+            schema=schema, seed=5, n=args.agreement, max_tokens=80, parallelism=parallelism, drafts="off"
+        )
+        answers = [json.loads(output.text) for output in llm.chat(asked, params)[0].outputs]
+        fit = sum(answer["fruit"] in answer["sentence"].lower() for answer in answers)
+        some = sum(any(fruit in answer["sentence"].lower() for fruit in FRUITS) for answer in answers)
+        print(f"{name}: {fit} of {len(answers)} sentences name the fruit, {some} name some fruit")
+
+
 def schemas(args: argparse.Namespace) -> None:
     import jsonschema_rs
 
@@ -269,8 +296,9 @@ def main() -> None:
     parser.add_argument("--schemas", nargs="+")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--agreement", type=int, default=0)
     args = parser.parse_args()
-    schemas(args) if args.schemas else extraction(args)
+    agreement(args) if args.agreement else schemas(args) if args.schemas else extraction(args)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def _pieces(transcript: Transcript, path: Path) -> Iterator[tuple[Path, str]]:
         if isinstance(event, Forked) and event.path != path:
             empty = False
             yield from _pieces(transcript, event.path)
-        elif isinstance(event, Decoded | Finished) and event.text:
+        elif event.text:
             empty = False
             yield path, event.text
     if empty:

@@ -133,8 +133,8 @@ def test_a_checkout_is_told_of_make(anew: pytest.MonkeyPatch, tmp_path: Path) ->
     [
         (None, "which is not a file"),
         ("", "cannot be loaded"),
-        ('extern "C" int pastalm_abi() { return 0; }', "has version 0 of the interface, not 2"),
-        ('extern "C" int pastalm_abi() { return 2; }', "cannot be loaded"),
+        ('extern "C" int pastalm_abi() { return 0; }', "has version 0 of the interface, not 3"),
+        ('extern "C" int pastalm_abi() { return 3; }', "cannot be loaded"),
     ],
 )
 def test_a_library_that_does_not_fit_is_not_used(

@@ -13,8 +13,7 @@ class Transcript {
   constructor(events = []) {
     this.threads = new Map(); // by name, in the order in which they began
     this.tokens = this.steps = this.passes = this.lastPass = this.criticalPath = this.seconds = 0;
-    this.firstToken = this.cut = null;
-    [this.times, this.joins] = [[], []]; // by step: when it was over; { name, step, children }
+    [this.firstToken, this.cut, this.times, this.joins] = [null, null, [], []]; // joins: { name, step, children }
     [this.drafted, this.accepted] = [{}, {}]; // by drafter: guesses that were fed, and those that came true
     for (const event of events) this.apply(event);
   }
@@ -93,8 +92,7 @@ class Transcript {
     const spans = [];
     let thread = [...this.threads.values()].find((t) => t.depth === this.criticalPath), to = thread?.tokens.length - 1;
     while (to >= 0) {
-      let first = to;
-      while (first > 0 && !thread.after.has(first)) first -= 1;
+      let first = to; while (first > 0 && !thread.after.has(first)) first -= 1;
       spans.unshift({ name: thread.name, from: thread.tokens[first], to: thread.tokens[to], tokens: to - first + 1 });
       [thread, to] = thread.after.get(first) ?? [null, -1];
     }
@@ -114,8 +112,7 @@ class Transcript {
 }
 
 // Chrome's trace event format, which Perfetto opens: a slice for each step of a thread and each wait, arrows for forks
-// and joins. Times are in microseconds. A token that needed no pass, since it follows a guess that came true, has the
-// category `guess` too and says whose guess it was; `drafted` are the guesses that were fed along with a token's pass.
+// and joins. Times are in microseconds. A token that a guess saved its pass has the category `guess` too.
 function perfetto(transcript, title) {
   const threads = [...transcript.threads.values()], id = new Map(threads.map((t, i) => [t.name, i + 1]));
   const us = (time) => Math.round(time * 1e6), at = (step) => us(transcript.timeAt(step)), traceEvents = [];
@@ -127,11 +124,9 @@ function perfetto(transcript, title) {
   for (const { name, topic, parent, startStep, slices, waits } of threads) {
     const tid = id.get(name);
     add("M", "thread_name", tid, { args: { name: topic ? `${name} ${topic}` : name } });
-    for (const { step, time, text, tag, tokens, drafter, drafted } of slices) {
-      const guesses = { ...(drafter && { drafter }), ...(drafted.length && { drafted: drafted.join(", ") }) };
+    for (const { step, time, text, tag, tokens, drafter, drafted } of slices)
       slice(tid, tag ? "tag" : text || "…", drafter ? "decode,guess" : "decode", at(step - 1), us(time),
-        { step, tokens, ...guesses });
-    }
+        { step, tokens, ...(drafter && { drafter }), ...(drafted.length && { drafted: drafted.join(", ") }) });
     for (const { from, to, on } of waits) slice(tid, `waits (${on})`, "wait", at(from), at(to ?? transcript.steps), {});
     if (parent) arrow("fork", [parent, at(startStep)], [name, at(startStep)]);
   }

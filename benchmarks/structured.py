@@ -65,8 +65,8 @@ def messages(row: dict[str, Any]) -> list[dict[str, str]]:
 class Ours:
     """One engine of ours, with threads or sequentially."""
 
-    def __init__(self, llm: LLM, *, parallelism: float, drafts: str) -> None:
-        self.llm, self.parallelism, self.drafts = llm, parallelism, drafts
+    def __init__(self, llm: LLM, *, parallelism: float, drafts: str, cold: bool) -> None:
+        self.llm, self.parallelism, self.drafts, self.cold = llm, parallelism, drafts, cold
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         params = SamplingParams(
@@ -76,6 +76,8 @@ class Ours:
             parallelism=self.parallelism,
             drafts=self.drafts,
         )
+        if self.cold:
+            self.llm.driver.engine.forget()  # type: ignore[attr-defined]
         begun = time.perf_counter()
         response = self.llm.submit(messages(row), params, keep_events=True)
         first = None
@@ -168,8 +170,8 @@ def extraction(args: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in Path(args.rows).read_text().splitlines()][: args.limit]
     llm = LLM(adapter=None, dtype=args.dtype, max_num_seqs=1)
     systems: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        "threads": Ours(llm, parallelism=1.0, drafts=args.drafts),
-        "sequential": Ours(llm, parallelism=0.0, drafts=args.drafts),
+        "threads": Ours(llm, parallelism=1.0, drafts=args.drafts, cold=not args.prefix),
+        "sequential": Ours(llm, parallelism=0.0, drafts=args.drafts, cold=not args.prefix),
     }
     if args.llama_cpp:
         systems["llama.cpp"] = LlamaCpp(args.llama_cpp)

@@ -243,6 +243,7 @@ class Grammars:
         self._tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(source), eos_token=ends)
         self._limits = llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
         self._compiled = lru_cache(KEPT)(self._compile)
+        self._fewest = lru_cache(KEPT)(self._count_fewest)
 
     def _units(self) -> tuple[list[bytes], list[int], Callable[[bytes | str], list[int]]]:
         """What the grammars are written in: the bytes of each unit, the units that end a text, the units of a text."""
@@ -286,7 +287,10 @@ class Grammars:
 
     def fewest(self, leaf: Leaf) -> int:
         """Tokens of a short value of a leaf: about the fewest that are enough. Raises RequestError if there is none."""
-        value = self.value(leaf, COMMA)
+        return self._fewest(json.dumps(leaf.schema), leaf.optional)
+
+    def _count_fewest(self, schema: str, optional: bool) -> int:
+        value = self.value(Leaf(json.loads(schema), optional), COMMA)
         begun = self.encode(value.begin())
         tokens = value.ending()
         if problem := value.error:

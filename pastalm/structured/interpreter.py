@@ -253,15 +253,22 @@ class FieldInterpreter:
         tokens = [sampled.token]
         if not stops:
             tokens, reason = self._written(thread, value, sampled.token)
-        thread.budget -= len(tokens)
-        thread.written += len(tokens)
         ends = stops or value.ended or reason == "length"
         thread.state = "open" if ends else "live"
-        yield Decoded(
+        yield self._took(thread, sampled, tokens, text=self._said(thread, final=ends), tag=stops)
+        if ends:
+            yield from self._end_value(thread, reason)
+
+    @staticmethod
+    def _took(thread: FieldThread, sampled: SampledToken, tokens: Sequence[int], *, text: str, tag: bool) -> Decoded:
+        """The event of the tokens that follow from a sampled one: the first in its place, the others forced."""
+        thread.budget -= len(tokens)
+        thread.written += len(tokens)
+        return Decoded(
             path=thread.path,
             token=tokens[0],
-            text=self._said(thread, final=ends),
-            tag=stops,
+            text=text,
+            tag=tag,
             replaced=tokens[0] != sampled.token,
             forced=tuple(tokens[1:]),
             logprob=sampled.logprob,
@@ -269,8 +276,6 @@ class FieldInterpreter:
             drafter=sampled.drafter,
             drafted=sampled.drafted,
         )
-        if ends:
-            yield from self._end_value(thread, reason)
 
     def _written(self, thread: FieldThread, value: Value, token: int) -> tuple[list[int], FinishReason]:
         """The tokens that a value gets: the sampled one and what is certain behind it. Where no end would be in reach
@@ -334,22 +339,8 @@ class FieldInterpreter:
         numbers = self._numbers(thread, counted).ids
         token = sampled.token if sampled.token in numbers else min(numbers)
         group = counted.items(int(self._grammars.vocabulary.text([token])))
-        forced = self._grammars.encode(" items */ [")
-        thread.budget -= 1 + len(forced)
-        thread.written += 1 + len(forced)
         thread.node, thread.state = group, "open"
-        yield Decoded(
-            path=thread.path,
-            token=token,
-            text="[",
-            tag=True,
-            replaced=token != sampled.token,
-            forced=tuple(forced),
-            logprob=sampled.logprob,
-            top_logprobs=sampled.top_logprobs,
-            drafter=sampled.drafter,
-            drafted=sampled.drafted,
-        )
+        yield self._took(thread, sampled, [token, *self._grammars.encode(" items */ [")], text="[", tag=True)
         yield Blocked(path=thread.path)
         yield from self._open(thread, group)
 

@@ -64,7 +64,8 @@ class Structures:
         return interpreter, replace(request, params=params, positions=positions)
 
     def _fields(self, grammars: Grammars, params: SamplingParams, limits: Limits) -> FieldInterpreter:
-        node, parts = plan_of(params), plan_of(replace(params, parallelism=1.0))
+        node = plan_of(params)
+        parts = node if params.parallelism > 0 else plan_of(replace(params, parallelism=1.0))
         if self._masks:
             return FieldInterpreter(node, grammars, params, limits, parts=parts)
         return CheckedFields(node, grammars, params, limits, parts=parts, guides=self._guides)

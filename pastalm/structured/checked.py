@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from pastalm.core.events import Decoded, Event, FinishReason, Joined, Path, SampledToken
+from pastalm.core.events import Event, FinishReason, Joined, Path, SampledToken
 from pastalm.core.interpreter import Limits
 from pastalm.core.params import SamplingParams
 from pastalm.structured.grammar import Grammars, Value
@@ -195,19 +195,8 @@ class CheckedFields(FieldInterpreter):
         if ends and isinstance(thread.node, Leaf):
             tokens = [*tokens, *self._grammars.encode(thread.tail)]
         tokens = tokens or [min(self._grammars.vocabulary.eos)]
-        thread.budget -= len(tokens)
-        thread.written += len(tokens)
         thread.state = "open" if ends else "live"
-        yield Decoded(
-            path=thread.path,
-            token=tokens[0],
-            text=self._said(thread, final=ends),
-            tag=not written,
-            replaced=tokens[0] != sampled.token,
-            forced=tuple(tokens[1:]),
-            logprob=sampled.logprob,
-            top_logprobs=sampled.top_logprobs,
-        )
+        yield self._took(thread, sampled, tokens, text=self._said(thread, final=ends), tag=not written)
         if ends:
             yield from self._end_value(thread, reason, why=sampled.lost)
 

@@ -36,14 +36,17 @@ class Stops:
         threads = transcript.threads
         if self._early is None and written >= self._min_tokens:
             self._early = len(threads[()].events) if self._min_tokens else 0
-        for path in filter(None, stopped):
-            self._ended[path] = len(threads[path].events) - 1
+        for path in stopped:
+            if path:
+                self._ended[path] = len(threads[path].events) - 1
 
     def cut(self, transcript: Transcript) -> int | None:
         """The character before which the text ends: the first at which a stop token stood or a stop string begins.
 
         None: there is none, or an earlier one may still turn up.
         """
+        if not self._ended and not self._strings:
+            return None
         ends = (transcript.place(path, last) for path, last in self._ended.items())
         first_token = min((end for end in ends if end is not None), default=None)
         first_string = self._first_string(transcript, first_token)

@@ -457,12 +457,14 @@ class BatchingEngine(ABC):
         """How many of a thread's new tokens have been fed as guesses. If all, its next logits are there already."""
         guesses, thread.guesses, thread.logits, thread.drafter = thread.guesses, [], None, ""
         thread.likeliest = -1
-        right = 0
-        while right < min(len(guesses), len(placed)) and placed[right] == guesses[right].placed:
-            right += 1
         if state.drafts is not None:
             for each in placed:
                 state.drafts.write(each)
+        if not guesses:
+            return 0
+        right = 0
+        while right < min(len(guesses), len(placed)) and placed[right] == guesses[right].placed:
+            right += 1
         if right == len(placed):
             last, thread.guesses = guesses[right - 1], guesses[right:]
             thread.logits, thread.likeliest, thread.drafter = last.logits, last.likeliest, last.drafter
@@ -692,21 +694,16 @@ class BatchingEngine(ABC):
 
     def _sampled(self, owners: list[RequestState], threads: list[Thread], logits: Rows) -> list[SampledToken]:
         """A token for each thread, of the logits [threads, vocabulary]. A thread whose row fails is lost."""
-        sampled: list[Sampled | None] = [
-            Sampled(t.likeliest) if r.simple and t.likeliest >= 0 and t.may_sample(t.likeliest) else None
-            for r, t in zip(owners, threads, strict=True)
-        ]
-        left = [i for i, each in enumerate(sampled) if each is None]
+        left = [i for i, (r, t) in enumerate(zip(owners, threads, strict=True)) if not _told(r, t)]
+        drawn: dict[int, Sampled] = {}
         if left:
             rows = logits if len(left) == len(threads) else self._sampler.stack([logits[i] for i in left])
-            for i, each in zip(
-                left, self._sampler(rows, [self._draw(owners[i], threads[i]) for i in left]), strict=True
-            ):
-                sampled[i] = each
+            draws = [self._draw(owners[i], threads[i]) for i in left]
+            drawn = dict(zip(left, self._sampler(rows, draws), strict=True))
         if self.on_logits is not None:
             for state, thread, row in zip(owners, threads, logits, strict=True):
                 self.on_logits(state.request.id, thread.path, row)
-        tokens = [_token(r, t, s) for r, t, s in zip(owners, threads, sampled, strict=True) if s is not None]
+        tokens = [_token(r, t, drawn.get(i)) for i, (r, t) in enumerate(zip(owners, threads, strict=True))]
         for thread in threads:
             thread.drafter, thread.drafted, thread.likeliest = "", (), -1
         return tokens
@@ -730,7 +727,21 @@ class BatchingEngine(ABC):
         return Draw(params, key, processors, thread.allowed, thread.visible or chain.NOTHING)
 
 
-def _token(state: RequestState, thread: Thread, sampled: Sampled) -> SampledToken:
+def _told(state: RequestState, thread: Thread) -> bool:
+    """Whether the id that the engine has told is the thread's next token."""
+    return state.simple and thread.likeliest >= 0 and thread.may_sample(thread.likeliest)
+
+
+def _token(state: RequestState, thread: Thread, sampled: Sampled | None) -> SampledToken:
+    """A thread's next token. sampled: as it was drawn (None: the id that the engine has told)."""
+    if sampled is None:
+        return SampledToken(
+            request_id=state.request.id,
+            path=thread.path,
+            token=thread.likeliest,
+            drafter=thread.drafter,
+            drafted=thread.drafted,
+        )
     return SampledToken(
         request_id=state.request.id,
         path=thread.path,

@@ -218,7 +218,8 @@ class BatchingEngine(ABC):
     _page = 1
     """Places that a thread takes at once."""
     _rows_alike = False
-    """Whether a row of a pass is the same to the last bit whatever other rows it has."""
+    """Whether a row of a pass is the same to the last bit whatever other rows it has. The end of a prompt that given
+    tokens follow is then fed with them."""
 
     def __init__(
         self,
@@ -262,6 +263,10 @@ class BatchingEngine(ABC):
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> Any:
         """Feeds the prompt's tokens `state.cached` .. stop - 1 in one pass. The logits [vocabulary] of the last of
         them, in memory of their own, if they are wanted."""
+
+    def _remember(self, state: RequestState, logits: Any) -> None:  # noqa: B027 - an engine may have no memory
+        """The prompt's tokens up to `state.cached` are in the cache. logits: [vocabulary] behind the last of them, if
+        they are known."""
 
     @abstractmethod
     def _leave(self, state: RequestState) -> None:
@@ -533,8 +538,15 @@ class BatchingEngine(ABC):
                     stop = min(n, (state.cached // self._block + 1) * self._block)
                 left -= stop - state.cached
                 wanted = stop == n and state.main.last < 0
+                if stop == n and not wanted and self._rows_alike and len(new) == 1:
+                    # fed with what follows; of several, others may take over what one has read
+                    left_over = range(state.cached, n)
+                    state.pending[:0] = [Placed((), int(state.tokens[i]), i, i, (2 << i) - 1) for i in left_over]
+                    state.cached = n
+                    return
                 logits = self._prefill(state, stop, wanted)
                 state.cached = stop
+                self._remember(state, logits)
                 if wanted:
                     state.main.logits = logits
 
@@ -581,6 +593,8 @@ class BatchingEngine(ABC):
         logits = self._forward(batch, keep)
         for part in parts:
             part.state.fed(part.due)
+            if part.due[0].place < len(part.state.prompt):
+                self._remember(part.state, None)
         return self._dealt(logits, owners, guesses)
 
     def _part(self, state: RequestState, chosen: Chosen) -> Part:

@@ -296,13 +296,12 @@ class LlamaCppEngine(BatchingEngine):
         own = self._places[state.request.id].sequences[()]
         keep = [stop - begin - 1] if logits else []
         rows = self._decode(prompt[begin:stop].tolist(), range(begin, stop), [[own]] * (stop - begin), keep)
-        if stop == len(prompt):
-            self._remember(prompt, own)
         return rows[0].copy() if logits else None
 
-    def _remember(self, prompt: Ints, own: int) -> None:
+    def _remember(self, state: RequestState, logits: Any) -> None:
         """Keeps a prompt's cells for requests with the same prefix."""
-        if any(np.array_equal(cached, prompt) for cached in self._remembered.values()):
+        prompt, own = state.prompt, self._places[state.request.id].sequences[()]
+        if not state.prefilled or any(np.array_equal(cached, prompt) for cached in self._remembered.values()):
             return
         if len(self._remembered) >= self.capabilities.max_num_seqs:
             self._forget_oldest()

@@ -292,6 +292,59 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_a_pass_has(
         assert np.array_equal(logits(rows), alone), rows
 
 
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_a_prompt_gives_the_same_to_the_last_bit_however_it_is_read(
+    kind: WeightType, kernels: None, engine: Callable[..., NativeEngine]
+) -> None:
+    """In passes of any length, behind any part of it that is remembered, with its last tokens as given ones; alone or
+    with another that is read at the same time."""
+    chance = np.random.default_rng(4)
+    tokens = tuple(chance.integers(1, 256, 150).tolist())
+
+    def logits(running: NativeEngine, given: int, *others: tuple[int, ...]) -> list[np.ndarray]:
+        rows: list[np.ndarray] = []
+        running.on_logits = lambda name, path, row: rows.append(row.copy()) if name == "a" else None
+        prompts = {"a": tokens[: len(tokens) - given]} | dict(zip("bc", others, strict=False))
+        for name, prompt in prompts.items():
+            running.add(Request(id=name, prompt_token_ids=prompt, params=PARAMS))
+            running.apply(name, Forked(path=(), forced=tokens[len(prompt) :] if name == "a" else ()))
+        while len(rows) < 4:
+            for sampled in running.step():
+                running.apply(sampled.request_id, Decoded(path=(), token=sampled.token))
+        for name in prompts:
+            running.cancel(name)
+        return rows
+
+    cache_type = "F32" if kind == "F32" else "BF16"
+    alone = logits(engine(kind=kind, cache_type=cache_type), 0)
+    for chunk in (1, 7, 40, 512):
+        running = engine(kind=kind, cache_type=cache_type, prefill_chunk=chunk, prefill_budget=min(chunk, 16))
+        for _ in range(6):
+            others = [tokens[: chance.integers(1, 150)], (*tokens[: chance.integers(1, 150)], 9, 9)]
+            given = int(chance.choice([0, 1, 20]))
+            assert np.array_equal(logits(running, given, *others[: chance.integers(0, 2)]), alone), (chunk, given)
+
+
+def test_answers_to_one_prompt_that_begin_with_given_tokens_read_it_once(
+    engine: Callable[..., NativeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine(max_num_seqs=3)
+    fed: list[int] = []
+    step = running._pool.step
+    monkeypatch.setattr(running._pool, "step", lambda ids, *rest: fed.append(len(ids)) or step(ids, *rest))
+    for name in "ab":
+        running.add(Request(id=name, prompt_token_ids=PROMPT, params=PARAMS))
+        running.apply(name, Forked(path=(), forced=(5, 6)))
+    running.step()
+    assert fed == [len(PROMPT), 4]
+    for name in "ab":
+        running.cancel(name)
+    running.add(Request(id="c", prompt_token_ids=(*PROMPT, 5), params=PARAMS))
+    running.apply("c", Forked(path=(), forced=(6,)))
+    running.step()
+    assert fed == [len(PROMPT), 4, 2], "what is left of its prompt goes with what is given"
+
+
 def test_the_likeliest_ids_are_the_first_of_the_largest_logits(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each row of a pass, whichever thread of the team computed it; a greedy token then needs no look at the logits.
     Here every logit is there twice."""

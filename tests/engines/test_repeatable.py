@@ -79,6 +79,8 @@ def test_what_was_asked_before_changes_nothing(small: LLM, seed: int) -> None:
 def test_prompts_are_read_in_the_same_blocks(small: LLM, chunk: int) -> None:
     """Where passes begin and end hangs on the prompt alone, whatever is remembered and whoever decodes beside it."""
     engine: Any = engine_of(small)
+    if engine._rows_alike:
+        pytest.skip("where passes begin and end rounds nothing (test_native.py)")
     passes: list[tuple[int, int]] = []
     real, before = engine._prefill, (engine._chunk, engine._budget)
 

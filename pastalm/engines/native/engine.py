@@ -5,7 +5,8 @@ Its `Layout` gives each thread runs of 16 slots of its own, so that what a token
 fork, a join move nothing. All due tokens of all requests are rows of one pass, and a prompt is a pass of more rows.
 Rows of one request read what they share once. (PASTA section 4.)
 
-A range remembers the prompt that it began with (`prefixes`). No torch.
+A range remembers the prompt that it began with (`prefixes`), token by token: a row of a pass is the same to the last
+bit whatever other rows the pass has. No torch.
 """
 
 from __future__ import annotations
@@ -37,11 +38,10 @@ CAPABILITIES = Capabilities(
     positions=("promised", "overlap"),
     drafts=True,
 )
-BLOCK = 64
-"""Prompt tokens that are read, and remembered, together: as fast as passes of 512, by measurement. With keys and values
-in float32 rounding is too small to decide, and every token that is shared is used again."""
 SHARE = 16
 """Pages that attention sums up as one task."""
+SHORT = 256
+"""Slots of an answer whose memory is not worth a millisecond of giving back: the next answer in that range takes it."""
 SPARE = 8
 """Slots of a range that are there for runs not filled, as a share of its tokens: 1 in so many."""
 
@@ -95,7 +95,6 @@ class NativeEngine(PrefixCachingEngine):
             schedule=schedule,
             prefill_chunk=prefill_chunk,
             prefill_budget=prefill_budget,
-            prefill_block=BLOCK if cache_type == "BF16" else 1,
         )
         self._model = model
         self._range = -(-(capacity + capacity // SPARE) // PAGE) * PAGE
@@ -120,7 +119,7 @@ class NativeEngine(PrefixCachingEngine):
         base = state.slot * self._range
         kept = -(-len(state.prompt) // PAGE) * PAGE
         used = -(-state.layout.used // PAGE) * PAGE
-        if used > kept:
+        if used - kept > SHORT:
             self._pool.clear(base + kept, used - kept)
         super()._leave(state)
         self._orders.pop(state.request.id, None)
@@ -136,9 +135,7 @@ class NativeEngine(PrefixCachingEngine):
             self._groups([(own, np.packbits(visible, axis=1, bitorder="little"))]),
             np.array([len(where) - 1] if logits else [], dtype=np.int32),
         )
-        behind = rows[0].copy() if logits else None
-        self._remember(own, prompt[:stop], behind)
-        return behind
+        return rows[0].copy() if logits else None
 
     # ------------------------------------------------------------------ decoding
 

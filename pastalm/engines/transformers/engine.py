@@ -258,9 +258,7 @@ class TransformersEngine(PrefixCachingEngine):
             keep=[len(slots) - 1] if logits else [],
             decoding=False,
         )
-        behind = outputs[0].clone() if logits else None
-        self._remember(row, prompt[:stop], behind)
-        return behind
+        return outputs[0].clone() if logits else None
 
     # ------------------------------------------------------------------ decoding
 

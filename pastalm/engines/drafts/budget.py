@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -54,13 +55,15 @@ class StepCosts:
         """A pass was made."""
         if rows > ROWS[-1] or self._fixed is not None:
             return
-        ratio = float(np.interp(rows, ROWS, self._ratios))
+        after = bisect_left(ROWS, rows)
+        share = 1.0 if ROWS[after] == rows else (rows - ROWS[after - 1]) / (ROWS[after] - ROWS[after - 1])
+        ratio = (
+            self._ratios[after] if share == 1.0 else self._ratios[after - 1] * (1 - share) + self._ratios[after] * share
+        )
         expected = self._level * ratio or seconds
         seconds = min(max(seconds, expected / STRANGE), expected * STRANGE)
         self._level = self._level or seconds / ratio
         error = seconds / self._level - ratio
-        after = next(i for i, known in enumerate(ROWS) if known >= rows)
-        share = 1.0 if ROWS[after] == rows else (rows - ROWS[after - 1]) / (ROWS[after] - ROWS[after - 1])
         for i, part in ((after, share), (after - 1, 1 - share)):
             if i > 0:
                 self._ratios[i] += PACE * part * error

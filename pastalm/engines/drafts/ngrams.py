@@ -40,11 +40,13 @@ class NGrams:
 
     def guess(self, tail: tuple[int, ...], counts: Callable[[int], int] | None = None) -> tuple[int, Evidence] | None:
         """What most continuations name of the longest context that has some whose place counts (None: all do)."""
-        table = self._next
-        for n in range(len(tail), 0, -1):
+        table, found = self._next, list[list[Continuation]]()
+        for n in range(1, len(tail) + 1):
             if (known := table.get(tail[-n:])) is None:
-                continue
-            if tokens := [token for token, place in known if counts is None or counts(place)]:
+                break  # what no short context has, no longer one has
+            found.append(known)
+        for n in range(len(found), 0, -1):
+            if tokens := [token for token, place in found[n - 1] if counts is None or counts(place)]:
                 return vote(n, tokens)
         return None
 

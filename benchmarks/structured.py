@@ -3,6 +3,7 @@
     python benchmarks/structured.py benchmarks/extraction.jsonl --limit 50 --rounds 3 --out FILE
     python benchmarks/structured.py benchmarks/extraction.jsonl --limit 50 --remembered prompt
     python benchmarks/structured.py benchmarks/extraction.jsonl --limit 10 --llama-cpp q8_0.gguf --transformers
+    python benchmarks/structured.py benchmarks/extraction.jsonl --limit 20 --remote http://127.0.0.1:8000/v1 --model M
     python benchmarks/structured.py --agreement 60
     python benchmarks/structured.py --schemas tests/structured/schemas.jsonl tests/structured/functions.jsonl --seeds 4
 
@@ -12,7 +13,8 @@ faster the whole answer is (medians of the rounds by row; geometric mean over ro
 fields that are right and that agree. `--remembered` says what the prefix cache holds of a row before it is asked:
 `schema`, as a server has it that is asked with one schema and text after text; `prompt`, so that decoding alone is
 timed; or `none`. `--llama-cpp` adds llama.cpp's own grammar (its JSON Schema converter) on that GGUF file,
-`--transformers` llguidance on transformers' `generate`: their own sequential forms, in the same run.
+`--transformers` llguidance on transformers' `generate`: their own sequential forms, in the same run. `--remote` asks a
+vLLM server: a completion a field against its own structured output of the whole schema; its prefix cache is its own.
 
 `--agreement N` samples N answers of two fields that must fit each other, a fruit and a sentence about it, and counts
 the sentences that name that fruit: fields that do not see each other, with `x-depends-on`, sequentially.
@@ -35,6 +37,7 @@ import numpy as np
 
 from pastalm import LLM, SamplingParams
 from pastalm.core.events import Decoded
+from pastalm.engines.batching import BatchingEngine
 from pastalm.errors import RequestError
 from pastalm.structured.structures import instructions
 
@@ -79,7 +82,8 @@ class Ours:
             parallelism=self.parallelism,
             drafts=self.drafts,
         )
-        self.llm.driver.engine.forget()  # type: ignore[attr-defined]
+        if isinstance(engine := self.llm.driver.engine, BatchingEngine):
+            engine.forget()
         if self.remembered != "none":
             known = row if self.remembered == "prompt" else row | {"text": "A text."}
             for event in self.llm.submit(messages(known), params, keep_events=True):
@@ -96,6 +100,31 @@ class Ours:
             "passes": transcript.passes,
             "tokens": transcript.tokens,
         }
+
+
+class Served:
+    """A vLLM server's own structured output, streamed: the same prompt, one completion."""
+
+    def __init__(self, llm: LLM, url: str, model: str) -> None:
+        import openai
+
+        self.llm, self.model = llm, model
+        self.client = openai.OpenAI(base_url=url, api_key="none")
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        params = SamplingParams(schema=row["schema"], temperature=0, max_tokens=MAX_TOKENS)
+        prompt = self.llm.driver.engine.wire.prompt(self.llm.encode(messages(row), params))  # type: ignore[attr-defined]
+        begun = time.perf_counter()
+        stream = self.client.completions.create(
+            model=self.model,
+            prompt=prompt,
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+            stream=True,
+            extra_body={"structured_outputs": {"json": row["schema"]}},
+        )
+        parts = [chunk.choices[0].text for chunk in stream if chunk.choices]
+        return {"text": "".join(parts), "seconds": time.perf_counter() - begun, "passes": len(parts)}
 
 
 class LlamaCpp:
@@ -173,11 +202,19 @@ def extraction(args: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in Path(args.rows).read_text().splitlines()]
     rows = [row for row in rows if 4 <= len(list(fields(row["values"]))) <= 12]
     rows = [rows[i * len(rows) // args.limit] for i in range(args.limit)] if args.limit < len(rows) else rows
-    llm = LLM(adapter=None, dtype=args.dtype, max_num_seqs=1)
-    systems: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        "threads": Ours(llm, parallelism=1.0, drafts=args.drafts, remembered=args.remembered),
-        "sequential": Ours(llm, parallelism=0.0, drafts=args.drafts, remembered=args.remembered),
-    }
+    systems: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
+    if args.remote:
+        llm = LLM.remote(args.remote, args.model, tokenizer=args.tokenizer)
+        systems = {
+            "threads": Ours(llm, parallelism=1.0, drafts="off", remembered=args.remembered),
+            "sequential": Served(llm, args.remote, args.model),
+        }
+    else:
+        llm = LLM(adapter=None, dtype=args.dtype, max_num_seqs=1)
+        systems = {
+            name: Ours(llm, parallelism=parallelism, drafts=args.drafts, remembered=args.remembered)
+            for name, parallelism in (("threads", 1.0), ("sequential", 0.0))
+        }
     if args.llama_cpp:
         systems["llama.cpp"] = LlamaCpp(args.llama_cpp)
     if args.transformers:
@@ -297,6 +334,8 @@ def main() -> None:
     parser.add_argument("--remembered", choices=("none", "schema", "prompt"), default="schema")
     parser.add_argument("--llama-cpp")
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--remote", help="a vLLM server's API, and --model its name there")
+    parser.add_argument("--tokenizer", help="folder of the remote model's tokenizer, where its name is none")
     parser.add_argument("--out")
     parser.add_argument("--schemas", nargs="+")
     parser.add_argument("--seeds", type=int, default=4)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import CapabilityError, RequestError
 from pastalm.structured.plan import Leaf
+from pastalm.structured.schemas import parts
 
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 COMMA = ","
@@ -344,21 +345,14 @@ def _reason(error: str, schema: Any) -> str:
     line = line.partition("failed to compile JSON schema: ")[2] or line
     if unknown := _UNKNOWN.search(line):
         names = [name.strip().strip('"') for name in unknown[1].split(",")]
-        places = [f"{name} at {next(_places(schema, name, '#'), '#')}" for name in names]
+        places = [f"{name} at {next(_places(schema, name), '#')}" for name in names]
         return f"{' and '.join(places)} is not supported"
     if line.startswith("oneOf"):
-        place = next(_places(schema, "oneOf", "#"), "#")
+        place = next(_places(schema, "oneOf"), "#")
         return f"the alternatives of oneOf at {place} may overlap: use anyOf"
     return line
 
 
-def _places(schema: Any, keyword: str, at: str) -> Iterator[str]:
+def _places(schema: Any, keyword: str) -> Iterator[str]:
     """JSON pointers of a schema's parts that have a keyword."""
-    if isinstance(schema, dict):
-        if keyword in schema:
-            yield at
-        for key, value in schema.items():
-            yield from _places(value, keyword, f"{at}/{key}")
-    elif isinstance(schema, list):
-        for i, value in enumerate(schema):
-            yield from _places(value, keyword, f"{at}/{i}")
+    return (at for at, part in parts(schema) if keyword in part)

@@ -23,9 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from pastalm.errors import RequestError
-
-Schema: TypeAlias = Any
-"""A JSON Schema: a mapping, or a boolean."""
+from pastalm.structured import formats
+from pastalm.structured.schemas import Schema, hidden, rebuilt, references, without
 
 SUMMARIES = frozenset({"summary", "conclusion", "abstract", "overview", "title", "headline", "verdict"})
 """Names of fields that are said about the others. A field whose name is one of these words, or ends in one behind an
@@ -35,6 +34,8 @@ COUNT_FIRST = "x-count-first"
 """In the schema of an array: how many items it has is decided first, then each is a thread."""
 CALL_OPEN, CALL_CLOSE = "<tool_call>\n", "\n</tool_call>"
 """Around the call of a tool in an answer that may also be text (as in the Hermes and Qwen templates)."""
+OURS = frozenset({DEPENDS, COUNT_FIRST})
+"""Keywords that are said to us alone."""
 MOST_ITEMS = 32
 """Longer arrays are leaves."""
 DEEPEST = 64
@@ -43,9 +44,6 @@ _NOTES = frozenset({"title", "description", "default", "examples", "deprecated",
 _DEFINITIONS = frozenset({"$defs", "definitions", "$schema", "$id", "id", "strict"})
 _OBJECT = _NOTES | _DEFINITIONS | {"type", "properties", "required", "additionalProperties", DEPENDS}
 _ARRAY = _NOTES | _DEFINITIONS | {"type", "items", "prefixItems", "minItems", "maxItems", DEPENDS, COUNT_FIRST}
-_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-"""Keywords whose value has a schema for each name."""
-_VALUES = frozenset({"enum", "const", "default", "examples", "required"})
 _DEFINITION = re.compile(r"#/(\$defs|definitions)/[^/]+")
 """What a reference may be: other parts of the schema are not there for a thread that writes one field."""
 _LARGEST = 2**53 - 1
@@ -133,23 +131,13 @@ def plan(schema: Schema, depends: Mapping[str, Sequence[str]] | None = None, *, 
 
     Raises RequestError if names do not fit, if fields wait for each other, or if the schema is no schema.
     """
+    schema = _held(schema)
     planner = _Planner(schema, depends or {})
-    parallel = parallel and not any(_DEFINITION.fullmatch(ref) is None for ref in _references(schema))
+    parallel = parallel and all(map(_DEFINITION.fullmatch, references(schema)))
     node = planner.node(schema, (), frozenset()) if parallel else planner.leaf(schema)
     if parallel and (unknown := sorted(set(depends or {}) - planner.known)):
         raise RequestError(f"depends names {unknown[0]!r}, which is not a field with a thread of its own")
     return node
-
-
-def _references(schema: Schema) -> Iterator[str]:
-    if isinstance(schema, Mapping):
-        if isinstance(ref := schema.get("$ref"), str):
-            yield ref
-        for value in schema.values():
-            yield from _references(value)
-    elif isinstance(schema, list):
-        for item in schema:
-            yield from _references(item)
 
 
 class _Planner:
@@ -160,6 +148,8 @@ class _Planner:
         self.known: set[str] = set()
         if not isinstance(root, Mapping | bool):
             raise RequestError(f"a schema is an object, not {type(root).__name__}")
+        defined = {key: _get(root, key) for key in ("$defs", "definitions") if isinstance(_get(root, key), Mapping)}
+        self._definitions = without(defined, OURS)
 
     def node(self, schema: Schema, path: tuple[str, ...], within: frozenset[str]) -> Node:
         """The plan of a part. path: names of the fields that lead to it. within: the references that do."""
@@ -178,15 +168,8 @@ class _Planner:
         return self.leaf(schema)
 
     def leaf(self, schema: Schema, *, optional: bool = False) -> Leaf:
-        bounded = _bounded(schema)
-        if not isinstance(bounded, Mapping):
-            return Leaf(bounded, optional)
-        definitions = {
-            key: _bounded(self._root[key])
-            for key in ("$defs", "definitions")
-            if isinstance(self._root, Mapping) and key in self._root
-        }
-        return Leaf({**bounded, **definitions} if '"$ref"' in json.dumps(bounded) else bounded, optional)
+        plain = without(schema, OURS)
+        return Leaf({**plain, **self._definitions} if any(references(plain)) else plain, optional)
 
     def _resolved(self, schema: Schema, within: frozenset[str]) -> tuple[Schema, frozenset[str]]:
         """What a reference to a definition stands for, unless it is inside of what it refers to."""
@@ -298,18 +281,15 @@ def _counts(schema: Mapping[str, Any]) -> tuple[int, int] | None:
     return (least, most) if fits and isinstance(least, int) and 0 <= least <= most <= MOST_ITEMS else None
 
 
-def _bounded(schema: Schema) -> Schema:
-    """The schema with bounds for numbers that have none, so that every parser keeps them, and without our own words."""
-    if isinstance(schema, list):
-        return [_bounded(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    bounded: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _BY_NAME and isinstance(value, Mapping):
-            bounded[key] = {name: _bounded(each) for name, each in value.items()}
-        elif key not in (DEPENDS, COUNT_FIRST):
-            bounded[key] = value if key in _VALUES else _bounded(value)
+def _held(schema: Schema) -> Schema:
+    """The schema in a form that can be held: formats by patterns, and bounds for numbers that have none, so that every
+    parser keeps them."""
+    return rebuilt(schema, lambda part, at: _bounded(formats.held(part, at)), also=hidden(schema))
+
+
+def _bounded(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One part of a schema, with bounds for numbers."""
+    bounded = dict(schema)
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if ("integer" in kinds or "number" in kinds) and "enum" not in schema and "const" not in schema:

@@ -17,6 +17,7 @@ from pastalm.structured.calls import CallInterpreter
 from pastalm.structured.checked import ByteGrammars, CheckedFields
 from pastalm.structured.grammar import Grammars
 from pastalm.structured.interpreter import FieldInterpreter
+from pastalm.structured.schemas import without
 
 
 class Structures:
@@ -105,10 +106,11 @@ def instructions(params: SamplingParams, *, tools_rendered: bool = False) -> str
     tools_rendered: whether the chat template names the tools itself.
     """
     if params.schema is not None:
-        return f"Answer with JSON that fits this schema, and with nothing else: {json.dumps(_plain(params.schema))}"
+        told = json.dumps(without(params.schema, plan.OURS))
+        return f"Answer with JSON that fits this schema, and with nothing else: {told}"
     if not params.calls or tools_rendered:
         return None
-    listed = "\n".join(json.dumps(_plain(dict(tool))) for tool in params.tools or ())
+    listed = "\n".join(json.dumps(_plain(tool)) for tool in params.tools or ())
     if params.tool_choice == "auto":
         how = f"If one of them helps, answer with {plan.CALL_OPEN.strip()} and a JSON object"
     else:
@@ -116,8 +118,7 @@ def instructions(params: SamplingParams, *, tools_rendered: bool = False) -> str
     return f'You have these tools:\n{listed}\n{how} with its "name" and its "arguments", and with nothing else.'
 
 
-def _plain(schema: Any) -> Any:
-    """A schema without what is said to us."""
-    if isinstance(schema, Mapping):
-        return {key: _plain(value) for key, value in schema.items() if key not in (plan.DEPENDS, plan.COUNT_FIRST)}
-    return [_plain(item) for item in schema] if isinstance(schema, list) else schema
+def _plain(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool without what its schema says to us."""
+    parameters = without(tool.get("parameters"), plan.OURS)
+    return {key: parameters if key == "parameters" else value for key, value in tool.items()}

@@ -65,3 +65,15 @@ def test_an_engine_says_whether_it_has_drafts(llm: LLM) -> None:
 
     assert llm.driver.engine.capabilities.drafts and "; drafts" in str(engine.CAPABILITIES)
     assert not scripted.CAPABILITIES.drafts and "drafts" not in str(scripted.CAPABILITIES)
+
+
+def test_measured_passes_say_what_rows_cost() -> None:
+    costs = StepCosts()
+    usual = [costs.of(rows) for rows in range(1, costs.most + 1)]
+    costs.begin({1: 0.010, 4: 0.010, 8: 0.012, 16: 0.024})
+    assert [costs.of(rows) for rows in (1, 2, 4, 6, 8, 12, 16)] == pytest.approx([1, 1, 1, 1.1, 1.2, 1.8, 2.4])
+    assert costs.of(32) == pytest.approx(2.4 + 16 * 0.15), "as the last two go on"
+    assert costs.least(1, 1) < 0.1 < costs.least(8, 1)
+    unmeasured = StepCosts()
+    unmeasured.begin({1: 0.01})
+    assert [unmeasured.of(rows) for rows in range(1, costs.most + 1)] == usual

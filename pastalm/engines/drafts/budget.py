@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -38,8 +38,9 @@ DEEPEST = 16
 
 
 class StepCosts:
-    """What a pass costs by its number of rows, relative to one row. Measured passes correct it as they come, so it
-    follows the machine, the load on it, and the length of answers.
+    """What a pass costs by its number of rows, relative to one row. Passes that an engine measures when it is made are
+    the beginning, and those of answers correct them as they come: so it follows the machine, the load on it, and the
+    length of answers.
 
     fixed: costs by rows that no measurement changes.
     """
@@ -49,6 +50,20 @@ class StepCosts:
         self._ratios = [1 + USUAL * (rows - 1) for rows in ROWS]
         self._level = 0.0
         self._passes = 0
+        self._refresh()
+
+    def begin(self, seconds: Mapping[int, float]) -> None:
+        """Takes measured passes: seconds by rows, one row among them. Longer ones are taken to go on as the last two
+        do."""
+        if len(seconds) < 2 or self._fixed is not None:
+            return
+        known = sorted(seconds)
+        before, last = known[-2:]
+        further = (seconds[last] - seconds[before]) / (last - before)
+        self._level = seconds[known[0]]
+        for i, rows in enumerate(ROWS):
+            expected = float(np.interp(rows, known, [seconds[n] for n in known]))
+            self._ratios[i] = (expected + max(0, rows - last) * further) / self._level
         self._refresh()
 
     def note(self, rows: int, seconds: float) -> None:

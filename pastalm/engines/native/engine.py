@@ -11,6 +11,7 @@ bit whatever other rows the pass has. No torch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -42,6 +43,8 @@ SHARE = 16
 """Pages that attention sums up as one task."""
 SHORT = 256
 """Slots of an answer whose memory is not worth a millisecond of giving back: the next answer in that range takes it."""
+MEASURING = 0.2
+"""Seconds after which no further passes are measured when an engine is made."""
 SPARE = 8
 """Slots of a range that are there for runs not filled, as a share of its tokens: 1 in so many."""
 
@@ -100,6 +103,27 @@ class NativeEngine(PrefixCachingEngine):
         self._range = -(-(capacity + capacity // SPARE) // PAGE) * PAGE
         self._pool = Pool(model, max_num_seqs * self._range, cache_type)
         self._orders: dict[str, Order] = {}
+        self._drafting.costs.begin(self._measured())
+
+    def _measured(self) -> dict[int, float]:
+        """Seconds of passes by their rows, the shorter of two, as many as a short while allows."""
+        seconds: dict[int, float] = {}
+        begun = time.perf_counter()
+        for rows in (1, 1, 4, 8, 16, 32):  # the first pass reads the weights from disk
+            if rows > self._range or time.perf_counter() - begun > MEASURING:
+                break
+            seconds[rows] = min(self._pass(rows), self._pass(rows))
+        self._pool.clear(0, min(32, self._range))
+        return seconds
+
+    def _pass(self, rows: int) -> float:
+        """Seconds of a pass over some tokens, each of which sees those before it."""
+        places = np.arange(rows, dtype=np.int32)
+        visible = np.arange(-(-rows // PAGE) * PAGE) <= places[:, None]
+        groups = self._groups([(0, np.packbits(visible, axis=1, bitorder="little"))])
+        begun = time.perf_counter()
+        self._pool.step(np.zeros(rows, dtype=np.int32), places, places, groups, places)
+        return time.perf_counter() - begun
 
     def close(self) -> None:
         """Frees the pool and the model; the engine cannot be used any more."""

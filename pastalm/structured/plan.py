@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from pastalm.errors import RequestError
-from pastalm.structured import formats
+from pastalm.structured import formats, numbers
 from pastalm.structured.schemas import Schema, hidden, rebuilt, references, without
 
 SUMMARIES = frozenset({"summary", "conclusion", "abstract", "overview", "title", "headline", "verdict"})
@@ -46,8 +46,6 @@ _OBJECT = _NOTES | _DEFINITIONS | {"type", "properties", "required", "additional
 _ARRAY = _NOTES | _DEFINITIONS | {"type", "items", "prefixItems", "minItems", "maxItems", DEPENDS, COUNT_FIRST}
 _DEFINITION = re.compile(r"#/(\$defs|definitions)/[^/]+")
 """What a reference may be: other parts of the schema are not there for a thread that writes one field."""
-_LARGEST = 2**53 - 1
-"""Numbers that every JSON parser keeps (RFC 7493)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,28 +280,15 @@ def _counts(schema: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _held(schema: Schema) -> Schema:
-    """The schema in a form that can be held: formats by patterns, and bounds for numbers that have none, so that every
-    parser keeps them."""
-    return rebuilt(schema, lambda part, at: _bounded(formats.held(part, at)), also=hidden(schema))
+    """The schema in a form that can be held. Raises RequestError."""
 
+    def change(part: Mapping[str, Any], at: str) -> Mapping[str, Any]:
+        return numbers.held(formats.held(part, at), at)
 
-def _bounded(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """One part of a schema, with bounds for numbers."""
-    bounded = dict(schema)
-    kinds = schema.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if ("integer" in kinds or "number" in kinds) and "enum" not in schema and "const" not in schema:
-        lower = max(_numbers(schema, "minimum", "exclusiveMinimum"), default=-_LARGEST)
-        upper = min(_numbers(schema, "maximum", "exclusiveMaximum"), default=_LARGEST)
-        if "minimum" not in schema and "exclusiveMinimum" not in schema and upper >= -_LARGEST:
-            bounded["minimum"] = -_LARGEST
-        if "maximum" not in schema and "exclusiveMaximum" not in schema and lower <= _LARGEST:
-            bounded["maximum"] = _LARGEST
-    return bounded
-
-
-def _numbers(schema: Mapping[str, Any], *keys: str) -> Iterator[float]:
-    return (schema[key] for key in keys if isinstance(schema.get(key), int | float))
+    try:
+        return rebuilt(schema, change, also=hidden(schema))
+    except RecursionError:
+        raise RequestError("the schema is nested too deep") from None
 
 
 def tool_calls(tools: Sequence[Mapping[str, Any]], *, parallel: bool = True) -> Node:

@@ -37,7 +37,7 @@ def walk(node: Leaf, seed: int, likely: bytes = b"") -> str:
             assert all(map(value.write, value.ending()))
             break
         allowed = [int(token) for token in np.flatnonzero(value.mask())]
-        wanted = [token for token in allowed if token in likely]
+        wanted = [token for token in allowed if token in set(likely)]
         assert value.write(chance.choice(wanted if wanted and chance.random() < share else allowed))
     assert value.ended
     return value.text.decode()

@@ -1,0 +1,89 @@
+"""Numbers in schemas: what is written keeps its value in every JSON parser, and in llguidance.
+
+llguidance reads bounds and constants as float64 and writes them with up to 16 digits; beyond 2^53 they are others, and
+the bounds of 64 bits end the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any, TypeGuard
+
+from pastalm.errors import RequestError
+
+LARGEST = 2**53 - 1
+"""Numbers that every JSON parser keeps (RFC 7493, section 2.2)."""
+DIGITS = 15
+"""Of a number that float64 keeps, before and behind its point."""
+MOST_STEP = 9999
+"""Of `multipleOf`, without its point: a grammar has a state for each remainder, and larger ones take minutes."""
+_COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+
+
+def held(schema: Mapping[str, Any], at: str) -> Mapping[str, Any]:
+    """One part of a schema with numbers that can be held, and with bounds for numbers that have none.
+
+    at: JSON pointer of the part.
+
+    Raises RequestError for a number that cannot be held.
+    """
+    held = dict(schema)
+    for key in _COUNTS & set(schema):
+        if isinstance(count := schema[key], float) and count.is_integer():
+            held[key] = int(count)
+    for key in ("const", "enum"):
+        for number in _numbers(schema.get(key)):
+            _kept(number, key, at)
+    step = schema.get("multipleOf")
+    if _is_number(step) and not 0 < Decimal(repr(step)).scaleb(_places(step)) <= MOST_STEP:
+        most = f"steps above 0 of up to {MOST_STEP} without their point are"
+        raise RequestError(f"the schema cannot be held: multipleOf {step} at {at} is not supported: {most}")
+    _bound(held, at)
+    return held
+
+
+def _bound(schema: dict[str, Any], at: str) -> None:
+    """Bounds within what can be held."""
+    for key in _BOUNDS:
+        bound = schema.get(key, 0)
+        if key not in schema or not _is_number(bound):
+            continue
+        if abs(bound) > LARGEST and (bound < 0) == key.lower().endswith("minimum"):
+            del schema[key]  # it bounds nothing that can be held
+        else:
+            _kept(bound, key, at)
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if ("integer" in kinds or "number" in kinds) and not {"enum", "const"} & set(schema):
+        if not {"minimum", "exclusiveMinimum"} & set(schema):
+            schema["minimum"] = -LARGEST
+        if not {"maximum", "exclusiveMaximum"} & set(schema):
+            schema["maximum"] = LARGEST
+
+
+def _kept(number: float, keyword: str, at: str) -> None:
+    digits = len(Decimal(repr(number)).normalize().as_tuple().digits)
+    if abs(number) > LARGEST or (isinstance(number, float) and max(digits, _places(number)) > DIGITS):
+        most = f"numbers up to 2^53 - 1 with up to {DIGITS} digits are"
+        raise RequestError(f"the schema cannot be held: {keyword} {number} at {at} is not supported: {most}")
+
+
+def _places(number: float) -> int:
+    """Digits behind the point."""
+    exponent = Decimal(repr(number)).normalize().as_tuple().exponent
+    return max(0, -exponent) if isinstance(exponent, int) else 0
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value."""
+    if _is_number(value):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(each)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -74,6 +74,10 @@ class FieldThread:
     said: int = 0
 
 
+class TooFewTokens(RequestError):
+    """max_tokens is less than the shortest answer of a plan."""
+
+
 class FieldInterpreter:
     """The threads of one structured answer. Its `begin` makes it a logits processor too: the masks of its values.
 
@@ -83,7 +87,7 @@ class FieldInterpreter:
     limits: max_threads decode at once; max_chunk_tokens bounds a leaf.
     parts: the plan of the same answer in threads, if `plan` is of one thread: its shortest answer is found faster.
 
-    Raises RequestError if max_tokens is less than the shortest answer.
+    Raises TooFewTokens if max_tokens is less than a short answer takes, which may be a few more than the shortest one.
     """
 
     def __init__(
@@ -91,8 +95,10 @@ class FieldInterpreter:
     ) -> None:
         self._grammars, self._limits = grammars, limits
         fewest = self._least(parts or plan)
+        if fewest > params.max_tokens and parts is not None:  # fields that may be left out count there
+            fewest = min(fewest, self._least(plan))
         if fewest > params.max_tokens:
-            raise RequestError(
+            raise TooFewTokens(
                 f"max_tokens {params.max_tokens} is too few: an answer to this schema takes {fewest} or more"
             )
         main = FieldThread((), Child(plan, "answer"), plan, params.max_tokens)

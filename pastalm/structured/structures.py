@@ -16,7 +16,7 @@ from pastalm.structured import plan
 from pastalm.structured.calls import CallInterpreter
 from pastalm.structured.checked import ByteGrammars, CheckedFields
 from pastalm.structured.grammar import Grammars
-from pastalm.structured.interpreter import FieldInterpreter
+from pastalm.structured.interpreter import FieldInterpreter, TooFewTokens
 from pastalm.structured.schemas import without
 
 
@@ -65,8 +65,24 @@ class Structures:
         return interpreter, replace(request, params=params, positions=positions)
 
     def _fields(self, grammars: Grammars, params: SamplingParams, limits: Limits) -> FieldInterpreter:
-        node = plan_of(params)
-        parts = node if params.parallelism > 0 else plan_of(replace(params, parallelism=1.0))
+        """The answer in threads; in one thread where it is asked for, or where max_tokens is enough for that alone."""
+        parts = plan_of(replace(params, parallelism=1.0))
+        if params.parallelism > 0:
+            try:
+                return self._threads(parts, grammars, params, limits)
+            except TooFewTokens:
+                pass
+        return self._threads(plan_of(replace(params, parallelism=0.0)), grammars, params, limits, parts=parts)
+
+    def _threads(
+        self,
+        node: plan.Node,
+        grammars: Grammars,
+        params: SamplingParams,
+        limits: Limits,
+        *,
+        parts: plan.Node | None = None,
+    ) -> FieldInterpreter:
         if self._masks:
             return FieldInterpreter(node, grammars, params, limits, parts=parts)
         return CheckedFields(node, grammars, params, limits, parts=parts, guides=self._guides)

@@ -283,12 +283,23 @@ def _held(schema: Schema) -> Schema:
     """The schema in a form that can be held. Raises RequestError."""
 
     def change(part: Mapping[str, Any], at: str) -> Mapping[str, Any]:
-        return numbers.held(formats.held(part, at), at)
+        held = numbers.held(formats.held(part, at), at)
+        _check_keys(held, at)
+        return held
 
     try:
         return rebuilt(schema, change, also=hidden(schema))
     except RecursionError:
         raise RequestError("the schema is nested too deep") from None
+
+
+def _check_keys(schema: Mapping[str, Any], at: str) -> None:
+    """Raises RequestError if an object needs several keys that have no names: a grammar does not see that two are the
+    same."""
+    least, required = schema.get("minProperties", 0), schema.get("required", [])
+    if isinstance(least, int) and isinstance(required, list) and least > len(required) + 1:
+        most = "it may ask for one key more than `required` names"
+        raise RequestError(f"the schema cannot be held: minProperties {least} at {at} is not supported: {most}")
 
 
 def tool_calls(tools: Sequence[Mapping[str, Any]], *, parallel: bool = True) -> Node:

@@ -49,3 +49,14 @@ def test_what_is_refused_is_named_with_its_place() -> None:
     with pytest.raises(RequestError, match="not at #/properties/b/anyOf/0"):
         leaf(schema)
     assert values({"type": "object", "properties": {"not": {"const": 1}}, "required": ["not"]}, 1)[0]["not"] == 1
+
+
+@pytest.mark.parametrize("schema", [{"minProperties": 2}, {"minProperties": 3, "required": ["a"]}])
+def test_a_number_of_keys_that_may_be_the_same_is_refused_by_name(schema: Any) -> None:
+    with pytest.raises(RequestError, match=f"minProperties {schema['minProperties']} at #"):
+        leaf({"type": "object"} | schema)
+
+
+@pytest.mark.parametrize("schema", [{"minProperties": 1}, {"minProperties": 2, "required": ["a"]}])
+def test_a_number_of_keys_that_differ_is_held(schema: Any) -> None:
+    assert all(len(value) >= schema["minProperties"] for value in values({"type": "object"} | schema, 10))

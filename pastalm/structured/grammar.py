@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import CapabilityError, RequestError
 from pastalm.structured.plan import Leaf
-from pastalm.structured.schemas import parts
+from pastalm.structured.schemas import hidden, parts, takes_other_keys
 
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SHORT_ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
+"""Without \\u: every text has one spelling, so a key cannot be spelled as another one."""
+_LONG = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
+"""Characters that JSON spells with \\u only."""
 COMMA = ","
 KEPT = 256
 """Compiled grammars that are kept."""
@@ -305,7 +309,7 @@ class Grammars:
         if parsed is False:
             raise RequestError("the schema cannot be held: false admits no value")
         parsed = {} if parsed is True else parsed
-        rule = "%json " + json.dumps({**parsed, "x-guidance": self.form})
+        rule = "%json " + json.dumps({**parsed, "x-guidance": {**self.form, **_escapes(parsed)}})
         value = '(value | "null")' if optional else "value"
         parts = [json.dumps(head) if head else "", value, json.dumps(tail) if tail else ""]
         return self._matcher(f"%llguidance {{}}\nstart: {' '.join(parts)}\nvalue: {rule}\n", parsed)
@@ -337,6 +341,33 @@ def _quotes(text: bytes) -> int:
 def _opens(text: bytes) -> bool:
     """Whether some JSON opens an object or an array."""
     return b"{" in text or b"[" in text
+
+
+def _escapes(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Which escapes the texts of a schema may have, where its objects have keys that it does not name.
+
+    Raises RequestError for a constant that needs others.
+    """
+    seen = dict(parts(schema, hidden(schema)))
+    if not any(map(takes_other_keys, seen.values())):
+        return {}
+    for at, part in seen.items():
+        for keyword in ("const", "enum"):
+            if any(map(_LONG.search, _texts(part.get(keyword)))):
+                why = (
+                    "a control character in it does not go with an object of open keys: say additionalProperties false"
+                )
+                raise RequestError(f"the schema cannot be held: {keyword} at {at} is not supported: {why}")
+    return SHORT_ESCAPES
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value, without keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 def _reason(error: str, schema: Any) -> str:

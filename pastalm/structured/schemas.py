@@ -98,6 +98,12 @@ def references(schema: Schema) -> Iterator[str]:
     return (ref for _, part in parts(schema) if (ref := reference(part)) is not None)
 
 
+def takes_other_keys(schema: Mapping[str, Any]) -> bool:
+    """Whether a part of a schema says something of some keys of an object, and lets it have others."""
+    says = {"properties", "patternProperties", "required", "minProperties"} & set(schema)
+    return "patternProperties" in says or bool(says) and schema.get("additionalProperties", True) is not False
+
+
 def without(schema: Schema, keywords: Collection[str]) -> Schema:
     """The schema without some keywords. Properties of these names stay."""
     return rebuilt(schema, lambda part, _: {key: value for key, value in part.items() if key not in keywords})

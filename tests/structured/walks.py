@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,9 @@ def leaf(schema: Any) -> Leaf:
     return node
 
 
-def walk(node: Leaf, seed: int, likely: bytes = b"") -> str:
-    """A random value. likely: bytes that come up more often than others where they may."""
+def walk(node: Leaf, seed: int, likely: bytes = b"", behind_quotes: Sequence[bytes] = ()) -> str:
+    """A random value. likely: bytes that come up more often than others where they may. behind_quotes: texts that come
+    up more often where a text or key begins."""
     chance = random.Random(seed)
     value = grammars().value(node, COMMA)
     value.begin()
@@ -36,6 +38,10 @@ def walk(node: Leaf, seed: int, likely: bytes = b"") -> str:
         if len(value.text) > longest:
             assert all(map(value.write, value.ending()))
             break
+        if behind_quotes and value.text.endswith(b'"') and chance.random() < 0.7:
+            ahead = value.fork()
+            if all(map(ahead.write, chance.choice(behind_quotes))):
+                value = ahead
         allowed = [int(token) for token in np.flatnonzero(value.mask())]
         wanted = [token for token in allowed if token in set(likely)]
         assert value.write(chance.choice(wanted if wanted and chance.random() < share else allowed))

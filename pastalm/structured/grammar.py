@@ -39,8 +39,8 @@ _UNKNOWN = re.compile(r'Unimplemented keys: \[(".*?")\]')
 STATES = 64
 """How many states the search for an end looks at."""
 ALIKE = 4
-"""How many ways through the same states the search follows, of different lengths: they may differ in what must come
-yet."""
+"""How many ways through the same states the search follows, of different lengths within those left behind: they may
+differ in what must come yet."""
 AHEAD = 3
 """So many bytes that are certain mean that a part of the value has been left behind."""
 _FIRST = b'"}],0123456789ntfaA@.-:/_ TZ+{[('
@@ -53,14 +53,14 @@ class Value:
     text: all of it so far, as JSON, without what follows it.
     """
 
-    def __init__(self, grammars: Grammars, compiled: Any, tail: str) -> None:
-        self._grammars, self._compiled, self._tail = grammars, compiled, tail
+    def __init__(self, grammars: Grammars, compiled: Any, tail: str, schema: str = "") -> None:
+        self._grammars, self._compiled, self._tail, self._schema = grammars, compiled, tail, schema
         self._matcher = compiled.deep_copy()
         self._bytes = b""
 
     def fork(self) -> Self:
         """The same value, to be written on apart."""
-        value = type(self)(self._grammars, self._compiled, self._tail)
+        value = type(self)(self._grammars, self._compiled, self._tail, self._schema)
         value._matcher, value._bytes = self._matcher.deep_copy(), self._bytes
         return value
 
@@ -174,25 +174,32 @@ class Value:
     def _way_out(self) -> tuple[bytes, tuple[bytes, bytes]]:
         """The fewest bytes to an end, or out of a part of the value; empty if there is none near. And a way back to a
         state in which the same may come next: the bytes before it, and those that lead to it again."""
-        loop = (b"", b"")
-        for usable in (_FIRST, bytes(self._grammars.bytes)):
-            way, found = self._search(usable)
-            loop = loop if loop[1] else found
-            if way:
-                return way, loop
-        return b"", loop
+        way, loop = self._search(_FIRST)
+        if way := way or self._matched():
+            return way, loop
+        way, found = self._search(bytes(self._grammars.bytes))
+        return way, loop if loop[1] else found
+
+    def _matched(self) -> bytes:
+        """A way out of a text by what its pattern matches, where that may stand anywhere in the text: the masks do not
+        tell how much of it is there."""
+        for match in self._grammars.matches(self._schema):
+            value = self.fork()
+            if value._spell(match) and (way := value._search(_FIRST)[0]):
+                return match + way
+        return b""
 
     def _search(self, usable: bytes) -> tuple[bytes, tuple[bytes, bytes]]:
         """`_way_out` by some bytes only."""
         begin = self._matcher.compute_bitmask()
-        frontier: list[tuple[Value, bytes, tuple[bytes, ...]]] = [(self, b"", (begin,))]
+        frontier: list[tuple[Value, bytes, tuple[bytes, ...], tuple[int, ...]]] = [(self, b"", (begin,), (0,))]
         loop, first, deeper = (b"", b""), {begin: b""}, b""
         within = _quotes(self._bytes)
-        lengths: dict[tuple[bytes, ...], set[int]] = {}
+        lengths: dict[tuple[bytes, ...], dict[tuple[int, ...], set[int]]] = {}
         for _ in range(STATES):
             if not frontier:
                 break
-            value, way, states = frontier.pop(0)
+            value, way, states, runs = frontier.pop(0)
             for byte in value._usable(usable):
                 ahead, text = value.fork(), way + bytes([byte])
                 if not ahead._spell(text[-1:]):
@@ -206,11 +213,14 @@ class Value:
                     return text, loop
                 if certain >= AHEAD and not deeper:
                     deeper = text
-                through = states if state == states[-1] else (*states, state)
-                alike = lengths.setdefault(through, set())
-                if len(alike) < ALIKE and len(text) not in alike:
-                    alike.add(len(text))
-                    frontier.append((ahead, text, through))
+                stays, longer = state == states[-1], len(text) - len(way)
+                through = states if stays else (*states, state)
+                within_each = (*runs[:-1], runs[-1] + longer) if stays else (*runs, longer)
+                alike = lengths.setdefault(through, {})
+                last = alike.setdefault(within_each[:-1], set()) if len(alike) < ALIKE else alike.get(within_each[:-1])
+                if last is not None and within_each[-1] not in last:
+                    last.add(within_each[-1])
+                    frontier.append((ahead, text, through, within_each))
                 before = first.setdefault(state, text)
                 if text.startswith(before) and len(text) > max(len(before), len(loop[0] + loop[1])):
                     loop = before, text.removeprefix(before)
@@ -249,6 +259,7 @@ class Grammars:
         self._limits = llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
         self._compiled = lru_cache(KEPT)(self._compile)
         self._fewest = lru_cache(KEPT)(self._count_fewest)
+        self.matches = lru_cache(KEPT)(self._shortest_matches)
 
     def _units(self) -> tuple[list[bytes], list[int], Callable[[bytes | str], list[int]]]:
         """What the grammars are written in: the bytes of each unit, the units that end a text, the units of a text."""
@@ -283,7 +294,8 @@ class Grammars:
 
         Raises RequestError if its schema cannot be held.
         """
-        return self.value_type(self, self._compiled(json.dumps(leaf.schema), leaf.optional, head, tail), tail)
+        schema = json.dumps(leaf.schema)
+        return self.value_type(self, self._compiled(schema, leaf.optional, head, tail), tail, schema)
 
     def literals(self, texts: Sequence[str], tail: str) -> Value:
         """One of some texts, given as JSON."""
@@ -303,6 +315,21 @@ class Grammars:
         if not tokens and not (value.ended and value.text):
             raise RequestError("the schema cannot be held: no short value of it was found")
         return len(begun) + len(tokens)
+
+    def _shortest_matches(self, schema: str) -> tuple[bytes, ...]:
+        """About the shortest texts that match the patterns of a schema, as they stand in JSON: those patterns that may
+        match anywhere in a text."""
+        patterns = {part.get("pattern") for _, part in parts(json.loads(schema or "{}"))}
+        matches = []
+        for pattern in sorted(each for each in patterns if isinstance(each, str) and not each.startswith("^")):
+            whole = Leaf({"type": "string", "pattern": f"^(?:{pattern.removesuffix('$')})$"})
+            try:
+                value = self.value(whole, "")
+            except RequestError:
+                continue
+            text = value.begin() + b"".join(map(self.piece, value.ending()))
+            matches.append(text.removeprefix(b'"').removesuffix(b'"'))
+        return tuple(filter(None, matches))
 
     def _compile(self, schema: str, optional: bool, head: str, tail: str) -> Any:
         parsed = json.loads(schema)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from pastalm.errors import RequestError
-from pastalm.structured import formats, numbers
+from pastalm.structured import formats, numbers, patterns
 from pastalm.structured.schemas import Schema, hidden, rebuilt, references, without
 
 SUMMARIES = frozenset({"summary", "conclusion", "abstract", "overview", "title", "headline", "verdict"})
@@ -283,7 +283,7 @@ def _held(schema: Schema) -> Schema:
     """The schema in a form that can be held. Raises RequestError."""
 
     def change(part: Mapping[str, Any], at: str) -> Mapping[str, Any]:
-        held = numbers.held(formats.held(part, at), at)
+        held = patterns.held(numbers.held(formats.held(part, at), at), at)
         _check_keys(held, at)
         return held
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import CapabilityError, RequestError
+from pastalm.structured import numbers
 from pastalm.structured.plan import Leaf
 from pastalm.structured.schemas import hidden, parts, takes_other_keys
 
@@ -336,10 +337,18 @@ class Grammars:
         if parsed is False:
             raise RequestError("the schema cannot be held: false admits no value")
         parsed = {} if parsed is True else parsed
-        rule = "%json " + json.dumps({**parsed, "x-guidance": {**self.form, **_escapes(parsed)}})
+        form = {**self.form, **_escapes(parsed)}
         value = '(value | "null")' if optional else "value"
-        parts = [json.dumps(head) if head else "", value, json.dumps(tail) if tail else ""]
-        return self._matcher(f"%llguidance {{}}\nstart: {' '.join(parts)}\nvalue: {rule}\n", parsed)
+        around = [json.dumps(head) if head else "", value, json.dumps(tail) if tail else ""]
+
+        def matcher(of: Mapping[str, Any]) -> Any:
+            rule = "%json " + json.dumps({**of, "x-guidance": form})
+            return self._matcher(f"%llguidance {{}}\nstart: {' '.join(around)}\nvalue: {rule}\n", parsed)
+
+        try:
+            return matcher(numbers.bounded(parsed))
+        except RequestError:  # llguidance cannot intersect two parts that take any value
+            return matcher(parsed)
 
     def _matcher(self, grammar: str, schema: Any = None) -> Any:
         matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any, TypeGuard
 
 from pastalm.errors import RequestError
+from pastalm.structured.schemas import hidden, rebuilt
 
 LARGEST = 2**53 - 1
 """Numbers that every JSON parser keeps (RFC 7493, section 2.2)."""
@@ -19,6 +20,10 @@ DIGITS = 15
 MOST_STEP = 9999
 """Of `multipleOf`, without its point: a grammar has a state for each remainder, and larger ones take minutes."""
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
+_ELSEWHERE = frozenset({"$ref", "anyOf", "oneOf", "allOf", "const", "enum"})
+"""Keywords beside which another part says what a value is."""
+_NAME = "pastalm-any"
+_ANY = {"$ref": f"#/$defs/{_NAME}"}
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 
@@ -42,6 +47,25 @@ def held(schema: Mapping[str, Any], at: str) -> Mapping[str, Any]:
         raise RequestError(f"the schema cannot be held: multipleOf {step} at {at} is not supported: {most}")
     _bound(held, at)
     return held
+
+
+def bounded(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema with bounds for the numbers in values of which it says nothing: `{}`, items, other keys."""
+
+    def change(part: Mapping[str, Any], _: str) -> Mapping[str, Any]:
+        if set(part) & _ELSEWHERE:
+            return part
+        kinds = part.get("type")
+        held = dict(part) if kinds is not None else {"minimum": -LARGEST, "maximum": LARGEST, **part}
+        for kind, keyword in (("array", "items"), ("object", "additionalProperties")):
+            if (kinds is None or kind in kinds) and part.get(keyword, True) is True:
+                held[keyword] = _ANY
+        for keyword in {"properties", "patternProperties"} & set(part):
+            held[keyword] = {name: _ANY if each is True else each for name, each in part[keyword].items()}
+        return held
+
+    with_bounds = rebuilt(schema, change, also=hidden(schema))
+    return {**with_bounds, "$defs": {**with_bounds.get("$defs", {}), _NAME: change({}, "")}}
 
 
 def _bound(schema: dict[str, Any], at: str) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("llguidance")
 
 from pastalm.errors import RequestError
 from pastalm.structured.plan import plan
-from tests.structured.walks import leaf, values
+from tests.structured.walks import grammars, leaf, values
 
 NUMBERS = st.one_of(
     st.integers(-(2**66), 2**66),
@@ -74,3 +74,25 @@ def test_a_number_beyond_is_named_with_its_place(schema: Any, named: str) -> Non
 def test_a_whole_number_may_be_spelled_as_a_float(schema: Any) -> None:
     assert all(jsonschema_rs.is_valid(schema, value) for value in values(schema, 10))
     assert leaf(schema)
+
+
+@pytest.mark.parametrize("number", ["1e999", "1" + 400 * "0", "-9e99"])
+@pytest.mark.parametrize(
+    ("schema", "around"),
+    [
+        ({}, "%s"),
+        ({"type": "array"}, "[[%s]]"),
+        ({"type": "object"}, '{"a": {"b": [%s]}}'),
+        ({"type": "object", "properties": {"a": True, "b": {}}}, '{"a": %s}'),
+        ({"type": "object", "properties": {"a": {"title": "A"}}}, '{"a": {"x": %s}}'),
+        ({"type": "object", "patternProperties": {"^a": True}}, '{"a": %s}'),
+        ({"$ref": "#/x", "x": {"type": ["array", "null"]}}, "[%s]"),
+        ({"minLength": 2}, "[%s]"),
+    ],
+)
+def test_a_number_of_which_nothing_is_said_is_one_that_every_parser_keeps(
+    schema: Any, around: str, number: str
+) -> None:
+    for text, writable in ((number, False), ("1.5", True), ("true", True), ('{"a": null}', True)):
+        value = grammars().value(leaf(schema), ",")
+        assert all(map(value.write, f"{around % text},".encode())) == writable

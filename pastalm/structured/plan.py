@@ -10,6 +10,8 @@ Order. A child that needs others waits until they have ended, and then sees them
     depends={"c": ["a", "b"]}      the same from outside; "person.name" names a field of an inner object
     SUMMARIES                      a text field with such a name waits for the fields declared before it, unless the
                                    schema or `depends` says what it needs
+    choices                        an enum or a boolean waits for one free value of its object, unless they say so: what
+                                   a small model chooses first of all is often the first or `true`
 
 Everything here is pure: no grammar, no model.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -203,7 +205,7 @@ class _Planner:
         self, schema: Mapping[str, Any], names: list[str], path: tuple[str, ...], within: frozenset[str]
     ) -> Group:
         properties, required = schema["properties"], set(schema["required"])
-        needs = self._needs(properties, names, path)
+        needs = self._needs(properties, names, path, required)
         children = []
         for name in names:
             at = (*path, name)
@@ -216,25 +218,33 @@ class _Planner:
         return Group("{", tuple(children), "}", lead="" if any(child.needs for child in children) else '"')
 
     def _needs(
-        self, properties: Mapping[str, Schema], names: list[str], path: tuple[str, ...]
+        self, properties: Mapping[str, Schema], names: list[str], path: tuple[str, ...], required: Collection[str]
     ) -> dict[str, tuple[int, ...]]:
         """For each field the fields that it waits for, by index. Raises RequestError."""
         needs: dict[str, tuple[int, ...]] = {}
-        for name in names:
-            full = ".".join((*path, name))
-            asked = self._depends.get(full, _get(properties[name], DEPENDS))
-            if asked is None:
-                asked = names[: names.index(name)] if _summarises(name, properties[name]) else []
+        usual = [name for name in names if self._asked(name, properties, path) is None]
+        for name in [name for name in names if name not in usual]:
+            full, asked = ".".join((*path, name)), self._asked(name, properties, path)
             listed = isinstance(asked, Sequence) and not isinstance(asked, str)
             if not listed or not all(isinstance(other, str) for other in asked):
                 raise RequestError(f"what {full!r} depends on is a list of names of fields")
             if unknown := [other for other in asked if other not in names or other == name]:
                 raise RequestError(f"{full!r} depends on {unknown[0]!r}, which is not another field of its object")
             needs[name] = tuple(dict.fromkeys(names.index(other) for other in asked))
+        needs |= dict.fromkeys(usual, ())
         for name in names:
             if names.index(name) in _reached(needs, names, needs[name]):
                 raise RequestError(f"{'.'.join((*path, name))!r} depends on itself through others: break the circle")
+        parts = {name: self._resolved(properties[name], frozenset())[0] for name in names}
+        for name in usual:
+            for other in _usual_needs(name, names, parts, required):
+                if names.index(name) not in _reached(needs, names, [names.index(other)]):
+                    needs[name] = (*needs[name], names.index(other))
         return needs
+
+    def _asked(self, name: str, properties: Mapping[str, Schema], path: tuple[str, ...]) -> Any:
+        """What somebody says that a field depends on; None: nothing."""
+        return self._depends.get(".".join((*path, name)), _get(properties[name], DEPENDS))
 
 
 def _reached(needs: Mapping[str, tuple[int, ...]], names: list[str], begin: Sequence[int]) -> set[int]:
@@ -249,6 +259,29 @@ def _reached(needs: Mapping[str, tuple[int, ...]], names: list[str], begin: Sequ
 
 def _get(schema: Schema, key: str) -> Any:
     return schema.get(key) if isinstance(schema, Mapping) else None
+
+
+def _usual_needs(
+    name: str, names: Sequence[str], properties: Mapping[str, Schema], required: Collection[str]
+) -> list[str]:
+    """What a field waits for of which nobody says what it needs: a summary for the fields declared before it, a choice
+    for one free value of its object, a number or else a text."""
+    if _summarises(name, properties[name]):
+        return list(names[: names.index(name)])
+    if _chooses(properties[name]):
+        for kinds in (("integer", "number"), ("string",)):
+            for other in names:
+                part = properties[other]
+                free = not _chooses(part) and not _summarises(other, part) and _get(part, "const") is None
+                if other in required and free and _get(part, "type") in kinds:
+                    return [other]
+    return []
+
+
+def _chooses(schema: Schema) -> bool:
+    """Whether a value is one of a few."""
+    kinds = _get(schema, "type")
+    return _get(schema, "enum") is not None or set(kinds if isinstance(kinds, list) else [kinds]) <= {"boolean", "null"}
 
 
 def _summarises(name: str, schema: Schema) -> bool:

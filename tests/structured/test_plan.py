@@ -152,3 +152,43 @@ def test_tools_are_chosen_by_name() -> None:
     assert isinstance(node, Choice) and list(node.options) == ['"one"', '"two"']
     only = tool_calls(tools[:1])
     assert isinstance(only, Group) and only.open == '{"name": "one", "arguments": {' and only.close == "}}"
+
+
+NUMBER = {"type": "integer"}
+CHOICE: dict[str, Any] = {"enum": ["a", "b"]}
+YES_OR_NO: dict[str, Any] = {"type": "boolean"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "waits"),
+    [
+        (fields(kind=CHOICE, name=TEXT, age=NUMBER, open=YES_OR_NO), {"kind": ["age"], "open": ["age"]}),
+        (fields(kind=CHOICE, name=TEXT, more=TEXT), {"kind": ["name"]}),
+        (fields(kind=CHOICE, open=YES_OR_NO), {}),
+        (fields(kind=CHOICE, title=TEXT), {"title": ["kind"]}),  # a summary is no value to begin from
+        (fields(kind=CHOICE | {"x-depends-on": []}, age=NUMBER), {}),
+        (fields(kind=CHOICE, age=NUMBER | {"x-depends-on": ["kind"]}), {"age": ["kind"]}),
+        (fields(kind=CHOICE, age=NUMBER) | {"required": ["kind"]}, {}),
+        (fields(kind={"$ref": "#/$defs/k"}, age=NUMBER) | {"$defs": {"k": CHOICE}}, {"kind": ["age"]}),
+        (fields(kind=CHOICE, always={"const": 1}), {}),
+        (
+            fields(summary=TEXT, kind=CHOICE, age=NUMBER | {"x-depends-on": ["summary"]}),
+            {"age": ["summary"], "kind": ["age"]},
+        ),
+        (fields(age=NUMBER | {"x-depends-on": ["summary"]}, summary=TEXT), {"age": ["summary"]}),
+    ],
+)
+def test_a_choice_waits_for_one_free_value_unless_somebody_says_otherwise(
+    schema: Any, waits: dict[str, list[str]]
+) -> None:
+    assert {name: needed for name, needed in needs(schema).items() if needed} == waits
+
+
+def test_what_fields_usually_need_never_makes_them_wait_for_each_other() -> None:
+    parts = {"one": CHOICE, "two": NUMBER, "summary": TEXT, "four": YES_OR_NO, "title": TEXT}
+    for name in parts:
+        for other in parts:
+            if other != name:
+                needs(
+                    fields(**{n: part | ({"x-depends-on": [other]} if n == name else {}) for n, part in parts.items()})
+                )

@@ -316,6 +316,7 @@ def _held(schema: Schema) -> Schema:
     """The schema in a form that can be held. Raises RequestError."""
 
     def change(part: Mapping[str, Any], at: str) -> Mapping[str, Any]:
+        part = {key: value for key, value in part.items() if not _says_nothing(key, value)}
         held = patterns.held(numbers.held(formats.held(part, at), at), at)
         _check_keys(held, at)
         return held
@@ -324,6 +325,11 @@ def _held(schema: Schema) -> Schema:
         return rebuilt(schema, change, also=hidden(schema))
     except RecursionError:
         raise RequestError("the schema is nested too deep") from None
+
+
+def _says_nothing(keyword: str, value: Any) -> bool:
+    """Whether a keyword that a grammar cannot hold leaves everything open."""
+    return keyword == "uniqueItems" and value is False or keyword == "propertyNames" and value in (True, {})
 
 
 def _check_keys(schema: Mapping[str, Any], at: str) -> None:

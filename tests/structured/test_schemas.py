@@ -60,3 +60,15 @@ def test_a_number_of_keys_that_may_be_the_same_is_refused_by_name(schema: Any) -
 @pytest.mark.parametrize("schema", [{"minProperties": 1}, {"minProperties": 2, "required": ["a"]}])
 def test_a_number_of_keys_that_differ_is_held(schema: Any) -> None:
     assert all(len(value) >= schema["minProperties"] for value in values({"type": "object"} | schema, 10))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "null"}, "uniqueItems": False},
+        {"type": "object", "propertyNames": True},
+        {"type": "object", "properties": {"propertyNames": {"propertyNames": {}, "type": "object"}}},
+    ],
+)
+def test_keywords_that_leave_all_open_are_held(schema: Any) -> None:
+    assert values(schema, 3)

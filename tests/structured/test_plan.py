@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 
 from pastalm.errors import RequestError
 from pastalm.structured.plan import Choice, Counted, Group, Leaf, plan, tool_calls
-
-
-def fields(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties)}
+from tests.structured.examples import fields
 
 
 TEXT = {"type": "string"}

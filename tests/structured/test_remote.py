@@ -30,7 +30,8 @@ from pastalm.structured.structures import Structures
 from tests.engines.test_openai import SGLANG, VLLM, ids_chunk, iter_of, refusal, text_chunk
 from tests.served import Parts, Reply, llama_cpp_server, streaming
 from tests.server.serving import serving
-from tests.structured.test_structured import NESTED, TEXT, TOOLS, fields, rows, valid
+from tests.structured.examples import fields
+from tests.structured.test_structured import NESTED, TEXT, TOOLS, rows, valid
 
 OTHER = {"id": "m", "object": "model", "owned_by": "someone"}
 LLAMA = VLLM | {"owned_by": "llamacpp"}

@@ -28,6 +28,7 @@ from tests.engines.test_llama_cpp import loaded
 from tests.laws.oracle import Linear, Record
 from tests.laws.reference import reference_logits
 from tests.laws.tiny import tiny_model, tiny_vocabulary
+from tests.structured.examples import fields
 
 HERE = Path(__file__).parent
 TEXT = {"type": "string", "maxLength": 12}
@@ -38,10 +39,6 @@ CLOSE = 1e-3
 
 def rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
-
-
-def fields(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 NESTED = fields(

@@ -12,7 +12,6 @@ from pastalm.errors import RequestError
 from pastalm.structured.plan import Choice, Counted, Group, Leaf, plan, tool_calls
 from tests.structured.examples import fields
 
-
 TEXT = {"type": "string"}
 
 

@@ -717,7 +717,10 @@ class BatchingEngine(ABC):
         if self.on_logits is not None:
             for state, thread, row in zip(owners, threads, logits, strict=True):
                 self.on_logits(state.request.id, thread.path, row)
-        tokens = [_token(r, t, drawn.get(i)) for i, (r, t) in enumerate(zip(owners, threads, strict=True))]
+        tokens = [
+            _token(r, t, drawn[i] if i in drawn else Sampled(t.likeliest))
+            for i, (r, t) in enumerate(zip(owners, threads, strict=True))
+        ]
         for thread in threads:
             thread.drafter, thread.drafted, thread.likeliest = "", (), -1
         return tokens
@@ -746,16 +749,7 @@ def _told(state: RequestState, thread: Thread) -> bool:
     return state.simple and thread.likeliest >= 0 and thread.may_sample(thread.likeliest)
 
 
-def _token(state: RequestState, thread: Thread, sampled: Sampled | None) -> SampledToken:
-    """A thread's next token. sampled: as it was drawn (None: the id that the engine has told)."""
-    if sampled is None:
-        return SampledToken(
-            request_id=state.request.id,
-            path=thread.path,
-            token=thread.likeliest,
-            drafter=thread.drafter,
-            drafted=thread.drafted,
-        )
+def _token(state: RequestState, thread: Thread, sampled: Sampled) -> SampledToken:
     return SampledToken(
         request_id=state.request.id,
         path=thread.path,

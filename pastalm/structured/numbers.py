@@ -56,16 +56,21 @@ def bounded(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         if set(part) & _ELSEWHERE:
             return part
         kinds = part.get("type")
+        if not isinstance(kinds, str | list | None):
+            return part
         held = dict(part) if kinds is not None else {"minimum": -LARGEST, "maximum": LARGEST, **part}
         for kind, keyword in (("array", "items"), ("object", "additionalProperties")):
             if (kinds is None or kind in kinds) and part.get(keyword, True) is True:
                 held[keyword] = _ANY
         for keyword in {"properties", "patternProperties"} & set(part):
-            held[keyword] = {name: _ANY if each is True else each for name, each in part[keyword].items()}
+            if isinstance(named := part[keyword], Mapping):
+                held[keyword] = {name: _ANY if each is True else each for name, each in named.items()}
         return held
 
     with_bounds = rebuilt(schema, change, also=hidden(schema))
-    return {**with_bounds, "$defs": {**with_bounds.get("$defs", {}), _NAME: change({}, "")}}
+    defined = with_bounds.get("$defs")
+    known = defined if isinstance(defined, Mapping) else {}
+    return {**with_bounds, "$defs": {**known, _NAME: change({}, "")}}
 
 
 def _bound(schema: dict[str, Any], at: str) -> None:

@@ -96,3 +96,11 @@ def test_a_number_of_which_nothing_is_said_is_one_that_every_parser_keeps(
     for text, writable in ((number, False), ("1.5", True), ("true", True), ('{"a": null}', True)):
         value = grammars().value(leaf(schema), ",")
         assert all(map(value.write, f"{around % text},".encode())) == writable
+
+
+@pytest.mark.parametrize("schema", [{"properties": [1]}, {"type": 3}, {"$defs": [], "type": "object"}, {"items": 7}])
+def test_what_is_no_schema_is_refused_in_one_line_or_read_over(schema: Any) -> None:
+    try:
+        assert leaf(schema)
+    except RequestError as refused:
+        assert len(str(refused).splitlines()) == 1

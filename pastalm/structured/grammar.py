@@ -7,6 +7,7 @@ followed by the model's end token or by nothing. No text is read by an engine: a
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import CapabilityError, RequestError
 from pastalm.structured import numbers
+from pastalm.structured.matches import short
 from pastalm.structured.plan import Leaf
 from pastalm.structured.schemas import hidden, parts, takes_other_keys
 
@@ -34,7 +36,7 @@ MOST_BYTES = 4096
 """Of the shortest way to an end."""
 MOST_ITEMS = 20_000
 """Of a row of llguidance's parser: an object with some thousands of fields that may all be left out."""
-SECONDS = 5.0
+SECONDS = 2.0
 """A way to an end is looked for no longer: a schema may have none, as an object that requires one of its own kind."""
 _UNKNOWN = re.compile(r'Unimplemented keys: \[(".*?")\]')
 STATES = 64
@@ -126,7 +128,7 @@ class Value:
         if self._ends_by(known := self._grammars.endings.get(key, [])):
             return known
         value, text = self.fork(), b""
-        until = time.monotonic() + SECONDS
+        until = self._grammars.until = time.monotonic() + SECONDS
         while not value.may_end:
             way, loop = value._way_out()
             way = way or value._run(*loop)
@@ -175,19 +177,21 @@ class Value:
     def _way_out(self) -> tuple[bytes, tuple[bytes, bytes]]:
         """The fewest bytes to an end, or out of a part of the value; empty if there is none near. And a way back to a
         state in which the same may come next: the bytes before it, and those that lead to it again."""
+        if way := self._matched():
+            return way, (b"", b"")
         way, loop = self._search(_FIRST)
-        if way := way or self._matched():
+        if way:
             return way, loop
         way, found = self._search(bytes(self._grammars.bytes))
         return way, loop if loop[1] else found
 
     def _matched(self) -> bytes:
-        """A way out of a text by what its pattern matches, where that may stand anywhere in the text: the masks do not
-        tell how much of it is there."""
+        """A way out of a text by the end of what its pattern matches: masks do not tell how much of it is there."""
         for match in self._grammars.matches(self._schema):
-            value = self.fork()
-            if value._spell(match) and (way := value._search(_FIRST)[0]):
-                return match + way
+            for begin in range(len(match), -1, -1):
+                value, way = self.fork(), match[begin:] + b'"'
+                if value._spell(way):
+                    return way
         return b""
 
     def _search(self, usable: bytes) -> tuple[bytes, tuple[bytes, bytes]]:
@@ -198,7 +202,7 @@ class Value:
         within = _quotes(self._bytes)
         lengths: dict[tuple[bytes, ...], dict[tuple[int, ...], set[int]]] = {}
         for _ in range(STATES):
-            if not frontier:
+            if not frontier or time.monotonic() > self._grammars.until:
                 break
             value, way, states, runs = frontier.pop(0)
             for byte in value._usable(usable):
@@ -255,12 +259,14 @@ class Grammars:
                 self.bytes.setdefault(piece[0], token)
         self.bytes = {b: self.bytes[b] for b in dict.fromkeys([*_FIRST, *sorted(self.bytes)]) if b in self.bytes}
         self.endings: dict[tuple[Any, bytes], list[int]] = {}
+        self.until = math.inf
+        """When the search for an end gives up, by `time.monotonic`."""
         source = _Source(pieces, ends[0], encode)
         self._tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(source), eos_token=ends)
         self._limits = llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
         self._compiled = lru_cache(KEPT)(self._compile)
         self._fewest = lru_cache(KEPT)(self._count_fewest)
-        self.matches = lru_cache(KEPT)(self._shortest_matches)
+        self.matches = lru_cache(KEPT)(self._short_matches)
 
     def _units(self) -> tuple[list[bytes], list[int], Callable[[bytes | str], list[int]]]:
         """What the grammars are written in: the bytes of each unit, the units that end a text, the units of a text."""
@@ -317,20 +323,29 @@ class Grammars:
             raise RequestError("the schema cannot be held: no short value of it was found")
         return len(begun) + len(tokens)
 
-    def _shortest_matches(self, schema: str) -> tuple[bytes, ...]:
-        """About the shortest texts that match the patterns of a schema, as they stand in JSON: those patterns that may
-        match anywhere in a text."""
+    def _short_matches(self, schema: str) -> tuple[bytes, ...]:
+        """Short texts that the patterns of a schema match, as they stand in JSON."""
         patterns = {part.get("pattern") for _, part in parts(json.loads(schema or "{}"))}
-        matches = []
-        for pattern in sorted(each for each in patterns if isinstance(each, str) and not each.startswith("^")):
-            whole = Leaf({"type": "string", "pattern": f"^(?:{pattern.removesuffix('$')})$"})
-            try:
-                value = self.value(whole, "")
-            except RequestError:
-                continue
-            text = value.begin() + b"".join(map(self.piece, value.ending()))
-            matches.append(text.removeprefix(b'"').removesuffix(b'"'))
-        return tuple(filter(None, matches))
+        matches = [self._short_match(pattern) for pattern in patterns if isinstance(pattern, str)]
+        return tuple(sorted(filter(None, matches)))
+
+    def _short_match(self, pattern: str) -> bytes:
+        """What is read off the pattern; if that is wrong, for it is written as llguidance reads it, what is found by
+        search, where it may stand anywhere in a text."""
+        text = json.dumps(short(pattern), ensure_ascii=False)[1:-1].encode()
+        try:
+            if self._string(pattern)._spell(b'"' + text + b'"'):
+                return text
+            if pattern.startswith("^"):
+                return b""
+            value = self._string(f"^(?:{pattern.removesuffix('$')})$")
+        except RequestError:
+            return b""
+        found = value.begin() + b"".join(map(self.piece, value.ending()))
+        return found.removeprefix(b'"').removesuffix(b'"')
+
+    def _string(self, pattern: str) -> Value:
+        return self.value(Leaf({"type": "string", "pattern": pattern}), "")
 
     def _compile(self, schema: str, optional: bool, head: str, tail: str) -> Any:
         parsed = json.loads(schema)

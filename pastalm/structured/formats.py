@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pastalm.errors import RequestError
+from pastalm.structured.schemas import kinds
 
 _LONG_MONTH = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])"
 _SHORT_MONTH = "(0[469]|11)-(0[1-9]|[12][0-9]|30)"
@@ -54,8 +55,8 @@ def held(schema: Mapping[str, Any], at: str) -> Mapping[str, Any]:
     if "format" not in schema:
         return schema
     rest = {key: value for key, value in schema.items() if key != "format"}
-    kinds, name = schema.get("type", "string"), schema["format"]
-    if "string" not in (kinds if isinstance(kinds, list) else [kinds]):
+    name = schema["format"]
+    if "type" in schema and "string" not in kinds(schema):
         return rest  # a format says nothing about other values
     if name in _KEPT:
         return schema

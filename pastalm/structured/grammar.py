@@ -7,7 +7,6 @@ followed by the model's end token or by nothing. No text is read by an engine: a
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from pastalm.errors import CapabilityError, RequestError
 from pastalm.structured import numbers
 from pastalm.structured.matches import short
 from pastalm.structured.plan import Leaf
-from pastalm.structured.schemas import hidden, parts, takes_other_keys
+from pastalm.structured.schemas import hidden, parts, scalars, takes_other_keys
 
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 SHORT_ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
@@ -128,10 +127,10 @@ class Value:
         if self._ends_by(known := self._grammars.endings.get(key, [])):
             return known
         value, text = self.fork(), b""
-        until = self._grammars.until = time.monotonic() + SECONDS
+        until = time.monotonic() + SECONDS
         while not value.may_end:
-            way, loop = value._way_out()
-            way = way or value._run(*loop)
+            way, loop = value._way_out(until)
+            way = way or value._run(*loop, until)
             if not way or len(text) > MOST_BYTES or time.monotonic() > until or not value._spell(way):
                 return []
             text += way
@@ -161,7 +160,7 @@ class Value:
         allowed, tokens = self.mask(), self._grammars.bytes
         return bytes(byte for byte in among if byte in tokens and allowed[tokens[byte]] and byte != ord("\\"))
 
-    def _run(self, before: bytes, unit: bytes) -> bytes:
+    def _run(self, before: bytes, unit: bytes, until: float) -> bytes:
         """`before`, then a unit as often as it takes until an end is near, in doubling steps: a length that must be
         reached, of a text or an array."""
         count = 1
@@ -169,20 +168,21 @@ class Value:
             value, run = self.fork(), before + count * unit
             if not value._spell(run):
                 return before + count // 2 * unit
-            if value._way_out()[0]:
+            if value._way_out(until)[0]:
                 return run
             count *= 2
         return b""
 
-    def _way_out(self) -> tuple[bytes, tuple[bytes, bytes]]:
-        """The fewest bytes to an end, or out of a part of the value; empty if there is none near. And a way back to a
-        state in which the same may come next: the bytes before it, and those that lead to it again."""
-        if way := self._matched():
+    def _way_out(self, until: float) -> tuple[bytes, tuple[bytes, bytes]]:
+        """The fewest bytes to an end, or out of a part of the value; empty if there is none near, or none is found
+        before `until`. And a way back to a state in which the same may come next: the bytes before it, and those that
+        lead to it again."""
+        if _quotes(self._bytes) % 2 and (way := self._matched()):  # within a text
             return way, (b"", b"")
-        way, loop = self._search(_FIRST)
+        way, loop = self._search(_FIRST, until)
         if way:
             return way, loop
-        way, found = self._search(bytes(self._grammars.bytes))
+        way, found = self._search(bytes(self._grammars.bytes), until)
         return way, loop if loop[1] else found
 
     def _matched(self) -> bytes:
@@ -194,7 +194,7 @@ class Value:
                     return way
         return b""
 
-    def _search(self, usable: bytes) -> tuple[bytes, tuple[bytes, bytes]]:
+    def _search(self, usable: bytes, until: float) -> tuple[bytes, tuple[bytes, bytes]]:
         """`_way_out` by some bytes only."""
         begin = self._matcher.compute_bitmask()
         frontier: list[tuple[Value, bytes, tuple[bytes, ...], tuple[int, ...]]] = [(self, b"", (begin,), (0,))]
@@ -202,7 +202,7 @@ class Value:
         within = _quotes(self._bytes)
         lengths: dict[tuple[bytes, ...], dict[tuple[int, ...], set[int]]] = {}
         for _ in range(STATES):
-            if not frontier or time.monotonic() > self._grammars.until:
+            if not frontier or time.monotonic() > until:
                 break
             value, way, states, runs = frontier.pop(0)
             for byte in value._usable(usable):
@@ -259,8 +259,6 @@ class Grammars:
                 self.bytes.setdefault(piece[0], token)
         self.bytes = {b: self.bytes[b] for b in dict.fromkeys([*_FIRST, *sorted(self.bytes)]) if b in self.bytes}
         self.endings: dict[tuple[Any, bytes], list[int]] = {}
-        self.until = math.inf
-        """When the search for an end gives up, by `time.monotonic`."""
         source = _Source(pieces, ends[0], encode)
         self._tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(source), eos_token=ends)
         self._limits = llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
@@ -404,21 +402,12 @@ def _escapes(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
     for at, part in seen.items():
         for keyword in ("const", "enum"):
-            if any(map(_LONG.search, _texts(part.get(keyword)))):
+            if any(_LONG.search(text) for text in scalars(part.get(keyword)) if isinstance(text, str)):
                 why = (
                     "a control character in it does not go with an object of open keys: say additionalProperties false"
                 )
                 raise RequestError(f"the schema cannot be held: {keyword} at {at} is not supported: {why}")
     return SHORT_ESCAPES
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The texts in a value, without keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(each)
 
 
 def _reason(error: str, schema: Any) -> str:

@@ -6,12 +6,12 @@ the bounds of 64 bits end the process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, TypeGuard
 
 from pastalm.errors import RequestError
-from pastalm.structured.schemas import hidden, rebuilt
+from pastalm.structured.schemas import hidden, kinds, rebuilt, scalars
 
 LARGEST = 2**53 - 1
 """Numbers that every JSON parser keeps (RFC 7493, section 2.2)."""
@@ -39,7 +39,7 @@ def held(schema: Mapping[str, Any], at: str) -> Mapping[str, Any]:
         if isinstance(count := schema[key], float) and count.is_integer():
             held[key] = int(count)
     for key in ("const", "enum"):
-        for number in _numbers(schema.get(key)):
+        for number in filter(_is_number, scalars(schema.get(key))):
             _kept(number, key, at)
     step = schema.get("multipleOf")
     if _is_number(step) and not 0 < Decimal(repr(step)).scaleb(_places(step)) <= MOST_STEP:
@@ -55,12 +55,12 @@ def bounded(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     def change(part: Mapping[str, Any], _: str) -> Mapping[str, Any]:
         if set(part) & _ELSEWHERE:
             return part
-        kinds = part.get("type")
-        if not isinstance(kinds, str | list | None):
+        named = part.get("type")
+        if not isinstance(named, str | list | None):
             return part
-        held = dict(part) if kinds is not None else {"minimum": -LARGEST, "maximum": LARGEST, **part}
+        held = dict(part) if named is not None else {"minimum": -LARGEST, "maximum": LARGEST, **part}
         for kind, keyword in (("array", "items"), ("object", "additionalProperties")):
-            if (kinds is None or kind in kinds) and part.get(keyword, True) is True:
+            if (named is None or kind in kinds(part)) and part.get(keyword, True) is True:
                 held[keyword] = _ANY
         for keyword in {"properties", "patternProperties"} & set(part):
             if isinstance(named := part[keyword], Mapping):
@@ -83,9 +83,7 @@ def _bound(schema: dict[str, Any], at: str) -> None:
             del schema[key]  # it bounds nothing that can be held
         else:
             _kept(bound, key, at)
-    kinds = schema.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if ("integer" in kinds or "number" in kinds) and not {"enum", "const"} & set(schema):
+    if ("integer" in kinds(schema) or "number" in kinds(schema)) and not {"enum", "const"} & set(schema):
         if not {"minimum", "exclusiveMinimum"} & set(schema):
             schema["minimum"] = -LARGEST
         if not {"maximum", "exclusiveMaximum"} & set(schema):
@@ -103,15 +101,6 @@ def _places(number: float) -> int:
     """Digits behind the point."""
     exponent = Decimal(repr(number)).normalize().as_tuple().exponent
     return max(0, -exponent) if isinstance(exponent, int) else 0
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """The numbers in a value."""
-    if _is_number(value):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _numbers(each)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

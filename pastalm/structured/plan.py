@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 
 from pastalm.errors import RequestError
 from pastalm.structured import formats, numbers, patterns
-from pastalm.structured.schemas import Schema, hidden, rebuilt, references, without
+from pastalm.structured.schemas import Schema, hidden, kinds, rebuilt, references, without
 
 SUMMARIES = frozenset({"summary", "conclusion", "abstract", "overview", "title", "headline", "verdict"})
 """Names of fields that are said about the others. A field whose name is one of these words, or ends in one behind an
@@ -222,16 +222,19 @@ class _Planner:
     ) -> dict[str, tuple[int, ...]]:
         """For each field the fields that it waits for, by index. Raises RequestError."""
         needs: dict[str, tuple[int, ...]] = {}
-        usual = [name for name in names if self._asked(name, properties, path) is None]
-        for name in [name for name in names if name not in usual]:
-            full, asked = ".".join((*path, name)), self._asked(name, properties, path)
+        usual: list[str] = []
+        for name in names:
+            full = ".".join((*path, name))
+            asked = self._depends.get(full, _get(properties[name], DEPENDS))
+            if asked is None:
+                usual.append(name)
+                asked = []
             listed = isinstance(asked, Sequence) and not isinstance(asked, str)
             if not listed or not all(isinstance(other, str) for other in asked):
                 raise RequestError(f"what {full!r} depends on is a list of names of fields")
             if unknown := [other for other in asked if other not in names or other == name]:
                 raise RequestError(f"{full!r} depends on {unknown[0]!r}, which is not another field of its object")
             needs[name] = tuple(dict.fromkeys(names.index(other) for other in asked))
-        needs |= dict.fromkeys(usual, ())
         for name in names:
             if names.index(name) in _reached(needs, names, needs[name]):
                 raise RequestError(f"{'.'.join((*path, name))!r} depends on itself through others: break the circle")
@@ -241,10 +244,6 @@ class _Planner:
                 if names.index(name) not in _reached(needs, names, [names.index(other)]):
                     needs[name] = (*needs[name], names.index(other))
         return needs
-
-    def _asked(self, name: str, properties: Mapping[str, Schema], path: tuple[str, ...]) -> Any:
-        """What somebody says that a field depends on; None: nothing."""
-        return self._depends.get(".".join((*path, name)), _get(properties[name], DEPENDS))
 
 
 def _reached(needs: Mapping[str, tuple[int, ...]], names: list[str], begin: Sequence[int]) -> set[int]:
@@ -269,19 +268,18 @@ def _usual_needs(
     if _summarises(name, properties[name]):
         return list(names[: names.index(name)])
     if _chooses(properties[name]):
-        for kinds in (("integer", "number"), ("string",)):
+        for types in (("integer", "number"), ("string",)):
             for other in names:
                 part = properties[other]
                 free = not _chooses(part) and not _summarises(other, part) and _get(part, "const") is None
-                if other in required and free and _get(part, "type") in kinds:
+                if other in required and free and _get(part, "type") in types:
                     return [other]
     return []
 
 
 def _chooses(schema: Schema) -> bool:
     """Whether a value is one of a few."""
-    kinds = _get(schema, "type")
-    return _get(schema, "enum") is not None or set(kinds if isinstance(kinds, list) else [kinds]) <= {"boolean", "null"}
+    return _get(schema, "enum") is not None or all(kind in ("boolean", "null") for kind in kinds(schema))
 
 
 def _summarises(name: str, schema: Schema) -> bool:

@@ -5,7 +5,7 @@ Source: JSON Schema 2020-12 (core, sections 10 and 11), with the keywords that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
@@ -96,6 +96,21 @@ def reference(schema: Schema) -> str | None:
 def references(schema: Schema) -> Iterator[str]:
     """Where the parts of a schema refer to."""
     return (ref for _, part in parts(schema) if (ref := reference(part)) is not None)
+
+
+def kinds(schema: Schema) -> Sequence[Any]:
+    """The types that a schema names; (None,) where it names none."""
+    named = schema.get("type") if isinstance(schema, Mapping) else None
+    return named if isinstance(named, list) else (named,)
+
+
+def scalars(value: Any) -> Iterator[Any]:
+    """The texts, numbers and other values without parts that are in a value. Keys are none."""
+    if isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from scalars(each)
+    else:
+        yield value
 
 
 def takes_other_keys(schema: Mapping[str, Any]) -> bool:

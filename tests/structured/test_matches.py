@@ -14,6 +14,7 @@ pytest.importorskip("llguidance")
 from pastalm.structured.matches import short
 from tests.structured.walks import grammars, leaf, values
 
+TEXT = {"type": "string", "pattern": "foo.*bar"}
 PATTERNS = (
     "foo.*bar",
     "^foo.*bar$",
@@ -46,5 +47,11 @@ def test_a_text_ends_soon_wherever_it_stands_in_its_pattern(pattern: str) -> Non
 def test_a_search_for_an_end_keeps_to_its_limit() -> None:
     node = leaf({"type": "string", "minLength": 3})
     value = grammars().value(node, ",")
-    grammars().until = time.monotonic() - 1
-    assert value._search(bytes(grammars().bytes))[0] == b""
+    assert value._search(bytes(grammars().bytes), time.monotonic() - 1)[0] == b""
+
+
+def test_a_pattern_is_no_reason_to_begin_a_text() -> None:
+    for schema in ({"type": "array", "items": TEXT}, {"anyOf": [TEXT, {"type": "array"}]}):
+        value = grammars().value(leaf(schema), ",")
+        begun = value.begin()
+        assert begun + bytes(value.ending()) == b"[],"

@@ -188,3 +188,7 @@ def test_what_fields_usually_need_never_makes_them_wait_for_each_other() -> None
                 needs(
                     fields(**{n: part | ({"x-depends-on": [other]} if n == name else {}) for n, part in parts.items()})
                 )
+
+
+def test_a_type_that_is_none_makes_a_leaf_which_the_grammar_refuses() -> None:
+    assert isinstance(plan(fields(a={"type": {}}, b={"type": [[]]})), Group)

@@ -30,11 +30,8 @@ class Store:
             self._newer, self._older = NGrams(), self._newer
 
     def guess(self, tail: tuple[int, ...]) -> tuple[int, Evidence] | None:
-        newer = self._newer.guess(tail)
-        older = self._older.guess(tail) if len(self._older) else None
-        if newer is None or older is None:
-            return newer or older
-        return older if older[1][0] > newer[1][0] else newer
+        guesses = [guess for ngrams in (self._newer, self._older) if (guess := ngrams.guess(tail)) is not None]
+        return max(guesses, key=lambda guess: guess[1][0], default=None)  # of equal lengths the newer
 
 
 class Stores:

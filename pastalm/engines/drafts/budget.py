@@ -72,9 +72,7 @@ class StepCosts:
             return
         after = bisect_left(ROWS, rows)
         share = 1.0 if ROWS[after] == rows else (rows - ROWS[after - 1]) / (ROWS[after] - ROWS[after - 1])
-        ratio = (
-            self._ratios[after] if share == 1.0 else self._ratios[after - 1] * (1 - share) + self._ratios[after] * share
-        )
+        ratio = self._ratios[after] * share + self._ratios[after - 1] * (1 - share)
         expected = self._level * ratio or seconds
         seconds = min(max(seconds, expected / STRANGE), expected * STRANGE)
         self._level = self._level or seconds / ratio

@@ -119,8 +119,7 @@ class NativeEngine(PrefixCachingEngine):
     def _pass(self, rows: int) -> float:
         """Seconds of a pass over some tokens, each of which sees those before it."""
         places = np.arange(rows, dtype=np.int32)
-        visible = np.arange(-(-rows // PAGE) * PAGE) <= places[:, None]
-        groups = self._groups([(0, np.packbits(visible, axis=1, bitorder="little"))])
+        groups = self._groups([(0, _causal(places))])
         begun = time.perf_counter()
         self._pool.step(np.zeros(rows, dtype=np.int32), places, places, groups, places)
         return time.perf_counter() - begun
@@ -151,12 +150,11 @@ class NativeEngine(PrefixCachingEngine):
     def _prefill(self, state: RequestState, stop: int, logits: bool) -> NDArray[np.float32] | None:
         prompt, own = state.prompt, state.slot
         where = np.arange(state.cached, stop, dtype=np.int32)
-        visible = np.arange(-(-stop // PAGE) * PAGE) <= where[:, None]
         rows = self._pool.step(
             prompt[where].astype(np.int32),
             where,
             where + np.int32(own * self._range),
-            self._groups([(own, np.packbits(visible, axis=1, bitorder="little"))]),
+            self._groups([(own, _causal(where))]),
             np.array([len(where) - 1] if logits else [], dtype=np.int32),
         )
         return rows[0].copy() if logits else None
@@ -206,6 +204,12 @@ class NativeEngine(PrefixCachingEngine):
             first += count
         groups.kept = seen, orders
         return groups
+
+
+def _causal(places: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """As `_words`, of tokens that lie one behind the other and see all before them."""
+    slots = np.arange(-(-(int(places[-1]) + 1) // PAGE) * PAGE)
+    return np.packbits(slots <= places[:, None], axis=1, bitorder="little")
 
 
 def _words(state: RequestState, due: Sequence[Placed]) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -22,7 +23,6 @@ constexpr int64_t MOST = 16; /* rows */
 
 struct Work {
   const Kernels *kernels;
-  Team *team;
   std::vector<pastalm_matrix> matrices;
   std::vector<Rows> inputs; /* of each matrix */
   int64_t rows;
@@ -41,17 +41,24 @@ const Kernels *chosen() {
   return plain_kernels();
 }
 
-void multiply(void *argument, int thread) {
-  Work &work = *static_cast<Work *>(argument);
-  const int64_t threads = work.team->size();
-  for (size_t i = 0; i < work.matrices.size(); i++) {
-    const pastalm_matrix &m = work.matrices[i];
-    const int64_t first = blocks(m) * thread / threads, last = blocks(m) * (thread + 1) / threads;
-    work.kernels->product(m, work.inputs[i], 0, work.rows, first, last, work.out.data() + first * BLOCK,
-                          blocks(m) * BLOCK, false, nullptr);
-    work.team->barrier();
+/* All products, one after the other. */
+struct Pass final : Job {
+  Work &work;
+  const int threads;
+  std::vector<Phase> phases;
+
+  Pass(Work &work, int threads) : work(work), threads(threads), phases(work.matrices.size()) {}
+
+  void run(int) override {
+    for (size_t i = 0; i < work.matrices.size(); i++) {
+      const pastalm_matrix &m = work.matrices[i];
+      phases[i].each((int32_t)blocks(m), threads, [&](int64_t first, int64_t last) {
+        work.kernels->product(m, work.inputs[i], 0, work.rows, first, last, work.out.data() + first * BLOCK,
+                              blocks(m) * BLOCK, false, nullptr);
+      });
+    }
   }
-}
+};
 
 }  // namespace
 
@@ -61,7 +68,7 @@ int main(int count, char **values) {
   const int32_t hidden = number(1), kv = number(2), intermediate = number(3), layers = number(4), vocabulary = number(5);
   const int32_t type = number(6) == 4 ? PASTALM_Q4 : PASTALM_Q8;
   Team team(number(7));
-  Work work{nullptr, &team, {}, {}, 0, {}};
+  Work work{nullptr, {}, {}, 0, {}};
   work.kernels = chosen();
 
   std::mt19937_64 random(1);
@@ -74,7 +81,7 @@ int main(int count, char **values) {
     m.data = data;
     bytes += m.bytes;
     Rows rows;
-    const int64_t groups = inputs / GROUP, panels = MOST / PANEL_ROWS;
+    const int64_t groups = inputs / GROUP, panels = (MOST + PANEL_ROWS - 1) / PANEL_ROWS;
     rows.width = inputs;
     rows.q = static_cast<int8_t *>(std::aligned_alloc(64, size_t(MOST * inputs)));
     rows.scale = static_cast<float *>(std::aligned_alloc(64, size_t(panels * groups * PANEL_ROWS) * 4));
@@ -94,12 +101,12 @@ int main(int count, char **values) {
   add(vocabulary, hidden);
   work.out.resize(size_t(MOST * (std::max(2 * intermediate, vocabulary) + BLOCK)));
 
-  for (int64_t rows : {1, 2, 3, 4, 6, 8, 12, 16}) {
+  for (int64_t rows : {1, 2, 3, 4, 6, 8, 9, 10, 12, 16}) {
     work.rows = rows;
     std::vector<double> times;
     for (int i = 0; i < number(8); i++) {
       const auto begin = std::chrono::steady_clock::now();
-      team.run(multiply, &work);
+      team.run(std::make_shared<Pass>(work, team.size()));
       times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
     }
     std::sort(times.begin(), times.end());

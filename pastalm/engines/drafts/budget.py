@@ -19,14 +19,16 @@ import numpy as np
 from pastalm.engines.drafts.base import Context
 from pastalm.engines.drafts.response import Guess, ResponseDrafts
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Rows whose cost is kept; between them it is interpolated, and above no guesses are fed."""
+ROWS = (*range(1, 18), 24, 32, 48, 64)
+"""Rows whose cost is kept; between them it is interpolated, and above no guesses are fed. Few rows have a cost each: it
+rises in steps, where rows fill what an engine computes together."""
 USUAL = 0.06
 """What a further row costs of a pass with one, until passes have been measured."""
 PACE = 0.06
 """Share of what a pass took that goes into what is kept."""
-STRANGE = 1.5
-"""A pass that takes so many times as long, or as short, as expected counts as this much: something else happened."""
+STRANGE = 1.2
+"""A pass that takes so many times as long, or as short, as expected counts as this much: something else happened. Close to
+1, what is kept tends to the median."""
 REFRESHED = 16
 """Passes after which measurements come into use."""
 LEAST = 0.1

@@ -20,48 +20,65 @@ using namespace pastalm;
 template <int M>
 using Sums = Floats[M];
 
-/* One group of 32 inputs: sums += scale * rows' scale * sum of products of bytes. The rows lie in one panel. */
+/* Where the bytes of a tile of rows begin; all of them lie in one panel. */
+struct Bytes {
+  const int8_t *q;
+  const float *scale;
+  const int32_t *offset;
+
+  INLINE Bytes(const Rows &rows, int64_t row) {
+    const int64_t panel = row / PANEL_ROWS * PANEL_ROWS, within = row % PANEL_ROWS;
+    q = rows.q + panel * rows.width + within * GROUP;
+    scale = rows.scale + panel * (rows.width / GROUP) + within;
+    offset = rows.offset + panel * (rows.width / GROUP) + within;
+  }
+  INLINE void advance() { q += PANEL_ROWS * GROUP, scale += PANEL_ROWS, offset += PANEL_ROWS; }
+};
+
+/* One group of 32 inputs: sums += scale * rows' scale * sum of products of bytes. */
 template <int M, bool NARROW>
-INLINE void add_group(const char *quants, const char *scales, const int8_t *q, const float *scale, const int32_t *offset,
-                      Sums<M> &sums) {
+INLINE void add_group(const char *quants, const char *scales, const Bytes &own, Floats *sums) {
   ByteSum<NARROW> acc[M];
-  UNROLL for (int r = 0; r < M; r++) acc[r].begin(offset[r]);
+  UNROLL for (int r = 0; r < M; r++) acc[r].begin(own.offset[r]);
   UNROLL for (int v = 0; v < (NARROW ? 4 : 8); v++) {
     const Ints packed = load_ints(quants + 64 * v);
     if (NARROW) {
       const Ints low = low_nibbles(packed), high = high_nibbles(packed);
       UNROLL for (int r = 0; r < M; r++) {
-        acc[r].add_bytes(low, four(q + r * GROUP + 8 * v));
-        acc[r].add_bytes(high, four(q + r * GROUP + 8 * v + 4));
+        acc[r].add_bytes(low, four(own.q + r * GROUP + 8 * v));
+        acc[r].add_bytes(high, four(own.q + r * GROUP + 8 * v + 4));
       }
     } else {
-      UNROLL for (int r = 0; r < M; r++) acc[r].add_bytes(packed, four(q + r * GROUP + 4 * v));
+      UNROLL for (int r = 0; r < M; r++) acc[r].add_bytes(packed, four(own.q + r * GROUP + 4 * v));
     }
   }
   const Floats by_output = load_halves(scales);
-  UNROLL for (int r = 0; r < M; r++) add_product(sums[r], as_floats(acc[r].end()), by_output * all(scale[r]));
+  UNROLL for (int r = 0; r < M; r++)
+    add_product(sums[r], as_floats(acc[r].end()), by_output * all(own.scale[r]));
 }
 
 /* Weights are asked for this many bytes before they are needed: processors foresee a run up to the end of its page only,
  * and with several rows they look too late. */
 constexpr int64_t AHEAD = 4096;
 
-template <int M, bool NARROW>
-INLINE void add_bytes_block(const char *block, const Rows &rows, int64_t row, Sums<M> &sums) {
-  const int64_t groups = rows.width / GROUP, panel = row / PANEL_ROWS, within = row % PANEL_ROWS;
-  const int8_t *q = rows.q + panel * PANEL_ROWS * rows.width + within * GROUP;
-  const float *scale = rows.scale + panel * PANEL_ROWS * groups + within;
-  const int32_t *offset = rows.offset + panel * PANEL_ROWS * groups + within;
+/* A tile of M rows and, if N is not 0, one of N rows behind it. The two take turns group by group: memory brings weights
+ * all the while, which it does not while a second tile goes over a block that is there already. */
+template <int M, int N, bool NARROW>
+INLINE void add_bytes_block(const char *block, const Rows &rows, int64_t row, Floats *sums) {
+  const int64_t groups = rows.width / GROUP;
+  Bytes first(rows, row), second(rows, row + (N ? M : 0));
   constexpr int64_t size = NARROW ? 256 : 512;
   for (int64_t g = 0; g < groups; g += 2) {
-    /* 0, 0: read once in a step, so that it need not push all else out of the caches */
-    UNROLL for (int64_t i = 0; i < 64 + 2 * size; i += 64) __builtin_prefetch(block + AHEAD + i, 0, 0);
-    add_group<M, NARROW>(block + 64, block, q, scale, offset, sums);
-    if (g + 1 == groups) break;
-    add_group<M, NARROW>(block + 64 + size, block + 32, q + PANEL_ROWS * GROUP, scale + PANEL_ROWS, offset + PANEL_ROWS,
-                         sums);
+    /* 4 bits come past the second-level cache, which they need not push all else out of. Of 8 bits too much is pushed out of
+     * the first before it is used. */
+    UNROLL for (int64_t i = 0; i < 64 + 2 * size; i += 64) __builtin_prefetch(block + AHEAD + i, 0, NARROW ? 0 : 1);
+    for (int i = 0; i < 2 && g + i < groups; i++) {
+      const char *quants = block + 64 + i * size, *scales = block + i * 32;
+      add_group<M, NARROW>(quants, scales, first, sums);
+      if (N) add_group<N ? N : 1, NARROW>(quants, scales, second, sums + M);
+      first.advance(), second.advance();
+    }
     block += 64 + 2 * size;
-    q += 2 * PANEL_ROWS * GROUP, scale += 2 * PANEL_ROWS, offset += 2 * PANEL_ROWS;
   }
 }
 
@@ -87,19 +104,17 @@ INLINE void add_floats_block(const char *block, const Rows &rows, int64_t row, S
   }
 }
 
-/* M rows by one block; outputs past the matrix's last are not written. */
-template <int TYPE, int M>
+/* M + N rows by one block, N of them not 0 for bytes only; outputs past the matrix's last are not written. */
+template <int TYPE, int M, int N>
 void tile(const char *block, const Rows &rows, int64_t row, float *out, int64_t stride, int64_t outputs, bool add,
           const float *bias) {
-  Sums<M> sums;
-  UNROLL for (int r = 0; r < M; r++) sums[r] = all(0);
-  if (TYPE == PASTALM_Q4)
-    add_bytes_block<M, true>(block, rows, row, sums);
-  else if (TYPE == PASTALM_Q8)
-    add_bytes_block<M, false>(block, rows, row, sums);
+  Sums<M + N> sums;
+  UNROLL for (int r = 0; r < M + N; r++) sums[r] = all(0);
+  if constexpr (TYPE == PASTALM_Q4 || TYPE == PASTALM_Q8)
+    add_bytes_block<M, N, TYPE == PASTALM_Q4>(block, rows, row, sums);
   else
     add_floats_block<M, TYPE>(block, rows, row, sums);
-  UNROLL for (int r = 0; r < M; r++) {
+  UNROLL for (int r = 0; r < M + N; r++) {
     float *to = out + r * stride;
     if (outputs >= BLOCK) {
       Floats x = sums[r];
@@ -116,8 +131,12 @@ void tile(const char *block, const Rows &rows, int64_t row, float *out, int64_t 
 
 #if defined(SIMD_AVX512)
 constexpr int WIDEST = 8;
+constexpr bool PAIRS = true; /* of tiles, for bytes: where arithmetic is faster than memory */
+#define EVERY_TILE(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8)
 #else
 constexpr int WIDEST = 4;
+constexpr bool PAIRS = false;
+#define EVERY_TILE(DO) DO(1) DO(2) DO(3) DO(4)
 #endif
 
 template <int TYPE>
@@ -125,16 +144,17 @@ void block_by_rows(const char *block, const Rows &rows, int64_t first, int64_t l
                    int64_t outputs, bool add, const float *bias) {
   for (int64_t row = first; row < last;) {
     const int m = (int)std::min<int64_t>(last - row, WIDEST - row % WIDEST); /* within a panel */
+    const int n = PAIRS && in_bytes(TYPE) && m == WIDEST ? (int)std::min<int64_t>(last - row - m, WIDEST) : 0;
     float *to = out + (row - first) * stride;
-    switch (m) {
-#define TILE(M) case M: tile<TYPE, M>(block, rows, row, to, stride, outputs, add, bias); break;
-      TILE(1) TILE(2) TILE(3) TILE(4)
-#if defined(SIMD_AVX512)
-      TILE(5) TILE(6) TILE(7) TILE(8)
-#endif
-#undef TILE
-    }
-    row += m;
+#define ONE(M) case M: tile<TYPE, M, 0>(block, rows, row, to, stride, outputs, add, bias); break;
+#define TWO(N) case N: tile<TYPE, WIDEST, PAIRS && in_bytes(TYPE) ? N : 0>(block, rows, row, to, stride, outputs, add, bias); break;
+    if (n)
+      switch (n) { EVERY_TILE(TWO) }
+    else
+      switch (m) { EVERY_TILE(ONE) }
+#undef ONE
+#undef TWO
+    row += m + n;
   }
 }
 

@@ -12,7 +12,7 @@ constexpr int GROUP = 32;     /* inputs with one scale */
 constexpr int PAGE = PASTALM_PAGE;
 constexpr int MOST_ROWS = 12; /* query rows that attention takes together */
 
-inline bool in_bytes(int32_t type) { return type == PASTALM_Q4 || type == PASTALM_Q8; }
+constexpr bool in_bytes(int32_t type) { return type == PASTALM_Q4 || type == PASTALM_Q8; }
 
 /* Bytes of one block of a packed matrix, 0 for a type or a width that there is not. */
 inline int64_t block_bytes(int32_t type, int64_t inputs) {

@@ -29,6 +29,9 @@ PACE = 0.06
 STRANGE = 1.2
 """A pass that takes so many times as long, or as short, as expected counts as this much: something else happened. Close to
 1, what is kept tends to the median."""
+NEAR = 4
+"""What a pass took corrects the costs of so many numbers of rows to either side too, the nearest most: a number that
+seems too dear is never tried, and would be believed for ever."""
 REFRESHED = 16
 """Passes after which measurements come into use."""
 LEAST = 0.1
@@ -79,9 +82,9 @@ class StepCosts:
         seconds = min(max(seconds, expected / STRANGE), expected * STRANGE)
         self._level = self._level or seconds / ratio
         error = seconds / self._level - ratio
-        for i, part in ((after, share), (after - 1, 1 - share)):
-            if i > 0:
-                self._ratios[i] += PACE * part * error
+        for i in range(1, len(ROWS)):
+            if (off := abs(i - after + 1 - share)) < NEAR:
+                self._ratios[i] += PACE * (1 - off / NEAR) * error
         self._level += PACE * (seconds / ratio - self._level)
         self._passes += 1
         if self._passes % REFRESHED == 0:

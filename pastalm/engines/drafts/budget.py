@@ -27,8 +27,8 @@ USUAL = 0.06
 PACE = 0.06
 """Share of what a pass took that goes into what is kept."""
 STRANGE = 1.2
-"""A pass that takes so many times as long, or as short, as expected counts as this much: something else happened. Close to
-1, what is kept tends to the median."""
+"""A pass that takes so many times as long, or as short, as expected counts as this much: something else happened. So
+what is kept tends to the median."""
 NEAR = 4
 """What a pass took corrects the costs of so many numbers of rows to either side too, the nearest most: a number that
 seems too dear is never tried, and would be believed for ever."""

@@ -77,3 +77,25 @@ def test_measured_passes_say_what_rows_cost() -> None:
     unmeasured = StepCosts()
     unmeasured.begin({1: 0.01})
     assert [unmeasured.of(rows) for rows in range(1, costs.most + 1)] == usual
+
+
+def test_a_number_of_rows_that_seemed_too_dear_is_believed_no_longer_than_its_neighbours() -> None:
+    """A wrong measurement at the start. Passes of 6, 7 and 9 rows are made, none of 8."""
+    costs = StepCosts()
+    costs.begin({1: 0.010, 4: 0.012, 8: 0.040, 16: 0.020})
+    wrong = costs.of(8)
+    for _ in range(500):
+        for rows in (1, 6, 7, 9):
+            costs.note(rows, 0.010 * (1 + 0.05 * (rows - 1)))
+    assert wrong > 3
+    assert costs.of(8) == pytest.approx(1.35, rel=0.1)
+
+
+def test_what_delays_some_passes_hardly_changes_costs() -> None:
+    """One pass of 8 rows in four takes three times as long: what is kept stays near the others."""
+    costs = StepCosts()
+    costs.begin({1: 0.010, 4: 0.0115, 8: 0.0135, 16: 0.0175})
+    for number in range(2000):
+        rows = (1, 2, 4, 8)[number % 4]
+        costs.note(rows, 0.010 * (1 + 0.05 * (rows - 1)) * (3 if rows == 8 and number % 16 == 3 else 1))
+    assert costs.of(8) == pytest.approx(1.35, rel=0.08)

@@ -55,6 +55,11 @@ def test_structures_lie_in_memory_as_in_the_header(tmp_path: Path) -> None:
     assert dict(zip(asks, knows, strict=True)) == dict(zip(asks, map(int, says), strict=True))
 
 
+@pytest.mark.parametrize("source", sorted((ROOT / "benchmarks").glob("*.cpp")), ids=lambda path: path.name)
+def test_programs_of_benchmarks_fit_the_sources(source: Path) -> None:
+    run([*compiler(), "-std=c++17", "-fsyntax-only", "-I", str(SOURCE), str(source)])
+
+
 def header() -> str:
     text = (SOURCE / "pastalm.h").read_text(encoding="utf-8")
     return re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)

@@ -29,11 +29,11 @@ PACE = 0.06
 STRANGE = 1.2
 """A pass that takes so many times as long, or as short, as expected counts as this much: something else happened. So
 what is kept tends to the median."""
-NEAR = 4
-"""What a pass took corrects the costs of so many numbers of rows to either side too, the nearest most: a number that
-seems too dear is never tried, and would be believed for ever."""
 REFRESHED = 16
 """Passes after which measurements come into use."""
+OLD = 64
+"""Passes after which a cost that none of them had yields to its neighbours: what seems too dear is never
+tried, and would be believed for ever."""
 LEAST = 0.1
 """A guess that comes true more rarely is never fed."""
 MOST = 32
@@ -55,6 +55,7 @@ class StepCosts:
         self._ratios = [1 + USUAL * (rows - 1) for rows in ROWS]
         self._level = 0.0
         self._passes = 0
+        self._seen = [0] * len(ROWS)
         self._refresh()
 
     def begin(self, seconds: Mapping[int, float]) -> None:
@@ -82,13 +83,22 @@ class StepCosts:
         seconds = min(max(seconds, expected / STRANGE), expected * STRANGE)
         self._level = self._level or seconds / ratio
         error = seconds / self._level - ratio
-        for i in range(1, len(ROWS)):
-            if (off := abs(i - after + 1 - share)) < NEAR:
-                self._ratios[i] += PACE * (1 - off / NEAR) * error
+        for i, part in ((after, share), (after - 1, 1 - share)):
+            if i > 0 and part > 0:
+                self._ratios[i] += PACE * part * error
+                self._seen[i] = self._passes
         self._level += PACE * (seconds / ratio - self._level)
         self._passes += 1
         if self._passes % REFRESHED == 0:
+            self._yield()
             self._refresh()
+
+    def _yield(self) -> None:
+        """Moves costs that have not been seen for long half the way to the line between their neighbours'."""
+        for i in range(1, len(ROWS) - 1):
+            if self._passes - self._seen[i] > OLD:
+                line = float(np.interp(ROWS[i], ROWS[i - 1 : i + 2 : 2], self._ratios[i - 1 : i + 2 : 2]))
+                self._ratios[i] += (line - self._ratios[i]) / 2
 
     def _refresh(self) -> None:
         rising = np.maximum.accumulate(self._ratios)

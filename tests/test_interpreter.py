@@ -421,6 +421,19 @@ def test_what_a_child_leaves_returns_at_the_join() -> None:
     assert player.interpreter.threads[()].budget == 200 - player.tokens
 
 
+def test_a_thread_whose_children_hold_the_rest_joins_them_before_it_is_cut_off() -> None:
+    player = Player(max_tokens=200)
+    child = player.promise("a", 50)
+    while () in player.live and _allows(player, 97):
+        player.sample(97)
+    assert [i for i in range(263) if _allows(player, i)] == [TAGS.sync]
+    player.sample(TAGS.sync)
+    player.sample(TAGS.async_close, child)
+    player.run(lambda p: (p.live[0], 97))
+    assert player.tokens == 200
+    assert player.reasons() == {(0,): "stop", (): "length"}
+
+
 def test_every_token_may_be_used_and_no_more() -> None:
     player = Player(max_tokens=77)
     player.sample(TAGS.async_close, player.promise("a", 10))

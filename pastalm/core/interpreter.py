@@ -169,6 +169,7 @@ class Interpreter:
         self._chunk_ends = vocabulary.eos | {tags.async_close}
         self._answer_ends = frozenset[int]() if params.ignore_eos else vocabulary.eos
         self._masks: dict[tuple[bool, bool, bool, bool], TokenSet] = {}
+        self._sync_alone = TokenSet(frozenset({tags.sync}))
         self._spellings = cache(partial(_spellings, vocabulary))
         digits = max(map(len, vocabulary.numbers)) if self._prepared else 0
         self._promise_tokens = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + digits if self._prepared else 0
@@ -321,6 +322,8 @@ class Interpreter:
             return TokenSet(frozenset(self._lengths(thread)))
         if thread.mode == "topic":
             return TokenSet(frozenset(self._banned_in_topic(thread)), inverted=True)
+        if self._joins_now(thread):
+            return self._sync_alone
         promises, chunk = self._may_promise(thread), bool(thread.path)
         key = (promises, bool(thread.group), chunk, early)
         if key not in self._masks:
@@ -420,8 +423,17 @@ class Interpreter:
 
     def _spent(self, thread: Thread) -> bool:
         """Whether only the end of the thread fits."""
-        end = self._chunk_end if thread.path else 0
+        end = self._end_tokens(thread)
         return thread.budget <= end or thread.positions <= end
+
+    def _joins_now(self, thread: Thread) -> bool:
+        """Whether all that a thread of a prepared model has left is a sync and its end, while its children hold a part
+        of its budget: joined, they give back what they do not use, and it goes on."""
+        return bool(thread.group) and thread.budget == self._end_tokens(thread) + 1
+
+    def _end_tokens(self, thread: Thread) -> int:
+        """Number of tokens that are kept for the thread's end."""
+        return self._chunk_end if thread.path else 0
 
     # ------------------------------------------------------------------ threads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pastalm.core.events import Decoded, Event, Finished, Path
+from pastalm.core.events import Decoded, Event, Finished, Forked, Path
 from pastalm.core.interpreter import Limits
 from pastalm.core.language import AsyncClose, Sync, Text
 from pastalm.core.transcript import Transcript
@@ -124,6 +124,20 @@ def test_a_prepared_model_ends(player: Player, stream: list[tuple[int, int]], ho
     _play(player, stream, honour)
     _ended(player)
     _told(player)
+
+
+@settings(max_examples=200)
+@given(_fair(PREPARED), _streams(PREPARED))
+@example(Player(max_tokens=200), [*((0, token) for token in PROMISE), (1, TAGS.async_close), *[(0, 97)] * 74])
+def test_no_thread_is_cut_off_while_its_children_hold_its_budget(player: Player, stream: list[tuple[int, int]]) -> None:
+    """It joins them first, unless its last promise took all but its end."""
+    _play(player, stream, honour=True)
+    for path, reason in player.reasons().items():
+        thread = player.interpreter.threads[path]
+        if reason == "length" and player.limits.max_position is None:
+            end = next(i for i, e in enumerate(player.events) if isinstance(e, Finished) and e.path == path)
+            before = player.events[end - 1]
+            assert not thread.group or isinstance(before, Forked) and before.path[:-1] == path
 
 
 @settings(max_examples=200)

@@ -434,6 +434,22 @@ def test_a_thread_whose_children_hold_the_rest_joins_them_before_it_is_cut_off()
     assert player.reasons() == {(0,): "stop", (): "length"}
 
 
+def test_an_unprepared_model_is_made_to_join_them() -> None:
+    """What it has begun of a tag is text then."""
+    player = Player(XML_BYTES, max_tokens=200)
+    player.say(XML)
+    left = player.interpreter.threads[()].budget - len("<sync/>")
+    player.say("x" * (left - 4) + "<pro")
+    assert player.events[-1] == Blocked(path=(), on="sync")
+    *_, joined = player.sample(EOS, (0,))
+    assert isinstance(joined, Joined)
+    assert bytes(joined.forced) == b"<sync/>"
+    player.run(lambda p: (p.live[0], 97))
+    assert player.tokens == 200
+    assert player.text() == "x" * (left - 4) + "<pro" + "a" * (199 - len(XML) - left - len("<async><sync/>"))
+    assert player.reasons() == {(0,): "stop", (): "length"}
+
+
 def test_every_token_may_be_used_and_no_more() -> None:
     player = Player(max_tokens=77)
     player.sample(TAGS.async_close, player.promise("a", 10))

@@ -169,7 +169,8 @@ class Interpreter:
         self._chunk_ends = vocabulary.eos | {tags.async_close}
         self._answer_ends = frozenset[int]() if params.ignore_eos else vocabulary.eos
         self._masks: dict[tuple[bool, bool, bool, bool], TokenSet] = {}
-        self._sync_alone = TokenSet(frozenset({tags.sync}))
+        self._sync_tokens = (tags.sync,) if self._prepared else tuple(vocabulary.encode("<sync/>"))
+        self._sync_alone = TokenSet(frozenset(self._sync_tokens))
         self._spellings = cache(partial(_spellings, vocabulary))
         digits = max(map(len, vocabulary.numbers)) if self._prepared else 0
         self._promise_tokens = 3 + MAX_TOPIC_TOKENS + DISTINCTION_TOKENS + digits if self._prepared else 0
@@ -201,7 +202,7 @@ class Interpreter:
             read = self._read_text(thread, sampled.token)
         else:
             read = self._read_promise(thread, sampled.token)
-        return list(self._sync(thread, read.token) if read.sync else self._decoded(thread, sampled, read))
+        return list(self._sync(thread, (read.token,)) if read.sync else self._decoded(thread, sampled, read))
 
     def finish(self, reason: events.FinishReason) -> list[Event]:
         """Ends every thread now: `abort`, or `stop` where the driver found a stop string."""
@@ -235,6 +236,10 @@ class Interpreter:
         yield from forked
         if ends:
             yield from self._end(thread, "stop" if read.ended else "length")
+        elif not self._prepared and self._joins_now(thread):
+            thread.spend(len(self._sync_tokens))
+            thread.carry += "".join(mark.text for mark in thread.scanner.flush() if isinstance(mark, Text))
+            yield from self._sync(thread, self._sync_tokens)
 
     # ------------------------------------------------------------------ reading a token
 
@@ -427,9 +432,11 @@ class Interpreter:
         return thread.budget <= end or thread.positions <= end
 
     def _joins_now(self, thread: Thread) -> bool:
-        """Whether all that a thread of a prepared model has left is a sync and its end, while its children hold a part
-        of its budget: joined, they give back what they do not use, and it goes on."""
-        return bool(thread.group) and thread.budget == self._end_tokens(thread) + 1
+        """Whether all that a thread has left is a sync and its end, while its children hold a part of its budget:
+        joined, they give back what they do not use, and it goes on. A prepared model may sample nothing else then, and
+        for others the sync is forced."""
+        left = self._end_tokens(thread) + len(self._sync_tokens)
+        return bool(thread.group) and thread.budget == left < thread.positions
 
     def _end_tokens(self, thread: Thread) -> int:
         """Number of tokens that are kept for the thread's end."""
@@ -474,9 +481,9 @@ class Interpreter:
         self._queue.append(child)
         return [forked(), Blocked(path=path, on="thread")]
 
-    def _sync(self, thread: Thread, token: int) -> Iterator[Event]:
-        """A thread waits for its children; `token` is fed when it goes on."""
-        thread.resume = (token,)
+    def _sync(self, thread: Thread, tokens: tuple[int, ...]) -> Iterator[Event]:
+        """A thread waits for its children; the tokens are fed when it goes on."""
+        thread.resume = tokens
         if self._children_done(thread):
             self._become(thread, "queued")
             self._queue.appendleft(thread)

@@ -10,14 +10,8 @@
 # prompts are answered one at a time, for the clock, the others REQUESTS at once. LIMIT=3 tries it on three prompts, in
 # out/frontier-3.
 set -euo pipefail
-here=$(realpath "$(dirname "$0")")
-root=$(dirname "$here")
-prompts=$(realpath "$1")
-pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
-python=$(dirname "$pasta")/python
-timed=${TIMED:-50} requests=${REQUESTS:-64} out=${OUT:-$here/out/frontier${LIMIT:+-$LIMIT}}
-if [ -n "${LIMIT:-}" ]; then results=$out/report; else results=${RESULTS:-$root/results/frontier}; fi
-mkdir -p "$out" "$results"
+source "$(dirname "$(realpath "$0")")/measure.sh"
+begin frontier "$1"
 
 systems=()
 for folder in "$root"/adapters/*/; do
@@ -30,11 +24,7 @@ for more in ${MORE:-}; do
 done
 systems+=(shipped=auto shipped-lookup=auto+lookup sot sot-routed lookup llma)
 
-"$pasta" eval "${systems[@]}" --baseline "$root/adapters/baseline" --engine native --prompts "$prompts" \
-  --requests "$requests" --timed "$timed" --scorer pmi --scorer reference --sigma pmi=28.5636 --length matched \
-  --max-tokens 768 --labels "$here/marks/alpaca_eval_dev_forking.jsonl" --public ${LIMIT:+--limit "$LIMIT"} \
-  --out "$out" --report "$results"
-rm "$results/index.html" # its pictures are beside it
+measure "${systems[@]}"
 
 # every answer by its prompt's id, without the prompt
 "$python" - "$out/answers" "$results/answers.jsonl.xz" << 'PYTHON'

@@ -8,22 +8,12 @@
 # AGAINST prompts are answered once more with weights of 4 bits, against llama.cpp's sequential decoding of the same text.
 # LIMIT=3 tries it on three prompts, in out/.
 set -euo pipefail
-here=$(realpath "$(dirname "$0")")
-root=$(dirname "$here")
-prompts=$(realpath "$1")
-pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
-python=$(dirname "$pasta")/python
-timed=${TIMED:-50} requests=${REQUESTS:-64} against=${AGAINST:-50}
+source "$(dirname "$(realpath "$0")")/measure.sh"
+begin shipped "$1"
+against=${AGAINST:-50}
 sha=$("$python" -c 'from pastalm.models import contents; print(contents.of_adapter("smollm2-135m-instruct", "auto")["sha256"])')
-out=${OUT:-$here/out/shipped${LIMIT:+-$LIMIT}}/${sha:0:12} # another adapter, another folder
-if [ -n "${LIMIT:-}" ]; then results=$out/report; else results=${RESULTS:-$root/results/shipped}; fi
-mkdir -p "$out" "$results"
-
-"$pasta" eval shipped=auto --baseline "$root/adapters/baseline" --engine native --prompts "$prompts" \
-  --requests "$requests" --timed "$timed" --scorer pmi --scorer reference --sigma pmi=28.5636 --length matched \
-  --max-tokens 768 --labels "$here/marks/alpaca_eval_dev_forking.jsonl" --public ${LIMIT:+--limit "$LIMIT"} \
-  --out "$out" --report "$results"
-rm "$results/index.html" # its pictures are beside it
+out=$out/${sha:0:12} # another adapter, another folder
+measure shipped=auto
 
 if [ "$against" -gt 0 ] && "$python" -c 'import llama_cpp' 2> "$out/llama_cpp.log"; then
   [ -s "$out/q4_0.gguf" ] || "$pasta" export "$out/q4_0.gguf" --gguf Q4_0 --adapter auto

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter
+from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter, Tail
 from pastalm.engines.drafts.ngrams import NGrams
 
 OWNERS = 16
@@ -24,12 +24,12 @@ class Store:
         self._most = most
         self._newer, self._older = NGrams(), NGrams()
 
-    def add(self, context: tuple[int, ...], token: int) -> None:
-        self._newer.add(context, token)
+    def add(self, tail: Tail, token: int) -> None:
+        self._newer.add(tail, token)
         if len(self._newer) >= self._most:
             self._newer, self._older = NGrams(), self._newer
 
-    def guess(self, tail: tuple[int, ...]) -> tuple[int, Evidence] | None:
+    def guess(self, tail: Tail) -> tuple[int, Evidence] | None:
         guesses = [guess for ngrams in (self._newer, self._older) if (guess := ngrams.guess(tail)) is not None]
         return max(guesses, key=lambda guess: guess[1][0], default=None)  # of equal lengths the newer
 
@@ -55,7 +55,7 @@ class Answers(SilentDrafter):
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._written: list[tuple[tuple[int, ...], int]] = []
+        self._written: list[tuple[Tail, int]] = []
 
     def write(self, context: Context, token: int, place: int) -> None:
         self._written.append((context.tail, token))

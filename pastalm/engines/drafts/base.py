@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol, TypeAlias
 
 from pastalm.core.events import Path
@@ -13,6 +15,23 @@ of one drafter with equal evidence share a hit rate."""
 
 LONGEST = 4
 """Tokens of the longest context that is matched."""
+BITS = 20
+"""Of a token's id in a number that stands for several. Larger ids may be taken for others: a guess may be wrong."""
+
+NGram: TypeAlias = int
+"""Some tokens in a row as one number: cheaper to look up than a tuple of them."""
+Tail: TypeAlias = tuple[NGram, ...]
+"""The last token of a sequence, its last two, and so on: at most `LONGEST`."""
+
+
+def extended(tail: Tail, token: int) -> Tail:
+    """The tail of a sequence that goes on with a token."""
+    return tuple([ngram << BITS | token for ngram in (1, *tail[: LONGEST - 1])])
+
+
+def tail_of(tokens: Sequence[int]) -> Tail:
+    """The tail of a sequence."""
+    return reduce(extended, tokens[-LONGEST:], ())
 
 
 @dataclass(slots=True)
@@ -20,19 +39,19 @@ class Context:
     """Where a guess stands.
 
     path: the thread.
-    tail: the last tokens that it sees, earlier guesses included, at most `LONGEST`.
+    tail: of what it sees, earlier guesses included.
     index: number of tokens of the thread before the guess.
     sees: bit p says whether the thread sees place p.
     """
 
     path: Path
-    tail: tuple[int, ...]
+    tail: Tail
     index: int
     sees: int
 
     def then(self, token: int) -> Context:
         """Where the next guess stands if this one is `token`."""
-        return Context(self.path, (*self.tail, token)[-LONGEST:], self.index + 1, self.sees)
+        return Context(self.path, extended(self.tail, token), self.index + 1, self.sees)
 
 
 class Drafter(Protocol):

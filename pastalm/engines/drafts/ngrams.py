@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from pastalm.engines.drafts.base import LONGEST, Evidence
+from pastalm.engines.drafts.base import Evidence, NGram, Tail, extended
 
 RECENT = 4
 """Continuations that are kept of each context: the last."""
@@ -19,36 +19,50 @@ class NGrams:
     none in the response)."""
 
     def __init__(self) -> None:
-        self._next: dict[tuple[int, ...], list[Continuation]] = {}
+        self._next: dict[NGram, list[Continuation]] = {}
+        self._looked_up: tuple[Tail, list[list[Continuation]]] = ((), [])
 
     def __len__(self) -> int:
         return len(self._next)
 
-    def add(self, tail: tuple[int, ...], token: int, place: int = -1) -> None:
-        """Notes that a token follows a tail of at most `LONGEST` tokens."""
+    def add(self, tail: Tail, token: int, place: int = -1) -> None:
+        """Notes that a token follows a tail."""
         continuation = (token, place)
-        for n in range(1, len(tail) + 1):
-            known = self._next.setdefault(tail[-n:], [])
+        for ngram in tail:
+            known = self._next.setdefault(ngram, [])
             known.append(continuation)
             if len(known) > RECENT:
                 del known[0]
+        self._looked_up = ((), [])
 
     def add_all(self, tokens: Sequence[int]) -> None:
         """Notes a whole sequence."""
-        for i in range(1, len(tokens)):
-            self.add(tuple(tokens[max(0, i - LONGEST) : i]), tokens[i], i)
+        tail: Tail = ()
+        for i, token in enumerate(tokens):
+            self.add(tail, token, i)
+            tail = extended(tail, token)
 
-    def guess(self, tail: tuple[int, ...], counts: Callable[[int], int] | None = None) -> tuple[int, Evidence] | None:
+    def guess(self, tail: Tail, counts: Callable[[int], int] | None = None) -> tuple[int, Evidence] | None:
         """What most continuations name of the longest context that has some whose place counts (None: all do)."""
-        table, found = self._next, list[list[Continuation]]()
-        for n in range(1, len(tail) + 1):
-            if (known := table.get(tail[-n:])) is None:
-                break  # what no short context has, no longer one has
-            found.append(known)
+        found = self._found(tail)
         for n in range(len(found), 0, -1):
             if tokens := [token for token, place in found[n - 1] if counts is None or counts(place)]:
                 return vote(n, tokens)
         return None
+
+    def _found(self, tail: Tail) -> list[list[Continuation]]:
+        """The continuations of a tail's n-grams, from the shortest to the longest that has some. Drafters that share a
+        table ask for the same tail by turns: it is looked up once."""
+        looked_up, found = self._looked_up
+        if looked_up is tail:
+            return found
+        found = []
+        for ngram in tail:
+            if (known := self._next.get(ngram)) is None:
+                break  # what no short context has, no longer one has
+            found.append(known)
+        self._looked_up = (tail, found)
+        return found
 
 
 def vote(length: int, continuations: Sequence[int]) -> tuple[int, Evidence]:

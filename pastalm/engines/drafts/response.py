@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pastalm.core.events import Path
 from pastalm.core.layout import Placed
-from pastalm.engines.drafts.base import LONGEST, Context, Drafter, Evidence
+from pastalm.engines.drafts.base import Context, Drafter, Evidence, tail_of
 from pastalm.engines.drafts.ngrams import NGrams
 
 PRIOR = 8
@@ -69,7 +69,7 @@ class ResponseDrafts:
         self._drafters = tuple(drafters)
         self._written = written
         self._rates, self._own = rates, Rates()
-        self._contexts: dict[Path, Context] = {(): Context((), tuple(prompt[-LONGEST:]), 0, 0)}
+        self._contexts: dict[Path, Context] = {(): Context((), tail_of(prompt), 0, 0)}
         self._shadows: dict[Path, _Shadow] = {}
         self._prompt: Sequence[int] = prompt
         self._unread: list[Path | Placed] = []

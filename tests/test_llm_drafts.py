@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pastalm import LLM, SamplingParams
 from pastalm.core.transcript import Transcript
 from pastalm.engines.batching import BatchingEngine
+from pastalm.engines.drafts.base import LONGEST, tail_of
 from pastalm.engines.drafts.budget import StepCosts
+from pastalm.engines.drafts.ngrams import RECENT, NGrams, vote
 from tests.server.serving import tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60, parallelism=0, drafts="off")
@@ -99,3 +103,22 @@ def test_what_delays_some_passes_hardly_changes_costs() -> None:
         rows = (1, 2, 4, 8)[number % 4]
         costs.note(rows, 0.010 * (1 + 0.05 * (rows - 1)) * (3 if rows == 8 and number % 16 == 3 else 1))
     assert costs.of(8) == pytest.approx(1.35, rel=0.08)
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=6), st.integers(0, 2**40))
+def test_a_guess_is_what_followed_the_longest_match(written: list[int], last: list[int], seen: int) -> None:
+    """Against a search through all that was written, also where a table is asked again after it has grown."""
+    ngrams, tail = NGrams(), tail_of(last)
+    for begin, end in ((0, len(written) // 2), (len(written) // 2, len(written))):
+        for i in range(begin, end):
+            ngrams.add(tail_of(written[:i]), written[i], i)
+        known = written[:end]
+        for counts in (None, lambda place: seen >> place & 1):
+            expected = None
+            for n in range(min(LONGEST, len(last)), 0, -1):
+                places = [i for i in range(n, len(known)) if known[i - n : i] == last[-n:]][-RECENT:]
+                tokens = [known[i] for i in places if counts is None or counts(i)]
+                if tokens:
+                    expected = vote(n, tokens)
+                    break
+            assert ngrams.guess(tail, counts) == expected

@@ -30,7 +30,10 @@ class Store:
             self._newer, self._older = NGrams(), self._newer
 
     def guess(self, tail: Tail) -> tuple[int, Evidence] | None:
-        guesses = [guess for ngrams in (self._newer, self._older) if (guess := ngrams.guess(tail)) is not None]
+        newer = self._newer.guess(tail)
+        if not len(self._older) or newer is not None and newer[1][0] == len(tail):
+            return newer
+        guesses = [guess for guess in (newer, self._older.guess(tail)) if guess is not None]
         return max(guesses, key=lambda guess: guess[1][0], default=None)  # of equal lengths the newer
 
 

@@ -46,8 +46,11 @@ class NGrams:
         """What most continuations name of the longest context that has some whose place counts (None: all do)."""
         found = self._found(tail)
         for n in range(len(found), 0, -1):
-            if tokens := [token for token, place in found[n - 1] if counts is None or counts(place)]:
-                return vote(n, tokens)
+            known = found[n - 1]
+            if counts is not None:
+                known = [continuation for continuation in known if counts(continuation[1])]
+            if known:
+                return vote(n, [token for token, _ in known])
         return None
 
     def _found(self, tail: Tail) -> list[list[Continuation]]:

@@ -246,9 +246,10 @@ class Interpreter:
     def _read_text(self, thread: Thread, token: int) -> Reading:
         """A token of a prepared model outside of promises."""
         opens = token == self._tags.promise and self._may_promise(thread)
+        syncs = self._joins_now(thread) or token == self._tags.sync and bool(thread.group)
         thread.spend()
-        if token == self._tags.sync and thread.group:
-            return Reading(token, sync=True)
+        if syncs:
+            return Reading(self._tags.sync, sync=True)
         special = token in self._special
         text = thread.characters.decode(b"" if special else self._vocabulary.piece(token), special)
         if text:
@@ -434,7 +435,7 @@ class Interpreter:
     def _joins_now(self, thread: Thread) -> bool:
         """Whether all that a thread has left is a sync and its end, while its children hold a part of its budget:
         joined, they give back what they do not use, and it goes on. A prepared model may sample nothing else then, and
-        for others the sync is forced."""
+        what it samples is taken for the sync; for others one is forced."""
         left = self._end_tokens(thread) + len(self._sync_tokens)
         return bool(thread.group) and thread.budget == left < thread.positions
 

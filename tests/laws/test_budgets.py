@@ -127,11 +127,13 @@ def test_a_prepared_model_ends(player: Player, stream: list[tuple[int, int]], ho
 
 
 @settings(max_examples=200)
-@given(_fair(PREPARED), _streams(PREPARED))
-@example(Player(max_tokens=200), [*((0, token) for token in PROMISE), (1, TAGS.async_close), *[(0, 97)] * 74])
-def test_no_thread_is_cut_off_while_its_children_hold_its_budget(player: Player, stream: list[tuple[int, int]]) -> None:
+@given(_fair(PREPARED), _streams(PREPARED), st.booleans())
+@example(Player(max_tokens=200), [*((0, token) for token in PROMISE), (1, TAGS.async_close), *[(0, 97)] * 74], False)
+def test_no_thread_is_cut_off_while_its_children_hold_its_budget(
+    player: Player, stream: list[tuple[int, int]], honour: bool
+) -> None:
     """It joins them first, unless its last promise took all but its end."""
-    _play(player, stream, honour=True)
+    _play(player, stream, honour)
     for path, reason in player.reasons().items():
         thread = player.interpreter.threads[path]
         if reason == "length" and player.limits.max_position is None:

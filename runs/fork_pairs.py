@@ -1,0 +1,82 @@
+"""The scored answers that teach an adapter when to fork: of each prompt the better and the worse one of its pair.
+
+    python runs/fork_pairs.py --missing ANSWERS.jsonl --labels LABELS.jsonl > PROMPTS.jsonl
+    python runs/fork_pairs.py SCORED.jsonl MORE.jsonl --labels LABELS.jsonl --sigma 0.12 --pairs 300 > PAIRS.jsonl
+
+`--missing`: prompts labelled `one` to which no answer of ANSWERS stayed in one thread and ended, for `pasta sample
+--sequential`, without whose answers they make no pair. Otherwise pairs as `pasta train prefer` chooses them, drawn at
+random: where one thread is right those in which the worse answer forks, all where an answer should fork, and where it
+may at most one in eight. An answer in one thread that repeats more than an eighth of its 4-grams is not a better one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from pastalm.eval import labels
+from pastalm.records import answers, jsonl, scores
+from pastalm.records.scores import Scored
+from pastalm.train.preference import choose
+
+REPEATED = 0.125
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--labels", type=Path, required=True)
+    parser.add_argument("--missing", action="store_true", help="print the prompts that lack an answer in one thread")
+    parser.add_argument("--sigma", type=float, default=1.0)
+    parser.add_argument("--lambda", dest="lambda_", type=float, default=2.0)
+    parser.add_argument("--pairs", type=int, default=10**6)
+    parser.add_argument("--seed", type=int, default=3)
+    chosen = parser.parse_args()
+    if chosen.missing:
+        return missing(chosen.files, chosen.labels)
+    rows = [row for file in chosen.files for row in scores.read(file)]
+    label_of = labels.read(chosen.labels, [row.id for row in rows])
+    kept = drawn(rows, label_of, chosen)
+    sys.stdout.write(chosen.files[0].open().readline())  # what scored them
+    for file in chosen.files:
+        for _, row in jsonl.read(file):
+            if (row["id"], row["annotated"]) in kept:
+                print(json.dumps(row, ensure_ascii=False))
+
+
+def missing(files: list[Path], marks: Path) -> None:
+    forked: dict[str, bool] = {}
+    prompt_of: dict[str, dict[str, str]] = {}
+    for file in files:
+        for row in answers.read(file):
+            prompt_of[row.id] = {"id": row.id, "prompt": row.prompt, "source": row.source, "licence": row.licence}
+            forked[row.id] = forked.get(row.id, True) and (bool(row.chunks) or row.finish_reason != "stop")
+    label_of = labels.read(marks, [*forked])
+    for identity, always in forked.items():
+        if always and label_of.get(identity) == "one":
+            print(json.dumps(prompt_of[identity]))
+
+
+def drawn(rows: list[Scored], label_of: dict[str, str], chosen: argparse.Namespace) -> set[tuple[str, str]]:
+    """(id, text with its tags) of the answers that make pairs."""
+    usable = [row for row in rows if "<promise" in row.annotated or row.repetition <= REPEATED]
+    pairs = list(choose(usable, chosen.lambda_, chosen.sigma, "smaller"))
+    random.Random(chosen.seed).shuffle(pairs)
+    of_label = defaultdict(list)
+    for better, worse, _ in pairs:
+        label = label_of.get(better.id, "may")
+        forks = tuple("<promise" in answer.annotated for answer in (better, worse))
+        if label != "one" or forks == (False, True):
+            of_label[label].append((better, worse))
+    of_label["may"] = of_label["may"][: len(of_label["one"] + of_label["should"]) // 8]
+    taken = [pair for own in of_label.values() for pair in own]
+    random.Random(chosen.seed).shuffle(taken)
+    return {(answer.id, answer.annotated) for pair in taken[: chosen.pairs] for answer in pair}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The third run on the embedded model, on a CPU, from the adapter of the second: when to fork (runs/README.md). Every step
+# goes on where it was cut off: kill it at any point and start it again.
+#
+#     runs/smollm2_third_run.sh ANSWERS.jsonl EVAL.jsonl
+#
+# ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
+# START: the adapter to start from (default: the second run's, out of this repository's history).
+set -euo pipefail
+answers=$(realpath "$1") eval=$(realpath "$2")
+here=$(realpath "$(dirname "$0")")
+root=$(dirname "$here")
+pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
+python=$(dirname "$pasta")/python
+marks=$here/marks seqs=${SEQS:-32} second=b3c32f2 # the last commit with the second run's adapter
+mkdir -p "${OUT:-$here/out/third_run}" && cd "${OUT:-$here/out/third_run}"
+
+whole() { # whole FILE COMMAND...: a file that is there only once it is whole
+  local file=$1; shift
+  [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
+}
+sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0.8 --top-p 0.95; }
+score() {
+  "$pasta" score "$1" "$2" --baseline baseline.jsonl --scorer reference --references "$answers" \
+    --labels "$marks/third_run_forking.jsonl" --length smaller > "$2.json"
+}
+
+start=${START:-$PWD/second}
+if [ ! -s "$start/adapter_model.safetensors" ]; then
+  mkdir -p "$start"
+  git -C "$root" archive "$second" pastalm/adapters/smollm2-135m-instruct | tar -x -C "$start" --strip-components 3
+fi
+
+# 1. four answers each to prompts that were labelled by hand; sequential ones where every answer of a prompt for one thread forks
+whole prompts.jsonl "$python" "$here/labelled_prompts.py" "$answers" "$marks/third_run_forking.jsonl"
+"$pasta" sample prompts.jsonl baseline.jsonl --adapter "$root/adapters/baseline" --sequential --max-tokens 512 \
+  --engine native --max-num-seqs "$seqs"
+sample prompts.jsonl samples.jsonl --adapter "$start" --n 4 --max-tokens 512 --seed 29
+whole missing.jsonl "$python" "$here/fork_pairs.py" --missing samples.jsonl --labels "$marks/third_run_forking.jsonl"
+sample missing.jsonl sequential.jsonl --adapter "$start" --sequential --n 2 --max-tokens 448 --seed 31
+
+# 2. pairs: where one thread is right, an answer that forks is the worse one
+score samples.jsonl scored.jsonl
+score sequential.jsonl scored_sequential.jsonl
+sigma=$("$python" -c 'import sys; from pathlib import Path; from pastalm.records import scores; print(scores.spread(scores.read(Path(sys.argv[1]))))' scored.jsonl)
+whole pairs.jsonl "$python" "$here/fork_pairs.py" scored.jsonl scored_sequential.jsonl \
+  --labels "$marks/third_run_forking.jsonl" --sigma "$sigma" --pairs "${PAIRS:-283}"
+[ -s prefer/adapter/README.md ] || "$pasta" train prefer pairs.jsonl --start "$start" --lambda 2 --length smaller --true-lengths --save-steps 20 \
+  --batch-tokens 2048 --learning-rate 2e-4 --row-learning-rate 1e-3 --sigma "$sigma" --out prefer

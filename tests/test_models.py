@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pastalm.core.vocabulary import TAG_TOKENS, Vocabulary
 from pastalm.errors import ModelError, RequestError
-from pastalm.models import adapters, chat_template, checkpoints, downloads, dtypes, loading, lossless, preparing
+from pastalm.models import adapters, chat_template, checkpoints, downloads, loading, lossless, preparing
 
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
@@ -384,18 +384,3 @@ def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
     card = {"base": "x", "shape": {"hidden_size": 3}}
     adapters.write_card(tmp_path, card)
     assert adapters.read_card(tmp_path) == card == json.loads((tmp_path / "pasta.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [((1.0, 2.0), "bfloat16"), ((2.0, 1.0), "float32"), ((1.0, 1.1), "float32")]
-)
-def test_a_cpu_trains_in_what_it_multiplies_fastest(
-    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], expected: str
-) -> None:
-    monkeypatch.setattr(dtypes, "cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr(dtypes, "_product_seconds", dict(zip(("bfloat16", "float32"), seconds, strict=True)).get)
-    dtypes._fastest_on_cpu.cache_clear()
-    try:
-        assert dtypes.throughput_dtype("cpu") == expected
-    finally:
-        dtypes._fastest_on_cpu.cache_clear()

@@ -131,8 +131,9 @@ def results(
 
 
 def _forced(system: Decoding, answer: Answer) -> float | None:
-    """Seconds to decode the answer's text sequentially. An answer without chunks was decoded sequentially already."""
-    if answer.critical_path == answer.tokens:
+    """Seconds to decode the answer's text sequentially. An answer without chunks for which no guess saved a pass was
+    decoded so already."""
+    if answer.critical_path == answer.tokens and answer.passes == answer.steps:
         return answer.seconds
     llm = system.llm
     params = SamplingParams(temperature=0, max_tokens=1, parallelism=0)

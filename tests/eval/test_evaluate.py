@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -328,3 +329,15 @@ def test_a_prompt_that_does_not_fit_is_counted(load: Load, tmp_path: Path) -> No
     systems = [Decoding(evaluate.BASELINE, load("", None), parallelism=0)]
     counts = measure.measure(systems, [*PROMPTS, Prompt(id="long", text="x" * 2000)], tmp_path, max_tokens=4)
     assert counts.written == 4 and sum(counts.refused.values()) == 1
+
+
+@pytest.mark.parametrize(("passes", "seconds"), [(50, 5.0), (30, 7.0)])
+def test_a_text_that_guesses_made_sooner_is_decoded_again_without(
+    monkeypatch: pytest.MonkeyPatch, passes: int, seconds: float
+) -> None:
+    """An answer in one thread is its own comparison only where no guess saved a pass."""
+    monkeypatch.setattr(measure, "force", lambda *_: 7.0)
+    monkeypatch.setattr(measure, "cold", lambda _: None)
+    system = MagicMock()
+    system.llm.loaded.vocabulary.eos = {0}
+    assert measure._forced(system, replace(PLAIN, steps=50, passes=passes)) == seconds

@@ -69,8 +69,7 @@ def drawn(rows: list[Scored], label_of: dict[str, str], chosen: argparse.Namespa
     of_label = defaultdict(list)
     for better, worse, _ in pairs:
         label = label_of.get(better.id, "may")
-        forks = tuple("<promise" in answer.annotated for answer in (better, worse))
-        if label != "one" or forks == (False, True):
+        if label != "one" or worse.unasked:
             of_label[label].append((better, worse))
     of_label["may"] = of_label["may"][: len(of_label["one"] + of_label["should"]) // 8]
     taken = [pair for own in of_label.values() for pair in own]

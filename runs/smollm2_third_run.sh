@@ -45,5 +45,10 @@ score sequential.jsonl scored_sequential.jsonl
 sigma=$("$python" -c 'import sys; from pathlib import Path; from pastalm.records import scores; print(scores.spread(scores.read(Path(sys.argv[1]))))' scored.jsonl)
 whole pairs.jsonl "$python" "$here/fork_pairs.py" scored.jsonl scored_sequential.jsonl \
   --labels "$marks/third_run_forking.jsonl" --sigma "$sigma" --pairs "${PAIRS:-283}"
-[ -s prefer/adapter/README.md ] || "$pasta" train prefer pairs.jsonl --start "$start" --lambda 2 --length smaller --true-lengths --save-steps 20 \
-  --batch-tokens 2048 --learning-rate 2e-4 --row-learning-rate 1e-3 --sigma "$sigma" --out prefer
+[ -s prefer/adapter/README.md ] || "$pasta" train prefer pairs.jsonl --start "$start" --lambda 2 --length smaller \
+  --true-lengths --save-steps 20 --batch-tokens 2048 --learning-rate 2e-4 --row-learning-rate 1e-3 --sigma "$sigma" --out prefer
+
+# 3. greedy answers to the evaluation's prompts
+"$pasta" eval "shipped=$start" round3=prefer/adapter --prompts "$eval" --baseline "$root/adapters/baseline" \
+  --requests "$seqs" --no-matched --max-tokens 768 --public --length matched \
+  --labels "$marks/alpaca_eval_dev_forking.jsonl" --engine native --out eval

@@ -246,7 +246,7 @@ class Interpreter:
     def _read_text(self, thread: Thread, token: int) -> Reading:
         """A token of a prepared model outside of promises."""
         opens = token == self._tags.promise and self._may_promise(thread)
-        syncs = self._joins_now(thread) or token == self._tags.sync and bool(thread.group)
+        syncs = bool(thread.group) and (token == self._tags.sync or self._joins_now(thread))
         thread.spend()
         if syncs:
             return Reading(self._tags.sync, sync=True)
@@ -436,8 +436,9 @@ class Interpreter:
         """Whether all that a thread has left is a sync and its end, while its children hold a part of its budget:
         joined, they give back what they do not use, and it goes on. A prepared model may sample nothing else then, and
         what it samples is taken for the sync; for others one is forced."""
-        left = self._end_tokens(thread) + len(self._sync_tokens)
-        return bool(thread.group) and thread.budget == left < thread.positions
+        if not thread.group:
+            return False
+        return thread.budget == self._end_tokens(thread) + len(self._sync_tokens) < thread.positions
 
     def _end_tokens(self, thread: Thread) -> int:
         """Number of tokens that are kept for the thread's end."""

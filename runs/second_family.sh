@@ -17,10 +17,7 @@ out=${OUT:-$here/out/second_family}
 report=${REPORT:-$out/report}
 mkdir -p "$out" && cd "$out"
 
-whole() { # whole FILE COMMAND...: a file that is there only once it is whole
-  local file=$1; shift
-  [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
-}
+source "$here/steps.sh"
 train() { # train KIND OUT ARGUMENTS...
   local kind=$1 to=$2; shift 2
   [ -s "$to/adapter/README.md" ] || [ -s "$to/model/README.md" ] || "$pasta" train "$kind" "$@" --out "$to"

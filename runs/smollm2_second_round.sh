@@ -14,10 +14,7 @@ adapters=$here/../adapters marks=$here/marks sigma=28.5636
 lambdas=${LAMBDAS:-2} rounds=${ROUNDS:-1} n=${N:-6} seqs=${SEQS:-24}
 mkdir -p "${OUT:-$here/out/second_round}" && cd "${OUT:-$here/out/second_round}"
 
-whole() { # whole FILE COMMAND...: a file that is there only once it is whole
-  local file=$1; shift
-  [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
-}
+source "$here/steps.sh"
 train() { # train KIND OUT ARGUMENTS...
   local kind=$1 out=$2; shift 2
   [ -s "$out/adapter/README.md" ] || "$pasta" train "$kind" "$@" --out "$out"

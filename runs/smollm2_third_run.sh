@@ -15,10 +15,7 @@ python=$(dirname "$pasta")/python
 marks=$here/marks seqs=${SEQS:-32} second=b3c32f2 # the last commit with the second run's adapter
 mkdir -p "${OUT:-$here/out/third_run}" && cd "${OUT:-$here/out/third_run}"
 
-whole() { # whole FILE COMMAND...: a file that is there only once it is whole
-  local file=$1; shift
-  [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
-}
+source "$here/steps.sh"
 sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0.8 --top-p 0.95; }
 score() {
   "$pasta" score "$1" "$2" --baseline baseline.jsonl --scorer reference --references "$answers" \

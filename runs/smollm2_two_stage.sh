@@ -21,10 +21,7 @@ own_prompts=${OWN_PROMPTS:-1800} own_epochs=${OWN_EPOCHS:-2} n=${N:-10} round_pr
 after_n=${AFTER_N:-2} lambdas=${LAMBDAS:-"1 2 4 inf"} rounds=${ROUNDS:-2}
 mkdir -p "${OUT:-$here/out/two_stage}" && cd "${OUT:-$here/out/two_stage}"
 
-whole() { # whole FILE COMMAND...: a file that is there only once it is whole
-  local file=$1; shift
-  [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
-}
+source "$here/steps.sh"
 train() { # train KIND OUT ARGUMENTS...
   local kind=$1 out=$2; shift 2
   [ -s "$out/adapter/README.md" ] || "$pasta" train "$kind" "$@" --out "$out" --device "$device"

@@ -72,7 +72,8 @@ INLINE void add_bytes_block(const char *block, const Rows &rows, int64_t row, Fl
     /* 4 bits come past the second-level cache, which they need not push all else out of. Of 8 bits too much is pushed out of
      * the first before it is used. */
     UNROLL for (int64_t i = 0; i < 64 + 2 * size; i += 64) __builtin_prefetch(block + AHEAD + i, 0, NARROW ? 0 : 1);
-    for (int i = 0; i < 2 && g + i < groups; i++) {
+    UNROLL for (int i = 0; i < 2; i++) {
+      if (g + i >= groups) break;
       const char *quants = block + 64 + i * size, *scales = block + i * 32;
       add_group<M, NARROW>(quants, scales, first, sums);
       if (N) add_group<N ? N : 1, NARROW>(quants, scales, second, sums + M);

@@ -10,7 +10,7 @@ namespace pastalm {
 constexpr int BLOCK = 16;     /* outputs of a matrix that lie together */
 constexpr int GROUP = 32;     /* inputs with one scale */
 constexpr int PAGE = PASTALM_PAGE;
-constexpr int MOST_ROWS = 12; /* query rows that attention takes together */
+constexpr int MOST_ROWS = 24; /* query rows that attention takes together */
 
 constexpr bool in_bytes(int32_t type) { return type == PASTALM_Q4 || type == PASTALM_Q8; }
 

@@ -13,7 +13,7 @@ from pastalm.bounds import Parameter
 from pastalm.core.params import SamplingParams, parameters
 from pastalm.errors import RequestError
 
-DRAFTS = "drafts must be auto, off, or some of lookup,siblings,references,answers"
+DRAFTS = "drafts must be auto, off, or some of lookup,siblings,promises,references,answers"
 BOUNDED = [row for row in parameters().values() if (row.ge, row.gt, row.le) != (None, None, None)]
 
 

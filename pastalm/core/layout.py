@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -40,17 +40,13 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A token in its place. sees: bit p says whether it sees place p; its own is set.
-
-    forced: does not count when two are compared: a guess is right whoever chose the token.
-    """
+    """A token in its place. sees: bit p says whether it sees place p; its own is set."""
 
     path: Path
     token: int
     place: int
     position: int
     sees: int
-    forced: bool = field(default=False, compare=False)
 
 
 class Layout:
@@ -92,13 +88,13 @@ class Layout:
         if self.policy == "promised":
             self._next[parent] += promised + CHUNK_TAGS
 
-    def decode(self, path: Path, token: int, *, forced: bool = False) -> Placed:
+    def decode(self, path: Path, token: int) -> Placed:
         """The next token of thread `path`."""
         place, position = self._take(path), self._next[path]
         self.positions[place] = position
         sees = self._sees[path] = self._sees[path] | 1 << place
         self._next[path] = position + 1
-        return Placed(path, token, place, position, sees, forced)
+        return Placed(path, token, place, position, sees)
 
     def guess(self, path: Path, tokens: Sequence[int]) -> list[Placed]:
         """Where the next tokens of thread `path` lie if they are these; fewer where no place is free.
@@ -138,7 +134,7 @@ class Layout:
         elif isinstance(event, Finished):
             self._idle[path] = 2
         for token in event.forced:
-            placed.append(self.decode(path, token, forced=True))
+            placed.append(self.decode(path, token))
         return placed
 
     def sees(self, path: Path) -> int:

@@ -19,7 +19,7 @@ from pastalm.core.layout import Policy
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import RequestError, check_text, complaint
 
-DRAFTERS = ("lookup", "siblings", "references", "answers")
+DRAFTERS = ("lookup", "siblings", "promises", "references", "answers")
 """Names of the drafters, see `engines/drafts`."""
 
 

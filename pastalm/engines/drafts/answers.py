@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter, Tail
+from pastalm.core.vocabulary import Vocabulary
+from pastalm.engines.drafts.base import Context, Evidence, SilentDrafter, Tail, never
 from pastalm.engines.drafts.ngrams import NGrams
 
 OWNERS = 16
@@ -56,12 +57,14 @@ class Answers(SilentDrafter):
 
     name = "answers"
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, vocabulary: Vocabulary | None) -> None:
         self._store = store
+        self._never = never(vocabulary)
         self._written: list[tuple[Tail, int]] = []
 
     def write(self, context: Context, token: int, place: int) -> None:
-        self._written.append((context.tail, token))
+        if token not in self._never:
+            self._written.append((context.tail, token))
 
     def guess(self, context: Context) -> tuple[int, Evidence] | None:
         return self._store.guess(context.tail)

@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Protocol, TypeAlias
 
 from pastalm.core.events import Path
+from pastalm.core.vocabulary import Vocabulary
 
 Evidence: TypeAlias = tuple[int, int]
 """How well a guess is founded: the length of the context that matched, and how many continuations of it agree. Guesses
@@ -32,6 +33,14 @@ def extended(tail: Tail, token: int) -> Tail:
 def tail_of(tokens: Sequence[int]) -> Tail:
     """The tail of a sequence."""
     return reduce(extended, tokens[-LONGEST:], ())
+
+
+def never(vocabulary: Vocabulary | None) -> frozenset[int]:
+    """Tokens that are not worth a guess: behind them their thread samples nothing, or not from what they see."""
+    if vocabulary is None:
+        return frozenset()
+    tags = vocabulary.tags
+    return vocabulary.eos | ({tags.async_open, tags.async_close, tags.sync} if tags else set())
 
 
 @dataclass(slots=True)

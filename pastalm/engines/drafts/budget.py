@@ -176,5 +176,6 @@ def _by_worth(candidates: Sequence[Candidate], most: int, least: float) -> list[
     while heap and len(ordered) < most:
         negative, _, candidate, context, guess, depth = heapq.heappop(heap)
         ordered.append((-negative, candidate, guess))
-        look(candidate, context.then(guess.token), -negative, depth + 1)
+        if candidate.drafts.goes_on(guess):
+            look(candidate, context.then(guess.token), -negative, depth + 1)
     return ordered

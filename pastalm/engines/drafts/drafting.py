@@ -10,6 +10,7 @@ from pastalm.engines.drafts.base import Drafter
 from pastalm.engines.drafts.budget import USUAL, Candidate, StepCosts, choose
 from pastalm.engines.drafts.lookup import Lookup
 from pastalm.engines.drafts.ngrams import NGrams
+from pastalm.engines.drafts.promises import Promises
 from pastalm.engines.drafts.references import References
 from pastalm.engines.drafts.response import Rates, ResponseDrafts
 from pastalm.engines.drafts.siblings import Siblings
@@ -18,8 +19,9 @@ Make = Callable[[Request, NGrams, Stores], Drafter]
 MAKERS: dict[str, Make] = {
     "lookup": lambda request, written, stores: Lookup(written),
     "siblings": lambda request, written, stores: Siblings(written),
+    "promises": lambda request, written, stores: Promises(request.vocabulary),
     "references": lambda request, written, stores: References(request.reference_token_ids),
-    "answers": lambda request, written, stores: Answers(stores.of(request.owner)),
+    "answers": lambda request, written, stores: Answers(stores.of(request.owner), request.vocabulary),
 }
 """How the drafter of each name is made (`core.params.DRAFTERS`)."""
 
@@ -49,7 +51,7 @@ class Drafting:
         written = NGrams()
         drafters = [MAKERS[name](request, written, self._stores) for name in names]
         rates = self._rates if self._learns else Rates()
-        return ResponseDrafts(request.prompt_token_ids, written, drafters, rates)
+        return ResponseDrafts(request, written, drafters, rates)
 
     def pays(self, rows: int, tokens: int) -> bool:
         """Whether guesses that were sure would be worth their rows in a pass of so many rows for so many tokens."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from pastalm.core.events import Path
 from pastalm.core.layout import Placed
-from pastalm.engines.drafts.base import Context, Drafter, Evidence, tail_of
+from pastalm.core.params import Request
+from pastalm.engines.drafts.base import Context, Drafter, Evidence, Tail, never, tail_of
 from pastalm.engines.drafts.ngrams import NGrams
 
 PRIOR = 8
@@ -51,9 +52,10 @@ class Guess:
 
 @dataclass(slots=True)
 class _Shadow:
-    """The first guess of each drafter for the next token of a thread: fed or not, they tell the hit rates."""
+    """The guess of each drafter for a token of a thread, if it comes to stand behind `tail`: fed or not, they tell the
+    hit rates."""
 
-    context: Context
+    tail: Tail
     guesses: list[tuple[str, int, Evidence]]
 
 
@@ -61,18 +63,23 @@ class ResponseDrafts:
     """The drafters of one response. What is written is only noted, and read when a guess is wanted next: under load
     none is, and a token then costs next to nothing.
 
+    request: that it answers.
     written: n-grams of prompt and answer, as the drafters that copy from them share them.
     rates: those of the engine; the response's own come on top.
     """
 
-    def __init__(self, prompt: Sequence[int], written: NGrams, drafters: Sequence[Drafter], rates: Rates) -> None:
+    def __init__(self, request: Request, written: NGrams, drafters: Sequence[Drafter], rates: Rates) -> None:
+        prompt = request.prompt_token_ids
         self._drafters = tuple(drafters)
         self._written = written
         self._rates, self._own = rates, Rates()
         self._contexts: dict[Path, Context] = {(): Context((), tail_of(prompt), 0, 0)}
-        self._shadows: dict[Path, _Shadow] = {}
+        self._shadows: dict[tuple[Path, int], _Shadow] = {}
         self._prompt: Sequence[int] = prompt
         self._unread: list[Path | Placed] = []
+        self._never = never(request.vocabulary)
+        tags = None if request.vocabulary is None else request.vocabulary.tags
+        self._jumps = tags.promise_end if tags and request.positions == "promised" else -1
 
     def begin(self, path: Path) -> None:
         """A thread begins with what its parent has written so far."""
@@ -96,19 +103,19 @@ class ResponseDrafts:
 
     def _read_token(self, placed: Placed) -> None:
         context = self._contexts[placed.path]
-        if not placed.forced:
-            self._score(placed.path, placed.token)
-        self._shadows.pop(placed.path, None)
-        self._written.add(context.tail, placed.token, placed.place)
+        shadow = self._shadows.pop((placed.path, context.index), None)
+        if shadow is not None and shadow.tail == context.tail:
+            self._score(shadow, placed.token)
+        if placed.token not in self._never:
+            self._written.add(context.tail, placed.token, placed.place)
         for drafter in self._drafters:
             drafter.write(context, placed.token, placed.place)
         self._contexts[placed.path] = context.then(placed.token)
 
-    def _score(self, path: Path, token: int) -> None:
-        if (shadow := self._shadows.get(path)) is not None:
-            for drafter, guessed, evidence in shadow.guesses:
-                self._rates.note(drafter, evidence, guessed == token)
-                self._own.note(drafter, evidence, guessed == token)
+    def _score(self, shadow: _Shadow, token: int) -> None:
+        for drafter, guessed, evidence in shadow.guesses:
+            self._rates.note(drafter, evidence, guessed == token)
+            self._own.note(drafter, evidence, guessed == token)
 
     def context(self, path: Path, sees: int) -> Context:
         """Where the next token of a thread stands."""
@@ -120,13 +127,16 @@ class ResponseDrafts:
     def best(self, context: Context) -> Guess | None:
         """The likeliest guess for the token at a context."""
         guesses = [(d.name, *guess) for d in self._drafters if (guess := d.guess(context)) is not None]
-        if context.index == self._contexts[context.path].index:
-            self._shadows[context.path] = _Shadow(context, guesses)
         if not guesses:
             return None
+        self._shadows[context.path, context.index] = _Shadow(context.tail, guesses)
         rated = [(self._rate(name, evidence), name, token) for name, token, evidence in guesses]
         probability, name, token = max(rated, key=lambda guess: guess[0])
-        return Guess(token, name, probability)
+        return Guess(token, name, probability) if token not in self._never else None
+
+    def goes_on(self, guess: Guess) -> bool:
+        """Whether a further guess may be fed behind this one: not where its thread goes on at another position."""
+        return guess.token != self._jumps
 
     def _rate(self, drafter: str, evidence: Evidence) -> float:
         hits, guesses = self._own.counts.get((drafter, evidence), (0.0, 0.0))

@@ -13,8 +13,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from pastalm.eval import labels
-from pastalm.records import answers
+from pastalm.records import answers, labels
 from pastalm.records.answers import Answer
 from pastalm.records.repetition import retold
 

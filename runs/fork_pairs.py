@@ -18,8 +18,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from pastalm.eval import labels
-from pastalm.records import answers, jsonl, scores
+from pastalm.records import answers, jsonl, labels, scores
 from pastalm.records.scores import Scored
 from pastalm.train.preference import choose
 

@@ -22,11 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pastalm.eval import labels
 from pastalm.models import loading
 from pastalm.models.chat_template import encode_chat
 from pastalm.models.logits import unwrapped
-from pastalm.records import answers
+from pastalm.records import answers, labels
 from pastalm.train.dataset import pack_sampled
 
 LONGEST = 100

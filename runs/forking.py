@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from pastalm.eval import labels
 from pastalm.eval.intervals import mean
+from pastalm.records import labels
 
 MARKS = Path(__file__).parent / "marks" / "alpaca_eval_dev_forking.jsonl"
 

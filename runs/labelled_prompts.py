@@ -11,8 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from pastalm.eval import labels
-from pastalm.records import prompts
+from pastalm.records import labels, prompts
 
 
 def main() -> None:

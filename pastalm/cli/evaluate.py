@@ -76,8 +76,8 @@ def _prepare(
 ) -> Evaluation:
     """Checks all options and files before a model is loaded. Raises DataError, RequestError, ModelError."""
     from pastalm.eval import alpaca
-    from pastalm.eval import labels as forking
     from pastalm.eval.evaluate import check
+    from pastalm.records import labels as forking
     from pastalm.records import prompts
     from pastalm.records.scores import check_length
 

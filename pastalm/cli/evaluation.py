@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from pastalm import LLM
     from pastalm.core.layout import Policy
     from pastalm.eval.alpaca import WinRate
-    from pastalm.eval.labels import Label
     from pastalm.eval.measure import MeasureCounts
     from pastalm.eval.quality import Scorer
     from pastalm.eval.systems import Decoding
+    from pastalm.records.labels import Label
     from pastalm.records.prompts import Prompt
     from pastalm.records.scores import Length
 

@@ -1,4 +1,4 @@
-"""Verbs that train: train sft, train prefer."""
+"""Verbs that train: train sft, train prefer, train fork."""
 
 from __future__ import annotations
 
@@ -182,6 +182,44 @@ def prefer(
         length=counted_length,
         positions=weights,
         true_lengths=true_lengths,
+        learning_rate=learning_rate,
+        row_learning_rate=row_learning_rate,
+        batch_tokens=batch_tokens,
+        **vars(options),
+    )
+    _print_folder(run(settings, progress=say))
+
+
+@verb(train)
+def fork(
+    data: Annotated[Path, typer.Argument(help="The model's own answers (pasta sample), in one thread and forking.")],
+    options: TrainOptions,
+    start: Annotated[Path, typer.Option(help="The adapter that answered.")],
+    labels: Annotated[Path, typer.Option(help="Which prompts should fork: {id, label} a line; one, may or should.")],
+    window: Annotated[
+        int, typer.Option(help="First tokens of an answer in one thread where no promise is to come.")
+    ] = 32,
+    fork_weight: Annotated[float, typer.Option(help="Weight of an answer that should fork.")] = 8.0,
+    learning_rate: float = 4e-4,
+    row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 0.0,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 2048,
+    config: ConfigFile = None,
+) -> None:
+    """Stage 3: learn at which prompts to fork, from answers to labelled ones."""
+    if not data.is_file():
+        raise DataError(f"no answers at {data}: make them with pasta sample")
+    if not labels.is_file():
+        raise DataError(f"no labels at {labels}: write them by hand, {{id, label}} a line")
+    quiet_libraries()
+    from pastalm.train.forking import ForkConfig
+    from pastalm.train.forking import train as run
+
+    settings = ForkConfig(
+        data=data,
+        start=start,
+        labels=labels,
+        window=window,
+        fork_weight=fork_weight,
         learning_rate=learning_rate,
         row_learning_rate=row_learning_rate,
         batch_tokens=batch_tokens,

@@ -16,9 +16,9 @@ from pastalm.core.language import Promise
 from pastalm.core.vocabulary import TAG_TOKENS
 from pastalm.errors import DataError
 from pastalm.eval.intervals import Mean, mean, rank_correlation
-from pastalm.eval.labels import LABELS, Label
 from pastalm.records.answers import Answer
 from pastalm.records.documents import Async, Document, strip
+from pastalm.records.labels import LABELS, Label
 from pastalm.records.parts import parts
 from pastalm.records.repetition import repetition, retold
 from pastalm.records.scores import Length, Scored

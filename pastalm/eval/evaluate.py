@@ -20,13 +20,13 @@ from pastalm.eval import alpaca, measure
 from pastalm.eval.baselines.skeleton import SkeletonOfThought
 from pastalm.eval.compare import CountTokens, SystemFigures, figures, pairs
 from pastalm.eval.intervals import Mean, mean
-from pastalm.eval.labels import Label
 from pastalm.eval.quality import Scorer
 from pastalm.eval.score import ScoreCounts, score
 from pastalm.eval.systems import Decoding, System
 from pastalm.llm import LLM
 from pastalm.records import answers, jsonl, scores
 from pastalm.records.jsonl import Bad
+from pastalm.records.labels import Label
 from pastalm.records.prompts import Prompt
 from pastalm.records.scores import Length
 

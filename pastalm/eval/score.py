@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pastalm.errors import DataError
-from pastalm.eval import labels as forking
 from pastalm.eval.quality import Candidate, Scorer, Verdict, asked_for_parts
 from pastalm.records import answers, jsonl, prompts, scores
+from pastalm.records import labels as forking
 from pastalm.records.answers import Answer
 from pastalm.records.jsonl import Bad
 from pastalm.records.repetition import repetition

@@ -1,4 +1,5 @@
-"""Losses over packed sequences: log-probabilities of labelled tokens, stage 1's mean and stage 2's BoNBoN."""
+"""Losses over packed sequences: log-probabilities of labelled tokens, and the losses of the three stages: a weighted
+mean, BoNBoN, and that of the decision to fork."""
 
 from __future__ import annotations
 
@@ -124,6 +125,14 @@ def decisions(inputs: Mapping[str, Tensor], tags: Tags) -> Tensor:
 def unlikelihood(losses: Tensor) -> Tensor:
     """-log(1 - p) of tokens whose -log p is given (Welleck et al. 2020, equation 5)."""
     return -torch.log(-torch.expm1(-losses.clamp_min(1e-6)))
+
+
+def fork_losses(model: Any, inputs: Mapping[str, Tensor], fork_weight: float) -> Tensor:
+    """Stage 3's loss of each answer [B], whose labels are `<|promise|>`: of rows marked `unlikely` the sum of
+    -log(1 - p) over their labels, of the others -log p times `fork_weight`. inputs: from `collate`."""
+    each, rows = token_log_probs(model, inputs)
+    losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -fork_weight * each)
+    return losses.new_zeros(len(inputs["input_ids"])).index_add(0, rows, losses)
 
 
 def bonbon(policy: Tensor, reference: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:

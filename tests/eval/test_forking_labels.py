@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pastalm.errors import DataError
-from pastalm.eval import compare, labels
-from pastalm.eval.labels import LABELS, Label
+from pastalm.eval import compare
+from pastalm.records import labels
+from pastalm.records.labels import LABELS, Label
 from tests.eval.test_evaluate import ANSWER, PLAIN
 
 MARKS = Path(__file__).parents[2] / "runs" / "marks"

@@ -32,17 +32,16 @@ from pastalm.records.answers import Answer
 from pastalm.records.documents import Async, Document
 from pastalm.records.scores import Length, Scored
 from pastalm.train import run
-from pastalm.train.dataset import Mix, collate, pack_sampled
+from pastalm.train.dataset import collate, pack_sampled
 from pastalm.train.loss import bonbon, log_probs, token_log_probs
 from pastalm.train.packing import pack, retell, unroll, with_true_lengths
 from pastalm.train.preference import BEST_OF_TEN, PreferenceConfig, choose, pairs, train
-from pastalm.train.sft import SftConfig
-from pastalm.train.sft import train as train_sft
 from tests.laws.losses import forced
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.play import Player
 from tests.strategies import documents
 from tests.test_models import BYTE_LEVEL, small_model
+from tests.train.documents import DOCUMENTS
 
 VOCABULARY = tiny_vocabulary()
 PROMPT = [40, 41, 42]
@@ -248,13 +247,6 @@ def test_bonbon_is_the_equation(good: float, bad: float, good0: float, bad0: flo
 
 # ------------------------------------------------------------------------------ pairs
 
-DOCUMENTS = (
-    "A plain answer, one piece.",
-    'Two:\n<promise topic="a" tokens="10"/><async>1. One.\n</async>'
-    '<promise topic="b" tokens="10"/><async>2. Two.\n</async>',
-    "Another plain answer that goes on.",
-)
-
 
 def answer(identity: str = "p", choice: int = 0, **more: Any) -> Scored:
     plain: dict[str, Any] = {
@@ -340,32 +332,6 @@ def test_scores_add_speed_and_quality(difference: float, sigma: float) -> None:
 
 
 # ------------------------------------------------------------------------------ a round
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base and a stage-1 adapter of it."""
-    folder = tmp_path_factory.mktemp("stage1")
-    checkpoints.save(small_model(len(BYTE_LEVEL)), BYTE_LEVEL, folder / "base")
-    rows = [
-        {"id": str(i), "prompt": f"What of {i}?", "annotated": DOCUMENTS[i % 2], "tokens": 20, "chunks": 2 * (i % 2)}
-        for i in range(30)
-    ]
-    data = folder / "annotated.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_sft(
-        SftConfig(
-            data=data,
-            out=folder / "out",
-            model=str(folder / "base"),
-            mix=Mix(token_budget=1500),
-            batch_tokens=300,
-            lora_rank=2,
-            validation_rows=2,
-        ),
-        str,
-    )
-    return folder
 
 
 @pytest.fixture

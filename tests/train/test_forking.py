@@ -1,0 +1,189 @@
+"""Stage 3: the loss is over the decision to fork alone, and a run learns where to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pastalm.errors import DataError, RequestError
+from pastalm.records.answers import Answer
+from pastalm.records.documents import Document, parse
+from pastalm.records.labels import Label
+from pastalm.train import run
+from pastalm.train.dataset import collate
+from pastalm.train.forking import ForkConfig, decision, train
+from pastalm.train.loss import fork_losses
+from pastalm.train.packing import IGNORED, pack
+from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
+from tests.strategies import documents
+from tests.train.documents import DOCUMENTS
+
+VOCABULARY = tiny_vocabulary()
+PROMPT = [40, 41, 42]
+PLAIN, FORKING = parse(DOCUMENTS[0]), parse(DOCUMENTS[1])
+
+
+@given(documents(2, st.sampled_from(["a b", "c\n", "x"]), size=3), st.sampled_from(["one", "may", "should"]))
+def test_only_the_decision_is_in_the_loss(document: Document, label: Label) -> None:
+    """At an answer's first promise, or at the first places of one without any, if that is what its label says."""
+    whole = pack(PROMPT, document, VOCABULARY, "promised", eos=EOS)
+    before = whole.labels.copy()
+    cut = decision(whole, label, VOCABULARY, 4)
+    promises = np.flatnonzero(whole.input_ids == TAGS.promise)
+    assert np.array_equal(before, whole.labels), "the answer itself is as it was"
+    if label == "may" or (label == "should") != bool(len(promises)):
+        assert cut is None
+        return
+    assert cut is not None
+    n = len(cut)
+    assert np.array_equal(cut.input_ids, whole.input_ids[:n]) and np.array_equal(cut.visible, np.tri(n, dtype=bool))
+    labelled = np.flatnonzero(cut.labels != IGNORED)
+    assert set(cut.labels[labelled]) == {TAGS.promise}
+    if label == "should":
+        assert labelled.tolist() == [promises[0]] == [n - 1]
+    else:
+        assert labelled.tolist() == list(range(len(PROMPT), min(len(PROMPT) + 4, len(whole))))
+
+
+@settings(max_examples=10)
+@given(st.floats(0.1, 10), st.lists(st.booleans(), min_size=1, max_size=3))
+def test_the_loss_is_the_equation(weight: float, forks: list[bool]) -> None:
+    model = tiny_model("llama")
+    rows = [
+        decision(pack(PROMPT, document, VOCABULARY, eos=EOS), label, VOCABULARY, 4)
+        for document, label in ((FORKING, "should") if fork else (PLAIN, "one") for fork in forks)
+    ]
+    inputs = collate([row for row in rows if row is not None], unlikely=[not fork for fork in forks])
+    losses = fork_losses(model, inputs, weight)
+    for fork, row, loss in zip(forks, rows, losses.tolist(), strict=True):
+        assert row is not None
+        logits = model(input_ids=torch.tensor([row.input_ids]), position_ids=torch.tensor([row.position_ids])).logits
+        p = torch.softmax(logits[0], -1)[:, TAGS.promise][np.flatnonzero(row.labels != IGNORED) - 1]
+        expected = -weight * p.log().sum() if fork else -(1 - p).log().sum()
+        assert loss == pytest.approx(float(expected), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------ a run
+
+
+@pytest.fixture
+def config(start: Path, tmp_path: Path) -> ForkConfig:
+    """Prompts that tell by their beginning whether they should fork, two answers to each, in one thread and forking."""
+    asked: dict[str, tuple[str, Label]] = {
+        f"{kind}{i}": (f"{kind * 4} {i}", label)
+        for kind, label in (("a", "one"), ("z", "should"), ("m", "may"))
+        for i in range(24)
+    }
+    data, labels = tmp_path / "answers.jsonl", tmp_path / "labels.jsonl"
+    rows = [answer(i, prompt, text) for i, (prompt, _) in asked.items() for text in DOCUMENTS[:2]]
+    data.write_text("".join(json.dumps(row.to_dict()) + "\n" for row in rows))
+    labels.write_text("".join(json.dumps({"id": i, "label": label}) + "\n" for i, (_, label) in asked.items()))
+    return ForkConfig(
+        data=data,
+        labels=labels,
+        out=tmp_path / "out",
+        model=str(start / "base"),
+        start=start / "out" / "adapter",
+        learning_rate=1e-2,
+        row_learning_rate=1e-2,
+        batch_tokens=300,
+        epochs=20,
+        validation_prompts=12,
+        save_steps=20,
+        window=6,
+        fork_weight=2.0,
+    )
+
+
+def answer(identity: str, prompt: str, annotated: str) -> Answer:
+    return Answer(
+        id=identity,
+        prompt=prompt,
+        choice=int("<async>" in annotated),
+        annotated=annotated,
+        tokens=20,
+        critical_path=20,
+        finish_reason="stop",
+        source="made up",
+        licence="CC0",
+    )
+
+
+def test_a_run_learns_where_to_fork(config: ForkConfig) -> None:
+    said: list[str] = []
+    folder = train(config, said.append)
+    record = json.loads((folder / "train.json").read_text())
+    assert record["stage"] == "stage 3, when to fork"
+    assert record["data"]["kinds"].keys() == {"one", "should"} and record["data"]["rows"] < 48
+    assert record["final"]["forks_one"] < 0.2 and record["final"]["forks_should"] > 0.8
+    card = (folder / "README.md").read_text()
+    assert "labelled `should`" in card and "Goes on from stage 1: " in card
+    logged = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    assert any("forks_one" in entry for entry in logged)
+
+
+def test_the_rows_of_the_tags_stay_as_they_are(config: ForkConfig) -> None:
+    assert config.start is not None
+    before, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (config.start, train(replace(config, row_learning_rate=0.0, epochs=1), str))
+    )
+    rows = [name for name in before if "token" in name]
+    assert rows and all(torch.equal(before[name], after[name]) for name in rows)
+    assert any(not torch.equal(before[name], after[name]) for name in before.keys() - set(rows))
+
+
+def test_a_run_that_was_broken_off_ends_as_one_that_was_not(
+    config: ForkConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, epochs=2, save_steps=2)
+    whole = load_file(train(config, str) / "adapter_model.safetensors")
+    again = replace(config, out=tmp_path / "again")
+
+    def broken_off(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Log, "on_save", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            train(again, str)
+    resumed = load_file(train(again, str) / "adapter_model.safetensors")
+    apart = {name: float((whole[name].float() - resumed[name].float()).abs().max()) for name in whole}
+    worst = max(float(x.float().abs().max()) for x in whole.values()) * 2**-7
+    assert max(apart.values()) <= worst, apart
+
+
+def test_what_cannot_be_trained_on_is_one_clear_line(config: ForkConfig, tmp_path: Path) -> None:
+    def refused(error: type[Exception], said: str, **changes: Any) -> None:
+        with pytest.raises(error, match=said) as caught:
+            train(replace(config, **changes), str)
+        assert "\n" not in str(caught.value)
+
+    def kept(name: str, which: Callable[[dict[str, Any]], bool]) -> Path:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(
+            "".join(line + "\n" for line in config.data.read_text().splitlines() if which(json.loads(line)))
+        )
+        return file
+
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text('{"id": "elsewhere", "label": "one"}\n')
+    refused(DataError, "make them with pasta sample", data=tmp_path / "none.jsonl")
+    refused(DataError, "labels none of these prompts", labels=strange)
+    refused(RequestError, "give --start", start=None)
+    refused(RequestError, "window must be", window=0)
+    forks = kept("forks", lambda row: "<async>" in row["annotated"])
+    none = kept("none", lambda row: "<async>" not in row["annotated"])
+    refused(DataError, "no answers to prompts labelled 'one' that do not fork", data=forks, out=tmp_path / "o1")
+    refused(DataError, "no answers to prompts labelled 'should' that fork", data=none, out=tmp_path / "o2")
+    refused(DataError, "all prompts are held out", validation_prompts=1000, out=tmp_path / "o3")

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=1)
     parser.add_argument("--of", type=int, default=1)
     parser.add_argument("--one", type=int, help="prompts whose answer is one thread, at most")
+    parser.add_argument("--only", choices=labels.LABELS, help="prompts of this label")
     chosen = parser.parse_args()
     prompt_of = {p.id: p for p in prompts.read(chosen.file)}
     label_of = labels.read(chosen.labels, prompt_of)
@@ -29,6 +30,7 @@ def main() -> None:
     forking = [i for i in marked if i in label_of and label_of[i] != "one"]
     others = [i for i in marked if i in label_of and label_of[i] == "one"]
     ids = forking[chosen.part - 1 :: chosen.of] + others[chosen.part - 1 :: chosen.of][: chosen.one]
+    ids = [i for i in ids if chosen.only in (None, label_of[i])]
     random.Random(chosen.part - 1).shuffle(ids)
     for p in (prompt_of[i] for i in ids):
         print(json.dumps({"id": p.id, "prompt": p.text, "source": p.source, "licence": p.licence}))

@@ -12,7 +12,7 @@ here=$(realpath "$(dirname "$0")")
 root=$(dirname "$here")
 pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
 python=$(dirname "$pasta")/python
-marks=$here/marks seqs=${SEQS:-32} second=b3c32f2 # the last commit with the second run's adapter
+marks=$here/marks seqs=${SEQS:-32}
 mkdir -p "${OUT:-$here/out/third_run}" && cd "${OUT:-$here/out/third_run}"
 
 source "$here/steps.sh"
@@ -23,10 +23,7 @@ score() {
 }
 
 start=${START:-$PWD/second}
-if [ ! -s "$start/adapter_model.safetensors" ]; then
-  mkdir -p "$start"
-  git -C "$root" archive "$second" pastalm/adapters/smollm2-135m-instruct | tar -x -C "$start" --strip-components 3
-fi
+second_adapter "$root" "$start"
 
 # 1. four answers each to prompts that were labelled by hand; sequential ones where every answer of a prompt for one thread forks
 whole prompts.jsonl "$python" "$here/labelled_prompts.py" "$answers" "$marks/third_run_forking.jsonl"

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The fourth run on the embedded model, on a CPU, from the adapter of the second: the decision to fork (runs/README.md).
+# Every step goes on where it was cut off: kill it at any point and start it again.
+#
+#     runs/smollm2_fourth_run.sh ANSWERS.jsonl EVAL.jsonl
+#
+# ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
+# START: the adapter to start from (default: the second run's, out of this repository's history).
+set -euo pipefail
+answers=$(realpath "$1") eval=$(realpath "$2")
+here=$(realpath "$(dirname "$0")")
+root=$(dirname "$here")
+pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
+python=$(dirname "$pasta")/python
+marks=$here/marks seqs=${SEQS:-32}
+mkdir -p "${OUT:-$here/out/fourth_run}" && cd "${OUT:-$here/out/fourth_run}"
+
+source "$here/steps.sh"
+prompts() { "$python" "$here/labelled_prompts.py" "$answers" labels.jsonl --only "$1"; }
+sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0; }
+joined() { cat "$1"; tail -n +2 "$2"; } # the second file's first line says what made it
+
+start=${START:-$PWD/second}
+second_adapter "$root" "$start"
+
+# 1. the beginnings of its greedy answers: in one thread where that is right, forking where they should
+whole labels.jsonl cat "$marks/rounds_forking.jsonl" "$marks/third_run_forking.jsonl"
+whole one.jsonl prompts one
+whole should.jsonl prompts should
+sample one.jsonl one_answers.jsonl --adapter "$start" --sequential --max-tokens 64
+sample should.jsonl should_answers.jsonl --adapter "$start" --max-tokens 256
+whole answers.jsonl joined one_answers.jsonl should_answers.jsonl
+
+# 2. the decision alone
+[ -s fork/adapter/README.md ] || "$pasta" train fork answers.jsonl --labels labels.jsonl --start "$start" --save-steps 25 \
+  --out fork
+
+# 3. greedy answers to the evaluation's prompts
+"$pasta" eval "second=$start" fork=fork/adapter --prompts "$eval" --baseline "$root/adapters/baseline" \
+  --requests "$seqs" --no-matched --max-tokens 768 --public --length matched \
+  --labels "$marks/alpaca_eval_dev_forking.jsonl" --engine native --out eval

@@ -200,6 +200,7 @@ def fork(
         int, typer.Option(help="First tokens of an answer in one thread where no promise is to come.")
     ] = 32,
     fork_weight: Annotated[float, typer.Option(help="Weight of an answer that should fork.")] = 8.0,
+    eager: Annotated[bool, typer.Option("--eager", help="Where an answer may fork, it should.")] = False,
     learning_rate: float = 4e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 0.0,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 2048,
@@ -220,6 +221,7 @@ def fork(
         labels=labels,
         window=window,
         fork_weight=fork_weight,
+        eager=eager,
         learning_rate=learning_rate,
         row_learning_rate=row_learning_rate,
         batch_tokens=batch_tokens,

@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from pastalm.core.vocabulary import Vocabulary
@@ -49,12 +47,14 @@ class ForkConfig(run.RunConfig):
     labels: which of their prompts should fork.
     window: first tokens of an answer in one thread where no promise is to come.
     fork_weight: w above: answers that should fork are fewer, and have one token in the loss.
+    eager: where an answer may fork, it should.
     validation_prompts: prompts that are held out.
     """
 
     labels: Path
     window: int = 32
     fork_weight: float = 8.0
+    eager: bool = False
     validation_prompts: int = 64
     max_prompt_tokens: int = 256
     epochs: float = 4.0
@@ -103,6 +103,8 @@ def decisions(
     for answer in rows:
         if (label := label_of.get(answer.id)) is None:
             continue
+        if label == "may" and config.eager:
+            label = "should"
         prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": answer.prompt}])
         if len(prompt) > config.max_prompt_tokens:
             continue
@@ -159,16 +161,7 @@ def train(config: ForkConfig, progress: Callable[[str], None] = print) -> Path:
     data = provenance([e.packed for e in training], [(e.kind, e.source, e.licence) for e in training])
     progress(f"training on {json.dumps(data)}")
     plan = run.planned(config, lambda tokens: batches(training, tokens, seed=config.seed))
-    model = run.adapted(config, base.model, base.tags)
-    trainer = _Trainer(
-        model=model,
-        optimizers=(run.optimizer(config, model), None),
-        args=TrlConfig(**run.arguments(config, len(plan)), dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_dict({"indices": plan}),
-        data_collator=lambda items: _share(training, [i for batch in items for i in batch["indices"]]),
-        processing_class=base.tokenizer,
-    )
-    trainer.settings = config
+    trainer: _Trainer = run.supervised(_Trainer, config, base, plan, lambda own: _collated([training[i] for i in own]))
     curves = ("forks_one", "forks_should")
     trainer.add_callback(run.Log(config, progress, validate=lambda: _validate(trainer, validation), curves=curves))
     started = time.perf_counter()
@@ -199,15 +192,6 @@ def _check(config: ForkConfig) -> None:
     adapters.read_card(config.start)
     if config.window < 1 or config.fork_weight <= 0 or config.validation_prompts < 0:
         raise RequestError("window must be 1 or more, fork_weight above 0, validation_prompts 0 or more")
-
-
-def _share(training: Sequence[Example], batch: Sequence[int]) -> dict[str, Tensor]:
-    """What this process takes of a batch. One that is left without any takes one, and counts none of it."""
-    own = run.share(batch)
-    inputs = _collated([training[i] for i in own or batch[:1]])
-    if not own:
-        inputs["labels"][:] = IGNORED
-    return inputs
 
 
 def _validate(trainer: _Trainer, validation: Sequence[Example]) -> dict[str, float]:

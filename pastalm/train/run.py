@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft.utils import TrainableTokensWrapper
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
@@ -31,6 +32,7 @@ from pastalm.errors import DataError, ModelError
 from pastalm.models import adapters, checkpoints, downloads, dtypes, end_tokens, lossless, preparing
 from pastalm.models.checkpoints import is_quantised, quiet
 from pastalm.train import bookkeeping
+from pastalm.train.packing import IGNORED
 
 WORKERS = 2
 """Processes that build batches while a GPU computes."""
@@ -287,6 +289,41 @@ def share(batch: Sequence[int]) -> list[int]:
     """What this process takes of a batch."""
     state = PartialState()
     return list(batch[state.process_index :: state.num_processes])
+
+
+def share_of(
+    batch: Sequence[int], collated: Callable[[Sequence[int]], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """What this process takes of a batch, collated. One that is left without any takes one, and counts none of it."""
+    own = share(batch)
+    inputs = collated(own or batch[:1])
+    if not own:
+        inputs["labels"][:] = IGNORED
+    return inputs
+
+
+def supervised(
+    kind: type[Any],
+    config: RunConfig,
+    base: Base,
+    plan: list[list[int]],
+    collated: Callable[[Sequence[int]], dict[str, torch.Tensor]],
+) -> Any:
+    """A trainer of the model with its adapter, over the batches of a plan. kind: a subclass of TRL's SFTTrainer.
+    collated: the inputs of some examples, by their indices."""
+    from trl import SFTConfig
+
+    model = adapted(config, base.model, base.tags)
+    trainer = kind(
+        model=model,
+        optimizers=(optimizer(config, model), None),
+        args=SFTConfig(**arguments(config, len(plan)), dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=Dataset.from_dict({"indices": plan}),
+        data_collator=lambda items: share_of([i for batch in items for i in batch["indices"]], collated),
+        processing_class=base.tokenizer,
+    )
+    trainer.settings = config
+    return trainer
 
 
 class Shared:

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from pastalm.core.layout import POLICIES
@@ -41,7 +39,6 @@ from pastalm.train.dataset import (
     read_repeats,
 )
 from pastalm.train.loss import sentence_ends, weighted_loss
-from pastalm.train.packing import IGNORED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,28 +122,11 @@ def train(config: SftConfig, progress: Callable[[str], None] = print) -> Path:
 
 
 def _trainer(config: SftConfig, base: run.Base, training: list[Example], plan: list[list[int]]) -> _Trainer:
-    model = run.adapted(config, base.model, base.tags)
-    trainer = _Trainer(
-        model=model,
-        optimizers=(run.optimizer(config, model), None),
-        args=TrlConfig(**run.arguments(config, len(plan)), dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_dict({"indices": plan}),
-        data_collator=lambda items: _share(training, [i for batch in items for i in batch["indices"]]),
-        processing_class=base.tokenizer,
-    )
-    trainer.settings, trainer.tags = config, base.tags
+    trainer: _Trainer = run.supervised(_Trainer, config, base, plan, lambda own: _collated([training[i] for i in own]))
+    trainer.tags = base.tags
     if config.end_weight != 1:
         trainer.ends = sentence_ends(base.vocabulary)
     return trainer
-
-
-def _share(training: list[Example], batch: list[int]) -> dict[str, Tensor]:
-    """What this process takes of a batch. One that is left without any takes one, and counts none of it."""
-    own = run.share(batch)
-    inputs = _collated([training[i] for i in own or batch[:1]])
-    if not own:
-        inputs["labels"][:] = IGNORED
-    return inputs
 
 
 def _collated(examples: list[Example]) -> dict[str, Tensor]:

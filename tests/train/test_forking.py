@@ -19,7 +19,6 @@ from pastalm.errors import DataError, RequestError
 from pastalm.records.answers import Answer
 from pastalm.records.documents import Document, parse
 from pastalm.records.labels import Label
-from pastalm.train import run
 from pastalm.train.dataset import collate
 from pastalm.train.forking import ForkConfig, decision, train
 from pastalm.train.loss import fork_losses
@@ -27,6 +26,7 @@ from pastalm.train.packing import IGNORED, pack
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.strategies import documents
 from tests.train.documents import DOCUMENTS
+from tests.train.resuming import assert_resumes
 
 VOCABULARY = tiny_vocabulary()
 PROMPT = [40, 41, 42]
@@ -146,21 +146,7 @@ def test_the_rows_of_the_tags_stay_as_they_are(config: ForkConfig) -> None:
 def test_a_run_that_was_broken_off_ends_as_one_that_was_not(
     config: ForkConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, epochs=2, save_steps=2)
-    whole = load_file(train(config, str) / "adapter_model.safetensors")
-    again = replace(config, out=tmp_path / "again")
-
-    def broken_off(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Log, "on_save", broken_off)
-        with pytest.raises(KeyboardInterrupt):
-            train(again, str)
-    resumed = load_file(train(again, str) / "adapter_model.safetensors")
-    apart = {name: float((whole[name].float() - resumed[name].float()).abs().max()) for name in whole}
-    worst = max(float(x.float().abs().max()) for x in whole.values()) * 2**-7
-    assert max(apart.values()) <= worst, apart
+    assert_resumes(train, replace(config, epochs=2, save_steps=2), tmp_path / "again", monkeypatch)
 
 
 def test_what_cannot_be_trained_on_is_one_clear_line(config: ForkConfig, tmp_path: Path) -> None:

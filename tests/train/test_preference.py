@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from pastalm.core.events import Decoded, Event, Forked
 from pastalm.core.events import Path as ThreadPath
@@ -31,7 +30,6 @@ from pastalm.records import answers, scores
 from pastalm.records.answers import Answer
 from pastalm.records.documents import Async, Document
 from pastalm.records.scores import Length, Scored
-from pastalm.train import run
 from pastalm.train.dataset import collate, pack_sampled
 from pastalm.train.loss import bonbon, log_probs, token_log_probs
 from pastalm.train.packing import pack, retell, unroll, with_true_lengths
@@ -42,6 +40,7 @@ from tests.play import Player
 from tests.strategies import documents
 from tests.test_models import BYTE_LEVEL, small_model
 from tests.train.documents import DOCUMENTS
+from tests.train.resuming import assert_resumes
 
 VOCABULARY = tiny_vocabulary()
 PROMPT = [40, 41, 42]
@@ -396,21 +395,7 @@ def test_products_are_in_bfloat16_where_that_is_faster(
 def test_a_round_that_was_broken_off_ends_as_one_that_was_not(
     config: PreferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_file(train(config, str) / "adapter_model.safetensors")
-    again = replace(config, out=tmp_path / "again")
-
-    def broken_off(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Log, "on_save", broken_off)
-        with pytest.raises(KeyboardInterrupt):
-            train(again, str)
-    resumed = load_file(train(again, str) / "adapter_model.safetensors")
-    assert whole.keys() == resumed.keys()
-    apart = {n: float((whole[n].float() - resumed[n].float()).abs().max()) for n in whole}
-    worst = max(float(x.float().abs().max()) for x in whole.values()) * 2**-7
-    assert max(apart.values()) <= worst, apart
+    assert_resumes(train, config, tmp_path / "again", monkeypatch)
 
 
 def test_what_cannot_be_trained_on_is_one_clear_line(config: PreferenceConfig, tmp_path: Path) -> None:

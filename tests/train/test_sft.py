@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pastalm.core.language import AsyncOpen, Promise, Sync, Text, round_length
@@ -44,6 +43,7 @@ from pastalm.train.packing import IGNORED, pack, pack_serial
 from pastalm.train.sft import SftConfig, train
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.test_models import BYTE_LEVEL, small_model
+from tests.train.resuming import assert_resumes
 from tests.train.test_structure import RECIPE
 
 VOCABULARY = tiny_vocabulary()
@@ -302,24 +302,10 @@ def test_a_run_leaves_an_adapter_that_loads_and_says_how_it_was_made(config: Sft
 def test_a_run_that_was_broken_off_ends_as_one_that_was_not(
     config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_file(train(config, str) / "adapter_model.safetensors")
-    again = replace(config, out=tmp_path / "again")
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Log, "on_save", broken_off)
-        with pytest.raises(KeyboardInterrupt):
-            train(again, str)
-    resumed = load_file(train(again, str) / "adapter_model.safetensors")
-    assert whole.keys() == resumed.keys()
-    apart = {n: float((whole[n].float() - resumed[n].float()).abs().max()) for n in whole}
-    # half a unit in the last place of bfloat16, in which adapters are saved
-    worst = max(float(x.float().abs().max()) for x in whole.values()) * 2**-8
-    assert max(apart.values()) <= worst, apart
+    out = tmp_path / "again"
+    assert_resumes(train, config, out, monkeypatch, places=8)
     with pytest.raises(DataError, match="other settings"):
-        train(replace(again, learning_rate=1e-3), str)
-
-
-def broken_off(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
+        train(replace(config, out=out, learning_rate=1e-3), str)
 
 
 def test_the_same_seed_draws_the_same_examples_within_the_budget(config: SftConfig) -> None:

@@ -18,7 +18,7 @@ mkdir -p "${OUT:-$here/out/fourth_run}" && cd "${OUT:-$here/out/fourth_run}"
 source "$here/steps.sh"
 prompts() { "$python" "$here/labelled_prompts.py" "$answers" labels.jsonl --only "$1"; }
 sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0; }
-joined() { cat "$1"; tail -n +2 "$2"; } # the second file's first line says what made it
+joined() { cat "$1"; shift; for more; do tail -n +2 "$more"; done; } # without the lines that say what made the others
 
 start=${START:-$PWD/second}
 second_adapter "$root" "$start"
@@ -27,15 +27,21 @@ second_adapter "$root" "$start"
 whole labels.jsonl cat "$marks/rounds_forking.jsonl" "$marks/third_run_forking.jsonl"
 whole one.jsonl prompts one
 whole should.jsonl prompts should
+whole may.jsonl prompts may
 sample one.jsonl one_answers.jsonl --adapter "$start" --sequential --max-tokens 64
 sample should.jsonl should_answers.jsonl --adapter "$start" --max-tokens 256
-whole answers.jsonl joined one_answers.jsonl should_answers.jsonl
+sample may.jsonl may_answers.jsonl --adapter "$start" --max-tokens 256
+whole answers.jsonl joined one_answers.jsonl should_answers.jsonl may_answers.jsonl
 
-# 2. the decision alone
-[ -s fork/adapter/README.md ] || "$pasta" train fork answers.jsonl --labels labels.jsonl --start "$start" --save-steps 25 \
-  --out fork
+# 2. the decision alone; `fork_eager` forks where an answer may, too
+train() {
+  [ -s "$1/adapter/README.md" ] || "$pasta" train fork answers.jsonl --labels labels.jsonl --start "$start" --save-steps 25 \
+    --out "$@"
+}
+train fork --epochs 3 --fork-weight 16
+train fork_eager --epochs 2.5 --eager
 
 # 3. greedy answers to the evaluation's prompts
-"$pasta" eval "second=$start" fork=fork/adapter --prompts "$eval" --baseline "$root/adapters/baseline" \
+"$pasta" eval "second=$start" fork=fork/adapter fork_eager=fork_eager/adapter --prompts "$eval" --baseline "$root/adapters/baseline" \
   --requests "$seqs" --no-matched --max-tokens 768 --public --length matched \
-  --labels "$marks/alpaca_eval_dev_forking.jsonl" --engine native --out eval
+  --labels "$marks/alpaca_eval_dev_forking.jsonl" --engine native --scorer reference --out eval

@@ -26,6 +26,10 @@ MAKERS: dict[str, Make] = {
 """How the drafter of each name is made (`core.params.DRAFTERS`)."""
 
 
+LIKELY = 0.7
+"""Few guesses come true more often than this."""
+
+
 class Drafting:
     """Makes the drafts of an engine's responses and chooses what is fed.
 
@@ -54,8 +58,9 @@ class Drafting:
         return ResponseDrafts(request, written, drafters, rates)
 
     def pays(self, rows: int, tokens: int) -> bool:
-        """Whether guesses that were sure would be worth their rows in a pass of so many rows for so many tokens."""
-        return rows < self.costs.most and self.costs.least(rows, tokens) < 1
+        """Whether guesses that are as likely as the best mostly are would be worth their rows in a pass of so many rows
+        for so many tokens. Looking for guesses costs time too, most of all where much was written since the last."""
+        return rows < self.costs.most and self.costs.least(rows, tokens) < LIKELY
 
     def choose(self, candidates: Sequence[Candidate], rows: int) -> None:
         """Gives each candidate its guesses for a pass that has `rows` without them."""

@@ -85,7 +85,7 @@ def test_tables_are_a_verbs_own_and_the_rest_is_for_both(run: Run) -> None:
         ("lorarank = 4", "sets 'lorarank', which pasta train sft does not take"),
         ("lambda = 4", "sets 'lambda', which pasta train sft does not take"),
         ("config = 'x'", "sets 'config'"),
-        ("[stf]\nseed = 1", "has a table for 'stf': use prefer, sft"),
+        ("[stf]\nseed = 1", "has a table for 'stf': use fork, prefer, sft"),
         ("seed = [1, 2]", "sets 'seed' to a list: give one value"),
         ("seed = ", "is not TOML"),
         ("learning-rate = 'fast'", "--learning-rate"),

@@ -18,6 +18,8 @@ DEEPEST, MOST_VALUES, MOST_CHARACTERS = 64, 5_000, 120_000
 MOST_EXPANDED = 20_000
 """Values of a schema once its references are followed and the least lengths of its arrays and texts are written out: so
 much is there to be decoded at least."""
+DEEPEST_FOLLOWED = 200
+"""Levels of a schema once its references are followed."""
 MOST_TOOLS = 128
 ANY_OBJECT: Object = {"type": "object"}
 NO_ARGUMENTS: Object = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -45,27 +47,27 @@ def _within_bounds(schema: Object) -> Object:
         if count > MOST_VALUES or characters > MOST_CHARACTERS:
             most = f"{MOST_VALUES} names and values, of {MOST_CHARACTERS} characters together"
             raise ValueError(f"the schema is too large: at most {most}")
-    try:
-        too_much = _expanded(schema, schema, {}) > MOST_EXPANDED
-    except RecursionError:
-        too_much = True
-    if too_much:
+    if _expanded(schema, schema, {}) > MOST_EXPANDED:
         raise ValueError("the schema asks for too much: lower minItems or minLength, or use fewer references")
     return schema
 
 
-def _expanded(value: Any, root: Object, sizes: dict[str, int]) -> int:
-    """Values of a part of a schema, see MOST_EXPANDED. sizes: of the references followed so far."""
+def _expanded(value: Any, root: Object, sizes: dict[str, int], depth: int = 1) -> int:
+    """Values of a part of a schema, see MOST_EXPANDED. sizes: of the references followed so far. Raises ValueError if
+    it is too deep."""
+    if depth > DEEPEST_FOLLOWED:
+        raise ValueError(f"the schema's references lead more than {DEEPEST_FOLLOWED} levels deep: make it flatter")
     if isinstance(value, list):
-        return 1 + sum(_expanded(item, root, sizes) for item in value)
+        return 1 + sum(_expanded(item, root, sizes, depth + 1) for item in value)
     if not isinstance(value, dict):
         return 1
-    size = 1 + sum(_expanded(v, root, sizes) for k, v in value.items() if k not in ("$defs", "definitions"))
+    parts = [part for name, part in value.items() if name not in ("$defs", "definitions")]
+    size = 1 + sum(_expanded(part, root, sizes, depth + 1) for part in parts)
     reference = value.get("$ref")
     if isinstance(reference, str):
         if reference not in sizes:
             sizes[reference] = 0  # a definition within itself is followed once
-            sizes[reference] = _expanded(_target(root, reference), root, sizes)
+            sizes[reference] = _expanded(_target(root, reference), root, sizes, depth + 1)
         size += sizes[reference]
     return size * _least(value, "minItems") + _least(value, "minLength")
 

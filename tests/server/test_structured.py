@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,10 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pastalm.server.calls import CallReader
+from pastalm.server.structured import JsonSchema
 from tests.server.serving import HELLO, TIPS_TEXT, Served, curl, events_of, joined, playing, serving, tiny
 
 pytest.importorskip("llguidance")
@@ -353,6 +355,20 @@ def test_a_form_that_cannot_be_is_refused_by_its_place(served: Served, change: d
     assert status == 400, reply
     assert reply["error"]["param"] == param, reply
     assert "\n" not in reply["error"]["message"] and len(reply["error"]["message"]) < 300
+
+
+@pytest.mark.parametrize("limit", [0, 10_000])
+def test_how_deep_references_may_lead_does_not_hang_on_the_interpreter(limit: int) -> None:
+    """A library may have raised its limit of recursion."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, before))
+    try:
+        with pytest.raises(ValidationError, match="more than 200 levels"):
+            JsonSchema(name="a", schema=CHAIN)
+    finally:
+        sys.setrecursionlimit(before)
+    shorter = {"$defs": {**{f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(100)}, "d100": POINT}}
+    assert JsonSchema(name="a", schema={**shorter, "$ref": "#/$defs/d0"})
 
 
 def test_what_was_once_is_told_its_new_name(served: Served) -> None:

@@ -7,21 +7,11 @@
 # ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
 # START: the adapter to start from (default: the second run's, out of this repository's history).
 set -euo pipefail
-answers=$(realpath "$1") eval=$(realpath "$2")
-here=$(realpath "$(dirname "$0")")
-root=$(dirname "$here")
-pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
-python=$(dirname "$pasta")/python
-marks=$here/marks seqs=${SEQS:-32}
-mkdir -p "${OUT:-$here/out/fourth_run}" && cd "${OUT:-$here/out/fourth_run}"
-
-source "$here/steps.sh"
+source "$(dirname "$(realpath "$0")")/steps.sh"
+after_second fourth_run "$1" "$2"
 prompts() { "$python" "$here/labelled_prompts.py" "$answers" labels.jsonl --only "$1"; }
 sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0; }
 joined() { cat "$1"; shift; for more; do tail -n +2 "$more"; done; } # without the lines that say what made the others
-
-start=${START:-$PWD/second}
-second_adapter "$root" "$start"
 
 # 1. the beginnings of its greedy answers: in one thread where that is right, forking where they should
 whole labels.jsonl cat "$marks/rounds_forking.jsonl" "$marks/third_run_forking.jsonl"

@@ -7,23 +7,13 @@
 # ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
 # START: the adapter to start from (default: the second run's, out of this repository's history).
 set -euo pipefail
-answers=$(realpath "$1") eval=$(realpath "$2")
-here=$(realpath "$(dirname "$0")")
-root=$(dirname "$here")
-pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
-python=$(dirname "$pasta")/python
-marks=$here/marks seqs=${SEQS:-32}
-mkdir -p "${OUT:-$here/out/third_run}" && cd "${OUT:-$here/out/third_run}"
-
-source "$here/steps.sh"
+source "$(dirname "$(realpath "$0")")/steps.sh"
+after_second third_run "$1" "$2"
 sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0.8 --top-p 0.95; }
 score() {
   "$pasta" score "$1" "$2" --baseline baseline.jsonl --scorer reference --references "$answers" \
     --labels "$marks/third_run_forking.jsonl" --length smaller > "$2.json"
 }
-
-start=${START:-$PWD/second}
-second_adapter "$root" "$start"
 
 # 1. four answers each to prompts that were labelled by hand; sequential ones where every answer of a prompt for one thread forks
 whole prompts.jsonl "$python" "$here/labelled_prompts.py" "$answers" "$marks/third_run_forking.jsonl"

@@ -3,8 +3,16 @@ whole() { # whole FILE COMMAND...: a file that is there only once it is whole
   local file=$1; shift
   [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
 }
-second_adapter() { # second_adapter ROOT FOLDER: the second run's adapter, out of the last commit that has it, unless it is there
-  [ -s "$2/adapter_model.safetensors" ] && return
-  mkdir -p "$2"
-  git -C "$1" archive b3c32f2 pastalm/adapters/smollm2-135m-instruct | tar -x -C "$2" --strip-components 3
+after_second() { # after_second NAME ANSWERS EVAL: where things are, for runs that start from the second run's adapter
+  answers=$(realpath "$2") eval=$(realpath "$3")
+  here=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
+  root=$(dirname "$here")
+  pasta=$(realpath "${PASTA:-$root/.venv/bin/pasta}")
+  python=$(dirname "$pasta")/python
+  marks=$here/marks seqs=${SEQS:-32}
+  mkdir -p "${OUT:-$here/out/$1}" && cd "${OUT:-$here/out/$1}"
+  start=${START:-$PWD/second}
+  [ -s "$start/adapter_model.safetensors" ] && return # else out of the last commit that has it
+  mkdir -p "$start"
+  git -C "$root" archive b3c32f2 pastalm/adapters/smollm2-135m-instruct | tar -x -C "$start" --strip-components 3
 }

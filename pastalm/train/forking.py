@@ -16,6 +16,7 @@ rows stay as they are unless `row_learning_rate` says otherwise: they would fork
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,6 +205,6 @@ def _validate(trainer: _Trainer, validation: Sequence[Example]) -> dict[str, flo
             inputs = {k: v.to(model.device) for k, v in _collated([validation[i] for i in batch]).items()}
             each, rows = token_log_probs(model, inputs)
             for row, index in enumerate(batch):
-                likely[validation[index].kind].append(bool((each[rows == row] > -0.6931).any()))
+                likely[validation[index].kind].append(bool((each[rows == row] > math.log(0.5)).any()))
     model.train()
     return {f"forks_{label}": round(sum(forks) / max(1, len(forks)), 4) for label, forks in likely.items()}

@@ -11,7 +11,6 @@ source "$(dirname "$(realpath "$0")")/steps.sh"
 after_second fourth_run "$1" "$2"
 prompts() { "$python" "$here/labelled_prompts.py" "$answers" labels.jsonl --only "$1"; }
 sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0; }
-joined() { cat "$1"; shift; for more; do tail -n +2 "$more"; done; } # without the lines that say what made the others
 
 # 1. the beginnings of its greedy answers: in one thread where that is right, forking where they should
 whole labels.jsonl cat "$marks/rounds_forking.jsonl" "$marks/third_run_forking.jsonl"

@@ -3,6 +3,7 @@ whole() { # whole FILE COMMAND...: a file that is there only once it is whole
   local file=$1; shift
   [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
 }
+joined() { cat "$1"; shift; for more; do tail -n +2 "$more"; done; } # without the lines that say what made the others
 after_second() { # after_second NAME ANSWERS EVAL: where things are, for runs that start from the second run's adapter
   answers=$(realpath "$2") eval=$(realpath "$3")
   here=$(realpath "$(dirname "${BASH_SOURCE[0]}")")

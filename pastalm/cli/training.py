@@ -200,6 +200,10 @@ def fork(
         int, typer.Option(help="First tokens of an answer in one thread where no promise is to come.")
     ] = 32,
     fork_weight: Annotated[float, typer.Option(help="Weight of an answer that should fork.")] = 8.0,
+    anchors: Annotated[
+        Path | None, typer.Option(help="The model's own answers to hold it to, whole. Without: only the decision.")
+    ] = None,
+    anchor_weight: Annotated[float, typer.Option(help="Weight of the mean loss over an anchor's tokens.")] = 4.0,
     eager: Annotated[bool, typer.Option("--eager", help="Where an answer may fork, it should.")] = False,
     learning_rate: float = 4e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 0.0,
@@ -221,6 +225,8 @@ def fork(
         labels=labels,
         window=window,
         fork_weight=fork_weight,
+        anchors=anchors,
+        anchor_weight=anchor_weight,
         eager=eager,
         learning_rate=learning_rate,
         row_learning_rate=row_learning_rate,

@@ -9,8 +9,10 @@ rise. With p the probability of `<|promise|>`:
     L = -sum log(1 - p)    over the first tokens of an answer in one thread
     L = -w log p           at the first promise of one that forks
 
-The first is the unlikelihood loss of Welleck et al. (ICLR 2020), equation 5. No other token is in the loss. The tags'
-rows stay as they are unless `row_learning_rate` says otherwise: they would fork less at all prompts alike.
+The first is the unlikelihood loss of Welleck et al. (ICLR 2020), equation 5. Anchors are further answers of the model,
+of which all tokens are in the loss, as in stage 1: they keep the rest of the model where it was, or where the answers
+that were chosen are. The tags' rows stay as they are unless `row_learning_rate` says otherwise: they would fork less at
+all prompts alike.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +51,8 @@ class ForkConfig(run.RunConfig):
     labels: which of their prompts should fork.
     window: first tokens of an answer in one thread where no promise is to come.
     fork_weight: w above: answers that should fork are fewer, and have one token in the loss.
+    anchors: the model's own answers of which all tokens are in the loss. None: nothing but the decision is.
+    anchor_weight: of the mean loss over an anchor's tokens.
     eager: where an answer may fork, it should.
     validation_prompts: prompts that are held out.
     """
@@ -55,6 +60,8 @@ class ForkConfig(run.RunConfig):
     labels: Path
     window: int = 32
     fork_weight: float = 8.0
+    anchors: Path | None = None
+    anchor_weight: float = 4.0
     eager: bool = False
     validation_prompts: int = 64
     max_prompt_tokens: int = 256
@@ -66,17 +73,13 @@ class ForkConfig(run.RunConfig):
 # ------------------------------------------------------------------------------ examples
 
 
-def decision(packed: Packed, label: Label, vocabulary: Vocabulary, window: int) -> Packed | None:
-    """The beginning of an answer, in which the labels are its decision: `<|promise|>` at the place of its first
-    promise, or at the first places of an answer without one. None if it does not do what its label says, or may do
-    either."""
-    tags = vocabulary.tags
-    assert tags is not None, "a promise is a token only under a prepared vocabulary"
+def decision(packed: Packed, label: Label, vocabulary: Vocabulary, window: int) -> Packed:
+    """The beginning of an answer that does what its label says, in which the labels are its decision: `<|promise|>` at
+    the place of its first promise (`should`), or at the first places of an answer without one (`one`)."""
+    promise = _promise(vocabulary)
     begin = int((packed.labels != IGNORED).argmax())
-    promises = (packed.input_ids[begin:] == tags.promise).nonzero()[0]
-    if label == "may" or (label == "should") != (len(promises) > 0):
-        return None
-    end = begin + (int(promises[0]) + 1 if len(promises) else window)
+    first = begin + int((packed.input_ids[begin:] == promise).argmax()) if label == "should" else begin
+    end = first + (1 if label == "should" else window)
     cut = replace(
         packed,
         input_ids=packed.input_ids[:end],
@@ -86,9 +89,30 @@ def decision(packed: Packed, label: Label, vocabulary: Vocabulary, window: int) 
         order=packed.order[:end],
         joins=None,
     )
-    first = end - 1 if len(promises) else begin
-    cut.labels[:first], cut.labels[first:] = IGNORED, tags.promise
+    cut.labels[:first], cut.labels[first:] = IGNORED, promise
     return cut
+
+
+def _promise(vocabulary: Vocabulary) -> int:
+    tags = vocabulary.tags
+    assert tags is not None, "a promise is a token only under a prepared vocabulary"
+    return tags.promise
+
+
+def packed(
+    rows: Sequence[answers.Answer], tokenizer: Any, vocabulary: Vocabulary, config: ForkConfig, *, eos: int
+) -> Iterator[tuple[answers.Answer, Packed, bool]]:
+    """The answers whose prompts are short enough, packed, and whether each forks. Raises DataError."""
+    for answer in rows:
+        prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": answer.prompt}])
+        if len(prompt) > config.max_prompt_tokens:
+            continue
+        try:
+            whole, _ = pack_sampled(prompt, answer, vocabulary, "promised", eos=eos)
+        except DataError as error:
+            raise DataError(f"answer {answer.choice} to {answer.id!r}: {error}") from None
+        if len(whole) > len(prompt):
+            yield answer, whole, bool((whole.input_ids[len(prompt) :] == _promise(vocabulary)).any())
 
 
 def decisions(
@@ -100,25 +124,34 @@ def decisions(
     *,
     eos: int,
 ) -> Iterator[Example]:
-    """Examples of kind "one" and "should", the labels of their prompts."""
-    for answer in rows:
-        if (label := label_of.get(answer.id)) is None:
-            continue
+    """Examples of kind "one" and "should", the labels of their prompts: decisions of the answers that do what these
+    say. Raises DataError."""
+    labelled = [row for row in rows if row.id in label_of]
+    for answer, whole, forks in packed(labelled, tokenizer, vocabulary, config, eos=eos):
+        label = label_of[answer.id]
         if label == "may" and config.eager:
             label = "should"
-        prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": answer.prompt}])
-        if len(prompt) > config.max_prompt_tokens:
-            continue
-        try:
-            whole, _ = pack_sampled(prompt, answer, vocabulary, "promised", eos=eos)
-        except DataError as error:
-            raise DataError(f"answer {answer.choice} to {answer.id!r}: {error}") from None
-        if len(whole) > len(prompt) and (cut := decision(whole, label, vocabulary, config.window)) is not None:
+        if label != "may" and forks == (label == "should"):
+            cut = decision(whole, label, vocabulary, config.window)
             yield Example(cut, answer.id, answer.prompt, label, answer.source, answer.licence)
 
 
-def _collated(examples: Sequence[Example]) -> dict[str, Tensor]:
-    return collate([e.packed for e in examples], unlikely=[e.kind == "one" for e in examples])
+def anchors(
+    rows: Sequence[answers.Answer], tokenizer: Any, vocabulary: Vocabulary, config: ForkConfig, *, eos: int
+) -> Iterator[Example]:
+    """Examples of kind "anchor": whole answers. Raises DataError."""
+    for answer, whole, _ in packed(rows, tokenizer, vocabulary, config, eos=eos):
+        yield Example(whole, answer.id, answer.prompt, "anchor", answer.source, answer.licence)
+
+
+def collated(examples: Sequence[Example], config: ForkConfig) -> dict[str, Tensor]:
+    """A batch as `fork_losses` takes it."""
+    inputs = collate([e.packed for e in examples], unlikely=[e.kind == "one" for e in examples])
+    labelled = (inputs["labels"] != IGNORED).sum(1)
+    weight_of = {"one": 1.0, "should": config.fork_weight, "anchor": config.anchor_weight}
+    weights = torch.tensor([weight_of[e.kind] for e in examples])
+    means = torch.tensor([e.kind == "anchor" for e in examples])
+    return inputs | {"weights": torch.where(means, weights / labelled, weights)}
 
 
 # ------------------------------------------------------------------------------ the run
@@ -137,7 +170,7 @@ class _Trainer(run.Shared, SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         with run.autocast(self.settings):
-            losses = fork_losses(model, inputs, self.settings.fork_weight)
+            losses = fork_losses(model, inputs)
         counted = (inputs["labels"] != IGNORED).any(1).sum().float()
         loss = losses.sum() / self.average(counted)
         return (loss, None) if return_outputs else loss
@@ -155,6 +188,8 @@ def train(config: ForkConfig, progress: Callable[[str], None] = print) -> Path:
     if missing := [label for label in ("one", "should") if label not in kinds]:
         does = {"one": "do not fork (pasta sample --sequential)", "should": "fork"}[missing[0]]
         raise DataError(f"{config.data}: no answers to prompts labelled {missing[0]!r} that {does}")
+    if config.anchors is not None:
+        every += anchors(list(answers.read(config.anchors)), base.tokenizer, base.vocabulary, config, eos=base.eos)
     random.Random(config.seed).shuffle(every)
     validation, training = held_out(every, config.validation_prompts)
     if not training:
@@ -162,8 +197,10 @@ def train(config: ForkConfig, progress: Callable[[str], None] = print) -> Path:
     data = provenance([e.packed for e in training], [(e.kind, e.source, e.licence) for e in training])
     progress(f"training on {json.dumps(data)}")
     plan = run.planned(config, lambda tokens: batches(training, tokens, seed=config.seed))
-    trainer: _Trainer = run.supervised(_Trainer, config, base, plan, lambda own: _collated([training[i] for i in own]))
-    curves = ("forks_one", "forks_should")
+    trainer: _Trainer = run.supervised(
+        _Trainer, config, base, plan, lambda own: collated([training[i] for i in own], config)
+    )
+    curves = ("forks_one", "forks_should", *(["own_tokens"] if config.anchors else []))
     trainer.add_callback(run.Log(config, progress, validate=lambda: _validate(trainer, validation), curves=curves))
     started = time.perf_counter()
     run.go(trainer, config)
@@ -188,23 +225,34 @@ def train(config: ForkConfig, progress: Callable[[str], None] = print) -> Path:
 def _check(config: ForkConfig) -> None:
     if not config.data.is_file():
         raise DataError(f"no answers at {config.data}: make them with pasta sample")
+    if config.anchors is not None and not config.anchors.is_file():
+        raise DataError(f"no answers at {config.anchors}: make them with pasta sample")
     if config.start is None:
         raise RequestError("stage 3 continues from an adapter: give --start")
     adapters.read_card(config.start)
-    if config.window < 1 or config.fork_weight <= 0 or config.validation_prompts < 0:
-        raise RequestError("window must be 1 or more, fork_weight above 0, validation_prompts 0 or more")
+    if config.window < 1 or config.fork_weight <= 0 or config.anchor_weight < 0 or config.validation_prompts < 0:
+        raise RequestError(
+            "window must be 1 or more, fork_weight above 0, anchor_weight 0 or more, validation_prompts 0 or more"
+        )
 
 
 def _validate(trainer: _Trainer, validation: Sequence[Example]) -> dict[str, float]:
-    """Share of the held-out answers of each label in which a promise is likelier than not at some labelled place."""
-    model = trainer.model
+    """Share of the held-out answers of each label in which a promise is likelier than not at some labelled place; with
+    anchors, the mean loss over a held-out one's tokens, nats."""
+    model, config = trainer.model, trainer.settings
     model.eval()
     likely: dict[str, list[bool]] = {"one": [], "should": []}
-    with torch.no_grad(), run.autocast(trainer.settings):
+    own_tokens: list[float] = []
+    with torch.no_grad(), run.autocast(config):
         for batch in batches(validation, 2048) if validation else []:
-            inputs = {k: v.to(model.device) for k, v in _collated([validation[i] for i in batch]).items()}
+            inputs = {k: v.to(model.device) for k, v in collated([validation[i] for i in batch], config).items()}
             each, rows = token_log_probs(model, inputs)
             for row, index in enumerate(batch):
-                likely[validation[index].kind].append(bool((each[rows == row] > math.log(0.5)).any()))
+                log_probs, kind = each[rows == row], validation[index].kind
+                if kind == "anchor":
+                    own_tokens += (-log_probs).tolist()
+                else:
+                    likely[kind].append(bool((log_probs > math.log(0.5)).any()))
     model.train()
-    return {f"forks_{label}": round(sum(forks) / max(1, len(forks)), 4) for label, forks in likely.items()}
+    figures = {f"forks_{label}": round(sum(forks) / max(1, len(forks)), 4) for label, forks in likely.items()}
+    return figures | ({"own_tokens": round(statistics.fmean(own_tokens), 4)} if own_tokens else {})

@@ -127,12 +127,12 @@ def unlikelihood(losses: Tensor) -> Tensor:
     return -torch.log(-torch.expm1(-losses.clamp_min(1e-6)))
 
 
-def fork_losses(model: Any, inputs: Mapping[str, Tensor], fork_weight: float) -> Tensor:
-    """Stage 3's loss of each answer [B], whose labels are `<|promise|>`: of rows marked `unlikely` the sum of
-    -log(1 - p) over their labels, of the others -log p times `fork_weight`. inputs: from `collate`."""
+def fork_losses(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Stage 3's loss of each row [B]: the sum over its labels of -log p, or of -log(1 - p) in rows marked `unlikely`,
+    times the row's weight. inputs: from `collate`, and weights [B]."""
     each, rows = token_log_probs(model, inputs)
-    losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -fork_weight * each)
-    return losses.new_zeros(len(inputs["input_ids"])).index_add(0, rows, losses)
+    losses = torch.where(inputs["unlikely"][rows], unlikelihood(-each), -each)
+    return losses.new_zeros(len(inputs["input_ids"])).index_add(0, rows, losses) * inputs["weights"]
 
 
 def bonbon(policy: Tensor, reference: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from pastalm.errors import DataError, RequestError
 from pastalm.records.answers import Answer
 from pastalm.records.documents import Document, parse
 from pastalm.records.labels import Label
+from pastalm.train import run
 from pastalm.train.dataset import collate
-from pastalm.train.forking import ForkConfig, decision, train
+from pastalm.train.forking import ForkConfig, anchors, collated, decision, decisions, train
 from pastalm.train.loss import fork_losses
 from pastalm.train.packing import IGNORED, pack
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
@@ -33,43 +34,39 @@ PROMPT = [40, 41, 42]
 PLAIN, FORKING = parse(DOCUMENTS[0]), parse(DOCUMENTS[1])
 
 
-@given(documents(2, st.sampled_from(["a b", "c\n", "x"]), size=3), st.sampled_from(["one", "may", "should"]))
-def test_only_the_decision_is_in_the_loss(document: Document, label: Label) -> None:
-    """At an answer's first promise, or at the first places of one without any, if that is what its label says."""
+@given(documents(2, st.sampled_from(["a b", "c\n", "x"]), size=3))
+def test_a_decision_is_the_beginning_up_to_it(document: Document) -> None:
+    """At an answer's first promise, or at the first places of an answer without one."""
     whole = pack(PROMPT, document, VOCABULARY, "promised", eos=EOS)
     before = whole.labels.copy()
-    cut = decision(whole, label, VOCABULARY, 4)
     promises = np.flatnonzero(whole.input_ids == TAGS.promise)
+    cut = decision(whole, "should" if len(promises) else "one", VOCABULARY, 4)
     assert np.array_equal(before, whole.labels), "the answer itself is as it was"
-    if label == "may" or (label == "should") != bool(len(promises)):
-        assert cut is None
-        return
-    assert cut is not None
     n = len(cut)
     assert np.array_equal(cut.input_ids, whole.input_ids[:n]) and np.array_equal(cut.visible, np.tri(n, dtype=bool))
     labelled = np.flatnonzero(cut.labels != IGNORED)
     assert set(cut.labels[labelled]) == {TAGS.promise}
-    if label == "should":
+    if len(promises):
         assert labelled.tolist() == [promises[0]] == [n - 1]
     else:
         assert labelled.tolist() == list(range(len(PROMPT), min(len(PROMPT) + 4, len(whole))))
 
 
 @settings(max_examples=10)
-@given(st.floats(0.1, 10), st.lists(st.booleans(), min_size=1, max_size=3))
-def test_the_loss_is_the_equation(weight: float, forks: list[bool]) -> None:
+@given(st.lists(st.tuples(st.booleans(), st.floats(0.1, 10)), min_size=1, max_size=3))
+def test_the_loss_is_the_equation(rows: list[tuple[bool, float]]) -> None:
     model = tiny_model("llama")
-    rows = [
-        decision(pack(PROMPT, document, VOCABULARY, eos=EOS), label, VOCABULARY, 4)
-        for document, label in ((FORKING, "should") if fork else (PLAIN, "one") for fork in forks)
+    packed = [
+        decision(pack(PROMPT, FORKING if forks else PLAIN, VOCABULARY, eos=EOS), kind, VOCABULARY, 4)
+        for forks, _ in rows
+        for kind in (("should" if forks else "one"),)
     ]
-    inputs = collate([row for row in rows if row is not None], unlikely=[not fork for fork in forks])
-    losses = fork_losses(model, inputs, weight)
-    for fork, row, loss in zip(forks, rows, losses.tolist(), strict=True):
-        assert row is not None
+    inputs = collate(packed, unlikely=[not forks for forks, _ in rows])
+    losses = fork_losses(model, inputs | {"weights": torch.tensor([weight for _, weight in rows])})
+    for (forks, weight), row, loss in zip(rows, packed, losses.tolist(), strict=True):
         logits = model(input_ids=torch.tensor([row.input_ids]), position_ids=torch.tensor([row.position_ids])).logits
         p = torch.softmax(logits[0], -1)[:, TAGS.promise][np.flatnonzero(row.labels != IGNORED) - 1]
-        expected = -weight * p.log().sum() if fork else -(1 - p).log().sum()
+        expected = -weight * (p.log().sum() if forks else (1 - p).log().sum())
         assert loss == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -132,6 +129,38 @@ def test_a_run_learns_where_to_fork(config: ForkConfig) -> None:
     assert any("forks_one" in entry for entry in logged)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_only_answers_that_do_what_their_label_says_are_taken(config: ForkConfig, eager: bool) -> None:
+    """The decision of each, and of anchors the whole, whatever they do."""
+    config = replace(config, eager=eager)
+    base = run.begin(config, str)
+    rows = [answer(label, "say it", text) for label in ("one", "may", "should") for text in DOCUMENTS[:2]]
+    label_of: dict[str, Label] = {"one": "one", "may": "may", "should": "should"}
+    taken = list(decisions(rows, label_of, base.tokenizer, base.vocabulary, config, eos=base.eos))
+    forking = [bool((e.packed.input_ids == base.tags.promise).any()) for e in taken]
+    assert [(e.id, e.kind, forks) for e, forks in zip(taken, forking, strict=True)] == [
+        ("one", "one", False),
+        *([("may", "should", True)] if eager else []),
+        ("should", "should", True),
+    ]
+    taken += anchors(rows, base.tokenizer, base.vocabulary, config, eos=base.eos)
+    assert [e.id for e in taken if e.kind == "anchor"] == [row.id for row in rows]
+    for example, weight in zip(taken, collated(taken, config)["weights"].tolist(), strict=True):
+        labelled = int((example.packed.labels != IGNORED).sum())
+        of = {"one": 1.0, "should": config.fork_weight, "anchor": config.anchor_weight / labelled}
+        assert weight == pytest.approx(of[example.kind])
+
+
+def test_anchors_keep_the_rest_of_the_model(config: ForkConfig) -> None:
+    """Held-out answers of the same kind are likelier than where nothing but the decision counts."""
+    losses = []
+    for weight in (1e-6, 4.0):
+        out = config.out / str(weight)
+        folder = train(replace(config, anchors=config.data, anchor_weight=weight, out=out, epochs=4), str)
+        losses.append(json.loads((folder / "train.json").read_text())["final"]["own_tokens"])
+    assert losses[1] < losses[0]
+
+
 def test_the_rows_of_the_tags_stay_as_they_are(config: ForkConfig) -> None:
     assert config.start is not None
     before, after = (
@@ -168,6 +197,8 @@ def test_what_cannot_be_trained_on_is_one_clear_line(config: ForkConfig, tmp_pat
     refused(DataError, "labels none of these prompts", labels=strange)
     refused(RequestError, "give --start", start=None)
     refused(RequestError, "window must be", window=0)
+    refused(RequestError, "anchor_weight 0 or more", anchor_weight=-1.0)
+    refused(DataError, "make them with pasta sample", anchors=tmp_path / "none.jsonl")
     forks = kept("forks", lambda row: "<async>" in row["annotated"])
     none = kept("none", lambda row: "<async>" not in row["annotated"])
     refused(DataError, "no answers to prompts labelled 'one' that do not fork", data=forks, out=tmp_path / "o1")

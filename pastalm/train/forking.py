@@ -3,11 +3,11 @@
 The loss of stage 2 is over whole answers, of which the decision to fork is one token in hundreds: pairs hardly move it
 (runs/README.md). Here the loss is over that decision alone. Of prompts that a reader labelled (`records.labels`) it
 takes the model's own answers: where one thread is right, those that do not fork, and the probability of a promise at
-their first tokens is to fall; where an answer should fork, those that do, and that of their first promise is to
-rise. With p the probability of `<|promise|>`:
+their first tokens is to fall; where an answer should fork, those that do, and that of their promises is to rise: of
+all, since answers that fork would else promise fewer chunks. With p the probability of `<|promise|>`:
 
     L = -sum log(1 - p)    over the first tokens of an answer in one thread
-    L = -w log p           at the first promise of one that forks
+    L = -w sum log p       over the promises of one that forks
 
 The first is the unlikelihood loss of Welleck et al. (ICLR 2020), equation 5. Anchors are further answers of the model,
 of which all tokens are in the loss, as in stage 1: they keep the rest of the model where it was, or where the answers
@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from trl import SFTTrainer
@@ -73,23 +74,24 @@ class ForkConfig(run.RunConfig):
 # ------------------------------------------------------------------------------ examples
 
 
-def decision(packed: Packed, label: Label, vocabulary: Vocabulary, window: int) -> Packed:
-    """The beginning of an answer that does what its label says, in which the labels are its decision: `<|promise|>` at
-    the place of its first promise (`should`), or at the first places of an answer without one (`one`)."""
+def decision(whole: Packed, label: Label, vocabulary: Vocabulary, window: int) -> Packed:
+    """An answer that does what its label says, labelled with its decisions: `<|promise|>` at the places of its promises
+    (`should`), or at the first places of an answer without one, which ends there (`one`)."""
     promise = _promise(vocabulary)
-    begin = int((packed.labels != IGNORED).argmax())
-    first = begin + int((packed.input_ids[begin:] == promise).argmax()) if label == "should" else begin
-    end = first + (1 if label == "should" else window)
+    if label == "should":
+        return replace(whole, labels=np.where(whole.labels == promise, promise, IGNORED))
+    begin = int((whole.labels != IGNORED).argmax())
+    end = begin + window
     cut = replace(
-        packed,
-        input_ids=packed.input_ids[:end],
-        position_ids=packed.position_ids[:end],
-        labels=packed.labels[:end].copy(),
-        paths=packed.paths[:end],
-        order=packed.order[:end],
+        whole,
+        input_ids=whole.input_ids[:end],
+        position_ids=whole.position_ids[:end],
+        labels=whole.labels[:end].copy(),
+        paths=whole.paths[:end],
+        order=whole.order[:end],
         joins=None,
     )
-    cut.labels[:first], cut.labels[first:] = IGNORED, promise
+    cut.labels[:begin], cut.labels[begin:] = IGNORED, promise
     return cut
 
 

@@ -22,7 +22,7 @@ from pastalm.records.labels import Label
 from pastalm.train import run
 from pastalm.train.dataset import collate
 from pastalm.train.forking import ForkConfig, anchors, collated, decision, decisions, train
-from pastalm.train.loss import fork_losses
+from pastalm.train.loss import fork_losses, masks
 from pastalm.train.packing import IGNORED, pack
 from tests.laws.tiny import EOS, TAGS, tiny_model, tiny_vocabulary
 from tests.strategies import documents
@@ -35,21 +35,22 @@ PLAIN, FORKING = parse(DOCUMENTS[0]), parse(DOCUMENTS[1])
 
 
 @given(documents(2, st.sampled_from(["a b", "c\n", "x"]), size=3))
-def test_a_decision_is_the_beginning_up_to_it(document: Document) -> None:
-    """At an answer's first promise, or at the first places of an answer without one."""
+def test_only_the_decisions_are_in_the_loss(document: Document) -> None:
+    """All promises of an answer, or the first places of one without any, which ends there."""
     whole = pack(PROMPT, document, VOCABULARY, "promised", eos=EOS)
     before = whole.labels.copy()
     promises = np.flatnonzero(whole.input_ids == TAGS.promise)
-    cut = decision(whole, "should" if len(promises) else "one", VOCABULARY, 4)
+    decided = decision(whole, "should" if len(promises) else "one", VOCABULARY, 4)
     assert np.array_equal(before, whole.labels), "the answer itself is as it was"
-    n = len(cut)
-    assert np.array_equal(cut.input_ids, whole.input_ids[:n]) and np.array_equal(cut.visible, np.tri(n, dtype=bool))
-    labelled = np.flatnonzero(cut.labels != IGNORED)
-    assert set(cut.labels[labelled]) == {TAGS.promise}
+    n = len(decided)
+    assert np.array_equal(decided.input_ids, whole.input_ids[:n])
+    assert np.array_equal(decided.visible, whole.visible[:n, :n])
+    labelled = np.flatnonzero(decided.labels != IGNORED)
+    assert set(decided.labels[labelled]) == {TAGS.promise}
     if len(promises):
-        assert labelled.tolist() == [promises[0]] == [n - 1]
+        assert labelled.tolist() == promises.tolist() and n == len(whole)
     else:
-        assert labelled.tolist() == list(range(len(PROMPT), min(len(PROMPT) + 4, len(whole))))
+        assert labelled.tolist() == list(range(len(PROMPT), min(len(PROMPT) + 4, len(whole)))) and labelled[-1] == n - 1
 
 
 @settings(max_examples=10)
@@ -64,7 +65,8 @@ def test_the_loss_is_the_equation(rows: list[tuple[bool, float]]) -> None:
     inputs = collate(packed, unlikely=[not forks for forks, _ in rows])
     losses = fork_losses(model, inputs | {"weights": torch.tensor([weight for _, weight in rows])})
     for (forks, weight), row, loss in zip(rows, packed, losses.tolist(), strict=True):
-        logits = model(input_ids=torch.tensor([row.input_ids]), position_ids=torch.tensor([row.position_ids])).logits
+        alone = {name: value for name, value in collate([row]).items() if name not in ("labels", "unlikely")}
+        logits = model(**alone | {"attention_mask": masks(model, alone)}).logits
         p = torch.softmax(logits[0], -1)[:, TAGS.promise][np.flatnonzero(row.labels != IGNORED) - 1]
         expected = -weight * (p.log().sum() if forks else (1 - p).log().sum())
         assert loss == pytest.approx(float(expected), rel=1e-6)

@@ -1,6 +1,6 @@
 """Answers to hold a model to in stage 3 (`pasta train fork --anchors`): of its own, those that are as they should be.
 
-    python runs/anchors.py LABELS.jsonl ANSWERS.jsonl MORE.jsonl --gain 2.2 --one 60 > ANCHORS.jsonl
+    python runs/anchors.py LABELS.jsonl ANSWERS.jsonl MORE.jsonl --gain 1.5 --one 300 > ANCHORS.jsonl
 
 An answer is left out that was cut off, repeats more than an eighth of its 4-grams, does what its prompt's label does not
 say, has a chunk that tells again what another one told, or forks for less than `--gain` times the tokens of its critical
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("labels", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--gain", type=float, default=2.2, help="tokens over critical path of an answer that forks")
+    parser.add_argument("--gain", type=float, default=1.0, help="tokens over critical path of an answer that forks")
     parser.add_argument("--one", type=int, default=10**6, help="answers in one thread, at most")
     chosen = parser.parse_args()
     rows = [(row, line) for file in chosen.files for row, line in read(file)]

@@ -2,9 +2,9 @@
 
     python runs/anchors.py LABELS.jsonl ANSWERS.jsonl MORE.jsonl --gain 1.5 --one 300 > ANCHORS.jsonl
 
-An answer is left out that was cut off, repeats more than an eighth of its 4-grams, does what its prompt's label does not
-say, has a chunk that tells again what another one told, or forks for less than `--gain` times the tokens of its critical
-path. Of several to one prompt the one stays that gains most.
+An answer is left out that was cut off, repeats more than an eighth of its 4-grams, does what its prompt's label does
+not say, has a chunk that tells again what another one told, or forks for less than `--gain` times the tokens of its
+critical path. Of several to one prompt the one stays that gains most.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def throughput_dtype(device: str) -> str:
-    """The fastest dtype for large matrix products (training, scoring): bfloat16 on GPUs and on CPUs with AMX, else
+    """The fastest dtype for large matrix products (scoring): bfloat16 on GPUs and on CPUs with AMX, else
     float32. AVX-512's bfloat16 halves memory traffic, which helps decoding steps of few rows; with 256 rows it was half
     as fast as float32."""
     import torch

@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import DataError, ModelError
-from pastalm.models import adapters, checkpoints, downloads, dtypes, end_tokens, lossless, preparing
+from pastalm.models import adapters, checkpoints, downloads, end_tokens, lossless, preparing
 from pastalm.models.checkpoints import is_quantised, quiet
 from pastalm.train import bookkeeping
 from pastalm.train.packing import IGNORED
@@ -243,9 +243,14 @@ def optimizer(config: RunConfig, model: Any) -> torch.optim.Optimizer:
 
 
 def autocast(config: RunConfig) -> Any:
-    """Products in bfloat16 where that is faster, also where no trainer has wrapped the model's forward pass in it."""
-    kind, half = config.device.partition(":")[0], dtypes.throughput_dtype(config.device) == "bfloat16"
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
+    """Products in bfloat16 on a GPU, also where no trainer has wrapped the model's forward pass in it."""
+    return torch.autocast(config.device.partition(":")[0], dtype=torch.bfloat16, enabled=_half(config))
+
+
+def _half(config: RunConfig) -> bool:
+    """Whether products are in bfloat16. Not on a CPU: with AMX a step took as long as in float32, most of it casts, and
+    the tags of a tied model were learnt worse."""
+    return config.device != "cpu"
 
 
 def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
@@ -260,7 +265,7 @@ def arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing,  # TRL's default is to
         "weight_decay": 0.0,
-        "bf16": dtypes.throughput_dtype(config.device) == "bfloat16",
+        "bf16": _half(config),
         "use_cpu": config.device == "cpu",
         "logging_steps": math.gcd(5, config.save_steps),  # so that a checkpoint never cuts a mean in two
         "save_steps": config.save_steps,

@@ -248,8 +248,7 @@ def autocast(config: RunConfig) -> Any:
 
 
 def _half(config: RunConfig) -> bool:
-    """Whether products are in bfloat16. Not on a CPU: with AMX a step took as long as in float32, most of it casts, and
-    the tags of a tied model were learnt worse."""
+    """Whether products are in bfloat16. Not on a CPU: with AMX a step took as long as in float32, most of it casts."""
     return config.device != "cpu"
 
 

@@ -62,6 +62,7 @@ def learn(config: run.RunConfig, adapted: Any, batch: dict[str, torch.Tensor], b
         optimizer.zero_grad()
         loss, each, decision = weighted_loss(adapted.train(), batch, base.tags, 4.0)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)  # as trainers do
         optimizer.step()
     return float(each[decision].mean())
 
@@ -79,8 +80,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, fl
             out=folder / "out",
             model=str(folder / "base"),
             lora_rank=16,
-            learning_rate=1e-2,
-            row_learning_rate=3e-2,
+            learning_rate=4e-3,
+            row_learning_rate=2e-2,
         )
         base = run.begin(config, str)
         adapted = run.adapted(config, base.model, base.tags)

@@ -35,3 +35,9 @@ def throughput_dtype(device: str) -> str:
     import torch
 
     return "bfloat16" if device != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def training_dtype(device: str) -> str:
+    """The dtype of products in training: bfloat16 on GPUs. Not on CPUs: with AMX a step took as long as in float32, most
+    of it casts."""
+    return "float32" if device == "cpu" else "bfloat16"

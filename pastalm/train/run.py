@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from pastalm.core.vocabulary import TAG_TOKENS, Tags, Vocabulary
 from pastalm.errors import DataError, ModelError
-from pastalm.models import adapters, checkpoints, downloads, end_tokens, lossless, preparing
+from pastalm.models import adapters, checkpoints, downloads, dtypes, end_tokens, lossless, preparing
 from pastalm.models.checkpoints import is_quantised, quiet
 from pastalm.train import bookkeeping
 from pastalm.train.packing import IGNORED
@@ -248,8 +248,7 @@ def autocast(config: RunConfig) -> Any:
 
 
 def _half(config: RunConfig) -> bool:
-    """Whether products are in bfloat16. Not on a CPU: with AMX a step took as long as in float32, most of it casts."""
-    return config.device != "cpu"
+    return dtypes.training_dtype(config.device) == "bfloat16"
 
 
 def arguments(config: RunConfig, steps: int) -> dict[str, Any]:

@@ -385,7 +385,7 @@ def test_products_are_in_bfloat16_where_that_is_faster(
         seen.append((model.training, torch.is_autocast_enabled("cpu")))
         return log_probs(model, inputs)
 
-    monkeypatch.setattr("pastalm.models.dtypes.throughput_dtype", lambda _: dtype)
+    monkeypatch.setattr("pastalm.models.dtypes.training_dtype", lambda _: dtype)
     monkeypatch.setattr("pastalm.train.preference.log_probs", spying)
     train(replace(config, epochs=1), str)
     assert {half for _, half in seen} == {dtype == "bfloat16"}

@@ -509,7 +509,7 @@ def test_products_are_in_bfloat16_where_that_is_faster(
         seen.append(torch.is_autocast_enabled("cpu"))
         return weighted_loss(*arguments, **more)
 
-    monkeypatch.setattr("pastalm.models.dtypes.throughput_dtype", lambda _: dtype)
+    monkeypatch.setattr("pastalm.models.dtypes.training_dtype", lambda _: dtype)
     monkeypatch.setattr("pastalm.train.sft.weighted_loss", spying)
     train(config, str)
     assert len(seen) > 2 and set(seen) == {dtype == "bfloat16"}

@@ -38,6 +38,6 @@ def throughput_dtype(device: str) -> str:
 
 
 def training_dtype(device: str) -> str:
-    """The dtype of products in training: bfloat16 on GPUs. Not on CPUs: with AMX a step took as long as in float32, most
-    of it casts."""
+    """The dtype of products in training: bfloat16 on GPUs. Not on CPUs: with AMX a step took as long as in float32,
+    most of it casts."""
     return "float32" if device == "cpu" else "bfloat16"

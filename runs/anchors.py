@@ -14,12 +14,12 @@ import json
 import sys
 from pathlib import Path
 
+from fork_pairs import REPEATED
+
 from pastalm.records import answers, jsonl, labels
 from pastalm.records.answers import Answer
 from pastalm.records.labels import Label
 from pastalm.records.repetition import repetition, retold
-
-REPEATED = 0.125
 
 
 def main() -> None:

@@ -298,9 +298,12 @@ def process(
 
 
 @pytest.fixture
-def answering(tiny: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in the middle of an answer."""
-    asked = ("--model", tiny, "--raw", "--max-tokens", "2000", "--sequential", "--temperature", "3")
+def answering(tiny: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the middle of an answer: greedy, the model repeats its last token up to a limit far away."""
+    endless = shutil.copytree(tiny, tmp_path / "endless")
+    config = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    asked = ("--model", endless, "--raw", "--max-tokens", "4000", "--sequential", "--drafts", "off")
     running = process("generate", "hello", *asked)
     assert running.stdout is not None
     assert select.select([running.stdout], [], [], 200)[0], "it wrote nothing"
@@ -312,7 +315,7 @@ def answering(tiny: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_ctrl_c_prints_what_is_there(answering: subprocess.Popen[bytes]) -> None:
     answering.send_signal(signal.SIGINT)
     out, err = answering.communicate(timeout=100)
-    assert answering.returncode == 130
+    assert answering.returncode == 130, err
     assert out
     lines = err.decode().splitlines()
     assert len(lines) == 2 and "stopped" in lines[0] and "interrupted" in lines[1]

@@ -7,8 +7,8 @@ so that what else the machine does meets all alike. Each set has an engine and a
 each round begins with new ones. Of a prompt and a set the fastest round counts. Ratios are those to the same engine
 without drafts, prompt by prompt: geometric means with 95 % bootstrap intervals. `same`: answers that are the same text.
 
-With `--requests 1 8 64` so many prompts are answered at once instead: tokens a second over those without drafts, the
-median of the rounds with the smallest and the largest.
+With `--requests 1 8 64` so many prompts are answered at once instead: tokens a second over those without drafts, by the
+clock and by the time that processors worked, which what else the machine does disturbs less; means over the rounds.
 """
 
 from __future__ import annotations
@@ -58,25 +58,28 @@ def row(drafts: str, answers: dict[str, list[Transcript]], without: dict[str, li
     return f"| {drafts} | " + " | ".join(map(str, cells)) + " |"
 
 
-def together(texts: list[str], chosen: argparse.Namespace) -> None:
-    """Answers all texts at once, with each set in turn."""
-    rates: dict[str, list[float]] = defaultdict(list)
+def together(texts: list[str], requests: int, chosen: argparse.Namespace) -> None:
+    """Answers all texts, so many at once, with each set in turn."""
+    rates: dict[str, list[tuple[float, float]]] = defaultdict(list)  # tokens by second and by second of processors
     conversations = [[{"role": "user", "content": text}] for text in texts]
     for number in range(chosen.rounds):
         for drafts in chosen.sets if number % 2 else chosen.sets[::-1]:
             params = SamplingParams(temperature=0, max_tokens=chosen.max_tokens, drafts=drafts)
-            with engine(chosen, len(texts)) as llm:
-                begun = time.perf_counter()
+            with engine(chosen, requests) as llm:
+                begun, begun_busy = time.perf_counter(), time.process_time()
                 outputs = llm.chat(conversations, params)
-                seconds = time.perf_counter() - begun
-            rates[drafts].append(sum(output.outputs[0].transcript.tokens for output in outputs) / seconds)
+                seconds, busy = time.perf_counter() - begun, time.process_time() - begun_busy
+            tokens = sum(output.outputs[0].transcript.tokens for output in outputs)
+            rates[drafts].append((tokens / seconds, tokens / busy))
     for drafts in chosen.sets:
-        ratios = sorted(own / without for own, without in zip(rates[drafts], rates[chosen.sets[0]], strict=True))
-        print(
-            f"| {len(texts)} | {drafts} | {statistics.median(rates[drafts]):.0f} | "
-            f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |",
-            flush=True,
+        pairs = zip(rates[drafts], rates[chosen.sets[0]], strict=True)
+        by_clock, by_work = zip(*((own[0] / without[0], own[1] / without[1]) for own, without in pairs), strict=True)
+        means = [mean(ratios, "geometric") for ratios in (by_clock, by_work)]
+        cells = (
+            f"{statistics.median(rate for rate, _ in rates[drafts]):.0f}",
+            *(f"{ratio.mean:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in means),
         )
+        print(f"| {requests} | {drafts} | " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def engine(chosen: argparse.Namespace, requests: int = 1) -> LLM:
@@ -99,9 +102,10 @@ def main() -> None:
     texts = [prompt.text for prompt in prompts.read(chosen.prompts)]
     random.Random(chosen.seed).shuffle(texts)
     if chosen.requests:
-        print("| requests | drafts | tokens a second | over those without |\n| --- | --- | --- | --- |")
+        print("| requests | drafts | tokens a second | over those without | by processor time |")
+        print("| --- " * 5 + "|")
         for count in chosen.requests:
-            together(texts[:count], chosen)
+            together(texts[: max(count, chosen.limit)], count, chosen)
         print(f"\n{chosen.dtype} weights, {chosen.rounds} rounds; {processor()}")
         return
     answers: dict[str, dict[str, list[Transcript]]] = {drafts: defaultdict(list) for drafts in chosen.sets}

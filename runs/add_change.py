@@ -1,6 +1,6 @@
-"""An adapter plus what training changed in another: BASE + (AFTER - BEFORE), as plain PEFT.
+"""An adapter plus what training changed in another: BASE + SHARE (AFTER - BEFORE), as plain PEFT.
 
-    python runs/add_change.py BASE BEFORE AFTER OUT --rank 16
+    python runs/add_change.py BASE BEFORE AFTER OUT --rank 16 --share 0.4
 
 The changes dW of each layer are added (task arithmetic: Ilharco et al., ICLR 2023) and cut to their largest singular
 values; the rows of the tags are added as they are. BEFORE is the adapter that the run which made AFTER began with.
@@ -25,18 +25,21 @@ def main() -> None:
     for name in ("base", "before", "after", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--share", type=float, default=1.0, help="of the change that is added")
     chosen = parser.parse_args()
+    share = chosen.share
     base, before, after = (_Adapter(folder) for folder in (chosen.base, chosen.before, chosen.after))
+    signed = ((1.0, base), (-share, before), (share, after))
     out: dict[str, Tensor] = {}
     kept = total = 0.0
     for key in base.tensors:
         if key.endswith(B):
             continue
         if not key.endswith(A):
-            out[key] = sum(s * one.tensors[key].float() for s, one in ((1, base), (-1, before), (1, after)))
+            out[key] = sum(s * one.tensors[key].float() for s, one in signed)
             continue
         layer = key.removesuffix(A)
-        factors = [(s, *one.factors(layer)) for s, one in ((1, base), (-1, before), (1, after))]
+        factors = [(s, *one.factors(layer)) for s, one in signed]
         u, values, v = _svd(
             torch.cat([s * b for s, b, _ in factors], dim=1), torch.cat([a for _, _, a in factors], dim=0)
         )
@@ -51,7 +54,7 @@ def main() -> None:
         shutil.copy(chosen.base / name, chosen.out / name)
     record = json.loads((chosen.base / "train.json").read_text())
     added = json.loads((chosen.after / "train.json").read_text())
-    record |= {"stage": f"{record['stage']}, plus a change of {added['stage']}", "added": added}
+    record |= {"stage": f"{record['stage']}, plus a change of {added['stage']}", "added": added, "share": share}
     (chosen.out / "train.json").write_text(json.dumps(record, indent=2) + "\n")
     save_file({k: v.contiguous().to(torch.bfloat16) for k, v in out.items()}, chosen.out / "adapter_model.safetensors")
     print(f"rank {chosen.rank} keeps {kept / total:.4f} of the squared change")

@@ -47,7 +47,8 @@ PAGES = (
 BLOCK = re.compile(r"(<!-- figures: (.+?) -->)(.*?)(<!-- /figures -->)", re.DOTALL)
 CARD = "pastalm/adapters/smollm2-135m-instruct/README.md"
 CARDS_BLOCK = (
-    "<!-- figures: table shipped / baseline, shipped / forks; chunks:mean; theoretical, matched; realized, matched; "
+    "<!-- figures: table shipped / baseline, shipped / forks; chunks:mean; theoretical; theoretical, matched; "
+    "realized, matched; "
     "text against the baseline's:mean as text; quality, pmi; quality, reference; repetition:mean; cut off:mean; "
     "malformed:mean -->"
 )

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 from forkjoin import processor
 
 from pastalm import LLM, SamplingParams
@@ -72,9 +73,8 @@ def together(texts: list[str], requests: int, chosen: argparse.Namespace) -> Non
             tokens = sum(output.outputs[0].transcript.tokens for output in outputs)
             rates[drafts].append((tokens / seconds, tokens / busy))
     for drafts in chosen.sets:
-        pairs = zip(rates[drafts], rates[chosen.sets[0]], strict=True)
-        by_clock, by_work = zip(*((own[0] / without[0], own[1] / without[1]) for own, without in pairs), strict=True)
-        means = [mean(ratios, "geometric") for ratios in (by_clock, by_work)]
+        ratios = np.array(rates[drafts]) / np.array(rates[chosen.sets[0]])  # [rounds, 2]
+        means = [mean(own, "geometric") for own in ratios.T]
         cells = (
             f"{statistics.median(rate for rate, _ in rates[drafts]):.0f}",
             *(f"{ratio.mean:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in means),

@@ -16,7 +16,9 @@ import json
 import random
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pastalm.records import answers, jsonl, labels, scores
 from pastalm.records.scores import Scored
@@ -40,10 +42,15 @@ def main() -> None:
     rows = [row for file in chosen.files for row in scores.read(file)]
     label_of = labels.read(chosen.labels, [row.id for row in rows])
     kept = drawn(rows, label_of, chosen)
-    sys.stdout.write(chosen.files[0].open().readline())  # what scored them
-    for file in chosen.files:
+    write(chosen.files, lambda row: (row["id"], row["annotated"]) in kept)
+
+
+def write(files: list[Path], kept: Callable[[Mapping[str, Any]], bool]) -> None:
+    """The rows of some files of `pasta score` that are kept, behind the line that says what scored them."""
+    sys.stdout.write(files[0].open().readline())
+    for file in files:
         for _, row in jsonl.read(file):
-            if (row["id"], row["annotated"]) in kept:
+            if kept(row):
                 print(json.dumps(row, ensure_ascii=False))
 
 

@@ -6,7 +6,7 @@
 #     runs/smollm2_sixth_run.sh ANSWERS.jsonl EVAL.jsonl
 #
 # ANSWERS: {id, prompt, response, source, licence} a line. EVAL: AlpacaEval's form, {index, instruction, outputs}.
-# FIFTH: where the fifth run's script has worked (default: its own folder): its prompts and labels. FORK: its adapter.
+# FIFTH: where the fifth run's script has worked (default: its own folder): its prompts and labels.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/steps.sh"
 fifth=$(realpath "${FIFTH:-$(dirname "$0")/out/fifth_run}")
@@ -14,7 +14,7 @@ after_second sixth_run "$1" "$2"
 native() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs"; }
 warm() { native "$@" --temperature 0.8 --top-p 0.95; }
 drawn() { shuf --random-source=<(yes) -n "$2" "$fifth/$1"; } # drawn FILE COUNT
-labels=$fifth/labels.jsonl fork=${FORK:-$root/adapters/fork} second=$start
+labels=$fifth/labels.jsonl fork=$root/adapters/fork second=$start
 
 # 1. a round of stage 2 for speed: four answers to prompts that should fork, or may
 whole should.jsonl drawn should.jsonl 300
@@ -25,10 +25,11 @@ warm may.jsonl may_answers.jsonl --adapter "$fork" --n 4 --max-tokens 448 --seed
 native prompts.jsonl baseline.jsonl --adapter "$root/adapters/baseline" --sequential --max-tokens 512
 whole samples.jsonl joined should_answers.jsonl may_answers.jsonl
 "$pasta" score samples.jsonl scored.jsonl --baseline baseline.jsonl --references "$answers" --labels "$labels" \
-  --scorer reference --length matched
+  --scorer reference --length matched > scored.json
+sigma=$("$python" -c 'import json; print(json.load(open("scored.json"))["sigma"])')
 whole pairs.jsonl "$python" "$here/speed_pairs.py" scored.jsonl --pairs 170
 [ -s faster/adapter/README.md ] || "$pasta" train prefer pairs.jsonl --start "$fork" --lambda 1 --length matched \
-  --sigma 0.1088 --true-lengths --learning-rate 2e-4 --save-steps 20 --out faster
+  --sigma "$sigma" --true-lengths --learning-rate 2e-4 --save-steps 20 --out faster
 
 # 2. what that changed, added to the second run's adapter
 [ -s faster_second/adapter_model.safetensors ] ||

@@ -10,13 +10,11 @@ eighth of its 4-grams or is of a quality below 0.4, and one whose answers are to
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from fork_pairs import REPEATED
+from fork_pairs import REPEATED, write
 
-from pastalm.records import jsonl, scores
+from pastalm.records import scores
 from pastalm.records.scores import Scored
 from pastalm.train.preference import choose
 
@@ -33,11 +31,7 @@ def main() -> None:
     chosen = parser.parse_args()
     rows = scores.read(chosen.scored)
     kept = furthest(rows, chosen.lambda_, chosen.pairs)
-    print(f"sigma {scores.spread(rows):.4g}", file=sys.stderr)
-    sys.stdout.write(chosen.scored.open().readline())  # what scored them
-    for _, row in jsonl.read(chosen.scored):
-        if (row["id"], row["choice"]) in kept:
-            print(json.dumps(row, ensure_ascii=False))
+    write([chosen.scored], lambda row: (row["id"], row["choice"]) in kept)
 
 
 def furthest(rows: list[Scored], lambda_: float, count: int) -> set[tuple[str, int]]:

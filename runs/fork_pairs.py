@@ -1,12 +1,10 @@
 """The scored answers that teach an adapter when to fork: of each prompt the better and the worse one of its pair.
 
-    python runs/fork_pairs.py --missing ANSWERS.jsonl --labels LABELS.jsonl > PROMPTS.jsonl
     python runs/fork_pairs.py SCORED.jsonl MORE.jsonl --labels LABELS.jsonl --sigma 0.12 --pairs 300 > PAIRS.jsonl
 
-`--missing`: prompts labelled `one` to which no answer of ANSWERS stayed in one thread and ended, for `pasta sample
---sequential`, without whose answers they make no pair. Otherwise pairs as `pasta train prefer` chooses them, drawn at
-random: where one thread is right those in which the worse answer forks, all where an answer should fork, and where it
-may at most one in eight. An answer in one thread that repeats more than an eighth of its 4-grams is not a better one.
+Pairs as `pasta train prefer` chooses them, drawn at random: where one thread is right those in which the worse answer
+forks, all where an answer should fork, and where it may at most one in eight. An answer in one thread that repeats more
+than an eighth of its 4-grams is not a better one.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pastalm.records import answers, jsonl, labels, scores
+from pastalm.records import jsonl, labels, scores
 from pastalm.records.scores import Scored
 from pastalm.train.preference import choose
 
@@ -31,14 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--missing", action="store_true", help="print the prompts that lack an answer in one thread")
     parser.add_argument("--sigma", type=float, default=1.0)
     parser.add_argument("--lambda", dest="lambda_", type=float, default=2.0)
     parser.add_argument("--pairs", type=int, default=10**6)
     parser.add_argument("--seed", type=int, default=3)
     chosen = parser.parse_args()
-    if chosen.missing:
-        return missing(chosen.files, chosen.labels)
     rows = [row for file in chosen.files for row in scores.read(file)]
     label_of = labels.read(chosen.labels, [row.id for row in rows])
     kept = drawn(rows, label_of, chosen)
@@ -52,19 +47,6 @@ def write(files: list[Path], kept: Callable[[Mapping[str, Any]], bool]) -> None:
         for _, row in jsonl.read(file):
             if kept(row):
                 print(json.dumps(row, ensure_ascii=False))
-
-
-def missing(files: list[Path], marks: Path) -> None:
-    forked: dict[str, bool] = {}
-    prompt_of: dict[str, dict[str, str]] = {}
-    for file in files:
-        for row in answers.read(file):
-            prompt_of[row.id] = {"id": row.id, "prompt": row.prompt, "source": row.source, "licence": row.licence}
-            forked[row.id] = forked.get(row.id, True) and (bool(row.chunks) or row.finish_reason != "stop")
-    label_of = labels.read(marks, [*forked])
-    for identity, always in forked.items():
-        if always and label_of.get(identity) == "one":
-            print(json.dumps(prompt_of[identity]))
 
 
 def drawn(rows: list[Scored], label_of: dict[str, str], chosen: argparse.Namespace) -> set[tuple[str, str]]:

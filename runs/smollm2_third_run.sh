@@ -20,7 +20,7 @@ whole prompts.jsonl "$python" "$here/labelled_prompts.py" "$answers" "$marks/thi
 "$pasta" sample prompts.jsonl baseline.jsonl --adapter "$root/adapters/baseline" --sequential --max-tokens 512 \
   --engine native --max-num-seqs "$seqs"
 sample prompts.jsonl samples.jsonl --adapter "$start" --n 4 --max-tokens 512 --seed 29
-whole missing.jsonl "$python" "$here/fork_pairs.py" --missing samples.jsonl --labels "$marks/third_run_forking.jsonl"
+whole missing.jsonl "$python" "$here/mistaken.py" "$marks/third_run_forking.jsonl" samples.jsonl --only one --ended
 sample missing.jsonl sequential.jsonl --adapter "$start" --sequential --n 2 --max-tokens 448 --seed 31
 
 # 2. pairs: where one thread is right, an answer that forks is the worse one

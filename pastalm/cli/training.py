@@ -205,6 +205,9 @@ def fork(
     ] = None,
     anchor_weight: Annotated[float, typer.Option(help="Weight of the mean loss over an anchor's tokens.")] = 4.0,
     eager: Annotated[bool, typer.Option("--eager", help="Where an answer may fork, it should.")] = False,
+    true_lengths: Annotated[
+        bool, typer.Option("--true-lengths", help="The answers' promises say how long their chunks are.")
+    ] = False,
     learning_rate: float = 4e-4,
     row_learning_rate: Annotated[float, typer.Option(help="Learning rate of the six tag rows.")] = 0.0,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 2048,
@@ -228,6 +231,7 @@ def fork(
         anchors=anchors,
         anchor_weight=anchor_weight,
         eager=eager,
+        true_lengths=true_lengths,
         learning_rate=learning_rate,
         row_learning_rate=row_learning_rate,
         batch_tokens=batch_tokens,

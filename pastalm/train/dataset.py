@@ -12,9 +12,9 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from pastalm.errors import DataError, LanguageError, RequestError
 from pastalm.models.chat_template import SEQUENTIAL_MARKER, encode_chat
 from pastalm.records import answers, jsonl
 from pastalm.records.documents import Async, Document, Node, normalize, parse, strip
-from pastalm.train.packing import IGNORED, MIXED, Packed, pack, pack_events, pack_serial, retell
+from pastalm.records.scores import Scored
+from pastalm.train.packing import IGNORED, MIXED, Packed, pack, pack_events, pack_serial, retell, with_true_lengths
 from pastalm.train.structure import CountTokens, for_one_thread
 
 Lengths = Literal["tens", "fixed", "oracle"]
@@ -352,6 +353,19 @@ def pack_sampled(
         raise DataError(f"{error}; sample it again") from None
     end = eos if answer.finish_reason == "stop" else None
     return pack(prompt, document, vocabulary, policy, eos=end), False
+
+
+Sampled = TypeVar("Sampled", answers.Answer, Scored)
+
+
+def truly_promised(answer: Sampled, vocabulary: Vocabulary) -> Sampled:
+    """The answer with its chunks' lengths in its promises; as it is if its tokens are no response of this model."""
+    token_ids, forced = with_true_lengths(answer.token_ids, vocabulary, forced=answer.forced)
+    try:
+        annotated = Transcript(retell(token_ids, vocabulary, forced=forced)).annotated
+    except DataError:
+        return answer
+    return replace(answer, token_ids=token_ids, forced=forced, annotated=annotated)
 
 
 def _resampled(answer: SampledAnswer, vocabulary: Vocabulary) -> list[Event]:

@@ -39,7 +39,7 @@ from pastalm.models.chat_template import encode_chat
 from pastalm.records import answers, labels
 from pastalm.records.labels import Label
 from pastalm.train import run
-from pastalm.train.dataset import Example, batches, collate, held_out, pack_sampled, provenance
+from pastalm.train.dataset import Example, batches, collate, held_out, pack_sampled, provenance, truly_promised
 from pastalm.train.loss import fork_losses, token_log_probs
 from pastalm.train.packing import IGNORED, MIXED, Packed
 
@@ -55,6 +55,7 @@ class ForkConfig(run.RunConfig):
     anchors: the model's own answers of which all tokens are in the loss. None: nothing but the decision is.
     anchor_weight: of the mean loss over an anchor's tokens.
     eager: where an answer may fork, it should.
+    true_lengths: the promises say how long their chunks are.
     validation_prompts: prompts that are held out.
     """
 
@@ -64,6 +65,7 @@ class ForkConfig(run.RunConfig):
     anchors: Path | None = None
     anchor_weight: float = 4.0
     eager: bool = False
+    true_lengths: bool = False
     validation_prompts: int = 64
     max_prompt_tokens: int = 256
     epochs: float = 4.0
@@ -109,6 +111,8 @@ def packed(
         prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": answer.prompt}])
         if len(prompt) > config.max_prompt_tokens:
             continue
+        if config.true_lengths:
+            answer = truly_promised(answer, vocabulary)
         try:
             whole, _ = pack_sampled(prompt, answer, vocabulary, "promised", eos=eos)
         except DataError as error:

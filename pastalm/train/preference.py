@@ -35,9 +35,9 @@ from pastalm.models.chat_template import encode_chat
 from pastalm.records import scores
 from pastalm.records.scores import Length, Scored
 from pastalm.train import bookkeeping, run
-from pastalm.train.dataset import collate, pack_sampled, provenance
+from pastalm.train.dataset import collate, pack_sampled, provenance, truly_promised
 from pastalm.train.loss import bonbon, log_probs
-from pastalm.train.packing import MIXED, Packed, retell, with_true_lengths
+from pastalm.train.packing import MIXED, Packed
 
 BEST_OF_TEN = 9 * sum(1 / k for k in range(1, 10))
 """1/beta at which IPO's optimum is the best-of-10 policy."""
@@ -114,23 +114,13 @@ def pairs(
     for best, worst, gap in choose(rows, config.lambda_, sigma, config.length):
         prompt = encode_chat(tokenizer, vocabulary, [{"role": "user", "content": best.prompt}])
         if config.true_lengths:
-            best = _with_true_lengths(best, vocabulary)
+            best = truly_promised(best, vocabulary)
         policy = rng.choices(list(config.positions), list(config.positions.values()))[0]
         (better, one), (worse, other) = (_packed(prompt, answer, vocabulary, policy, eos) for answer in (best, worst))
         if len(prompt) > config.max_prompt_tokens or len(better) > len(prompt) + config.max_tokens:
             continue
         if len(worse) <= len(prompt) + 2 * config.max_tokens:
             yield Pair(better, worse, best.id, gap, best.source, best.licence, one and other)
-
-
-def _with_true_lengths(answer: Scored, vocabulary: Vocabulary) -> Scored:
-    """The answer with its chunks' lengths in its promises; as it is if its tokens are no response of this model."""
-    token_ids, forced = with_true_lengths(answer.token_ids, vocabulary, forced=answer.forced)
-    try:
-        annotated = Transcript(retell(token_ids, vocabulary, forced=forced)).annotated
-    except DataError:
-        return answer
-    return replace(answer, token_ids=token_ids, forced=forced, annotated=annotated)
 
 
 def _packed(

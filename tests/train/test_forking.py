@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from pastalm.core.language import round_length
 from pastalm.errors import DataError, RequestError
 from pastalm.records.answers import Answer
 from pastalm.records.documents import Document, parse
@@ -151,6 +152,31 @@ def test_only_answers_that_do_what_their_label_says_are_taken(config: ForkConfig
         labelled = int((example.packed.labels != IGNORED).sum())
         of = {"one": 1.0, "should": config.fork_weight, "anchor": config.anchor_weight / labelled}
         assert weight == pytest.approx(of[example.kind])
+
+
+def test_promises_say_how_long_their_chunks_are_if_asked(config: ForkConfig) -> None:
+    """Those of decisions and of anchors."""
+    base = run.begin(config, str)
+    tags, encode = base.tags, base.vocabulary.encode
+    promise = [tags.promise, *encode("a"), tags.tokens, *encode("90"), tags.promise_end]
+    chunk = [tags.async_open, *encode("1. One is said.\n"), tags.async_close]
+    row = replace(
+        answer("should", "say it", '<promise topic="a" tokens="90"/><async>1. One is said.\n</async>'),
+        token_ids=(*promise, *chunk, base.eos),
+    )
+    said = round_length(len(chunk) - 2)
+    assert said != 90, "a chunk of 90 tokens would show nothing"
+    for true, number in ((False, "90"), (True, str(said))):
+        told = replace(config, true_lengths=true)
+        taken = [
+            *decisions([row], {"should": "should"}, base.tokenizer, base.vocabulary, told, eos=base.eos),
+            *anchors([row], base.tokenizer, base.vocabulary, told, eos=base.eos),
+        ]
+        assert [example.kind for example in taken] == ["should", "anchor"]
+        for example in taken:
+            ids = example.packed.input_ids.tolist()
+            place = ids.index(tags.tokens)
+            assert ids[place + 1 : ids.index(tags.promise_end)] == encode(number)
 
 
 def test_anchors_keep_the_rest_of_the_model(config: ForkConfig) -> None:

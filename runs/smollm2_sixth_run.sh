@@ -14,7 +14,8 @@ after_second sixth_run "$1" "$2"
 native() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs"; }
 warm() { native "$@" --temperature 0.8 --top-p 0.95; }
 drawn() { shuf --random-source=<(yes) -n "$2" "$fifth/$1"; } # drawn FILE COUNT
-labels=$fifth/labels.jsonl fork=$root/adapters/fork second=$start
+labels=$fifth/labels.jsonl fork=$PWD/fork second=$start
+earlier 7809d32 adapters/fork "$fork" # the fifth run's
 
 # 1. a round of stage 2 for speed: four answers to prompts that should fork, or may
 whole should.jsonl drawn should.jsonl 300

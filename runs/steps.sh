@@ -13,7 +13,10 @@ after_second() { # after_second NAME ANSWERS EVAL: where things are, for runs th
   marks=$here/marks seqs=${SEQS:-32}
   mkdir -p "${OUT:-$here/out/$1}" && cd "${OUT:-$here/out/$1}"
   start=${START:-$PWD/second}
-  [ -s "$start/adapter_model.safetensors" ] && return # else out of the last commit that has it
-  mkdir -p "$start"
-  git -C "$root" archive b3c32f2 pastalm/adapters/smollm2-135m-instruct | tar -x -C "$start" --strip-components 3
+  earlier b3c32f2 pastalm/adapters/smollm2-135m-instruct "$start"
+}
+earlier() { # earlier COMMIT PATH FOLDER: an adapter out of this repository's history
+  [ -s "$3/adapter_model.safetensors" ] && return
+  mkdir -p "$3"
+  git -C "$root" archive "$1:$2" | tar -x -C "$3"
 }

@@ -21,7 +21,7 @@ from pastalm.train.run import adapted
 from pastalm.train.sft import SftConfig
 
 ROOT = Path(__file__).parents[1]
-WHOLE = {"lambda2", "fork"}
+WHOLE = {"lambda2", "eager"}
 """Stored as they were trained."""
 
 
@@ -94,7 +94,7 @@ def test_adapters_in_the_tree_are_small() -> None:
     found = {folder.parent.name: folder for folder in (ROOT / "adapters").glob("*/adapter_model.safetensors")}
     if not found:
         pytest.skip("a source distribution has the cards alone")
-    assert {"baseline", "stage1", "own", "lambda1", "lambda2", "lambda4", "lambdainf", "fork"} == set(found)
+    assert {"baseline", "stage1", "own", "lambda1", "lambda2", "lambda4", "lambdainf", "eager"} == set(found)
     for name, file in found.items():
         assert file.stat().st_size < (10e6 if name in WHOLE else 3e6), name
 

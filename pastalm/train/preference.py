@@ -16,7 +16,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from pastalm.core.layout import Policy
-from pastalm.core.transcript import Transcript
 from pastalm.core.vocabulary import Vocabulary
 from pastalm.errors import DataError, RequestError
 from pastalm.models import adapters, chat_template

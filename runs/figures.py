@@ -14,9 +14,9 @@ FORM      interval (if it is left out): mean and 95 % interval; bold: the same, 
 
     <!-- figures: table FILE / SYSTEM, SYSTEM / FIGURE; FIGURE as HEAD; FIGURE:mean -->
 
-is a table of systems (`all`: those of the file) and figures, without columns that the file lacks, empty where a system
-lacks one, and `forking FILE` that of `forking.py`. The adapter that ships gets a table of results/shipped at the end of
-its card.
+is a table of systems (`all`: those of the file) and figures, without columns that the file lacks; of `all`, empty
+where a system lacks one. `forking FILE` is that of `forking.py`. The adapter that ships gets a table of
+results/shipped at the end of its card.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ def _table(words: str, root: Path) -> str:
     lines = [f"| system | prompts | {' | '.join(heads)} |", "| --- " * (len(heads) + 2) + "|"]
     for system in names:
         prompts = figure(file, system, "forks", root).n
-        row = (known[system][name].shown(form) if name in known[system] else "" for name, form in cells)
+        row = (
+            "" if named == "all" and name not in known[system] else figure(file, system, name, root).shown(form)
+            for name, form in cells
+        )
         lines.append(f"| {system} | {prompts} | {' | '.join(row)} |")
     return _block("\n".join(lines))
 

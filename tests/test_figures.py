@@ -29,6 +29,8 @@ def load() -> ModuleType:
 
 
 FIGURES = load()
+LENGTHS = "promised lengths, rank correlation"
+"""A figure that a system without chunks lacks."""
 PAGES = FIGURES.documents()
 
 
@@ -101,6 +103,7 @@ def test_its_card_has_its_figures(tmp_path: Path) -> None:
         ("two_stage / lambda2 / theoretical / upright", "unknown form 'upright'"),
         ("two_stage / lambda2", "is not FILE / SYSTEM"),
         ("table two_stage / all", "is not FILE / SYSTEM"),
+        (f"table seventh_run / baseline, faster / {LENGTHS}", f"no '{LENGTHS}' of baseline"),
         ("forking no_run", "results/ has no no_run"),
     ],
 )

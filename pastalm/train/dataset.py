@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -316,17 +316,7 @@ def read_repeats(path: Path, tokenizer: Any, vocabulary: Vocabulary, mix: Mix, *
             yield Example(packed, answer.id, answer.prompt, "repeat", "own answers", "the model's own")
 
 
-class SampledAnswer(Protocol):
-    """A sampled answer: of answers.py, or scored."""
-
-    @property
-    def annotated(self) -> str: ...
-    @property
-    def finish_reason(self) -> str: ...
-    @property
-    def token_ids(self) -> Sequence[int]: ...
-    @property
-    def forced(self) -> Sequence[int]: ...
+SampledAnswer: TypeAlias = answers.Answer | Scored
 
 
 def pack_sampled(

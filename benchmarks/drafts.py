@@ -79,7 +79,7 @@ def together(texts: list[str], requests: int, chosen: argparse.Namespace) -> Non
             f"{statistics.median(rate for rate, _ in rates[drafts]):.0f}",
             *(f"{ratio.mean:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in means),
         )
-        print(f"| {requests} | {drafts} | " + " | ".join(map(str, cells)) + " |", flush=True)
+        print(f"| {requests} | {drafts} | " + " | ".join(cells) + " |", flush=True)
 
 
 def engine(chosen: argparse.Namespace, requests: int = 1) -> LLM:

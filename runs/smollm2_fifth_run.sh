@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/steps.sh"
 after_second fifth_run "$1" "$2"
 prompts() { "$python" "$here/labelled_prompts.py" "$answers" labels.jsonl --only "$1"; }
-sample() { "$pasta" sample "$@" --adapter "$start" --engine native --max-num-seqs "$seqs" --temperature 0.8 --top-p 0.95; }
+sample() { warm "$@" --adapter "$start"; }
 
 # 1. what it answers; of most prompts for one thread only the beginning
 whole labels.jsonl cat "$marks/rounds_forking.jsonl" "$marks/third_run_forking.jsonl" "$marks/fifth_run_forking.jsonl"

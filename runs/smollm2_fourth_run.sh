@@ -10,16 +10,15 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/steps.sh"
 after_second fourth_run "$1" "$2"
 prompts() { "$python" "$here/labelled_prompts.py" "$answers" labels.jsonl --only "$1"; }
-sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0; }
 
 # 1. the beginnings of its greedy answers: in one thread where that is right, forking where they should
 whole labels.jsonl cat "$marks/rounds_forking.jsonl" "$marks/third_run_forking.jsonl"
 whole one.jsonl prompts one
 whole should.jsonl prompts should
 whole may.jsonl prompts may
-sample one.jsonl one_answers.jsonl --adapter "$start" --sequential --max-tokens 64
-sample should.jsonl should_answers.jsonl --adapter "$start" --max-tokens 256
-sample may.jsonl may_answers.jsonl --adapter "$start" --max-tokens 256
+native one.jsonl one_answers.jsonl --adapter "$start" --sequential --max-tokens 64
+native should.jsonl should_answers.jsonl --adapter "$start" --max-tokens 256
+native may.jsonl may_answers.jsonl --adapter "$start" --max-tokens 256
 whole answers.jsonl joined one_answers.jsonl should_answers.jsonl may_answers.jsonl
 
 # 2. the decision alone; `fork_eager` forks where an answer may, too

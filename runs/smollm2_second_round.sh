@@ -19,7 +19,6 @@ train() { # train KIND OUT ARGUMENTS...
   local kind=$1 out=$2; shift 2
   [ -s "$out/adapter/README.md" ] || "$pasta" train "$kind" "$@" --out "$out"
 }
-sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs"; }
 
 # 1. stage 1 goes on from the first run's, on the answers as they are annotated now; then lambda 2 of the first run with
 # what that changed
@@ -33,13 +32,13 @@ train sft stage1 given.jsonl --start "$adapters/stage1" --token-budget 150000 --
 for ((round = 1; round <= rounds; round++)); do
   whole "prompts_round$round.jsonl" "$python" "$here/labelled_prompts.py" "$answers" "$marks/rounds_forking.jsonl" \
     --part "$round" --of 2 --one 90
-  sample "prompts_round$round.jsonl" "baseline_round$round.jsonl" --adapter "$adapters/baseline" --sequential --max-tokens 512
+  native "prompts_round$round.jsonl" "baseline_round$round.jsonl" --adapter "$adapters/baseline" --sequential --max-tokens 512
   for lambda in $lambdas; do
     start=carried
     [ "$round" = 1 ] || start="lambda${lambda}_round$((round - 1))/adapter"
     name=samples_round$round
     [ "$round" = 1 ] || name=samples_lambda${lambda}_round$round
-    sample "prompts_round$round.jsonl" "$name.jsonl" --adapter "$start" --n "$n" --temperature 0.8 --top-p 0.95 \
+    warm "prompts_round$round.jsonl" "$name.jsonl" --adapter "$start" --n "$n" \
       --max-tokens 448 --seed 3
     whole "$name.fewer.jsonl" "$python" "$here/fewer.py" "$name.jsonl" "$marks/rounds_forking.jsonl"
     "$pasta" score "$name.fewer.jsonl" "$name.pmi.jsonl" --baseline "baseline_round$round.jsonl" --references "$answers" \

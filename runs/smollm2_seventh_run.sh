@@ -13,10 +13,7 @@ after_second seventh_run "$1" "$2"
 labels=$fifth/labels.jsonl fork=$PWD/fork faster=$PWD/faster
 earlier 7809d32 adapters/fork "$fork" # the fifth run's
 earlier 7809d32 pastalm/adapters/smollm2-135m-instruct "$faster" # the sixth run's
-native() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs"; }
-warm() { native "$@" --temperature 0.8 --top-p 0.95; }
-drawn() { shuf --random-source=<(yes) -n "$2" "$1"; } # drawn FILE COUNT
-rows() { tail -n +2 "$1" | shuf --random-source=<(yes) -n "$2"; } # rows FILE COUNT: without the line that says what made them
+rows() { drawn <(tail -n +2 "$1") "$2"; } # rows FILE COUNT: without the line that says what made them
 wrong() { "$python" "$here/mistaken.py" "$labels" "$@"; }
 good() { "$python" "$here/anchors.py" "$labels" "$@"; }
 unseen() { # unseen FILE SEEN COUNT: what is not among those that the sixth run drew
@@ -56,7 +53,7 @@ whole still_forked.jsonl wrong single_begun.jsonl
 warm still_forked.jsonl still_forked_answers.jsonl --adapter corrected/adapter --sequential --max-tokens 192 --seed 81
 warm still_one.jsonl still_one_answers.jsonl --adapter "$faster" --n 2 --max-tokens 448 --seed 82
 whole forks.jsonl good still_one_answers.jsonl --gain 1.5
-whole more.jsonl cat forks.jsonl <(grep '<promise' chosen.jsonl | shuf --random-source=<(yes) -n 150) \
+whole more.jsonl cat forks.jsonl <(drawn <(grep '<promise' chosen.jsonl) 150) \
   <(rows still_forked_answers.jsonl 1000) <(rows forked_answers.jsonl 330) <(rows one_answers.jsonl 50)
 whole fewer_anchors.jsonl cat <(head -n 1 anchors.jsonl) <(rows anchors.jsonl 220)
 decide corrected_faster corrected_twice more.jsonl fewer_anchors.jsonl 2e-4

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The sixth run on the embedded model, on a CPU: a round of stage 2 for speed from the adapter of the fifth, which is what
-# ships, and what the round changed added to the adapter of the second (runs/README.md). Every step goes on where it was
-# cut off: kill it at any point and start it again.
+# The sixth run on the embedded model, on a CPU: a round of stage 2 for speed from the adapter of the fifth, and what
+# the round changed added to the adapter of the second (runs/README.md). Every step goes on where it was cut off: kill it at
+# any point and start it again.
 #
 #     runs/smollm2_sixth_run.sh ANSWERS.jsonl EVAL.jsonl
 #
@@ -11,15 +11,12 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/steps.sh"
 fifth=$(realpath "${FIFTH:-$(dirname "$0")/out/fifth_run}")
 after_second sixth_run "$1" "$2"
-native() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs"; }
-warm() { native "$@" --temperature 0.8 --top-p 0.95; }
-drawn() { shuf --random-source=<(yes) -n "$2" "$fifth/$1"; } # drawn FILE COUNT
 labels=$fifth/labels.jsonl fork=$PWD/fork second=$start
 earlier 7809d32 adapters/fork "$fork" # the fifth run's
 
 # 1. a round of stage 2 for speed: four answers to prompts that should fork, or may
-whole should.jsonl drawn should.jsonl 300
-whole may.jsonl drawn may.jsonl 160
+whole should.jsonl drawn "$fifth/should.jsonl" 300
+whole may.jsonl drawn "$fifth/may.jsonl" 160
 whole prompts.jsonl cat should.jsonl may.jsonl
 warm should.jsonl should_answers.jsonl --adapter "$fork" --n 4 --max-tokens 448 --seed 51
 warm may.jsonl may_answers.jsonl --adapter "$fork" --n 4 --max-tokens 448 --seed 52

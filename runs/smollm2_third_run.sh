@@ -9,7 +9,6 @@
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/steps.sh"
 after_second third_run "$1" "$2"
-sample() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs" --temperature 0.8 --top-p 0.95; }
 score() {
   "$pasta" score "$1" "$2" --baseline baseline.jsonl --scorer reference --references "$answers" \
     --labels "$marks/third_run_forking.jsonl" --length smaller > "$2.json"
@@ -17,11 +16,10 @@ score() {
 
 # 1. four answers each to prompts that were labelled by hand; sequential ones where every answer of a prompt for one thread forks
 whole prompts.jsonl "$python" "$here/labelled_prompts.py" "$answers" "$marks/third_run_forking.jsonl"
-"$pasta" sample prompts.jsonl baseline.jsonl --adapter "$root/adapters/baseline" --sequential --max-tokens 512 \
-  --engine native --max-num-seqs "$seqs"
-sample prompts.jsonl samples.jsonl --adapter "$start" --n 4 --max-tokens 512 --seed 29
+native prompts.jsonl baseline.jsonl --adapter "$root/adapters/baseline" --sequential --max-tokens 512
+warm prompts.jsonl samples.jsonl --adapter "$start" --n 4 --max-tokens 512 --seed 29
 whole missing.jsonl "$python" "$here/mistaken.py" "$marks/third_run_forking.jsonl" samples.jsonl --only one --ended
-sample missing.jsonl sequential.jsonl --adapter "$start" --sequential --n 2 --max-tokens 448 --seed 31
+warm missing.jsonl sequential.jsonl --adapter "$start" --sequential --n 2 --max-tokens 448 --seed 31
 
 # 2. pairs: where one thread is right, an answer that forks is the worse one
 score samples.jsonl scored.jsonl

@@ -4,6 +4,9 @@ whole() { # whole FILE COMMAND...: a file that is there only once it is whole
   [ -s "$file" ] || { "$@" > "$file.part" && mv "$file.part" "$file"; }
 }
 joined() { cat "$1"; shift; for more; do tail -n +2 "$more"; done; } # without the lines that say what made the others
+native() { "$pasta" sample "$@" --engine native --max-num-seqs "$seqs"; }
+warm() { native "$@" --temperature 0.8 --top-p 0.95; }
+drawn() { shuf --random-source=<(yes) -n "$2" "$1"; } # drawn FILE COUNT: the same lines each time
 after_second() { # after_second NAME ANSWERS EVAL: where things are, for runs that start from the second run's adapter
   answers=$(realpath "$2") eval=$(realpath "$3")
   here=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
